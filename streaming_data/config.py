@@ -1,0 +1,150 @@
+"""YAML files and `a.b=c` overrides -> strict, frozen settings.
+
+    settings = load_config(TokenizeConfig, "yamls/tokenize/chameleon.yaml", ["vision.batch_size=8"])
+
+There are only these two ways in. An unknown key, a wrong type or a missing value is a `ConfigError` that
+names the file, the key and what is needed; command lines print it as one line and exit 2 (`one_line_errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+
+class ConfigError(ValueError):
+    """A user's mistake outside the data: settings, paths, folders that do not fit. One line."""
+
+
+class Config(pydantic.BaseModel):
+    """Base of all settings: frozen, and a key it does not know is an error."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `3e-4` as a number (YAML 1.1 reads it as text) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override '{override}': expected key=value or key.subkey=value")
+    for depth, key in enumerate(keys[:-1]):
+        below = settings.get(key)
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' is {below!r}, it has no keys of its own")
+        settings[key] = dict(below)
+        settings = settings[key]
+    settings[keys[-1]] = _parse(value, f"override '{override}'")
+
+
+def _nested_model(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The settings class inside `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        if not isinstance(argument, types.NoneType) and (found := _nested_model(argument)):
+            return found
+    return None
+
+
+def _valid_keys(model: type[pydantic.BaseModel], location: Sequence[str | int]) -> list[str]:
+    current: type[pydantic.BaseModel] = model
+    for part in location:
+        field = current.model_fields.get(str(part))
+        if field is not None and (nested := _nested_model(field.annotation)):
+            current = nested
+    return list(current.model_fields)
+
+
+def _describe(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str) -> str:
+    """One line for the first thing wrong, and how many more there are."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains the missing one
+    location = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys(model, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return f"{where}: unknown key '{location}'{hint} Valid keys: {', '.join(valid)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: the key '{location}' is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(first["input"], dict | list) else f", found {first['input']!r}"
+    return f"{where}: {'`' + location + '`: ' if location else ''}{message}{found}{more}"
+
+
+def load_config(model: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read `path` (YAML, or nothing at all), apply `a.b=c` overrides, check.
+
+    Raises:
+        ConfigError: one line that names the file, the key, what was found and what is needed.
+    """
+    settings: Any = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
+        settings = _parse(text, str(path))
+        if settings is None:
+            settings = {}
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path}: expected a mapping of keys, found {type(settings).__name__}")
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return model.model_validate(settings)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_describe(error, model, str(path) if path else "settings")) from None
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For command lines: a `ConfigError` becomes one line on stderr and exit status 2, without a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,123 @@
+"""Encoded bytes -> pixels, safely: the one place that decodes a picture.
+
+The discrete path (image tokens) takes `decode` + `fit`; the continuous path (SigLIP) takes `vision_pixels`. By default
+both see the same picture: turned as EXIF says, transparency blended on white. With `compat` they see what the
+reference saw: no EXIF, modes kept while resizing, and hidden colours behind transparency on the continuous path.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
+
+
+class ImageError(ValueError):
+    """An image that can not be used; the message says why."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode fully, in the image's own mode. Raises ImageError for anything that is not a whole image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns from half the limit on; the limit itself is checked here
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
+            image.load()
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"not an image: {len(data)} bytes that begin with {data[:12]!r}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(str(error)) from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
+        raise ImageError(f"cannot be decoded: {error}") from None
+    return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """To RGB; what is transparent becomes white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA"))
+        if rgba[:, :, 3].min() < 255:
+            alpha = rgba[:, :, 3:] / 255.0  # float64, truncated: as the reference's _whiten_transparency
+            return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8), "RGB")
+    return image.convert("RGB")
+
+
+def decode(data: bytes, compat: bool = False) -> Image.Image:
+    """Bytes -> the picture to cut and tokenize. `compat` leaves mode and orientation as they are stored."""
+    image = open_image(data)
+    if compat:
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip 16 bits to white
+        depth = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8), "L")
+    try:
+        return on_white(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
+        raise ImageError(f"cannot be converted to RGB: {error}") from None
+
+
+def crop_sizes(target_size: int, patch: int = 32, max_ratio: float = 4.0) -> list[tuple[int, int]]:
+    """Lumina-mGPT's `generate_crop_size_list`: (width, height) multiples of `patch` of about target_size**2 pixels."""
+    patches = (target_size // patch) ** 2
+    sizes = []
+    width, height = patches, 1
+    while width > 0:
+        if max(width, height) / min(width, height) <= max_ratio:
+            sizes.append((width * patch, height * patch))
+        if (height + 1) * width <= patches:
+            height += 1
+        else:
+            width -= 1
+    return sizes
+
+
+def choose_crop(size: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The crop that keeps most of an image of `size` (width, height); the first wins a tie."""
+
+    def kept(crop: tuple[int, int]) -> float:
+        ratios = (crop[0] / size[0], crop[1] / size[1])
+        return min(ratios) / max(ratios)
+
+    return max(sizes, key=kept)
+
+
+def fit(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
+    """Scale so that `crop` (width, height) is just covered, then cut its centre.
+
+    As the reference's `center_crop`: BOX halving while the image is at least twice too large, then BICUBIC.
+    """
+    while image.width >= 2 * crop[0] and image.height >= 2 * crop[1]:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(crop[0] / image.width, crop[1] / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, upper = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
+    return image.crop((left, upper, left + crop[0], upper + crop[1]))
+
+
+def tokenizer_pixels(image: Image.Image, crop: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The picture as the image tokenizer sees it: (height, width, 3)."""
+    return np.asarray(on_white(fit(image, crop)))
+
+
+def vision_pixels(data: bytes, size: int, compat: bool = False) -> npt.NDArray[np.uint8]:
+    """The picture as SigLIP's base variant sees it: squashed to a square, (3, size, size), not normalised.
+
+    SigLIP's processor resizes BICUBIC in uint8 and then normalises with mean and deviation 0.5; that part is left to
+    the model, so that a quarter of the bytes travel.
+    """
+    image = decode(data, compat)
+    if compat:
+        # From the array: PIL keeps info["transparency"] after convert("RGB") and later steps would blend it.
+        image = Image.fromarray(np.asarray(image.convert("RGB")))
+    resized: Any = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(resized.transpose(2, 0, 1))

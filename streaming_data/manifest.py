@@ -1,0 +1,133 @@
+"""What a dataset folder says of itself.
+
+    index.json           stock MDS index: an unmodified `streaming.StreamingDataset` reads the folder
+    chunk-000000/ ...    the shards, one folder a chunk of the input
+    samples.parquet      the sidecar: one row a sample, in index order (SAMPLES_SCHEMA)
+    rejects.jsonl        one line an item that is not in the dataset, with its reason
+    vocabulary.json      the id space the tokens are in
+    manifest.json        this; written last, so a folder that has one is complete
+
+Nothing in it depends on when, where or by how many workers it was written.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pydantic
+
+from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.files import write_aside
+from unitoken.streaming_data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMAT = "unitoken-dataset"
+VERSION = 1
+INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
+    "index.json",
+    "samples.parquet",
+    "rejects.jsonl",
+    "vocabulary.json",
+    "manifest.json",
+)
+
+
+@functools.cache
+def samples_schema() -> pyarrow.Schema:
+    """The sidecar's columns. `question_images` counts the images that are not generated (not trained on)."""
+    import pyarrow as pa  # 0.2 s, and only those who read or write a sidecar need it
+
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("tokens", pa.uint32()),
+            ("target_tokens", pa.uint32()),
+            ("images", pa.uint16()),
+            ("question_images", pa.uint16()),
+            ("image_sizes", pa.list_(pa.uint32())),  # width, height, width, height, ... of the originals in pixels
+        ]
+    )
+
+
+class VisionTokenizer(Config):
+    """Which image tokenizer made the codes."""
+
+    kind: str
+    weights: str  # sha256 of the weights, first 16 digits
+    codebook_size: int
+    downsampling: int  # pixels a latent, each way
+    precision: str
+
+
+class Manifest(Config):
+    """Counts reconcile: `items == samples + rejected`."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    vocabulary: str  # fingerprint of vocabulary.json
+    vision: VisionTokenizer
+    target_size: int
+    crop: str
+    compat: str | None
+    items: int
+    samples: int
+    rejected: int
+    tokens: int
+    target_tokens: int
+    images: int
+    chunks: int
+    chunk_size: int
+    source: str  # sha256 of the input, first 16 digits
+    files: dict[str, str]  # sha256 of index.json, samples.parquet, rejects.jsonl and vocabulary.json
+
+    @pydantic.model_validator(mode="after")
+    def _reconciles(self) -> Manifest:
+        if self.items != self.samples + self.rejected:
+            raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
+        return self
+
+    def save(self, folder: Path) -> None:
+        write_aside(folder / MANIFEST, json.dumps(self.model_dump(), indent=1, sort_keys=True).encode() + b"\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read a dataset's manifest. Raises ConfigError for a folder that is no finished dataset."""
+    path = folder / MANIFEST
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
+        hint = "; finish it with `python -m unitoken.tokenize merge`" if folder.is_dir() and any(folder.glob("chunk-*")) else ""
+        raise ConfigError(f"{folder}: not a dataset folder: {what}{hint}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable: {error}") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
+        found = f"{fields.get('format')!r} version {fields.get('version')!r}" if isinstance(fields, dict) else type(fields).__name__
+        raise ConfigError(f"{path}: expected {FORMAT!r} version {VERSION}, found {found}")
+    try:
+        return Manifest.model_validate(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+
+
+def load_vocabulary(folder: Path) -> Vocabulary:
+    """The dataset's vocabulary, checked against the fingerprint in its manifest."""
+    vocabulary = Vocabulary.load(folder / VOCABULARY)
+    expected = load_manifest(folder).vocabulary
+    if vocabulary.fingerprint != expected:
+        raise ConfigError(
+            f"{folder / VOCABULARY}: its fingerprint is {vocabulary.fingerprint}, {MANIFEST} names {expected}: the folder was changed by hand"
+        )
+    return vocabulary
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,87 @@
+"""A tokenized conversation and its MDS columns: the one format that `tokenize` writes and training reads.
+
+| column         | encoding                    | meaning                                                             |
+|----------------|-----------------------------|---------------------------------------------------------------------|
+| `id`           | str                         | the item's id                                                       |
+| `tokens`       | ndarray:uint16 (or uint32)  | (T,) the whole conversation, image ids inline                       |
+| `target_spans` | ndarray:uint32              | (S, 2) half-open ranges of `tokens` that are trained on, S >= 1     |
+| `image_spans`  | bytes                       | little-endian uint32 (N, 4): first token, end, latent rows, columns |
+| `images`       | bytes                       | N, then N lengths (little-endian uint32), then N encoded originals  |
+
+`bytes` because MDS refuses zero-size arrays and a text-only record has N = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IGNORED = -100  # the label of a token that is not trained on
+
+
+
+def columns(vocabulary_size: int) -> dict[str, str]:
+    """The MDS columns: 16-bit tokens wherever the vocabulary fits."""
+    width = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+    return {"id": "str", "tokens": f"ndarray:{width}", "target_spans": "ndarray:uint32", "image_spans": "bytes", "images": "bytes"}
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One conversation. `image_spans` and `images` are in the order in which the images stand in the text."""
+
+    id: str
+    tokens: npt.NDArray[Any]  # (T,) uint16 or uint32
+    target_spans: npt.NDArray[np.uint32]  # (S, 2)
+    image_spans: npt.NDArray[np.uint32]  # (N, 4): first token, end, height, width in latents
+    images: tuple[bytes, ...]  # N encoded originals
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(T,) the token where it is trained on, IGNORED elsewhere. Not shifted."""
+        return labels(self.tokens, self.target_spans)
+
+    def to_mds(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "tokens": self.tokens,
+            "target_spans": self.target_spans,
+            "image_spans": np.ascontiguousarray(self.image_spans, "<u4").tobytes(),
+            "images": pack_bytes(self.images),
+        }
+
+    @classmethod
+    def from_mds(cls, sample: Mapping[str, Any]) -> Record:
+        spans = np.frombuffer(sample["image_spans"], "<u4").reshape(-1, 4)
+        return cls(sample["id"], sample["tokens"], sample["target_spans"], spans, unpack_bytes(sample["images"]))
+
+
+def labels(tokens: npt.NDArray[Any], target_spans: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    result = np.full(len(tokens), IGNORED, np.int64)
+    for start, end in target_spans:
+        result[start:end] = tokens[start:end]
+    return result
+
+
+def spans_of(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """A mask (T,) -> its runs of True as half-open ranges (S, 2)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))  # start, end, start, end, ...
+    return edges.reshape(-1, 2).astype(np.uint32)
+
+
+def pack_bytes(parts: Sequence[bytes]) -> bytes:
+    header = np.array([len(parts), *map(len, parts)], "<u4").tobytes()
+    return header + b"".join(parts)
+
+
+def unpack_bytes(data: bytes) -> tuple[bytes, ...]:
+    """Inverse of `pack_bytes`. Raises ValueError where the lengths do not fit the data."""
+    count = int(np.frombuffer(data, "<u4", 1)[0])
+    lengths = np.frombuffer(data, "<u4", count, offset=4)
+    ends = np.cumsum(lengths, dtype=np.int64) + 4 * (count + 1)
+    if count and int(ends[-1]) != len(data):
+        raise ValueError(f"{count} images of {int(lengths.sum())} bytes in all, in a field of {len(data)} bytes")
+    return tuple(data[int(end) - int(length) : int(end)] for length, end in zip(lengths, ends, strict=True))
