@@ -1,0 +1,52 @@
+# `make help` lists the targets. Everything but `help` and `clean` first makes sure that .venv is installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+SPLITS ?= 1
+CONFIG ?= yamls/tokenize/chameleon.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint typecheck tokenize merge clean
+
+help: ## Show the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Create .venv with everything in it (about 7 GB, torch brings CUDA); nothing to do when nothing changed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), Python 3.11 or 3.12 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+demo: install ## The whole job on real data, on a laptop: ends with demo/out/report.html and one line of figures
+	@$(BIN)/python -m demo
+
+test: install ## All tests that need no GPU
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+test-fast: install ## The tests that take less than ten seconds each
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+lint: install ## ruff: style and common mistakes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# Type checkers do not follow the import hook of an editable install: a link is enough for them.
+typecheck: install ## mypy, strict
+	@mkdir -p build/types && ln -sfn ../.. build/types/unitoken
+	@$(BIN)/mypy -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train
+
+tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ARGS="key=value ..."]
+	@$(BIN)/python -m unitoken.tokenize run --config $(CONFIG) --splits $(SPLITS) --in_filename "$(IN)" --out_dir "$(OUT)" $(ARGS)
+
+merge: install ## Chunks -> one index.json, after workers that were started one by one: make merge OUT=folder
+	@$(BIN)/python -m unitoken.tokenize merge --out_dir "$(OUT)"
+
+clean: ## Remove what the targets made; data that you tokenized stays
+	rm -rf $(VENV) build *.egg-info demo/out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
