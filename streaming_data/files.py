@@ -1,15 +1,26 @@
-"""Write aside, then rename: a file that exists is whole."""
+"""Write aside, then rename: what bears its real name is whole.
+
+A process holds a lock on what it writes aside, and its death gives the lock back, however it died: so what a killed
+run left behind can be told from what another run is writing just now (`remove_abandoned`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+ASIDE = ".aside-"
 
 
 def aside(path: Path) -> Path:
-    """A name beside `path` that no other process uses; hidden, and recognised by its `.aside-` prefix."""
-    return path.with_name(f".aside-{path.name}-{uuid.uuid4().hex[:12]}")
+    """A name beside `path` that no other process uses; hidden, and recognised by its prefix."""
+    return path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -17,9 +28,84 @@ def write_aside(path: Path, data: bytes) -> None:
     temporary = aside(path)
     try:
         with open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class AsideFolder:
+    """A folder to fill aside and then `publish`; what is not published is removed at the end.
+
+    with AsideFolder(Path("out/chunk-000003")) as folder:
+        ...  # write into folder.path
+        folder.publish()
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._target = path
+        self.path = aside(path)
+
+    def __enter__(self) -> AsideFolder:
+        self.path.mkdir()
+        self._lock = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self
+
+    def publish(self) -> None:
+        """Give the folder its name. Where another run was faster its folder stays: both hold the same."""
+        for file in self.path.iterdir():
+            _sync(file)
+        _sync(self.path)
+        try:
+            self.path.rename(self._target)
+        except OSError:
+            if not self._target.is_dir():
+                raise
+        _sync(self._target.parent)
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left aside in `folder`, and leave alone what is being written."""
+    for path in folder.glob(f"{ASIDE}*"):
+        try:
+            if time.time() - path.stat().st_mtime < 1:
+                continue  # perhaps just made and not yet locked
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its writer has just finished
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` against every other process and thread. The kernel frees it when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

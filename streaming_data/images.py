@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
 
@@ -33,7 +33,7 @@ def open_image(data: bytes) -> Image.Image:
             image.load()
     except ImageError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"not an image: {len(data)} bytes that begin with {data[:12]!r}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(str(error)) from None
@@ -48,7 +48,7 @@ def on_white(image: Image.Image) -> Image.Image:
         rgba = np.asarray(image.convert("RGBA"))
         if rgba[:, :, 3].min() < 255:
             alpha = rgba[:, :, 3:] / 255.0  # float64, truncated: as the reference's _whiten_transparency
-            return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8), "RGB")
+            return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -59,7 +59,7 @@ def decode(data: bytes, compat: bool = False) -> Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip 16 bits to white
         depth = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8), "L")
+        image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8))
     try:
         return on_white(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
@@ -95,11 +95,15 @@ def fit(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
     """Scale so that `crop` (width, height) is just covered, then cut its centre.
 
     As the reference's `center_crop`: BOX halving while the image is at least twice too large, then BICUBIC.
+    Raises ImageError for an extreme shape.
     """
     while image.width >= 2 * crop[0] and image.height >= 2 * crop[1]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(crop[0] / image.width, crop[1] / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    size = (round(image.width * scale), round(image.height * scale))
+    if size[0] * size[1] > MAX_PIXELS:  # 1 x 100,000 pixels would become 512 x 51 million
+        raise ImageError(f"{image.width} x {image.height} pixels are too narrow to cover {crop[0]} x {crop[1]}")
+    image = image.resize(size, Image.Resampling.BICUBIC)
     left, upper = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
     return image.crop((left, upper, left + crop[0], upper + crop[1]))
 

@@ -23,11 +23,15 @@ import numpy.typing as npt
 IGNORED = -100  # the label of a token that is not trained on
 
 
+def token_type(vocabulary_size: int) -> str:
+    """16 bits wherever the vocabulary fits."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
 
 def columns(vocabulary_size: int) -> dict[str, str]:
-    """The MDS columns: 16-bit tokens wherever the vocabulary fits."""
-    width = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
-    return {"id": "str", "tokens": f"ndarray:{width}", "target_spans": "ndarray:uint32", "image_spans": "bytes", "images": "bytes"}
+    """The MDS columns."""
+    tokens = f"ndarray:{token_type(vocabulary_size)}"
+    return {"id": "str", "tokens": tokens, "target_spans": "ndarray:uint32", "image_spans": "bytes", "images": "bytes"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,7 +126,7 @@ class Vocabulary:
         if len(ids) != 4 + height * (width + 1) or ids[0] != self.image_start or ids[-1] != self.image_end:
             raise ValueError(f"{len(ids)} ids are no image block of {height} x {width} latents")
         rows = ids[3:-1].reshape(height, width + 1)
-        codes = self._code_of_id[rows[:, :-1]]
+        codes: npt.NDArray[np.int64] = self._code_of_id[rows[:, :-1]]
         if (codes < 0).any() or (rows[:, -1] != self.newline).any():
             raise ValueError("an image block with a token that is neither a code nor a newline in its place")
         return codes

@@ -1,0 +1,67 @@
+"""Records in words: what a person looks at before training on a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.manifest import load_manifest, load_vocabulary
+from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.vocabulary import SPECIAL_NAMES, Vocabulary
+
+
+def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[tuple[str, str, bool]]:
+    """Pieces (kind, text, trained) in order. Kinds: `text`, `special` (the token's name), `image` (`[image HxW]`)."""
+    trained = record.labels() >= 0
+    names = {getattr(vocabulary, name): token for name, token in SPECIAL_NAMES.items()}
+    images = {int(start): (int(end), f"[image {height}x{width}]") for start, end, height, width in record.image_spans}
+    pieces: list[tuple[str, str, bool]] = []
+    position = 0
+    while position < len(record.tokens):
+        token, train = int(record.tokens[position]), bool(trained[position])
+        if position in images:
+            end, text = images[position]
+            pieces.append(("image", text, train))
+        elif token in names:
+            end = position + 1
+            pieces.append(("special", names[token], train))
+        else:
+            end = position
+            while end < len(record.tokens) and end not in images and int(record.tokens[end]) not in names and trained[end] == train:
+                end += 1
+            pieces.append(("text", tokenizer.decode(np.asarray(record.tokens[position:end], np.int64).tolist()), train))
+        position = end
+    return pieces
+
+
+def show(out: Path, tokenizer_name: str, count: int) -> None:
+    """Print the first `count` samples."""
+    manifest = load_manifest(out)
+    vocabulary = load_vocabulary(out)
+
+    from rich.console import Console
+    from rich.text import Text
+    from streaming import StreamingDataset
+
+    from unitoken.tokenize.text import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_name)
+    found = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids)).fingerprint
+    if found != manifest.vocabulary:
+        raise ConfigError(
+            f"{out}: was made with another tokenizer: its vocabulary is {manifest.vocabulary}, {tokenizer_name}'s is {found}"
+        )
+    console = Console()
+    dataset = StreamingDataset(local=str(out), batch_size=1, shuffle=False)
+    for number in range(min(count, manifest.samples)):
+        record = Record.from_mds(dataset[number])
+        targets = int((record.labels() >= 0).sum())
+        head = f"{record.id}: {len(record.tokens)} tokens, {targets} trained on, {len(record.images)} images"
+        line = Text(head + "\n  ", style="bold")
+        for kind, text, trained in describe(record, vocabulary, tokenizer):
+            style = ("green" if trained else "default") + (" dim" if kind == "special" else " bold" if kind == "image" else "")
+            line.append(text, style="not bold " + style if kind != "image" else style)
+        console.print(line, soft_wrap=True)

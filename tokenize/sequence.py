@@ -1,0 +1,61 @@
+"""Conversation + image codes -> `Record`. Pure: no files, no model.
+
+<s>  human's text and images  end-of-turn  |  assistant's text and images  end-of-turn  |  ...
+not trained on ..........................  |  trained on, the end-of-turn included ...  |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unitoken.streaming_data.record import Record, spans_of, token_type
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.tokenize.conversations import Conversation, ItemError
+from unitoken.tokenize.text import TextEncoder
+
+
+def assemble(
+    conversation: Conversation,
+    codes: Sequence[npt.NDArray[np.integer[Any]]],
+    originals: Sequence[bytes],
+    text: TextEncoder,
+    vocabulary: Vocabulary,
+) -> Record:
+    """`codes` (h, w) and `originals` (encoded bytes) stand in the order of the conversation's images."""
+    pieces: list[npt.NDArray[np.int64]] = [np.array([vocabulary.bos])]
+    trained = [False]
+    image_spans: list[tuple[int, int, int, int]] = []
+    length = 1
+    remaining = iter(codes)
+
+    def add(ids: Sequence[int] | npt.NDArray[np.int64], train: bool) -> None:
+        nonlocal length
+        pieces.append(np.asarray(ids, np.int64))
+        trained.append(train)
+        length += len(ids)
+
+    for turn in conversation.turns:
+        for number, segment in enumerate(turn.segments):
+            if number:
+                image = next(remaining)
+                start = length
+                add(vocabulary.image_block(image), turn.trained)
+                image_spans.append((start, length, *image.shape))
+            add(text.encode(segment, start=len(pieces) == 1), turn.trained)
+        add([vocabulary.end_of_turn], turn.trained)
+    assert next(remaining, None) is None, "an image that stands nowhere in the text"
+
+    target_spans = spans_of(np.repeat(trained, [len(piece) for piece in pieces]))
+    if not len(target_spans):
+        raise ItemError("nothing to train on: no assistant turn has a text")
+    return Record(
+        id=conversation.id,
+        tokens=np.concatenate(pieces).astype(token_type(vocabulary.size)),
+        target_spans=target_spans,
+        image_spans=np.array(image_spans, np.uint32).reshape(-1, 4),
+        images=tuple(originals),
+    )

@@ -1,0 +1,68 @@
+"""Text -> token ids, piece by piece, so that the pieces of a conversation add up to what it is as a whole.
+
+By default a user's text can not become a token that only the system may write: `<eoss>` in a caption is seven
+characters. With `compat: unitoken` it is parsed, as the reference does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.tokenize.conversations import ItemError, brief
+
+# Characters that rarely merge with what follows, so that a text can be encoded behind one of them and it be dropped:
+# this keeps the tokenizer from putting a space before the text.
+PREFIXES = ("@", "\n", "\\", "=", ">", "`")
+
+
+def load_tokenizer(name: str) -> Any:
+    """Any text tokenizer that `AutoTokenizer` loads, from a folder or the hub. No code from the hub is run."""
+    from transformers import AutoTokenizer  # 2 to 4 s
+
+    path = Path(name)
+    if (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not path.is_dir():
+        raise ConfigError(f"tokenizer: {name}: no such folder")  # else the hub would be asked for it
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}") from None
+
+
+class TextEncoder:
+    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, compat: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._compat = compat
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # An unknown character is no forgery.
+        self._forbidden = (vocabulary.special_ids | added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+        # A tokenizer that puts a space before its text encodes the tail of a sentence as it encodes the sentence's tail.
+        tail = self._encode("my darling")
+        self._adds_space = self._encode("Hi my darling")[-len(tail) :] == tail
+
+    def encode(self, text: str, start: bool) -> list[int]:
+        """`start`: the text begins the conversation. Later pieces get no space put before them."""
+        ids = self._encode(text) if start or not self._adds_space else self._without_prefix(text)
+        if self._compat or self._forbidden.isdisjoint(ids):
+            return ids
+        # Some tokenizers hold special tokens as ordinary words. Cutting the text cuts the word.
+        if len(text) == 1:
+            raise ItemError(f"text that forges a special token: {brief(text)} is one by itself")
+        middle = len(text) // 2
+        return self.encode(text[:middle], start) + self.encode(text[middle:], start=False)
+
+    def _encode(self, text: str) -> list[int]:
+        # verbose=False: no warning that a text is longer than the model's context.
+        encoding = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not self._compat, verbose=False)
+        ids: list[int] = encoding["input_ids"]
+        return ids
+
+    def _without_prefix(self, text: str) -> list[int]:
+        for prefix in PREFIXES:
+            alone, together = self._encode(prefix), self._encode(prefix + text)
+            if together[: len(alone)] == alone:
+                return together[len(alone) :]
+        raise ItemError(f"text that merges with all of {' '.join(map(repr, PREFIXES))} before it: {brief(text)}")
