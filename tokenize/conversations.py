@@ -76,9 +76,8 @@ def parse(item: object, position: int) -> Conversation:
     if written == 0:
         texts[0] = f"{IMAGE_PLACEHOLDER} " * len(images) + (texts[0] or "")
     elif written != len(images):
-        raise ItemError(
-            f"image counts differ: {written} {IMAGE_PLACEHOLDER} in the text but {len(images)} image{'s' if len(images) != 1 else ''}"
-        )
+        given = f"{len(images)} image{'s' if len(images) != 1 else ''}"
+        raise ItemError(f"image counts differ: {written} {IMAGE_PLACEHOLDER} in the text but {given}")
     turns = tuple(
         Turn(tuple(text.split(IMAGE_PLACEHOLDER)), trained=number % 2 == 1) for number, text in enumerate(texts) if text is not None
     )

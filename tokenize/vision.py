@@ -86,15 +86,17 @@ class VisionCodec:
     def encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """(B, H, W, 3) -> codes (B, H / downsampling, W / downsampling)."""
         with torch.inference_mode(), _float32():
-            # By way of float64, as the reference scales.
-            x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device).permute(0, 3, 1, 2).double() / 255 * 2 - 1
-            codes: npt.NDArray[np.int64] = self._model.codes(self._model.latents(x.float())).cpu().numpy()
+            x = torch.tensor(pixels, device=self._device).permute(0, 3, 1, 2)
+            # Contiguous: over channels-last data torch's GroupNorm on CPU takes the variance as E[x^2] - E[x]^2, and
+            # nearly white images lost all their codes. By way of float64, as the reference scales.
+            x = (x.contiguous().double() / 255 * 2 - 1).float()
+            codes: npt.NDArray[np.int64] = self._model.codes(self._model.latents(x)).cpu().numpy()
         return codes
 
     def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
         """Codes (B, h, w) -> (B, H, W, 3)."""
         with torch.inference_mode(), _float32():
-            x = self._model.pixels(torch.from_numpy(np.ascontiguousarray(codes, np.int64)).to(self._device))
+            x = self._model.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device))
             x = (x.clamp(-1, 1) + 1) / 2 * 255
             pixels: npt.NDArray[np.uint8] = x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()  # truncated, as the reference
         return pixels
