@@ -1,0 +1,211 @@
+"""Which datasets are mixed, and how: the YAML under `data:` and the checks that come before anything heavy.
+
+    streams:
+      captions: {local: data/captions, repeat: 2}
+      chats: {remote: s3://bucket/chats, local: /scratch/chats, choose: 100000}
+    packed_length: 4096
+    global_batch: 128
+
+Nothing here imports torch or streaming, except to fetch the small files of a remote dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.files import aside, locked
+from unitoken.streaming_data.manifest import (
+    INDEX,
+    MANIFEST,
+    SIDECAR,
+    VOCABULARY,
+    Manifest,
+    load_manifest,
+    load_vocabulary,
+    sha256_file,
+)
+from unitoken.streaming_data.shards import Downloader, ShardError, read_index
+from unitoken.streaming_data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import streaming
+
+
+class StreamConfig(Config):
+    """One dataset of the mixture. Without proportion, repeat or choose every sample is seen once an epoch."""
+
+    local: str | None = None  # the dataset folder; with `remote`, the folder that caches it
+    remote: str | None = None  # a folder, s3://, gs://, azure:// ...: whatever streaming downloads from
+    proportion: NonNegativeFloat | None = None  # share of the epoch's samples, relative to the other streams'
+    repeat: NonNegativeFloat | None = None  # times its number of samples
+    choose: NonNegativeInt | None = None  # exactly so many samples
+
+    @pydantic.model_validator(mode="after")
+    def _one_weight(self) -> StreamConfig:
+        if not self.local and not self.remote:
+            raise ValueError("a stream needs `local` or `remote`")
+        if len(self.weight) > 1:
+            raise ValueError(f"give one of proportion, repeat and choose, not {' and '.join(self.weight)}")
+        return self
+
+    @property
+    def weight(self) -> dict[str, float]:
+        """The one weight given, by its name; empty where none is."""
+        return self.model_dump(include={"proportion", "repeat", "choose"}, exclude_none=True)
+
+
+class DataConfig(Config):
+    """What is streamed, and in which order. All but the last four settings decide the order of the samples."""
+
+    streams: dict[str, StreamConfig] = Field(min_length=1)
+    packed_length: PositiveInt  # tokens a pack, image features included
+    global_batch: PositiveInt  # packs a step, over all ranks
+    seed: NonNegativeInt = 0
+    continuous: Literal["questions", "all", "none"] = "questions"  # which images bring their continuous features
+    epoch_size: PositiveInt | None = None  # samples an epoch, where the streams have proportions or no weights at all
+    canonical_nodes: PositiveInt = 1  # rows of shards that are read side by side: the most nodes that share no shard
+    shuffle: bool = True
+    window: PositiveInt = 65536  # samples that are packed together
+    over_long: Literal["reject"] = "reject"  # a sample longer than a pack is left out and counted
+    workers: NonNegativeInt = 0  # processes a rank; 0 loads in the training process
+    prefetch: PositiveInt = 2  # batches that each worker prepares ahead
+    timeout: PositiveInt = 600  # seconds without a batch from a worker until that is an error
+    cache: str | None = None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
+
+    @pydantic.model_validator(mode="after")
+    def _weights_fit(self) -> DataConfig:
+        kinds = {name: next(iter(stream.weight), "no weight") for name, stream in self.streams.items()}
+        proportional = [name for name, kind in kinds.items() if kind == "proportion"]
+        absolute = [f"'{name}' ({kind})" for name, kind in kinds.items() if kind != "proportion"]
+        if proportional and absolute:
+            raise ValueError(f"proportion is for all streams or for none: '{proportional[0]}' has it, {', '.join(absolute)} not")
+        if proportional and not any(stream.proportion for stream in self.streams.values()):
+            raise ValueError("the proportions of all streams are 0")
+        if self.epoch_size and not proportional and any(kind != "no weight" for kind in kinds.values()):
+            raise ValueError(f"epoch_size does not go with repeat or choose: {', '.join(absolute)}")
+        return self
+
+    @property
+    def cache_folder(self) -> Path:
+        if self.cache:
+            return Path(self.cache)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unitoken"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A stream whose dataset was found, and whose small files are in `folder`."""
+
+    name: str
+    folder: Path
+    remote: str | None
+    weight: dict[str, float]
+    manifest: Manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples and their order: equal for a dataset that was moved, another for one that was changed."""
+        files = [self.manifest.files.get(name) for name in (INDEX, SIDECAR)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+    def check(self, file: str) -> None:
+        """Raise ConfigError unless a file of the folder is the one that the manifest names."""
+        wrong = _wrong_sha256(self.folder / file, self.manifest.files.get(file))
+        if wrong:
+            raise ConfigError(f"stream '{self.name}': {self.folder / file} is {wrong}")
+
+
+def open_sources(config: DataConfig) -> list[Source]:
+    """Find every stream's dataset and check that they share one vocabulary. Raises ConfigError."""
+    sources = []
+    for name, stream in config.streams.items():
+        remote = stream.remote.removeprefix("file://").rstrip("/") if stream.remote else None
+        if remote is None:
+            assert stream.local is not None, "checked by StreamConfig"
+            folder = Path(stream.local)
+        else:
+            key = hashlib.sha256(remote.encode()).hexdigest()[:16]
+            folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
+            _fetch_small_files(name, remote, folder)
+        source = Source(name, folder, remote, stream.weight, load_manifest(folder))
+        source.check(INDEX)
+        read_index(folder)
+        sources.append(source)
+    first = sources[0]
+    for other in sources[1:]:
+        if other.manifest.vocabulary != first.manifest.vocabulary:
+            raise ConfigError(
+                f"streams '{first.name}' and '{other.name}' have different vocabularies: {first.folder} has fingerprint "
+                f"{first.manifest.vocabulary}, {other.folder} has {other.manifest.vocabulary}; tokenize both with one tokenizer"
+            )
+    return sources
+
+
+def check_mixture(config: DataConfig) -> Vocabulary:
+    """Everything that can be said of the data without loading it; returns the streams' one vocabulary. Raises ConfigError."""
+    return load_vocabulary(open_sources(config)[0].folder)
+
+
+def check_vocabulary(sources: list[Source], vocabulary: Vocabulary, owner: str) -> None:
+    """Raise ConfigError unless the streams are tokenized in `vocabulary`, which is `owner`'s."""
+    for source in sources:
+        if source.manifest.vocabulary != vocabulary.fingerprint:
+            raise ConfigError(
+                f"stream '{source.name}': {source.folder} has a vocabulary with fingerprint {source.manifest.vocabulary} "
+                f"({load_vocabulary(source.folder).size} tokens), {owner} has {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+            )
+
+
+def to_streams(sources: list[Source]) -> list[streaming.Stream]:
+    """The sources as streaming's own objects, weights included."""
+    from streaming import Stream
+
+    return [Stream(local=str(source.folder), remote=source.remote, **source.weight) for source in sources]
+
+
+def _fetch_small_files(name: str, remote: str, folder: Path) -> None:
+    """Bring manifest, vocabulary, index and sidecar into the cache `folder`; the manifest last.
+
+    The remote manifest is always read anew, so a cache of another dataset, or of an older state of this one, is found.
+    """
+    with locked(folder / ".lock"):
+        downloader = Downloader(remote)
+        manifest_path, fresh = folder / MANIFEST, aside(folder / MANIFEST)
+        try:
+            downloader.fetch(MANIFEST, fresh)
+            if manifest_path.exists() and manifest_path.read_bytes() != fresh.read_bytes():
+                raise ConfigError(
+                    f"stream '{name}': {folder} caches another dataset than {remote} holds now; delete it, or name another `local`"
+                )
+            try:
+                files = json.loads(fresh.read_bytes())["files"]
+                wanted = {file: files[file] for file in (VOCABULARY, INDEX, SIDECAR)}
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"stream '{name}': {remote}/{MANIFEST} is not the manifest of a dataset") from None
+            for file, sha256 in wanted.items():
+                wrong = functools.partial(_wrong_sha256, expected=sha256)
+                if wrong(folder / file):
+                    downloader.fetch_checked(file, folder / file, wrong)
+            os.replace(fresh, manifest_path)
+        except (OSError, ShardError) as error:
+            raise ConfigError(f"stream '{name}': {error}") from None
+        finally:
+            fresh.unlink(missing_ok=True)
+            downloader.clean_up()
+
+
+def _wrong_sha256(path: Path, expected: str | None) -> str | None:
+    if not path.exists():
+        return "missing"
+    found = sha256_file(path)
+    return None if found == expected else f"not the file that {MANIFEST} names: its sha256 is {found}, expected {expected}"
