@@ -1,0 +1,65 @@
+"""scikit-learn's 1,797 handwritten digits as conversations of both directions, split in train and held-out.
+
+    python -m demo.digits FOLDER
+
+writes FOLDER/images/*.png and the input files captions.json, drawings.json (train) and heldout.json (questions only).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from sklearn.datasets import load_digits
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PIXELS = 32  # the 8 x 8 originals, four times enlarged: 4 x 4 latents of 8 pixels
+HELD_OUT = 297
+QUESTIONS = ("What digit is this? <|image|>", "<|image|> Which digit do you see?", "Read this digit: <|image|>")
+REQUESTS = ("Draw a {}.", "Please draw the digit {}.", "Show me a handwritten {}.")
+
+
+def split() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices of the train and of the held-out digits; a fixed shuffle, since the writers stand in blocks."""
+    order = np.random.default_rng(0).permutation(len(load_digits().target))
+    return order[HELD_OUT:], order[:HELD_OUT]
+
+
+def picture(digit: npt.NDArray[np.float64]) -> Image.Image:
+    """(8, 8) values 0..16 -> a gray picture of PIXELS x PIXELS."""
+    small = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
+    return small.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR)
+
+
+def small(picture_rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """A picture (PIXELS, PIXELS, 3) -> what a classifier of the 8 x 8 originals expects: (64,) values 0..16."""
+    gray = picture_rgb.astype(np.float64).mean(axis=2)
+    block = picture_rgb.shape[0] // 8
+    return gray.reshape(8, block, 8, block).mean(axis=(1, 3)).reshape(64) * (16 / 255)
+
+
+def _item(index: int, human: str, gpt: str | None, name: str) -> dict[str, object]:
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    return {"id": f"{name}-{index:04d}", "conversations": turns, "image": [f"images/{index:04d}.png"]}
+
+
+def write(folder: Path) -> None:
+    digits = load_digits()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for index, digit in enumerate(digits.images):
+        picture(digit).save(folder / "images" / f"{index:04d}.png")
+    word = [WORDS[label] for label in digits.target]
+    train, held_out = split()
+    captions = [_item(i, QUESTIONS[i % len(QUESTIONS)], word[i], "caption") for i in train.tolist()]
+    drawings = [_item(i, REQUESTS[i % len(REQUESTS)].format(word[i]), "<|image|>", "drawing") for i in train.tolist()]
+    questions = [_item(i, QUESTIONS[0], word[i], "heldout") for i in held_out.tolist()]
+    for name, items in (("captions", captions), ("drawings", drawings), ("heldout", questions)):
+        (folder / f"{name}.json").write_text(json.dumps(items, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
