@@ -1,0 +1,37 @@
+"""Train one stage.
+
+    python train.py yamls/demo/stage1.yaml                            one process
+    composer -n 2 train.py yamls/demo/stage1.yaml                     two ranks on this machine, sharded with FSDP2
+    composer -n 8 train.py yamls/stage2.yaml init_from=runs/stage1 optimizer.lr=2e-5
+
+Settings come from the YAML file and from `key=value` after it; unitoken/train/config.py lists them. The run's folder
+(`save.folder`) gets metrics.jsonl, checkpoints, and `latest`, a link to the newest. The same command goes on where a killed run
+was saved last; a finished one is left as it is. Wrong settings end with status 2 and one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if arguments else 2)
+    with one_line_errors():
+        if "=" in arguments[0]:
+            raise ConfigError(f"'{arguments[0]}': the first argument is the YAML file, overrides come after it")
+        from unitoken.train.config import StageConfig, check
+
+        config = load_config(StageConfig, arguments[0], arguments[1:])
+        checked = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        from unitoken.train.stage import run  # torch and Composer: ten seconds, and only for settings that fit
+
+        run(config, checked)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

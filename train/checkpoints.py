@@ -1,0 +1,128 @@
+"""A run's folder: `step-00000100.pt`, ..., and `latest`, a link to the newest of them.
+
+Checkpoints are Composer's, whole (not sharded), so any number of ranks can go on from them. Each is written aside and
+renamed, and `latest` is replaced in one step: whenever the run is killed, `latest` names a whole checkpoint. They are read
+with `weights_only=True`: a checkpoint from elsewhere can not run code.
+
+Saving the 7B model with its optimizer takes 84 GB of memory on the first rank's host, and as much disk.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.files import aside
+from unitoken.train.weights import Shapes, Source, Tensors, check_shapes
+
+LATEST = "latest"
+NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
+SAFE_TYPES = [
+    datetime.timedelta,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    np._core.multiarray._reconstruct,
+]  # fmt: skip
+
+
+def allow_safe_types() -> None:
+    """What a checkpoint holds beside tensors and plain values: times, and numpy's random state."""
+    torch.serialization.add_safe_globals(SAFE_TYPES)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)\.pt", checkpoint.name)
+    if match is None:
+        raise ConfigError(f"{checkpoint}: not named like a checkpoint (step-00000100.pt)")
+    return int(match[1])
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to go on from; None in a folder where nothing was saved yet."""
+    link = folder / LATEST
+    if not link.is_symlink():
+        return None
+    checkpoint = folder / os.readlink(link)
+    if not checkpoint.is_file():
+        raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
+    return checkpoint
+
+
+def find(source: str) -> Path:
+    """`init_from`: a checkpoint file, or the folder of a run. Raises ConfigError."""
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = latest(path)
+        if checkpoint is None:
+            raise ConfigError(f"{path}: no checkpoint in it (`{LATEST}`): did that stage run?")
+        return checkpoint
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint")
+    return path.resolve()  # a link may move on while we read
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """Composer's state; tensors stay on disk until they are used."""
+    allow_safe_types()
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state"]
+        assert isinstance(state["model"], dict)
+    except Exception as error:  # torch raises a dozen kinds for a file that is no checkpoint
+        raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {str(error).splitlines()[0]}") from None
+    return dict(state)
+
+
+def _network(state: dict[str, Any]) -> Tensors:
+    return {name.removeprefix(NETWORK): tensor for name, tensor in state["model"].items() if isinstance(tensor, Tensor)}
+
+
+def source_of(checkpoint: Path) -> Source:
+    """The model's weights in a checkpoint."""
+    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in _network(read(checkpoint)).items()}
+    return Source(str(checkpoint), shapes, lambda: {name: t.clone() for name, t in _network(read(checkpoint)).items()})
+
+
+def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
+    """Composer would load what fits and say nothing of the rest. Raises ConfigError where the checkpoint is not this stage's."""
+    state = read(checkpoint)
+    saved = state.get("callbacks", {}).get("Saver", {})
+    for key, value in stage.items():
+        if saved.get(key) != value:
+            raise ConfigError(
+                f"save.folder: {checkpoint} was saved by a stage with `{key}` {saved.get(key)!r}, this one has {value!r}; "
+                "give each stage a folder of its own"
+            )
+    check_shapes({name: tuple(tensor.shape) for name, tensor in _network(state).items()}, expected, str(checkpoint))
+
+
+def publish(written: Path, checkpoint: Path, keep: int) -> None:
+    """Give a finished file its name, point `latest` at it, and delete all but the newest `keep`."""
+    with open(written, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(written, checkpoint)
+    folder = checkpoint.parent
+    link = aside(folder / LATEST)
+    link.symlink_to(checkpoint.name)
+    os.replace(link, folder / LATEST)
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        if old != checkpoint:
+            old.unlink()
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed run was writing."""
+    for left in folder.glob(".aside-*"):
+        left.unlink()

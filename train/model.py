@@ -1,0 +1,158 @@
+"""UniToken, base variant: Chameleon's decoder, SigLIP's tower, and the adapter between them.
+
+    batch -> embeddings of input_ids, features of the images put in their places -> decoder -> loss on supervised tokens
+
+Children bear the reference's names: `model`, `lm_head`, and `vit`, `adapter` where there is a vision tower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.decoder import Decoder, document_mask
+from unitoken.train.loss import Loss, token_loss
+from unitoken.train.vision import VisionTower, adapter
+from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source, vision_source
+
+Batch = Mapping[str, Tensor]  # see streaming_data/collate.py
+
+
+class UniToken(nn.Module):
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        vision: VisionConfig | None,
+        *,
+        dropout: float = 0.0,
+        z_loss: float = 1e-5,
+        attention: Literal["sdpa", "flex"] = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.model = Decoder(decoder, dropout)
+        self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        self.vision = vision
+        if vision is not None:
+            self.vit = VisionTower(vision)
+            self.adapter = adapter(vision.hidden_size, decoder.hidden_size)
+        self.z_loss = z_loss
+        self.attention = attention
+
+    def forward(self, batch: Batch) -> Loss:
+        embeddings = self.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+        mask = document_mask(batch["document_ids"], self.attention)
+        hidden = self.model(embeddings, batch["position_ids"], mask)
+        return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss)
+
+    def embed(self, input_ids: Tensor, pixels: Tensor, image_rows: Tensor, feature_positions: Tensor) -> Tensor:
+        """Ids (P, L) and N images -> embeddings (P, L, hidden), with F features an image in their places."""
+        embeddings: Tensor = self.model.embed_tokens(input_ids)
+        if self.vision is None:
+            assert len(pixels) == 0, "images for a model without a vision tower"
+            return embeddings
+        if len(pixels):
+            features = self.adapter(self.vit(pixels)).to(embeddings.dtype)  # (N, F, hidden)
+            return embeddings.index_put((image_rows[:, None], feature_positions), features)
+        if self.training:
+            # FSDP gathers and reduces the tower's shards on all ranks at once: one that has no image in its microbatch
+            # and left the tower out would leave the others waiting for ever.
+            size = self.vision.image_size
+            features = self.adapter(self.vit(pixels.new_zeros(1, 3, size, size)))
+            embeddings = embeddings + 0.0 * features.sum().to(embeddings.dtype)
+        return embeddings
+
+
+def build_model(
+    decoder: DecoderConfig, vision: VisionConfig | None, config: ModelConfig, activation_checkpointing: bool = False
+) -> UniToken:
+    """The model on the `meta` device: names and shapes, no memory."""
+    with torch.device("meta"):
+        model = UniToken(decoder, vision, dropout=config.dropout, z_loss=config.z_loss, attention=config.attention)
+    for layer in model.model.layers:
+        layer.checkpointing = activation_checkpointing
+    return model
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def find_weights(model: UniToken, config: ModelConfig, trained: Source | None) -> dict[str, Source]:
+    """Where each part of a `meta` model gets its weights: from `trained` (an earlier stage), else from the configured folders.
+
+    A part that `trained` lacks entirely (the base stage has no `vit` and no `adapter`) gets what it would have got without
+    it; a part that is in none of them is new. Nothing is loaded yet.
+
+    Raises:
+        ConfigError: a tensor of a part is missing, has no place in the model, or has another shape.
+    """
+    parts: dict[str, Source] = _by_part(trained) if trained is not None else {}
+    if isinstance(config.decoder, str) and "model" not in parts:
+        parts = _by_part(decoder_source(config.decoder)) | parts
+    if isinstance(config.vision, str) and "vit" not in parts:
+        parts |= _by_part(vision_source(config.vision))
+    expected = _by_part(Source("", shapes_of(model), dict))
+    for part, source in parts.items():
+        check_shapes(source.shapes, expected[part].shapes if part in expected else {}, source.where)
+    return parts
+
+
+def load_weights(model: UniToken, parts: Mapping[str, Source], seed: int) -> list[str]:
+    """Give a `meta` model what `find_weights` found, and new weights to the rest. Says where from, a line a part."""
+    lines = []
+    loaded: dict[str, Tensors] = {}
+    for part, module in model.named_children():
+        if part in parts:
+            source = parts[part]
+            tensors = loaded.setdefault(source.where, {}) or source.load()
+            loaded[source.where] = tensors
+            mine = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+            module.load_state_dict(mine, assign=True)
+        else:
+            module.to_empty(device="cpu")
+            _new_weights(module, part, seed)
+        count = sum(parameter.numel() for parameter in module.parameters())
+        lines.append(f"{part}: {count:,} parameters, {parts[part].where if part in parts else f'new, seed {seed}'}")
+    return lines
+
+
+def _by_part(source: Source) -> dict[str, Source]:
+    parts: dict[str, Shapes] = {}
+    for name, shape in source.shapes.items():
+        parts.setdefault(name.split(".")[0], {})[name] = shape
+    return {part: source._replace(shapes=shapes) for part, shapes in parts.items()}
+
+
+@torch.no_grad()
+def _new_weights(module: nn.Module, part: str, seed: int) -> None:
+    """N(0, 0.02) as the reference; the tower as SigLIP: Xavier, with position embeddings of unit length.
+
+    Each part draws from a generator of its own, so that adding a part leaves the others as they were.
+    """
+    generator = torch.Generator().manual_seed(seed * 4 + ("model", "lm_head", "vit", "adapter").index(part))
+    for name, parameter in sorted(module.named_parameters()):
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        elif part != "vit":
+            parameter.normal_(0.0, 0.02, generator=generator)
+        elif "position_embedding" in name:
+            parameter.normal_(0.0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
+        else:
+            fan_in, fan_out = parameter[0].numel(), parameter.shape[0]
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            parameter.uniform_(-bound, bound, generator=generator)
+
+
+def nan_weights(model: UniToken) -> None:
+    """Memory for a run that resumes: its checkpoint overwrites all of it, and what it did not would be seen at once."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)

@@ -1,0 +1,73 @@
+"""One stage of training, from settings to the last checkpoint: a straight list of builds, then fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unitoken.streaming_data.loader import build_loader
+from unitoken.train import checkpoints, parallel
+from unitoken.train.callbacks import Metrics, Optimisation, Saver
+from unitoken.train.config import Checked, StageConfig
+from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
+from unitoken.train.optim import build_optimizer, freeze
+
+
+def run(config: StageConfig, checked: Checked) -> None:
+    """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
+    ranks = parallel.world_size()
+    folder = Path(config.save.folder)
+    loader = build_loader(
+        config.data,
+        features=checked.vision.features if checked.vision else 0,
+        image_size=checked.vision.image_size if checked.vision else 1,
+        vocabulary=checked.vocabulary,
+        batch_packs=config.data.global_batch // ranks,
+        compat=config.compat == "unitoken",
+    )
+    epoch_batches = loader.dataset.packs_per_epoch // config.data.global_batch
+    count, unit = int(config.max_duration[:-2]), config.max_duration[-2:]
+    total_steps = count if unit == "ba" else count * epoch_batches
+    say(loader.dataset.plan.report.table())
+
+    network = build_model(checked.decoder, checked.vision, config.model, config.activation_checkpointing)
+    trained = freeze(network, config.trainable)
+    resume = checkpoints.latest(folder)
+    if resume is not None:
+        checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
+        if checkpoints.step_of(resume) >= total_steps:
+            say(f"{config.name}: finished, {resume} is its last checkpoint")
+            return
+        say(f"{config.name}: goes on from {resume}")
+        if parallel.is_first_rank():
+            nan_weights(network)
+    else:
+        earlier = checkpoints.source_of(checkpoints.find(config.init_from)) if config.init_from else None
+        parts = find_weights(network, config.model, earlier)
+        if parallel.is_first_rank():  # the other ranks get their shards from it
+            say("\n".join(load_weights(network, parts, config.seed)))
+    total = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    optimisation = Optimisation(config.optimizer, config.warmup_epochs, total_steps / epoch_batches, epoch_batches)
+    metrics = Metrics(folder, config.log.every, optimisation, config.data.global_batch * config.data.packed_length, total_steps)
+    trainer = parallel.build_trainer(
+        config,
+        network,
+        build_optimizer(network, config.optimizer),
+        loader,
+        [optimisation, metrics, Saver(config.save, stage_identity(config))],
+        resume,
+    )
+    trainer.fit()
+    trainer.close()
+
+
+def stage_identity(config: StageConfig) -> dict[str, object]:
+    """What must not change when a run is resumed: a folder of another stage is not this one's."""
+    return {"name": config.name, "trainable": list(config.trainable)}
+
+
+def say(text: str) -> None:
+    if parallel.is_first_rank():
+        print(text, flush=True)
