@@ -27,10 +27,11 @@ LATEST = "latest"
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
 SAFE_TYPES = [
     datetime.timedelta,
+    torch.torch_version.TorchVersion,  # a kind of str
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
-    np._core.multiarray._reconstruct,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
 ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def latest(folder: Path) -> Path | None:
     link = folder / LATEST
     if not link.is_symlink():
         return None
-    checkpoint = folder / os.readlink(link)
+    checkpoint = folder / link.readlink()
     if not checkpoint.is_file():
         raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
     return checkpoint
@@ -81,7 +82,9 @@ def read(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state"]
         assert isinstance(state["model"], dict)
     except Exception as error:  # torch raises a dozen kinds for a file that is no checkpoint
-        raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {str(error).splitlines()[0]}") from None
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it holds a {unsafe[1]}, which could run code" if unsafe else (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {why}") from None
     return dict(state)
 
 

@@ -126,10 +126,7 @@ class Checked(NamedTuple):
 
 def check(config: StageConfig, world_size: int) -> Checked:
     """Everything that can be found wrong before anything large is loaded. Raises ConfigError."""
-    decoder = config.model.decoder if isinstance(config.model.decoder, DecoderConfig) else read_decoder(config.model.decoder)
-    vision = config.model.vision
-    if isinstance(vision, str):
-        vision = read_vision(vision)
+    decoder, vision = model_configs(config.model)
     _check_data(config, vision, world_size)
     _check_trainable(config.trainable, vision is not None)
     vocabulary = check_mixture(config.data)
@@ -138,6 +135,13 @@ def check(config: StageConfig, world_size: int) -> Checked:
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
     return Checked(decoder, vision, vocabulary)
+
+
+def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
+    """The model's sizes, read from the checkpoints where folders or hub ids are given. Raises ConfigError."""
+    decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
+    vision = read_vision(config.vision) if isinstance(config.vision, str) else config.vision
+    return decoder, vision
 
 
 def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: int) -> None:
@@ -149,9 +153,7 @@ def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: in
     if config.compat == "unitoken" and vision is not None and data.continuous != "all":
         raise ConfigError(f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'")
     if vision is not None and data.continuous != "none" and data.packed_length <= vision.features + 1:
-        raise ConfigError(
-            f"data.packed_length: {data.packed_length} is too short: an image alone brings {vision.features} features and a separator"
-        )
+        raise ConfigError(f"data.packed_length: {data.packed_length} is too short: an image alone has {vision.features} features")
 
 
 def _check_trainable(trainable: list[str], has_vision: bool) -> None:

@@ -38,7 +38,7 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
     supervised = targets >= 0
     rows, targets = hidden[:, :-1][supervised], targets[supervised]  # (n, hidden), (n,)
     ce = z = rows.sum(dtype=torch.float32) * 0.0  # keeps the graph whole where there is nothing to train on
-    chunks = list(zip(rows.split(CHUNK), targets.split(CHUNK), strict=True))
+    chunks = list(zip(torch.split(rows, CHUNK), torch.split(targets, CHUNK), strict=True))
     for chunk_rows, chunk_targets in chunks:
         if len(chunks) > 1 and torch.is_grad_enabled():
             sums = checkpoint(_sums, chunk_rows, chunk_targets, output_weight, use_reentrant=False)

@@ -45,7 +45,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     Not Composer's DecoupledAdamW: that one does not multiply the decay by the learning rate, and 0.1 would shrink
     the weights by a tenth a step.
     """
-    vit, rest = [], []
+    vit: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (vit if "vit" in name.split(".") else rest).append(parameter)

@@ -19,7 +19,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.features, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, F, hidden)
-        return self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        patches: Tensor = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding.weight
 
 
 class Attention(nn.Module):

@@ -1,0 +1,212 @@
+"""The model as a whole: checkpoints of transformers, features in their places, ranks without images."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig, model_configs, read_decoder, read_vision
+from unitoken.train.model import UniToken, build_model, find_weights, load_weights, shapes_of
+from unitoken.train.weights import Source
+
+DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+
+
+def build(decoder: Any = DECODER, vision: Any = VISION, trained: Source | None = None, **settings: Any) -> UniToken:
+    config = ModelConfig(decoder=decoder, vision=vision, **{"dropout": 0.0, **settings})
+    model = build_model(*model_configs(config), config)
+    load_weights(model, find_weights(model, config, trained), seed=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def chameleon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers saves: gains a head, a VQ-VAE beside the decoder, several files."""
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = ChameleonConfig(
+        **DECODER.model_dump(exclude={"qk_norm", "num_key_value_heads"}), num_key_value_heads=2, vocabulary_map={"<image>": 5, "IMGIMGAZ": 6},
+        vq_config={
+            "embed_dim": 8, "num_embeddings": 64, "latent_channels": 8, "resolution": 32, "base_channels": 32,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1,
+        },
+    )  # fmt: skip
+    model = ChameleonForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "_norm" in name:  # else a mix-up of gains would not be seen
+            torch.nn.init.normal_(parameter, 0.8, 0.3)
+    folder = tmp_path_factory.mktemp("chameleon")
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole SigLIP, text tower and pooling head included."""
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    folder = tmp_path_factory.mktemp("siglip")
+    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION.model_dump())).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_transformers_gives_transformers_logits(chameleon: Path) -> None:
+    from transformers import ChameleonForConditionalGeneration
+
+    assert (chameleon / "model.safetensors.index.json").exists()
+    theirs = ChameleonForConditionalGeneration.from_pretrained(chameleon).eval()
+    ours = build(str(chameleon), None).eval()
+    assert read_decoder(str(chameleon)).qk_norm == "per_head"
+    ids = torch.randint(7, 60, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        found = ours.lm_head(ours.model(ours.model.embed_tokens(ids), torch.arange(11).expand(2, -1), None))
+    text = [i for i in range(60) if i != 6]  # transformers masks the logits of image codes
+    torch.testing.assert_close(found[..., text], expected[..., text], rtol=1e-5, atol=1e-5)
+
+
+def test_one_gain_for_all_heads_is_the_same_as_equal_gains(chameleon: Path, tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for path in chameleon.glob("*.safetensors"):
+        tensors |= load_file(path)
+    shared = {name: tensor[:1].contiguous() if "_norm." in name and "self_attn" in name else tensor for name, tensor in tensors.items()}
+    equal = {name: tensor[:1].repeat(len(tensor), 1) if shared[name].shape != tensor.shape else tensor for name, tensor in tensors.items()}
+    states = []
+    for name, layout in (("shared", shared), ("equal", equal)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((chameleon / "config.json").read_bytes())
+        save_file(layout, folder / "model.safetensors")
+        model = build(str(folder), None).eval()
+        assert model.model.layers[0].self_attn.q_norm.weight.shape == ((1, 8) if name == "shared" else (4, 8))
+        ids = torch.arange(10)[None]
+        states.append(model.model(model.model.embed_tokens(ids), ids, None))
+    assert torch.equal(*states)
+
+
+def test_siglips_last_hidden_state_is_transformers(siglip: Path) -> None:
+    from transformers import SiglipVisionModel
+
+    assert read_vision(str(siglip)) == VISION
+    theirs = SiglipVisionModel.from_pretrained(siglip).eval()
+    ours = build(DECODER, str(siglip))
+    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(pixel_values=(pixels.float() / 255 - 0.5) / 0.5).last_hidden_state
+        torch.testing.assert_close(ours.vit(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), r"not part of this model: model\.extra"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(59, 32)}), r"lm_head\.weight has shape \(59, 32\), the model needs \(60, 32\)"),
+        (lambda t: t.update({"surplus.weight": torch.zeros(1)}), r"not part of this model: surplus\.weight"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(spoil: Any, message: str, chameleon: Path, tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for path in chameleon.glob("*.safetensors"):
+        tensors |= load_file(path)
+    spoil(tensors)
+    (tmp_path / "config.json").write_bytes((chameleon / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        build(str(tmp_path), None)
+
+
+def from_model(model: UniToken, *parts: str) -> Source:
+    state = {name: tensor for name, tensor in model.state_dict().items() if not parts or name.split(".")[0] in parts}
+    return Source("init_from", {name: tuple(tensor.shape) for name, tensor in state.items()}, lambda: state)
+
+
+def test_an_earlier_stage_without_a_tower_leaves_tower_and_adapter_as_without_it(siglip: Path) -> None:
+    base = build(DECODER, None)
+    with torch.no_grad():
+        base.lm_head.weight.fill_(0.5)
+    fresh = build(DECODER, str(siglip))
+    model = build(DECODER, str(siglip), trained=from_model(base))
+    for name, tensor in model.state_dict().items():
+        source = base if name.split(".")[0] in ("model", "lm_head") else fresh
+        assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+def test_an_earlier_stages_tower_comes_before_the_pretrained_one(siglip: Path) -> None:
+    earlier = build(DECODER, str(siglip))
+    with torch.no_grad():
+        earlier.vit.post_layernorm.bias.fill_(7.0)
+    model = build(DECODER, str(siglip), trained=from_model(earlier))
+    assert (model.vit.post_layernorm.bias == 7.0).all()
+
+
+def test_a_part_that_is_there_in_parts_is_an_error() -> None:
+    source = from_model(build())
+    del source.shapes["vit.post_layernorm.bias"]
+    with pytest.raises(ConfigError, match=r"init_from: 1 tensors do not fit: missing: vit\.post_layernorm\.bias"):
+        build(trained=source)
+
+
+def test_new_weights_depend_on_the_seed_alone() -> None:
+    with_tower, without = build(), build(vision=None)
+    assert torch.equal(with_tower.lm_head.weight, without.lm_head.weight)
+    assert not torch.equal(with_tower.lm_head.weight[:, :1], with_tower.model.embed_tokens.weight[:, :1])
+    assert shapes_of(with_tower).keys() > shapes_of(without).keys()
+
+
+def batch_of(images: int) -> dict[str, Tensor]:
+    """Two packs of 20 tokens; 4 features an image from position 3 of the second pack on."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input_ids": torch.randint(0, 60, (2, 20), generator=generator),
+        "labels": torch.randint(0, 60, (2, 20), generator=generator),
+        "position_ids": torch.arange(20).expand(2, -1),
+        "document_ids": torch.zeros(2, 20, dtype=torch.int32),
+        "pixel_values": torch.randint(0, 256, (images, 3, 8, 8), dtype=torch.uint8, generator=generator),
+        "image_rows": torch.ones(images, dtype=torch.int64),
+        "feature_positions": torch.arange(images * 4).view(images, 4) + 3,
+    }
+
+
+def test_features_stand_where_the_batch_says_and_nowhere_else() -> None:
+    model = build()
+    batch = batch_of(2)
+    embeddings = model.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+    expected = model.model.embed_tokens(batch["input_ids"]).clone()
+    expected[1, 3:11] = model.adapter(model.vit(batch["pixel_values"])).flatten(0, 1)
+    torch.testing.assert_close(embeddings, expected)
+
+
+def test_a_rank_without_images_runs_the_tower_all_the_same() -> None:
+    """Under FSDP2 the ranks gather the tower's shards together: one that left it out would make the others hang."""
+    model = build().train()
+    calls = []
+    model.vit.register_forward_hook(lambda *_: calls.append(1))
+    loss = model(batch_of(0)).total
+    loss.backward()
+    assert calls == [1]
+    gradients = [parameter.grad for part in (model.vit, model.adapter) for parameter in part.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)  # in the backward pass, and worth nothing
+    text_only = build(vision=None).train()
+    text_only.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in text_only.state_dict()})
+    assert text_only(batch_of(0)).total.item() == loss.item()
+
+
+def test_flex_and_sdpa_give_the_same_loss_and_gradients() -> None:
+    batch = batch_of(2)
+    batch["document_ids"] = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 15 + [1] * 5], dtype=torch.int32)
+    results = []
+    for attention in ("sdpa", "flex"):
+        model = build(attention=attention)
+        loss = model(batch).total
+        loss.backward()
+        results.append((loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,60 @@
+"""Which parameters are trained, in which groups."""
+
+import pytest
+import torch
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionConfig
+from unitoken.train.model import UniToken, build_model
+from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
+
+DECODER = DecoderConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2)
+VISION = VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+
+
+@pytest.fixture
+def model() -> UniToken:
+    return build_model(DECODER, VISION, ModelConfig(decoder=DECODER, vision=VISION))
+
+
+def trained(model: UniToken) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_stage_one_trains_the_tower_without_its_embeddings_and_the_adapter(model: UniToken) -> None:
+    names = freeze(model, ["vit", "adapter"])
+    assert set(names) == trained(model)
+    assert {name.split(".")[0] for name in names} == {"vit", "adapter"}
+    assert not any(name.startswith("vit.embeddings") for name in names)
+
+
+def test_the_towers_embeddings_train_where_they_are_named(model: UniToken) -> None:
+    assert any(name.startswith("vit.embeddings.patch_embedding") for name in freeze(model, ["vit", "vit.embeddings"]))
+    assert trained(model) >= {"vit.embeddings.position_embedding.weight"}
+
+
+def test_a_name_is_a_whole_name_not_a_substring(model: UniToken) -> None:
+    names = freeze(model, ["model.layers.1"])
+    assert names
+    assert all(name.startswith("model.layers.1.") for name in names)  # and not model.layers.10
+    assert not any("lm_head" in name for name in freeze(model, ["model"]))
+
+
+@pytest.mark.parametrize("name", ["vitt", "layers", "model.layers.99", "vit.encoder.layers.0.self_attn.q_proj.weigh"])
+def test_a_name_that_trains_nothing_is_an_error(name: str, model: UniToken) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' names no parameter"):
+        freeze(model, ["adapter", name])
+
+
+def test_groups_are_the_tower_and_the_rest_with_decay_on_everything(model: UniToken) -> None:
+    freeze(model, ["vit", "adapter", "model", "lm_head"])
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, vit_lr_scale=0.01))
+    set_learning_rate(optimizer, 2.0)
+    vit, rest = optimizer.param_groups
+    assert (vit["lr"], rest["lr"]) == (0.02, 2.0)
+    assert {id(p) for p in vit["params"]} == {id(p) for p in model.vit.parameters() if p.requires_grad}
+    assert len(vit["params"]) + len(rest["params"]) == len(trained(model))
+    assert vit["weight_decay"] == rest["weight_decay"] == 0.1
+    assert type(optimizer) is torch.optim.AdamW
+    freeze(model, ["lm_head"])
+    assert len(build_optimizer(model, OptimizerConfig(lr=1.0)).param_groups) == 1

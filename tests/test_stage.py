@@ -1,0 +1,187 @@
+"""Stages of training in this process, with one rank; test_ranks.py has several."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stages import ALL, curve, metrics, stage, write_data
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.train import callbacks, checkpoints
+from unitoken.train.config import StageConfig, check
+from unitoken.train.model import UniToken
+from unitoken.train.stage import run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage")
+    write_data(folder / "data")
+    return folder
+
+
+def train(config: StageConfig) -> Path:
+    run(config, check(config, 1))
+    return Path(config.save.folder)
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.source_of(checkpoints.find(str(run_folder))).load()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    return train(stage(folder, f"save.folder={folder}/uninterrupted", "max_duration=2ep"))
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops without a chance to tidy up, after the metrics of `step` are written and before its checkpoint."""
+    real = callbacks.Metrics.batch_end
+
+    def batch_end(self: Any, state: Any, logger: Any) -> None:
+        real(self, state, logger)
+        if state.timestamp.batch.value == step:
+            raise Killed
+
+    monkeypatch.setattr(callbacks.Metrics, "batch_end", batch_end)
+
+
+def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    assert lines[0]["lr"] == 0.0
+    assert lines[2]["lr"] > lines[-1]["lr"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
+        assert line["useful"] == line["tokens"] / (4 * 64)
+    assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", "latest", "step-00000016.pt", "step-00000018.pt"}
+    assert checkpoints.latest(uninterrupted) == uninterrupted / "step-00000018.pt"
+
+
+@pytest.mark.parametrize("step", [5, 9, 10, 11])  # resumed after step 4 and 8; 9 is the end of the epoch, 10 in the second
+def test_a_run_killed_anywhere_resumes_with_the_same_losses_bit_for_bit(
+    step: int, folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout on: data position, random state, optimizer and learning rate are all restored."""
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep")
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(Killed):
+            train(config)
+    assert len(curve(tmp_path)) == step
+    assert checkpoints.step_of(checkpoints.latest(tmp_path)) < step
+    train(config)
+    assert curve(tmp_path) == curve(uninterrupted)
+    resumed = weights(tmp_path)
+    for name, tensor in weights(uninterrupted).items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
+    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep", "save.interval=1ep")
+    with monkeypatch.context() as patch:
+        kill_at(11, patch)
+        with pytest.raises(Killed):
+            train(config)
+    assert checkpoints.step_of(checkpoints.latest(tmp_path)) == 9
+    train(config)
+    assert curve(tmp_path) == curve(uninterrupted)
+
+
+def test_a_finished_stage_is_left_as_it_is(folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
+    train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
+
+
+def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: Path, tmp_path: Path) -> None:
+    """Microbatches hold different numbers of supervised tokens: a mean of their means would differ."""
+    overrides = ["model.dropout=0", "max_duration=4ba"]
+    curves = [
+        curve(train(stage(folder, f"save.folder={tmp_path}/{size}", f"microbatch={size}", *overrides))) for size in (1, 3, 4)
+    ]
+    for other in curves[1:]:
+        assert [loss for _, loss in other] == pytest.approx([loss for _, loss in curves[0]], abs=1e-5)
+    reference = stage(folder, f"save.folder={tmp_path}/c", *overrides, "compat=unitoken", "data.continuous=all")
+    plain = stage(folder, f"save.folder={tmp_path}/p", *overrides, "data.continuous=all")
+    means = [curve(train(config))[0][1] for config in (reference, plain)]
+    assert abs(means[0] - means[1]) > 1e-4  # compat: the mean of the microbatches' means (and separators trained on)
+
+
+def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folder: Path, tmp_path: Path) -> None:
+    base = stage(
+        folder, f"save.folder={tmp_path}/base", "name=base", "model.vision=null", "data.continuous=none", "max_duration=3ba",
+        "trainable=[model, lm_head]",
+    )  # fmt: skip
+    one = stage(
+        folder, f"save.folder={tmp_path}/one", "name=one", f"init_from={tmp_path}/base", "max_duration=3ba", "trainable=[vit, adapter]"
+    )
+    two = stage(folder, f"save.folder={tmp_path}/two", "name=two", f"init_from={tmp_path}/one", "max_duration=3ba")
+    after = [weights(train(config)) for config in (base, one, two)]
+    for name, tensor in after[1].items():
+        if name.split(".")[0] in ("model", "lm_head"):
+            assert torch.equal(tensor, after[0][name]), f"{name} was frozen in Stage I"
+        elif not name.startswith("vit.embeddings"):
+            assert not torch.equal(tensor, after[2][name]), f"{name} trains in Stage II"
+        else:
+            assert torch.equal(tensor, after[2][name]), f"{name} never trains"
+    assert not torch.equal(after[1]["lm_head.weight"], after[2]["lm_head.weight"])
+
+
+def test_a_resumed_stage_never_starts_its_trained_tower_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]")
+    with monkeypatch.context() as patch:
+        kill_at(5, patch)
+        with pytest.raises(Killed):
+            train(config)
+    saved = weights(tmp_path)
+    seen: dict[str, torch.Tensor] = {}
+
+    def forward(self: UniToken, batch: Any, real: Any = UniToken.forward) -> Any:
+        if not seen:
+            seen.update({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
+        return real(self, batch)
+
+    monkeypatch.setattr(UniToken, "forward", forward)
+    again = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]", "init_from=/not/needed/any/more")
+    train(again)
+    assert saved.keys() == seen.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, seen[name]), name
+
+
+def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:
+    with pytest.raises(ConfigError, match="give each stage a folder of its own"):
+        train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "name=other"))
+    smaller = {"decoder.hidden_size": 16}
+    with pytest.raises(ConfigError, match="tensors do not fit"):
+        train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", *(f"model.{k}={v}" for k, v in smaller.items())))
+
+
+def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) -> None:
+    with pytest.raises(ConfigError, match="seed: 0, now 1"):
+        train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "data.seed=1"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(folder: Path, tmp_path: Path) -> None:
+    config = stage(folder, f"save.folder={tmp_path}", "optimizer.lr=1e30", "optimizer.clip_norm=1e30")
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf)"):
+        train(config)
+
+
+def test_all_that_trains_is_named(folder: Path) -> None:
+    assert stage(folder).trainable == ALL
