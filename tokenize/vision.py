@@ -77,7 +77,7 @@ class VisionCodec:
         levels = len(weights.parameters.ddconfig.ch_mult)
         with torch.device("meta"):
             model = VQGAN(weights.parameters)
-        names = {name: _meta_name(name, levels) for name in model.state_dict()}  # ours -> Meta's
+        names = {name: meta_name(name, levels) for name in model.state_dict()}  # ours -> Meta's
         found = _read(weights.file)
         _check(found, {names[name]: tensor for name, tensor in model.state_dict().items()}, weights.file)
         model.load_state_dict({name: found[theirs].float() for name, theirs in names.items()}, assign=True)
@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _meta_name(name: str, levels: int) -> str:
+def meta_name(name: str, levels: int) -> str:
     if name.startswith("decoder.up."):
         level, rest = name.removeprefix("decoder.up.").split(".", 1)
         return f"decoder.up.{levels - 1 - int(level)}.{rest}"

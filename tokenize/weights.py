@@ -86,7 +86,7 @@ def find_weights(name: str) -> Weights:
         path = vqgan[0]
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"vision.weights: {name}: expected a file that ends in {' or '.join(SUFFIXES)}")
-    return Weights(path, _parameters(path.with_suffix(".yaml")), sha256_file(path)[:16])
+    return Weights(path, read_parameters(path.with_suffix(".yaml")), sha256_file(path)[:16])
 
 
 def _from_hub(name: str) -> Path:
@@ -101,7 +101,7 @@ def _from_hub(name: str) -> Path:
         raise ConfigError(f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}") from None
 
 
-def _parameters(path: Path) -> Parameters:
+def read_parameters(path: Path) -> Parameters:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Parameters.model_validate(content["model"]["params"])

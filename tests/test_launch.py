@@ -1,0 +1,177 @@
+"""Several processes: killed at any moment, the same command gives the same bytes; a dead worker stops nobody."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizing import TOKENIZER, content, run_here, settings, some_items, write_items
+
+from unitoken.tokenize.launch import Reporter, _Lines, progress
+from unitoken.tokenize.merge import merge
+
+ITEMS = 24
+CHUNKS = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    return write_items(folder, some_items(folder, ITEMS))
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The dataset as one process makes it."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    run_here(settings(vqgan, chunk_size=2), source, out)
+    merge(out)
+    return content(out)
+
+
+def command(source: Path, vqgan: Path, out: Path, splits: int = 2) -> list[str]:
+    run = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/chameleon.yaml", "--splits", str(splits)]
+    files = ["--in_filename", str(source), "--out_dir", str(out), "--target_size", "16"]
+    return [*run, *files, f"tokenizer={TOKENIZER}", f"vision.weights={vqgan}", "vision.batch_size=3", "chunk_size=2"]
+
+
+def done(out: Path) -> int:
+    return len(list(out.glob("chunk-*/index.json")))
+
+
+def children(pid: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Not a zombie either: an orphan's end is its new parent's to take note of."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition: object, seconds: float = 120.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_run_killed_at_random_moments_and_repeated_gives_the_same_bytes(
+    source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """The parent is killed: its workers end, too. Then the command runs to its end, and once more to do nothing."""
+    out = tmp_path / "out"
+    moment = random.Random(4)
+    for chunks in (1, 5):
+        process = subprocess.Popen(command(source, vqgan, out, splits=3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda chunks=chunks: done(out) >= chunks)
+        time.sleep(moment.uniform(0, 0.05))
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        wait_for(lambda workers=workers: not any(map(alive, workers)), seconds=10)
+        assert not (out / "manifest.json").exists()
+    finish = subprocess.run(command(source, vqgan, out, splits=1), capture_output=True, text=True, check=True)
+    assert f"{ITEMS} items -> 21 samples, 3 rejected" in finish.stdout
+    assert content(out) == expected
+    again = subprocess.run(command(source, vqgan, out, splits=2), capture_output=True, text=True, check=True)
+    assert again.stdout == finish.stdout
+    assert content(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_worker_that_is_killed_does_not_stop_the_others(
+    source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(source, vqgan, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: process.poll() is not None or done(out) > 0)
+    victim = next(pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    missing = [number for number in range(CHUNKS) if not (out / f"chunk-{number:06d}").exists()]
+    if missing:  # unless it was killed after its last chunk
+        assert process.returncode == 1
+        assert len({number % 2 for number in missing}) == 1
+        assert "was killed by signal 9" in errors
+        assert f"missing {len(missing)} of {CHUNKS} chunks: chunk-{missing[0]:06d}" in errors
+        assert "Traceback" not in errors
+    subprocess.run(command(source, vqgan, out), check=True, capture_output=True)
+    assert content(out) == expected
+
+
+@pytest.mark.slow
+def test_ranks_by_hand_and_a_merge_give_the_same(source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """As the seed document does it: one process a rank, started together."""
+    out = tmp_path / "out"
+    ranks = [
+        subprocess.Popen([*command(source, vqgan, out), "--rank", str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+    assert not (out / "index.json").exists()
+    subprocess.run([sys.executable, "-m", "unitoken.tokenize", "merge", "--out_dir", str(out)], check=True, capture_output=True)
+    assert content(out) == expected
+
+
+@pytest.mark.slow
+def test_what_a_worker_finds_wrong_with_the_weights_is_one_line(source: Path, vqgan: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text().replace("n_embed: 64", "n_embed: 65"))
+    (weights / "vqgan.safetensors").write_bytes((vqgan / "vqgan.safetensors").read_bytes())
+    result = subprocess.run(command(source, weights, tmp_path / "out"), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "quantize.embedding.weight is [64, 4], the .yaml says [65, 4]" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_reports_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+
+    class Messages:
+        def send(self, message: tuple[int, int]) -> None:
+            sent.append(message)
+
+    reporter = Reporter(Messages())  # type: ignore[arg-type]
+    for _ in range(1000):
+        reporter(1, 0)
+    reporter(1, 1)
+    reporter.flush()
+    assert len(sent) < 10
+    assert [sum(column) for column in zip(*sent, strict=True)] == [1001, 1]
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(10, 4) as bar:
+        bar.show()
+        bar.advance(3, 1)
+        bar.show()
+        bar.advance(3, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "tokenize: 4/10 items, loading the models"
+    assert lines[-1].startswith("tokenize: 10/10 items, ")
+    assert lines[-1].endswith(" 1 rejected")
+    assert len(lines) == 2  # the second came too soon
+
+
+def test_the_rate_counts_from_the_first_item() -> None:
+    count = _Lines(100, 50)
+    assert count.rate == 0
+    count.advance(10, 0)
+    count._start = time.monotonic() - 2.0
+    count.advance(10, 0)
+    assert count.rate == pytest.approx(5, rel=0.1)
+    assert "70/100 items, 5.0 items/s, 0.1 min left" in str(count)

@@ -1,0 +1,56 @@
+"""Records in words."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tokenizing import TOKENIZER, run_here, settings, some_items, write_items
+from typer.testing import CliRunner
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.tokenize.__main__ import app
+from unitoken.tokenize.merge import merge
+from unitoken.tokenize.preview import describe, show
+from unitoken.tokenize.text import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def dataset(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preview")
+    run_here(settings(vqgan), write_items(folder, some_items(folder, 6)), folder / "out")
+    merge(folder / "out")
+    return folder / "out"
+
+
+def test_a_record_in_pieces(dataset: Path) -> None:
+    from streaming import StreamingDataset
+
+    record = Record.from_mds(StreamingDataset(local=str(dataset), batch_size=1, shuffle=False)[3])
+    pieces = describe(record, Vocabulary.load(dataset / "vocabulary.json"), load_tokenizer(str(TOKENIZER)))
+    assert pieces == [
+        ("special", "<s>", False),
+        ("image", "[image 4x4]", False),
+        ("text", " and ", False),
+        ("image", "[image 4x4]", False),
+        ("special", "<reserved08706>", False),
+        ("text", "Now ", True),
+        ("image", "[image 4x4]", True),
+        ("special", "<reserved08706>", True),
+        ("text", "Thanks", False),
+        ("special", "<reserved08706>", False),
+    ]
+
+
+def test_the_command_shows_samples(dataset: Path, vqgan: Path) -> None:
+    config = ["--config", "yamls/tokenize/chameleon.yaml", f"tokenizer={TOKENIZER}"]
+    result = CliRunner().invoke(app, ["preview", str(dataset), "--n", "2", *config])
+    assert result.exit_code == 0
+    assert len(re.findall(r"\d+ tokens, \d+ trained on", result.stdout)) == 2
+    assert "[image 4x4]" in result.stdout
+
+
+def test_another_tokenizer_than_the_datasets_is_refused(dataset: Path) -> None:
+    with pytest.raises(ConfigError, match=r"was made with another tokenizer: its vocabulary is [0-9a-f]{16}, .* is [0-9a-f]{16}"):
+        show(dataset, str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
