@@ -230,10 +230,12 @@ def _order(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int) -> Ids:
     candidates, shard_sizes, shards_per_stream, total = [], [], [], 0
     for stream in streams:
         fits = stream.lengths <= recipe.packed_length
+        if not len(fits):
+            raise ConfigError(f"stream '{stream.name}' holds no samples")
         if not fits.any():
             raise ConfigError(
                 f"stream '{stream.name}': each of its {len(fits)} samples is longer than packed_length: {recipe.packed_length} "
-                f"(the shortest has {int(stream.lengths.min(initial=0))} tokens)"
+                f"(the shortest has {int(stream.lengths.min())} tokens)"
             )
         shard_of = np.repeat(np.arange(len(stream.shard_sizes)), stream.shard_sizes)[fits]
         sizes = np.bincount(shard_of)
@@ -247,7 +249,9 @@ def _order(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int) -> Ids:
     samples_per_shard = np.concatenate(shard_sizes)
     samples_per_stream = np.array([len(c) for c in candidates], np.int64)
     weights: Any = [types.SimpleNamespace(**stream.weight) for stream in streams]  # upstream asks for these attributes alone
-    if Stream.apply_weights(weights, samples_per_stream, recipe.epoch_size, recipe.seed) == 0:
+    with np.errstate(invalid="ignore"):  # upstream divides by the total
+        total_chosen = Stream.apply_weights(weights, samples_per_stream, recipe.epoch_size, recipe.seed)
+    if not total_chosen:
         raise ConfigError("the streams' weights choose no sample at all")
     view: Any = types.SimpleNamespace(
         streams=weights,

@@ -1,0 +1,75 @@
+"""Who may import whom, and names that would break Python itself."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "streaming_data": {"streaming_data"},
+    "tokenize": {"streaming_data", "tokenize"},
+    "train": {"streaming_data", "train"},
+}
+MODULES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).glob("**/*.py"))]
+
+
+def imported(source: str) -> set[str]:
+    """The full names of what a module imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("unitoken.")}
+
+
+def test_the_rooms_are_found():
+    assert {path.parent.name for path in MODULES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_module_imports_only_what_stands_below_it(path):
+    names = imported(path.read_text())
+    assert rooms(names) <= MAY_IMPORT[path.parent.name]
+    assert "unitoken" not in names
+    # By their folder names the rooms are importable from the root alone, and there `tokenize` is Python's own.
+    assert not {name.split(".")[0] for name in names} & {"streaming_data", "train"}
+
+
+@pytest.mark.parametrize("line", ["import unitoken.train.model", "from unitoken.train import model", "from unitoken import train"])
+def test_every_form_of_import_is_seen(line):
+    assert rooms(imported(f"def late():\n    {line}\n")) == {"train"}
+
+
+def test_tokenize_has_no_init():
+    """With one, any program started at the root imports it for the standard library's tokenize."""
+    assert not (ROOT / "tokenize" / "__init__.py").exists()
+
+
+def test_the_standard_librarys_tokenize_wins_at_the_root():
+    import tokenize
+
+    assert tokenize.__file__ is not None
+    assert Path(tokenize.__file__).parent != ROOT / "tokenize"
+
+
+def test_train_has_the_init_that_the_root_program_needs():
+    assert (ROOT / "train" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_module_bears_a_standard_library_name(path):
+    assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names
+
+
+def test_rooms_are_flat():
+    """An unlisted sub-folder works in an editable install and is silently absent from a wheel."""
+    assert [path for path in MODULES if path.parent.parent != ROOT] == []

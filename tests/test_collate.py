@@ -1,0 +1,169 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_datasets import BLOCK, make_record, small_vocabulary
+
+from unitoken.streaming_data.collate import Collate, insert_features, num_packs, num_tokens, split_batch
+from unitoken.streaming_data.record import IGNORED, Record
+
+VOCABULARY = small_vocabulary()
+F = 3
+SEP = VOCABULARY.separator
+
+
+def collate(continuous: str = "questions", length: int = 80, compat: bool = False) -> Collate:
+    return Collate(length, 0 if continuous == "none" else F, 8, continuous, SEP, compat)
+
+
+def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Record:
+    return make_record(name, VOCABULARY, text, questions, answers)
+
+
+def inserted(rec: Record, continuous: str, compat: bool = False):
+    return insert_features(rec.tokens, rec.labels(), rec.image_spans, F, continuous, SEP, compat)
+
+
+def test_features_go_behind_a_separator_before_the_end_of_the_image():
+    rec = record("a", questions=1)
+    ids, labels, places = inserted(rec, "questions")
+    end = 1 + BLOCK - 1  # bos, block without its last token
+    assert ids.tolist() == [*rec.tokens[:end], SEP, 0, 0, 0, VOCABULARY.image_end, *rec.tokens[end + 1 :]]
+    assert labels.tolist() == [*rec.labels()[:end], IGNORED, IGNORED, IGNORED, IGNORED, *rec.labels()[end:]]
+    assert places == [(0, end + 1)]
+
+
+@pytest.mark.parametrize(("continuous", "images"), [("questions", [0, 1]), ("all", [0, 1, 2]), ("none", [])])
+def test_which_images_bring_features(continuous, images):
+    rec = record("a", questions=2, answers=1)
+    ids, labels, places = inserted(rec, continuous)
+    assert [image for image, _ in places] == images
+    assert len(ids) == len(labels) == len(rec.tokens) + (1 + F) * len(images)
+    assert np.delete(ids, [p + i for _, p in places for i in range(-1, F)]).tolist() == rec.tokens.tolist(), "all else stays"
+    for _, start in places:
+        assert ids[start - 1] == SEP
+        assert (labels[start - 1 : start + F] == IGNORED).all()
+        assert ids[start + F] == VOCABULARY.image_end
+
+
+def test_as_in_the_reference_every_image_brings_features_and_its_separator_is_trained_on():
+    rec = record("a", questions=1, answers=1)
+    ids, labels, places = inserted(rec, "questions", compat=True)
+    assert [image for image, _ in places] == [0, 1]
+    assert [labels[start - 1] for _, start in places] == [SEP, SEP]
+    assert (labels == SEP).sum() == 2
+    for _, start in places:
+        assert (labels[start : start + F] == IGNORED).all()
+    assert ids[places[1][1] + F] == labels[places[1][1] + F] == VOCABULARY.image_end
+
+
+def test_no_image_block_is_cut():
+    rec = record("a", questions=2, answers=1)
+    ids, _, places = inserted(rec, "all")
+    for start in np.flatnonzero(ids == VOCABULARY.image_start):
+        end = start + int(np.flatnonzero(ids[start:] == VOCABULARY.image_end)[0]) + 1
+        block = [i for i in range(start, end) if not any(p - 1 <= i < p + F for _, p in places)]
+        VOCABULARY.image_codes(ids[block])  # raises where the layout is broken
+
+
+def test_a_batch_keeps_the_contract():
+    packs = [[record("a", questions=1), record("b", text=9)], [record("c", text=3)]]
+    batch = collate()(packs)
+    assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
+        "input_ids": ((2, 80), torch.int64),
+        "labels": ((2, 80), torch.int64),
+        "position_ids": ((2, 80), torch.int64),
+        "document_ids": ((2, 80), torch.int32),
+        "pixel_values": ((1, 3, 8, 8), torch.uint8),
+        "image_rows": ((1,), torch.int64),
+        "feature_positions": ((1, F), torch.int64),
+    }
+    first, second = 1 + BLOCK + 6 + 1 + 1 + F, 1 + 9 + 1
+    assert batch["document_ids"][0].tolist() == [0] * first + [1] * second + [-1] * (80 - first - second)
+    assert batch["position_ids"][0].tolist() == [*range(first), *range(second), *[0] * (80 - first - second)]
+    used = first + second
+    assert (batch["input_ids"][0, used:] == 0).all()
+    assert (batch["labels"][0, used:] == IGNORED).all()
+    assert batch["input_ids"][0, first : first + second].tolist() == packs[0][1].tokens.tolist()
+    assert batch["labels"][0, first : first + second].tolist() == packs[0][1].labels().tolist(), "not shifted"
+
+
+def test_no_document_predicts_the_next_ones_first_token():
+    trained_from_the_start = Record(
+        "x", np.array([5, 6], np.uint16), np.array([[0, 2]], np.uint32), np.empty((0, 4), np.uint32), ()
+    )
+    labels = collate()([[record("a"), trained_from_the_start]])["labels"][0]
+    start = len(record("a").tokens)
+    assert labels[start : start + 2].tolist() == [IGNORED, 6]
+    assert labels[0] == IGNORED
+
+
+def test_feature_places_and_pixels_belong_to_their_image():
+    packs = [[record("c", text=3)], [record("a", questions=2), record("b", questions=1)]]
+    batch = collate(length=120)(packs)
+    assert batch["image_rows"].tolist() == [1, 1, 1]
+    images = [*packs[1][0].images, *packs[1][1].images]
+    for pixels, positions, data in zip(batch["pixel_values"], batch["feature_positions"], images, strict=True):
+        expected = Image.open(io.BytesIO(data)).getpixel((0, 0))
+        assert (pixels == torch.tensor(expected, dtype=torch.uint8)[:, None, None]).all()
+        ids = batch["input_ids"][1]
+        assert ids[positions[0] - 1] == SEP
+        assert (ids[positions] == 0).all()
+        assert (batch["labels"][1][positions] == IGNORED).all()
+        assert ids[positions[-1] + 1] == VOCABULARY.image_end
+        assert positions.tolist() == list(range(int(positions[0]), int(positions[0]) + F))
+
+
+def test_a_batch_without_images_keeps_its_shapes():
+    batch = collate("none")([[record("a", questions=1)]])
+    assert batch["pixel_values"].shape == (0, 3, 8, 8)
+    assert batch["feature_positions"].shape == (0, 0)
+    assert collate()([[record("a")]])["feature_positions"].shape == (0, F)
+
+
+def test_a_pack_that_is_too_long_is_an_error_that_names_the_sample():
+    with pytest.raises(ValueError, match="sample 'b' ends at 22 in a pack of 20"):
+        collate(length=20)([[record("a", text=10), record("b", text=8)]])
+
+
+def test_an_image_that_cannot_be_decoded_is_an_error_that_names_the_sample():
+    rec = record("a", questions=1)
+    broken = Record(rec.id, rec.tokens, rec.target_spans, rec.image_spans, (b"no image",))
+    with pytest.raises(ValueError, match="sample 'a', image 0"):
+        collate()([[broken]])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_microbatches_together_are_the_batch(size):
+    packs = [
+        [record("a", questions=1)],
+        [record("b")],
+        [record("c", questions=2)],
+        [record("d", questions=1), record("e")],
+        [record("f")],
+    ]
+    batch = collate()(packs)
+    parts = split_batch(batch, size)
+    assert [num_packs(part) for part in parts] == [min(size, 5 - begin) for begin in range(0, 5, size)]
+    begin = 0
+    for part in parts:
+        assert part["image_rows"].tolist() == sorted(part["image_rows"].tolist())
+        assert all(0 <= row < num_packs(part) for row in part["image_rows"])
+        for row, positions in zip(part["image_rows"], part["feature_positions"], strict=True):
+            assert part["input_ids"][row, positions[0] - 1] == SEP
+        part["image_rows"] = part["image_rows"] + begin
+        begin += num_packs(part)
+    for name, value in batch.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), value), name
+
+
+def test_tokens_are_counted_as_the_loss_counts_them():
+    packs = [[record("a", questions=1), record("b")], [record("c", text=3)]]
+    batch = collate()(packs)
+    tokens = sum(len(r.tokens) for pack in packs for r in pack) + 1 + F
+    trained = sum(int((r.labels() != IGNORED).sum()) for pack in packs for r in pack)
+    assert num_tokens(batch) == {"total": tokens, "loss_generating": trained}
+    assert trained == int((batch["labels"][:, 1:] != IGNORED).sum())
+    assert sum(num_tokens(part)["loss_generating"] for part in split_batch(batch, 1)) == trained

@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from small_datasets import small_vocabulary, text_records, write_dataset, write_manifest
+
+from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.streaming_data.manifest import INDEX, MANIFEST, SIDECAR
+from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, open_sources, to_streams
+
+
+def settings(tmp_path, streams: dict, **others) -> DataConfig:
+    return DataConfig.model_validate(
+        {"streams": streams, "packed_length": 64, "global_batch": 4, "cache": str(tmp_path / "cache"), **others}
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "one", text_records(40))
+
+
+@pytest.mark.parametrize(
+    ("streams", "others", "found"),
+    [
+        ({"a": {"local": "x", "proportion": 1}, "b": {"local": "y", "repeat": 2}}, {}, r"'a' has it, 'b' \(repeat\) not"),
+        ({"a": {"local": "x", "proportion": 1}, "b": {"local": "y"}}, {}, r"'a' has it, 'b' \(no weight\) not"),
+        ({"a": {"local": "x", "choose": 1, "repeat": 2}}, {}, "repeat and choose"),
+        ({"a": {"local": "x", "proportion": 0}}, {}, "proportions of all streams are 0"),
+        ({"a": {"local": "x", "repeat": -1}}, {}, "greater than or equal to 0"),
+        ({"a": {"repeat": 1}}, {}, "needs `local` or `remote`"),
+        ({"a": {"local": "x", "choose": 5}}, {"epoch_size": 10}, r"epoch_size does not go with repeat or choose: 'a' \(choose\)"),
+        ({}, {}, "at least 1 item"),
+        ({"a": {"local": "x", "cache_limit": "1gb"}}, {}, "cache_limit"),  # upstream's deletes local-only data
+    ],
+)
+def test_a_mixture_that_contradicts_itself_is_refused(tmp_path, streams, others, found):
+    with pytest.raises(ValueError, match=found):
+        settings(tmp_path, streams, **others)
+
+
+def test_a_misspelt_key_names_the_file_and_the_valid_keys(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_text("streams: {a: {local: x, propotion: 1}}\npacked_length: 64\nglobal_batch: 4\n")
+    with pytest.raises(ConfigError, match=r"data.yaml: unknown key 'streams.a.propotion'; did you mean 'proportion'\?.*choose"):
+        load_config(DataConfig, path)
+
+
+@pytest.mark.parametrize("weight", [{}, {"repeat": 2.0}, {"choose": 7}, {"proportion": 0.5}])
+def test_streams_become_streamings_own_with_their_weight(tmp_path, dataset, weight):
+    source = open_sources(settings(tmp_path, {"a": {"local": str(dataset), **weight}}))
+    stream = to_streams(source)[0]
+    assert stream.local == str(dataset)
+    assert {key: getattr(stream, key) for key in ("proportion", "repeat", "choose") if hasattr(stream, key)} == weight
+
+
+def test_a_folder_that_is_no_dataset_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path}/none: not a dataset folder: no such folder"):
+        check_mixture(settings(tmp_path, {"a": {"local": str(tmp_path / "none")}}))
+    with pytest.raises(ConfigError, match=f"{tmp_path}: not a dataset folder: it has no {MANIFEST}"):
+        check_mixture(settings(tmp_path, {"a": {"local": str(tmp_path)}}))
+
+
+def test_streams_of_different_vocabularies_are_refused_naming_both(tmp_path, dataset):
+    vocabulary = small_vocabulary(60)
+    other = write_dataset(tmp_path / "other", text_records(10), vocabulary)
+    with pytest.raises(ConfigError) as caught:
+        check_mixture(settings(tmp_path, {"a": {"local": str(dataset)}, "b": {"local": str(other)}}))
+    for part in (str(dataset), str(other), vocabulary.fingerprint, small_vocabulary().fingerprint):
+        assert part in str(caught.value)
+
+
+def test_a_model_of_another_vocabulary_is_refused_naming_both(tmp_path, dataset):
+    sources = open_sources(settings(tmp_path, {"a": {"local": str(dataset)}}))
+    check_vocabulary(sources, small_vocabulary(), "the model")
+    with pytest.raises(ConfigError) as caught:
+        check_vocabulary(sources, small_vocabulary(60), "the model")
+    for part in (str(dataset), small_vocabulary(60).fingerprint, small_vocabulary().fingerprint, "the model"):
+        assert part in str(caught.value)
+
+
+def test_a_mixture_is_checked_without_heavy_imports(tmp_path, dataset):
+    config = settings(tmp_path, {"a": {"local": str(dataset)}}).model_dump_json()
+    program = (
+        "import sys\nfrom unitoken.streaming_data.mixture import DataConfig, check_mixture\n"
+        "print(check_mixture(DataConfig.model_validate_json(sys.argv[1])).fingerprint)\n"
+        "assert not {'torch', 'streaming', 'composer', 'transformers', 'pyarrow'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, config], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == small_vocabulary().fingerprint
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_remote_datasets_small_files_are_fetched_and_nothing_else(tmp_path, dataset, prefix):
+    config = settings(tmp_path, {"a": {"remote": f"{prefix}{dataset}"}})
+    assert check_mixture(config).fingerprint == small_vocabulary().fingerprint
+    folder = open_sources(config)[0].folder
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert (folder / SIDECAR).read_bytes() == (dataset / SIDECAR).read_bytes()
+    assert not list(folder.glob("**/*.mds"))
+    assert not list(folder.glob(".aside*"))
+
+
+def test_a_remote_dataset_that_is_not_there_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ConfigError, match=f"stream 'a': cannot download {tmp_path}/none/manifest.json"):
+        check_mixture(settings(tmp_path, {"a": {"remote": str(tmp_path / "none")}}))
+    with pytest.raises(ConfigError, match="Unsupported remote path"):
+        check_mixture(settings(tmp_path, {"a": {"remote": "gopher://x/y"}}))
+
+
+def test_the_cache_of_another_dataset_is_not_taken_for_this_one(tmp_path, dataset):
+    cache = str(tmp_path / "local")
+    check_mixture(settings(tmp_path, {"a": {"remote": str(dataset), "local": cache}}))
+    other = write_dataset(tmp_path / "other", text_records(10))
+    with pytest.raises(ConfigError, match="caches another dataset"):
+        check_mixture(settings(tmp_path, {"a": {"remote": str(other), "local": cache}}))
+
+
+def test_a_damaged_cached_file_is_fetched_again(tmp_path, dataset):
+    config = settings(tmp_path, {"a": {"remote": str(dataset)}})
+    folder = open_sources(config)[0].folder
+    (folder / INDEX).write_text("{")
+    check_mixture(config)
+    assert (folder / INDEX).read_bytes() == (dataset / INDEX).read_bytes()
+
+
+def test_a_remote_file_that_is_not_what_the_manifest_names_is_refused(tmp_path):
+    remote = write_dataset(tmp_path / "remote", text_records(10))
+    (remote / SIDECAR).write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=f"{remote}/{SIDECAR} is not the file that manifest.json names"):
+        check_mixture(settings(tmp_path, {"a": {"remote": str(remote)}}))
+    assert not list((tmp_path / "cache").glob("**/.aside*"))
+
+
+def test_an_index_that_was_changed_by_hand_is_refused(tmp_path):
+    folder = write_dataset(tmp_path / "data", text_records(10))
+    (folder / INDEX).write_text((folder / INDEX).read_text() + " ")
+    with pytest.raises(ConfigError, match=f"stream 'a': {folder}/{INDEX} is not the file that"):
+        check_mixture(settings(tmp_path, {"a": {"local": str(folder)}}))
+
+
+@pytest.mark.parametrize("basename", ["../secret.mds", "chunk-000000/../../secret.mds", "/etc/passwd", "..\\secret", ""])
+def test_a_shard_name_that_leads_out_of_the_folder_is_refused(tmp_path, basename):
+    records = text_records(10)
+    folder = write_dataset(tmp_path / "data", records)
+    index = json.loads((folder / INDEX).read_bytes())
+    index["shards"][0]["raw_data"]["basename"] = basename
+    (folder / INDEX).write_text(json.dumps(index))
+    write_manifest(folder, records, small_vocabulary())
+    with pytest.raises(ConfigError, match="leads out of the folder"):
+        check_mixture(settings(tmp_path, {"a": {"local": str(folder)}}))
+
+
+def test_a_moved_dataset_has_the_same_fingerprint_and_another_has_not(tmp_path, dataset):
+    def fingerprint(folder):
+        return open_sources(settings(tmp_path, {"a": {"local": str(folder)}}))[0].fingerprint
+
+    before = write_dataset(tmp_path / "before", text_records(40))
+    one = fingerprint(before)
+    before.rename(tmp_path / "after")
+    assert fingerprint(tmp_path / "after") == one == fingerprint(dataset)
+    assert fingerprint(write_dataset(tmp_path / "other", text_records(40, seed=1))) != one
+
+
+def test_the_cache_follows_the_users_environment(tmp_path, monkeypatch):
+    config = settings(tmp_path, {"a": {"local": "x"}}, cache=None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert config.cache_folder == tmp_path / "unitoken"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert config.cache_folder == tmp_path / "home" / ".cache" / "unitoken"
