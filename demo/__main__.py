@@ -117,19 +117,21 @@ def main() -> None:
     killed_at = train()
 
     say("reading held-out digits and drawing all ten")
-    from demo import evaluate, report
+    from demo import report
+    from demo.evaluate import Evaluation
 
-    answers = evaluate.read_held_out(DATA / "heldout.json")
-    drawings = evaluate.draw()
+    evaluation = Evaluation("stage2", RUNS / "stage2-resumed", DATA)
+    answers = evaluation.read(DATA / "heldout.json")
+    drawings = evaluation.draw()
     manifests = [json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8")) for name in ("captions", "drawings")]
-    plan = evaluate.plan_figures()
+    plan = evaluation.plan()
     curves = {stage: losses(stage) for stage in STAGES}
     figures = {
         **{key: sum(manifest[key] for manifest in manifests) for key in ("items", "samples", "rejected")},
-        "packs": plan["packs"],
-        "fill": plan["fill"],
+        "packs": plan.packs,
+        "fill": round(plan.fill, 4),
         **{f"{stage}_loss": [round(curves[stage][0], 4), round(curves[stage][-1], 4)] for stage in STAGES},
-        "caption_accuracy": sum(a.answer == a.asked for a in answers) / len(answers),
+        "caption_accuracy": round(sum(a.answer == a.asked for a in answers) / len(answers), 4),
         "drawing_accuracy": sum(d.read == d.asked for d in drawings) / len(drawings),
         "resumed_equal": losses("stage2") == losses("stage2-resumed"),
         "seconds": round(time.monotonic() - start, 1),
