@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +12,7 @@ import pytest
 from stages import curve, metrics, stage, write_data, write_stage
 
 from unitoken.train import checkpoints
-from unitoken.train.config import check
+from unitoken.train.config import check, latest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -25,61 +25,86 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(yaml: Path, *overrides: str, ranks: int = 2) -> subprocess.Popen[bytes]:
-    composer = Path(sys.executable).parent / "composer"
-    return subprocess.Popen(
-        [composer, "-n", str(ranks), ROOT / "train.py", yaml, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
+def ranks_of(yaml: Path, *overrides: str) -> list[subprocess.Popen[bytes]]:
+    """Two ranks as `composer -n 2` starts them, but without the ten seconds that it takes itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    return [
+        subprocess.Popen(
+            [sys.executable, ROOT / "train.py", yaml, *overrides],
+            env={**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in "01"
+    ]
 
 
-def launch(yaml: Path, *overrides: str, ranks: int = 2) -> None:
-    assert start(yaml, *overrides, ranks=ranks).wait(timeout=240) == 0
+def launch(yaml: Path, *overrides: str) -> None:
+    assert [rank.wait(timeout=240) for rank in ranks_of(yaml, *overrides)] == [0, 0]
 
 
-def kill_after(step: int, run: Path, process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the launcher and both ranks at once, when `step` is in the metrics."""
+def kill_after(step: int, run: Path, ranks: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL to both ranks as soon as `step` is in the metrics."""
     deadline = time.monotonic() + 240
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < step:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert all(rank.poll() is None for rank in ranks), "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
 
 
-def test_two_ranks_train_as_one_and_resume_as_if_never_killed(folder: Path, tmp_path: Path) -> None:
-    """In one test, because each launch takes ten seconds:
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """An uninterrupted run, with dropout, of the whole program as a user starts it."""
+    composer = Path(sys.executable).parent / "composer"
+    command = [composer, "-n", "2", ROOT / "train.py", write_stage(folder), f"save.folder={folder}/whole", "max_duration=3ep"]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    return folder / "whole"
 
-    - two ranks give the losses and gradient norms of one, also where one rank has no image in a microbatch;
-    - killed by SIGKILL in the middle of an epoch and started again, with dropout on, the losses are equal bit for bit;
-    - one rank goes on from a checkpoint of two, with the same batches.
-    """
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    """A run of the same settings after SIGKILL in the middle of its second epoch."""
+    run = folder / "killed"
+    kill_after(14, run, ranks_of(write_stage(folder), f"save.folder={run}", "max_duration=3ep"))
+    saved = latest_checkpoint(run)
+    assert saved is not None
+    assert 12 <= checkpoints.step_of(saved) < 27
+    return run
+
+
+def test_two_ranks_train_as_one(folder: Path, tmp_path: Path) -> None:
+    """The same losses and gradient norms, also where one of the ranks has no image in a microbatch."""
     from unitoken.train.stage import run
 
-    dry = "model.dropout=0"
-    one = stage(folder, f"save.folder={tmp_path}/one", dry, "max_duration=5ba", name="dry")
+    overrides = ["model.dropout=0", "max_duration=5ba"]
+    one = stage(folder, f"save.folder={tmp_path}/one", *overrides, name="dry")
     run(one, check(one, 1))
-    launch(write_stage(folder, name="dry"), f"save.folder={tmp_path}/two", dry, "max_duration=5ba")
+    launch(write_stage(folder, name="dry"), f"save.folder={tmp_path}/two", *overrides)
     ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for key in ("loss", "grad_norm", "tokens"):
         assert [line[key] for line in theirs] == pytest.approx([line[key] for line in ours], rel=1e-5), key
 
-    yaml, long = write_stage(folder), ["max_duration=4ep"]
-    launch(yaml, f"save.folder={tmp_path}/whole", *long)
-    kill_after(14, tmp_path / "killed", start(yaml, f"save.folder={tmp_path}/killed", *long))
-    saved = checkpoints.latest(tmp_path / "killed")
-    assert saved is not None
-    assert 12 <= checkpoints.step_of(saved) < 36
-    shutil.copytree(tmp_path / "killed", tmp_path / "smaller", symlinks=True)
-    launch(yaml, f"save.folder={tmp_path}/killed", *long)
-    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
-    smaller = stage(folder, f"save.folder={tmp_path}/smaller", *long)
+def test_a_killed_run_goes_on_as_if_never_killed(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+    """Losses equal bit for bit, with dropout on."""
+    shutil.copytree(killed, tmp_path / "run", symlinks=True)
+    launch(write_stage(folder), f"save.folder={tmp_path}/run", "max_duration=3ep")
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_one_rank_goes_on_from_two_with_the_same_batches(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+    from unitoken.train.stage import run
+
+    shutil.copytree(killed, tmp_path / "run", symlinks=True)
+    smaller = stage(folder, f"save.folder={tmp_path}/run", "max_duration=3ep")
     run(smaller, check(smaller, 1))
-    whole, went_on = metrics(tmp_path / "whole"), metrics(tmp_path / "smaller")
-    assert [line["tokens"] for line in went_on] == [line["tokens"] for line in whole]
-    assert [line["loss"] for line in went_on] == pytest.approx([line["loss"] for line in whole], rel=0.02)  # dropout differs
+    expected, found = metrics(whole), metrics(tmp_path / "run")
+    assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.02)  # dropout differs
 
 
 def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(folder: Path) -> None:

@@ -9,7 +9,7 @@ from stages import ALL, curve, metrics, stage, write_data
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.train import callbacks, checkpoints
-from unitoken.train.config import StageConfig, check
+from unitoken.train.config import StageConfig, check, find_checkpoint, latest_checkpoint
 from unitoken.train.model import UniToken
 from unitoken.train.stage import run
 
@@ -29,7 +29,7 @@ def train(config: StageConfig) -> Path:
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.source_of(checkpoints.find(str(run_folder))).load()
+    return checkpoints.source_of(find_checkpoint(str(run_folder))).load()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def uninterrupted(folder: Path) -> Path:
     return train(stage(folder, f"save.folder={folder}/uninterrupted", "max_duration=2ep"))
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -48,7 +48,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def batch_end(self: Any, state: Any, logger: Any) -> None:
         real(self, state, logger)
         if state.timestamp.batch.value == step:
-            raise Killed
+            raise KilledError
 
     monkeypatch.setattr(callbacks.Metrics, "batch_end", batch_end)
 
@@ -63,7 +63,7 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
         assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
         assert line["useful"] == line["tokens"] / (4 * 64)
     assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", "latest", "step-00000016.pt", "step-00000018.pt"}
-    assert checkpoints.latest(uninterrupted) == uninterrupted / "step-00000018.pt"
+    assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
 
 
 @pytest.mark.parametrize("step", [5, 9, 10, 11])  # resumed after step 4 and 8; 9 is the end of the epoch, 10 in the second
@@ -74,10 +74,10 @@ def test_a_run_killed_anywhere_resumes_with_the_same_losses_bit_for_bit(
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep")
     with monkeypatch.context() as patch:
         kill_at(step, patch)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(config)
     assert len(curve(tmp_path)) == step
-    assert checkpoints.step_of(checkpoints.latest(tmp_path)) < step
+    assert checkpoints.step_of(latest_checkpoint(tmp_path)) < step
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
     resumed = weights(tmp_path)
@@ -91,9 +91,9 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep", "save.interval=1ep")
     with monkeypatch.context() as patch:
         kill_at(11, patch)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(config)
-    assert checkpoints.step_of(checkpoints.latest(tmp_path)) == 9
+    assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
 
@@ -108,9 +108,7 @@ def test_a_finished_stage_is_left_as_it_is(folder: Path, uninterrupted: Path, ca
 def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: Path, tmp_path: Path) -> None:
     """Microbatches hold different numbers of supervised tokens: a mean of their means would differ."""
     overrides = ["model.dropout=0", "max_duration=4ba"]
-    curves = [
-        curve(train(stage(folder, f"save.folder={tmp_path}/{size}", f"microbatch={size}", *overrides))) for size in (1, 3, 4)
-    ]
+    curves = [curve(train(stage(folder, f"save.folder={tmp_path}/{size}", f"microbatch={size}", *overrides))) for size in (1, 3, 4)]
     for other in curves[1:]:
         assert [loss for _, loss in other] == pytest.approx([loss for _, loss in curves[0]], abs=1e-5)
     reference = stage(folder, f"save.folder={tmp_path}/c", *overrides, "compat=unitoken", "data.continuous=all")
@@ -125,7 +123,12 @@ def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folde
         "trainable=[model, lm_head]",
     )  # fmt: skip
     one = stage(
-        folder, f"save.folder={tmp_path}/one", "name=one", f"init_from={tmp_path}/base", "max_duration=3ba", "trainable=[vit, adapter]"
+        folder,
+        f"save.folder={tmp_path}/one",
+        "name=one",
+        f"init_from={tmp_path}/base",
+        "max_duration=3ba",
+        "trainable=[vit, adapter]",
     )
     two = stage(folder, f"save.folder={tmp_path}/two", "name=two", f"init_from={tmp_path}/one", "max_duration=3ba")
     after = [weights(train(config)) for config in (base, one, two)]
@@ -139,14 +142,12 @@ def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folde
     assert not torch.equal(after[1]["lm_head.weight"], after[2]["lm_head.weight"])
 
 
-def test_a_resumed_stage_never_starts_its_trained_tower_anew(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]")
     with monkeypatch.context() as patch:
         kill_at(5, patch)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(config)
     saved = weights(tmp_path)
     seen: dict[str, torch.Tensor] = {}
@@ -157,7 +158,9 @@ def test_a_resumed_stage_never_starts_its_trained_tower_anew(
         return real(self, batch)
 
     monkeypatch.setattr(UniToken, "forward", forward)
-    again = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]", "init_from=/not/needed/any/more")
+    again = stage(
+        folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]", "init_from=/not/needed/any/more"
+    )
     train(again)
     assert saved.keys() == seen.keys()
     for name, tensor in saved.items():

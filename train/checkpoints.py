@@ -21,9 +21,9 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside
+from unitoken.train.config import LATEST
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes
 
-LATEST = "latest"
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
 SAFE_TYPES = [
     datetime.timedelta,
@@ -49,30 +49,6 @@ def step_of(checkpoint: Path) -> int:
     if match is None:
         raise ConfigError(f"{checkpoint}: not named like a checkpoint (step-00000100.pt)")
     return int(match[1])
-
-
-def latest(folder: Path) -> Path | None:
-    """The checkpoint to go on from; None in a folder where nothing was saved yet."""
-    link = folder / LATEST
-    if not link.is_symlink():
-        return None
-    checkpoint = folder / link.readlink()
-    if not checkpoint.is_file():
-        raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
-    return checkpoint
-
-
-def find(source: str) -> Path:
-    """`init_from`: a checkpoint file, or the folder of a run. Raises ConfigError."""
-    path = Path(source)
-    if path.is_dir():
-        checkpoint = latest(path)
-        if checkpoint is None:
-            raise ConfigError(f"{path}: no checkpoint in it (`{LATEST}`): did that stage run?")
-        return checkpoint
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such checkpoint")
-    return path.resolve()  # a link may move on while we read
 
 
 def read(checkpoint: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from unitoken.streaming_data.config import Config, ConfigError, ConfigT
 from unitoken.streaming_data.mixture import DataConfig, check_mixture
 from unitoken.streaming_data.vocabulary import Vocabulary
 
+LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
+
 Positive = Annotated[int, Field(gt=0)]
 Duration = Annotated[str, Field(pattern=r"^[1-9][0-9]*(ep|ba)$")]
 
@@ -72,9 +74,16 @@ class VisionConfig(Config):
         return self
 
 
+def _sizes(model: type[Config]) -> pydantic.BeforeValidator:
+    """So that what is wrong inside the sizes is reported as such, and not as "expected a string"."""
+    return pydantic.BeforeValidator(lambda value: model.model_validate(value) if isinstance(value, dict) else value)
+
+
 class ModelConfig(Config):
-    decoder: str | DecoderConfig  # folder or hub id of a checkpoint; or the sizes of a new one
-    vision: str | VisionConfig | None = None  # the same for SigLIP; null: no vision tower and no adapter
+    decoder: Annotated[str | DecoderConfig, _sizes(DecoderConfig)]  # folder or hub id of a checkpoint; or the sizes of a new one
+    vision: Annotated[str | VisionConfig | None, _sizes(VisionConfig)] = (
+        None  # the same for SigLIP; null: no vision tower and no adapter
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # on both residual branches of the decoder
     z_loss: Annotated[float, Field(ge=0)] = 1e-5  # weight of the mean of logsumexp squared
     attention: Literal["sdpa", "flex"] = "sdpa"  # flex skips the blocks between documents; compiled, so for GPUs
@@ -129,6 +138,9 @@ def check(config: StageConfig, world_size: int) -> Checked:
     decoder, vision = model_configs(config.model)
     _check_data(config, vision, world_size)
     _check_trainable(config.trainable, vision is not None)
+    resumes = (Path(config.save.folder) / LATEST).is_symlink()
+    if config.init_from is not None and not resumes:  # a run that resumes needs it no more
+        find_checkpoint(config.init_from)
     vocabulary = check_mixture(config.data)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
@@ -142,6 +154,30 @@ def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | No
     decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
     vision = read_vision(config.vision) if isinstance(config.vision, str) else config.vision
     return decoder, vision
+
+
+def find_checkpoint(source: str) -> Path:
+    """A checkpoint file, or the newest in the folder of a run. Raises ConfigError."""
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is None:
+            raise ConfigError(f"{path}: no checkpoint in it (`{LATEST}`): did that stage run?")
+        return checkpoint
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint")
+    return path.resolve()  # a link may move on while we read
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from; None in a folder where nothing was saved yet."""
+    link = folder / LATEST
+    if not link.is_symlink():
+        return None
+    checkpoint = folder / link.readlink()
+    if not checkpoint.is_file():
+        raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
+    return checkpoint
 
 
 def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: int) -> None:

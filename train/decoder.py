@@ -12,17 +12,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from unitoken.train.config import DecoderConfig
 
-Mask = Tensor | BlockMask | None  # None: one document a row, plain causal
+if TYPE_CHECKING:  # three seconds to import; sdpa does without
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causal
 
 
 class KVCache:
@@ -56,6 +58,8 @@ def document_mask(document_ids: Tensor, kind: Literal["sdpa", "flex"]) -> Tensor
         causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
         return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal  # (P, 1, L, L)
 
+    from torch.nn.attention.flex_attention import create_block_mask
+
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - the signature is torch's
         return (query >= key) & (document_ids[row, query] == document_ids[row, key])
 
@@ -70,6 +74,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     if query.is_cuda:
         return cast(Tensor, _compiled(flex_attention)(query, key, value, block_mask=mask))
     with warnings.catch_warnings():  # newer versions of torch warn that eager is slow; on the CPU it is for tests
@@ -140,9 +146,9 @@ class Attention(nn.Module):
             key, value = past.update(self.layer, key, value)
         if self.kv_heads != self.heads:
             key, value = (states.repeat_interleave(self.heads // self.kv_heads, dim=1) for states in (key, value))
-        if isinstance(mask, BlockMask):
+        if mask is not None and not isinstance(mask, Tensor):
             mixed = _flex(query, key, value, mask)
-        else:  # one new token behind a cache sees everything; several at once only come without one
+        else:  # one new token behind a cache sees everything; several at once only come where it is empty
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and length > 1)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         return out

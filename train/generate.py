@@ -20,7 +20,7 @@ from unitoken.streaming_data.collate import Collate, insert_features
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
-from unitoken.train.config import StageConfig, model_configs
+from unitoken.train.config import StageConfig, find_checkpoint, model_configs
 from unitoken.train.decoder import KVCache
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
 from unitoken.train.weights import check_shapes
@@ -30,7 +30,7 @@ BATCH = 64  # prompts of one length that are generated together
 
 def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
     """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
-    source = checkpoints.source_of(checkpoints.find(str(checkpoint or config.save.folder)))
+    source = checkpoints.source_of(find_checkpoint(str(checkpoint or config.save.folder)))
     model = build_model(*model_configs(config.model), config.model)
     check_shapes(source.shapes, shapes_of(model), source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)

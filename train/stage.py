@@ -7,7 +7,7 @@ from pathlib import Path
 from unitoken.streaming_data.loader import build_loader
 from unitoken.train import checkpoints, parallel
 from unitoken.train.callbacks import Metrics, Optimisation, Saver
-from unitoken.train.config import Checked, StageConfig
+from unitoken.train.config import Checked, StageConfig, find_checkpoint, latest_checkpoint
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 
@@ -31,7 +31,7 @@ def run(config: StageConfig, checked: Checked) -> None:
 
     network = build_model(checked.decoder, checked.vision, config.model, config.activation_checkpointing)
     trained = freeze(network, config.trainable)
-    resume = checkpoints.latest(folder)
+    resume = latest_checkpoint(folder)
     if resume is not None:
         checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
         if checkpoints.step_of(resume) >= total_steps:
@@ -41,7 +41,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         if parallel.is_first_rank():
             nan_weights(network)
     else:
-        earlier = checkpoints.source_of(checkpoints.find(config.init_from)) if config.init_from else None
+        earlier = checkpoints.source_of(find_checkpoint(config.init_from)) if config.init_from else None
         parts = find_weights(network, config.model, earlier)
         if parallel.is_first_rank():  # the other ranks get their shards from it
             say("\n".join(load_weights(network, parts, config.seed)))

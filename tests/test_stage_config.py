@@ -1,0 +1,157 @@
+"""What is wrong with a stage's settings is one line, found before torch is imported."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_datasets import make_record, small_vocabulary, write_dataset
+from stages import DECODER, stage, write_data, write_stage
+
+from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.train.config import StageConfig, check, checkpoint_folder, read_decoder, read_vision
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    write_data(folder / "data")
+    other = small_vocabulary(text_tokens=51)
+    write_dataset(folder / "other", [make_record("x", other, 9)], other)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_the_real_stages_hold_the_references_settings(name: str) -> None:
+    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
+    one = name == "stage1"
+    assert config.optimizer.lr == (1e-3 if one else 1e-5)
+    assert config.optimizer.vit_lr_scale == (1e-2 if one else 1.0)
+    assert config.trainable == (["vit", "adapter"] if one else ["vit", "adapter", "model", "lm_head"])
+    assert (config.optimizer.min_lr, config.optimizer.weight_decay, config.optimizer.betas) == (0.0, 0.1, (0.9, 0.95))
+    assert (config.optimizer.clip_norm, config.optimizer.eps, config.warmup_epochs) == (4.0, 1e-8, 0.01)
+    assert (config.model.dropout, config.model.z_loss, config.max_duration) == (0.05, 1e-5, "1ep")
+    assert config.init_from == (None if one else "runs/stage1")
+    assert config.data.packed_length > 1790 + 256  # a sample with an image, and its text
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda p: p.stem)
+def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
+    assert load_config(StageConfig, path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.global_batch=5", r"data\.global_batch: 5 packs can not be shared evenly by 2 ranks"),
+        ("data.packed_length=5", r"data\.packed_length: 5 is too short: an image alone has 4 features"),
+        ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
+        ("compat=unitoken", r"data\.continuous: compat 'unitoken' gives features to all images, found 'questions'"),
+        ("trainable=[vit, adaptor]", r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter"),
+        ("trainable=[]", r"`trainable`: List should have at least 1 item"),
+        ("model.decoder.vocab_size=150", r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163"),
+        ("model.decoder.hiden_size=1", r"unknown key 'model\.decoder\.hiden_size'; did you mean 'hidden_size'"),
+        ("model.decoder.num_attention_heads=3", r"`model\.decoder`: hidden_size 32 is not an even number times 3 heads"),
+        ("model.decoder=/nowhere/at/all", r"/nowhere/at/all: no such folder, and not a hub id"),
+        ("data.streams.all.local=/nowhere", r"/nowhere: not a dataset folder: no such folder"),
+        ("init_from=/nowhere", r"/nowhere: no such checkpoint"),
+        ("max_duration=10", r"`max_duration`"),
+        ("optimizer.learning_rate=1", r"unknown key 'optimizer\.learning_rate'"),
+    ],
+)
+def test_a_wrong_setting_is_named(override: str, message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(stage(folder, override), 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_streams_of_different_vocabularies_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        check(stage(folder, f"data.streams.second.local={folder}/other"), 1)
+
+
+def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> None:
+    code = (
+        "import sys; from unitoken.streaming_data.config import load_config; from unitoken.train.config import StageConfig, check; "
+        f"check(load_config(StageConfig, {str(write_stage(folder))!r}), 1); "
+        "assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_is_the_docstring(arguments: list[str]) -> None:
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == (0 if arguments else 2)
+    assert "composer -n 2 train.py yamls/demo/stage1.yaml" in result.stdout
+    assert time.monotonic() - started < 5  # measured 0.3 s; the machine may be busy
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Path:
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: np.zeros(shape, np.float32) for name, shape in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+NORM = "model.layers.0.self_attn.q_norm.weight"
+
+
+def test_the_sizes_are_read_from_old_and_new_config_files(tmp_path: Path) -> None:
+    sizes = {**DECODER, "rms_norm_eps": 1e-5, "hidden_act": "silu", "model_type": "chameleon"}
+    old = write_checkpoint(tmp_path / "old", {**sizes, "rope_theta": 5e5, "rope_scaling": None}, {NORM: (1, 16)})
+    new = write_checkpoint(
+        tmp_path / "new", {**sizes, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {NORM: (2, 16)}
+    )
+    assert read_decoder(str(old)).model_dump() == {**read_decoder(str(new)).model_dump(), "qk_norm": "shared"}
+    assert read_decoder(str(new)).qk_norm == "per_head"
+    assert read_decoder(str(new)).rope_theta == 5e5
+    whole = write_checkpoint(tmp_path / "siglip", {"vision_config": {"hidden_size": 48}, "text_config": {}}, {"a": (1,)})
+    assert (read_vision(str(whole)).hidden_size, read_vision(str(whole)).num_hidden_layers) == (48, 12)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaled rotary embeddings"),
+        ({"attention_bias": True}, "`attention_bias` is True; only False is supported"),
+        ({"vocab_size": "many"}, "`vocab_size`"),
+    ],
+)
+def test_a_decoder_of_another_kind_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "x", {**DECODER, **config}, {NORM: (1, 16)})
+    with pytest.raises(ConfigError, match=message):
+        read_decoder(str(folder))
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: not readable"):
+        read_decoder(str(tmp_path))
+    folder = write_checkpoint(tmp_path / "x", DECODER, {"other": (1,)})
+    with pytest.raises(ConfigError, match="no Chameleon decoder"):
+        read_decoder(str(folder))
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match="not readable as safetensors"):
+        read_decoder(str(folder))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
+    with pytest.raises(ConfigError, match="names files outside its folder"):
+        read_decoder(str(folder))
+
+
+def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("Cannot reach the hub\nand here is how to debug it")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ConfigError, match=r"^owner/name: no such folder, and the hub did not give it: Cannot reach the hub$"):
+        checkpoint_folder("owner/name")
