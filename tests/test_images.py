@@ -1,0 +1,118 @@
+"""Decoding, cropping and what both views of a picture see."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from unitoken.streaming_data import images
+from unitoken.streaming_data.images import ImageError, choose_crop, crop_sizes, decode, fit, tokenizer_pixels, vision_pixels
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_crop_sizes_are_the_references(golden: Path) -> None:
+    recorded = json.loads((golden / "dev" / "B_crop.json").read_text())
+    for target, sizes in recorded["crop_size_lists"].items():
+        assert [list(size) for size in crop_sizes(int(target))] == sizes
+
+
+def test_every_resize_and_crop_is_the_references(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations: list[list[object]] = []
+    resize, crop = Image.Image.resize, Image.Image.crop
+
+    def record_resize(self: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        operations.append(["resize", list(self.size), list(size), resample.name.lower()])
+        return resize(self, size, Image.Resampling.NEAREST)
+
+    def record_crop(self: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        operations.append(["crop", list(self.size), list(box)])
+        return crop(self, box)
+
+    monkeypatch.setattr(Image.Image, "resize", record_resize)
+    monkeypatch.setattr(Image.Image, "crop", record_crop)
+    for case in json.loads((golden / "dev" / "B_crop.json").read_text())["cases"]:
+        for key in case.keys() - {"size"}:
+            sizes = [(512, 512)] if key == "fixed512" else crop_sizes(int(key))
+            chosen = choose_crop(tuple(case["size"]), sizes)
+            assert list(chosen) == case[key]["crop_size"]
+            operations.clear()
+            fit(Image.new("1", tuple(case["size"])), chosen)
+            assert operations == case[key]["ops"], case["size"]
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([32, 64]))
+def test_a_crop_has_the_size_that_was_asked_for(width: int, height: int, target: int) -> None:
+    crop = choose_crop((width, height), crop_sizes(target, patch=16))
+    assert fit(Image.new("L", (width, height)), crop).size == crop
+
+
+def test_transparency_is_white_on_both_paths() -> None:
+    hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (tokenizer_pixels(decode(encoded(hidden)), (8, 8)) == 255).all()
+    assert (vision_pixels(encoded(hidden), 8) == 255).all()
+
+
+def test_compat_shows_hidden_colours_on_the_continuous_path() -> None:
+    hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert vision_pixels(encoded(hidden), 8, compat=True)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_pictures_are_turned_as_exif_says_unless_compat() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    assert decode(data).size == (10, 20)
+    assert decode(data, compat=True).size == (20, 10)
+
+
+def test_sixteen_bits_keep_their_greys_unless_compat() -> None:
+    ramp = Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8))
+    assert len(np.unique(tokenizer_pixels(decode(encoded(ramp)), (8, 8)))) == 64
+    assert len(np.unique(tokenizer_pixels(decode(encoded(ramp), compat=True), (8, 8)))) < 4
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I", "F", "I;16"])
+@pytest.mark.parametrize("compat", [False, True])
+def test_every_mode_becomes_rgb(mode: str, compat: bool) -> None:
+    data = encoded(Image.new(mode, (6, 6)), "TIFF" if mode in ("CMYK", "LAB", "I", "F") else "PNG")
+    assert decode(data, compat=True).mode == mode
+    pixels = tokenizer_pixels(decode(data, compat), (4, 4))
+    assert pixels.shape == (4, 4, 3)
+    assert pixels.dtype == np.uint8
+    assert vision_pixels(data, 4, compat).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "needed"),
+    [
+        (b"", "not an image: 0 bytes"),
+        (b"hello, I am text", "not an image: 16 bytes that begin with b'hello, I am '"),
+        (encoded(Image.effect_noise((99, 99), 50))[:500], "cannot be decoded: "),
+        (encoded(Image.effect_noise((99, 99), 50), "JPEG")[:500], "cannot be decoded: .*truncated"),
+    ],
+)
+def test_what_is_no_whole_image_says_so(data: bytes, needed: str) -> None:
+    with pytest.raises(ImageError, match=needed):
+        decode(data)
+
+
+def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    assert decode(encoded(Image.new("L", (9, 11)))).size == (9, 11)
+    with pytest.raises(ImageError, match="10 x 10 pixels, at most 99 are decoded"):
+        decode(encoded(Image.new("L", (10, 10))))
+
+
+def test_an_extreme_shape_is_not_blown_up() -> None:
+    with pytest.raises(ImageError, match="1 x 60000 pixels are too narrow to cover 512 x 512"):
+        fit(Image.new("L", (1, 60_000)), (512, 512))
