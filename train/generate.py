@@ -66,7 +66,7 @@ def generate_images(
     device = model.lm_head.weight.device
     blocks = np.zeros((len(prompts), len(grammar)), np.int64)
     for group in _of_equal_length([len(prompt) for prompt in prompts]):
-        generators = [torch.Generator().manual_seed((seed << 32) + number) for number in group]
+        generators = [_generator(seed, number) for number in group]
         fixed = next(place for place, allowed in enumerate(grammar) if len(allowed) > 1)  # start of image and its size
         head = np.array([allowed[0] for allowed in grammar[:fixed]])
         ids = np.stack([np.concatenate([prompts[number], head]) for number in group]).astype(np.int64)
@@ -123,6 +123,11 @@ def answer(
                     answers[number].append(token)
             embeddings = model.model.embed_tokens(chosen[:, None])
     return answers
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Mixed into 32 bits, because torch's generator on the CPU looks at no more of its seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 
 
 def _of_equal_length(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -1,0 +1,123 @@
+"""A run's folder: `latest` always names a whole checkpoint, and reading one can not run code."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.train import checkpoints
+from unitoken.train.checkpoints import check_resumable, clean_up, path_of, publish, read, source_of, step_of
+from unitoken.train.config import LATEST, find_checkpoint, latest_checkpoint
+
+STAGE = {"name": "one", "trainable": ["vit"]}
+
+
+def save(folder: Path, step: int, keep: int = 2, **state: Any) -> Path:
+    model = {"network.lm_head.weight": torch.full((3, 2), float(step))}
+    written = folder / f".aside-{step}.pt"
+    torch.save({"state": {"model": model, "callbacks": {"Saver": STAGE}, **state}}, written)
+    publish(written, path_of(folder, step), keep)
+    return path_of(folder, step)
+
+
+def test_latest_names_the_newest_and_the_oldest_go(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    for step in (5, 10, 100):
+        save(tmp_path, step)
+        assert latest_checkpoint(tmp_path) == path_of(tmp_path, step)
+    assert {path.name for path in tmp_path.iterdir()} == {LATEST, "step-00000010.pt", "step-00000100.pt"}
+    assert step_of(path_of(tmp_path, 100)) == 100
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
+def test_a_kill_while_saving_leaves_the_checkpoint_before(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 10)
+    assert latest_checkpoint(tmp_path) == path_of(tmp_path, 5)
+    clean_up(tmp_path)
+    assert not list(tmp_path.glob(".aside-*"))
+    save(tmp_path, 10)
+    assert latest_checkpoint(tmp_path) == path_of(tmp_path, 10)
+
+
+def test_between_two_checkpoints_there_is_always_a_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer deletes its link before it makes the new one: killed in between, a run would start from the beginning."""
+    save(tmp_path, 5)
+    seen = []
+    for name in ("replace", "unlink", "symlink", "remove"):
+        real = getattr(os, name)
+
+        def watched(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+            seen.append(latest_checkpoint(tmp_path))
+            result = real(*args, **kwargs)
+            seen.append(latest_checkpoint(tmp_path))
+            return result
+
+        monkeypatch.setattr(os, name, watched)
+    save(tmp_path, 10, keep=1)
+    assert None not in seen
+    assert {seen[0], seen[-1]} == {path_of(tmp_path, 5), path_of(tmp_path, 10)}
+
+
+def test_weights_come_without_the_trainers_prefix(tmp_path: Path) -> None:
+    source = source_of(find_checkpoint(str(save(tmp_path, 7).parent)))
+    assert source.shapes == {"lm_head.weight": (3, 2)}
+    assert torch.equal(source.load()["lm_head.weight"], torch.full((3, 2), 7.0))
+
+
+class Attack:
+    def __reduce__(self) -> Any:
+        return os.system, ("echo attacked",)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path, 1, scaler=Attack())
+    with pytest.raises(ConfigError, match=r"it holds a (posix|os)\.system, which could run code"):
+        read(path)
+    assert "attacked" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps({"state": 1})])
+def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.pt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="not a checkpoint of this program"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("expected", "stage", "message"),
+    [
+        ({"lm_head.weight": (3, 2)}, {**STAGE, "name": "two"}, "`name` 'one', this one has 'two'"),
+        ({"lm_head.weight": (3, 2)}, {**STAGE, "trainable": ["model"]}, r"`trainable` \['vit'\]"),
+        ({"lm_head.weight": (3, 4)}, STAGE, r"shape \(3, 2\), the model needs \(3, 4\)"),
+        ({}, STAGE, r"not part of this model: lm_head\.weight"),
+    ],
+)
+def test_a_checkpoint_of_another_stage_is_not_resumed(expected: Any, stage: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_resumable(save(tmp_path, 1), expected, stage)
+    check_resumable(path_of(tmp_path, 1), {"lm_head.weight": (3, 2)}, STAGE)
+
+
+def test_a_link_to_nothing_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+    save(tmp_path, 3).unlink()
+    with pytest.raises(ConfigError, match=r"it names step-00000003\.pt, which is not there"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_folder_without_a_checkpoint_is_an_error_for_init_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did that stage run"):
+        find_checkpoint(str(tmp_path))
+    assert checkpoints.SAFE_TYPES
