@@ -2,7 +2,7 @@
 
     python -m demo.digits FOLDER
 
-writes FOLDER/images/*.png and the input files captions.json, drawings.json (train) and heldout.json (questions only).
+writes FOLDER/images/*.png and the input files captions.json, drawings.json (train) and heldout.json.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PIXELS = 32  # the 8 x 8 originals, four times enlarged: 4 x 4 latents of 8 pixels
 HELD_OUT = 297
+VIEWS = 4  # of each digit to read: 1,500 pictures alone are learnt by heart before they are understood
 QUESTIONS = ("What digit is this? <|image|>", "<|image|> Which digit do you see?", "Read this digit: <|image|>")
 REQUESTS = ("Draw a {}.", "Please draw the digit {}.", "Show me a handwritten {}.")
 
@@ -35,6 +36,19 @@ def picture(digit: npt.NDArray[np.float64]) -> Image.Image:
     return small.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR)
 
 
+def moved(whole: Image.Image, index: int, view: int) -> Image.Image:
+    """View 0 is the picture; the others are slightly turned, scaled and shifted, as another hand might have written it."""
+    if view == 0:
+        return whole
+    random = np.random.default_rng([index, view])
+    angle, scale = random.uniform(-0.2, 0.2), random.uniform(0.9, 1.15)
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    centre = (PIXELS - 1) / 2
+    x, y = centre + random.uniform(-2, 2, 2)
+    shift = (x - cos * centre - sin * centre, y + sin * centre - cos * centre)
+    return whole.transform(whole.size, Image.Transform.AFFINE, (cos, sin, shift[0], -sin, cos, shift[1]), Image.Resampling.BILINEAR)
+
+
 def small(picture_rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """A picture (PIXELS, PIXELS, 3) -> what a classifier of the 8 x 8 originals expects: (64,) values 0..16."""
     gray = picture_rgb.astype(np.float64).mean(axis=2)
@@ -42,21 +56,24 @@ def small(picture_rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     return gray.reshape(8, block, 8, block).mean(axis=(1, 3)).reshape(64) * (16 / 255)
 
 
-def _item(index: int, human: str, gpt: str | None, name: str) -> dict[str, object]:
+def _item(index: int, view: int, human: str, gpt: str, name: str) -> dict[str, object]:
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
-    return {"id": f"{name}-{index:04d}", "conversations": turns, "image": [f"images/{index:04d}.png"]}
+    return {"id": f"{name}-{index:04d}-{view}", "conversations": turns, "image": [f"images/{index:04d}-{view}.png"]}
 
 
 def write(folder: Path) -> None:
     digits = load_digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for index, digit in enumerate(digits.images):
-        picture(digit).save(folder / "images" / f"{index:04d}.png")
-    word = [WORDS[label] for label in digits.target]
     train, held_out = split()
-    captions = [_item(i, QUESTIONS[i % len(QUESTIONS)], word[i], "caption") for i in train.tolist()]
-    drawings = [_item(i, REQUESTS[i % len(REQUESTS)].format(word[i]), "<|image|>", "drawing") for i in train.tolist()]
-    questions = [_item(i, QUESTIONS[0], word[i], "heldout") for i in held_out.tolist()]
+    for index, digit in enumerate(digits.images):
+        for view in range(VIEWS if index in set(train.tolist()) else 1):
+            moved(picture(digit), index, view).save(folder / "images" / f"{index:04d}-{view}.png")
+    word = [WORDS[label] for label in digits.target]
+    captions = [
+        _item(i, view, QUESTIONS[(i + view) % len(QUESTIONS)], word[i], "caption") for view in range(VIEWS) for i in train.tolist()
+    ]
+    drawings = [_item(i, 0, REQUESTS[i % len(REQUESTS)].format(word[i]), "<|image|>", "drawing") for i in train.tolist()]
+    questions = [_item(i, 0, QUESTIONS[0], word[i], "heldout") for i in held_out.tolist()]
     for name, items in (("captions", captions), ("drawings", drawings), ("heldout", questions)):
         (folder / f"{name}.json").write_text(json.dumps(items, indent=1) + "\n", encoding="utf-8")
 
