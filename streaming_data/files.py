@@ -50,9 +50,9 @@ class AsideFolder:
         self.path = aside(path)
 
     def __enter__(self) -> AsideFolder:
-        self.path.mkdir()
-        self._lock = os.open(self.path, os.O_RDONLY)
+        self._lock = open(_lock_of(self.path), "wb")  # held until __exit__
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path.mkdir()
         return self
 
     def publish(self) -> None:
@@ -69,29 +69,36 @@ class AsideFolder:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        _lock_of(self.path).unlink(missing_ok=True)
+        self._lock.close()
 
 
 def remove_abandoned(folder: Path) -> None:
     """Remove what killed processes left aside in `folder`, and leave alone what is being written."""
-    for path in folder.glob(f"{ASIDE}*"):
-        try:
-            if time.time() - path.stat().st_mtime < 1:
-                continue  # perhaps just made and not yet locked
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # its writer has just finished
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
+    for path in sorted(folder.glob(f"{ASIDE}*")):  # a folder before its lock
+        if _is_abandoned(path):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        if time.time() - path.stat().st_mtime < 1:
+            return False  # perhaps just made and not yet locked
+        with open(_lock_of(path) if path.is_dir() else path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return path.is_dir()  # a file's writer has just finished; a folder never is without its lock
+    return True
+
+
+def _lock_of(folder: Path) -> Path:
+    """Beside the folder: NFS locks nothing that is not open for writing, and a folder can not be."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def _sync(path: Path) -> None:

@@ -70,13 +70,15 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
         for path in tmp_path.iterdir():
             os.utime(path, (time.time() - 5, time.time() - 5))
         remove_abandoned(tmp_path)
-        assert [path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir()] == [".aside-alive"]
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert [name.rsplit("-", 1)[0] for name in left] == [".aside-alive"] * 2
+        assert left[1] == f"{left[0]}.lock"
     finally:
         alive.kill()
         alive.wait()
 
 
 def test_what_was_just_made_may_not_be_locked_yet(tmp_path: Path) -> None:
-    (tmp_path / ".aside-x-0123").mkdir()
+    (tmp_path / ".aside-x-0123").write_text("half")
     remove_abandoned(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1

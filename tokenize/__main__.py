@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = Path("yamls/tokenize/chameleon.yaml")
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The settings' YAML file.")]
 OutOption = Annotated[Path, typer.Option("--out_dir", help="The dataset's folder.")]
@@ -54,11 +55,9 @@ def run(
 
         job = prepare(settings, in_filename, out_dir)
         if rank is not None:
-            from unitoken.tokenize.launch import progress
-            from unitoken.tokenize.worker import run_rank
+            from unitoken.tokenize.launch import run_here
 
-            with progress(job.file.items, 0) as bar:
-                run_rank(job, rank, splits, bar.advance)
+            run_here(job, rank, splits)
             return
 
         from unitoken.tokenize.launch import launch

@@ -40,10 +40,9 @@ def launch(job: Job, splits: int) -> list[str]:
     ranks = sorted({number % splits for number in missing})
     if not ranks:
         return []
-    done = job.file.items - sum(_items_in(job, number) for number in missing)
     workers = [_start(job, rank, splits, device) for rank, device in zip(ranks, _devices(len(ranks)), strict=True)]
     try:
-        with progress(job.file.items, done) as bar:
+        with progress(*_share(job, 0, 1)) as bar:
             _listen(workers, bar)
     finally:
         for worker in workers:
@@ -53,9 +52,25 @@ def launch(job: Job, splits: int) -> list[str]:
     return [f"worker {worker.rank} {_ending(worker.process.exitcode)}" for worker in workers if worker.process.exitcode]
 
 
-def _items_in(job: Job, number: int) -> int:
+def run_here(job: Job, rank: int, splits: int) -> None:
+    """One rank's share in this process, with its own progress."""
+    from unitoken.tokenize.worker import run_rank
+
+    with progress(*_share(job, rank, splits)) as bar:
+
+        def report(finished: int, rejected: int) -> None:
+            bar.advance(finished, rejected)
+            bar.show()
+
+        run_rank(job, rank, splits, report)
+
+
+def _share(job: Job, rank: int, splits: int) -> tuple[int, int]:
+    """A rank's items, and how many of them are done."""
+    missing = set(job.missing())
     size = job.file.chunk_size
-    return min(size, job.file.items - number * size)
+    items = {number: min(size, job.file.items - number * size) for number in range(rank, job.file.chunks, splits)}
+    return sum(items.values()), sum(count for number, count in items.items() if number not in missing)
 
 
 def _ending(status: int | None) -> str:
@@ -200,6 +215,7 @@ class _Count:
         self.total, self.done, self.rejected = total, done, 0
         self._begun_with = done
         self._start: float | None = None  # of the first item: loading the models is no rate
+        self._last = 0.0
 
     def advance(self, finished: int, rejected: int) -> None:
         if self._start is None:
@@ -207,11 +223,15 @@ class _Count:
             self._begun_with = self.done + finished
         self.done += finished
         self.rejected += rejected
+        self._last = time.monotonic()
 
     @property
     def rate(self) -> float:
         """Items a second."""
-        seconds = 0.0 if self._start is None else time.monotonic() - self._start
+        if self._start is None:
+            return 0.0
+        end = self._last if self.done >= self.total else time.monotonic()  # workers take a while to end
+        seconds = end - self._start
         return (self.done - self._begun_with) / seconds if seconds > 0 else 0.0
 
     def __str__(self) -> str:

@@ -45,13 +45,13 @@ def merge(out: Path) -> Manifest:
         ConfigError: `out` is no folder of ours, or a chunk in it is broken.
     """
     job = load_job(out)
+    remove_abandoned(out)
     if (out / MANIFEST).exists():
         return load_manifest(out)
     if missing := missing_chunks(out, job.chunks):
         raise UnfinishedError(
             f"{out}: missing {len(missing)} of {job.chunks} chunks: {_names(missing)}. Run the same command again"
         )
-    remove_abandoned(out)
     chunks = [out / chunk_name(number) for number in range(job.chunks)]
     shards = [shard for chunk in chunks for shard in _shards(chunk)]
     write_aside(out / INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode() + b"\n")
