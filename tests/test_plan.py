@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.plan import Plan, Recipe, StreamRecipe, StreamSamples, build, load_or_build, partition
+from unitoken.streaming_data.plan import Plan, Recipe, StreamRecipe, StreamSamples, _pack_row, build, load_or_build, partition
 
 LENGTH = 64
 
@@ -144,6 +144,18 @@ def test_with_shuffle_samples_and_packs_are_mixed():
     assert abs(np.corrcoef(np.arange(4000), positions)[0, 1]) < 0.2
     lengths = [len(pack) for pack in samples_of(plan)]
     assert abs(np.corrcoef(np.arange(len(lengths)), lengths)[0, 1]) < 0.2
+
+
+def test_packs_are_shuffled_anew_for_each_seed_epoch_row_and_window():
+    recipe, lengths = make_recipe([make_stream("a", 200)]), np.full(200, LENGTH, np.uint32)  # a sample a pack
+
+    def shuffled(seed: int = 0, epoch: int = 0, row: int = 0) -> list[int]:
+        ids, _ = _pack_row(np.arange(200), lengths, recipe.model_copy(update={"seed": seed}), epoch, row)
+        return ids.tolist()
+
+    orders = [shuffled(), shuffled(seed=1), shuffled(epoch=1), shuffled(row=1), [n - 100 for n in shuffled()[100:]]]
+    assert len({tuple(order[:100]) for order in orders}) == len(orders)
+    assert shuffled() == orders[0]
 
 
 def test_a_canonical_row_reads_its_own_shards():
