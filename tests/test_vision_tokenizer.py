@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizing import tiny_vqgan
 
+from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
 from unitoken.tokenize.vision import load_vision
 from unitoken.tokenize.weights import find_weights
@@ -37,17 +38,17 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch(vqgan: Path) -> None:
 
 
 def test_flat_pictures_keep_their_codes(golden: Path) -> None:
-    """torch's GroupNorm loses the variance of nearly constant pictures in channels-last memory: this one is all but
-    white, and all of its codes were wrong."""
+    """torch's GroupNorm on CPU loses the variance of nearly constant pictures in channels-last memory: of this one,
+    which is all but white, a third of the codes was wrong at this size and all at 512 x 512."""
     vision = load_vision(str(golden / "assets" / "vqgan"))
-    flat = np.full((1, 64, 64, 3), 255, np.uint8)
-    flat[0, 10:12] = 254
+    white = images.decode((golden / "assets" / "images" / "d11_16bit.png").read_bytes(), compat=True)
+    flat = images.tokenizer_pixels(white, (256, 256))[None]
     found = vision.encode(flat)
     exact = vision._model.double()
     x = torch.tensor(flat).permute(0, 3, 1, 2).contiguous().double() / 255 * 2 - 1
     with torch.inference_mode():
         expected = exact.codes(exact.latents(x)).numpy()
-    assert (found == expected).mean() >= 0.9
+    assert (found == expected).mean() > 0.98
 
 
 def test_one_file_and_checkpoints_of_taming_are_read(vqgan: Path, tmp_path: Path) -> None:
