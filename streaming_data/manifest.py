@@ -123,7 +123,8 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     expected = load_manifest(folder).vocabulary
     if vocabulary.fingerprint != expected:
         raise ConfigError(
-            f"{folder / VOCABULARY}: its fingerprint is {vocabulary.fingerprint}, {MANIFEST} names {expected}: the folder was changed by hand"
+            f"{folder / VOCABULARY}: its fingerprint is {vocabulary.fingerprint}, {MANIFEST} names {expected}: "
+            "the folder was changed by hand"
         )
     return vocabulary
 
