@@ -118,7 +118,7 @@ def test_losses_logits_and_gradients_are_the_references(name: str, golden: Path,
     loss.total.backward()
     for parameter, norm in case["grad_norm_per_tensor"].items():
         gradient = model.get_parameter(parameter).grad
-        found = 0.0 if gradient is None else gradient.norm().item()
+        found = 0.0 if gradient is None else gradient.double().norm().item()
         if norm is None or norm < 1e-6:  # no image in the batch; or the key's bias, which is zero but for rounding
             assert found < 1e-6, parameter
         else:

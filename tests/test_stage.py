@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from stages import ALL, curve, metrics, stage, write_data
+from stages import curve, metrics, stage, write_data
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.loader import build_loader
 from unitoken.train import callbacks, checkpoints
 from unitoken.train.config import StageConfig, check, find_checkpoint, latest_checkpoint
-from unitoken.train.model import UniToken
+from unitoken.train.model import UniToken, build_model, load_weights
+from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from unitoken.train.stage import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -85,15 +87,18 @@ def test_a_run_killed_anywhere_resumes_with_the_same_losses_bit_for_bit(
         assert torch.equal(tensor, resumed[name]), name
 
 
+@pytest.mark.parametrize("interval", ["1ep", "3ba"])
 def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
-    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interval: str, folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep", "save.interval=1ep")
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep", f"save.interval={interval}")
     with monkeypatch.context() as patch:
         kill_at(11, patch)
         with pytest.raises(KilledError):
             train(config)
     assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
+    state = checkpoints.read(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
+    assert (state["epoch"], state["batch_in_epoch"]) == (1, 0)  # not 9 of 9: the rest of an epoch that is over
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
 
@@ -115,6 +120,39 @@ def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: 
     plain = stage(folder, f"save.folder={tmp_path}/p", *overrides, "data.continuous=all")
     means = [curve(train(config))[0][1] for config in (reference, plain)]
     assert abs(means[0] - means[1]) > 1e-4  # compat: the mean of the microbatches' means (and separators trained on)
+
+
+def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> None:
+    """Learning rates of both groups, clipping, microbatches: against a loop written out."""
+    config = stage(
+        folder, f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "optimizer.clip_norm=0.3",
+        "optimizer.vit_lr_scale=0.5", "optimizer.min_lr=1e-3", "microbatch=2",
+    )  # fmt: skip
+    checked = check(config, 1)
+    trained = weights(train(config))
+
+    loader = build_loader(
+        config.data, features=4, image_size=8, vocabulary=checked.vocabulary, batch_packs=4, compat=False
+    )  # fmt: skip
+    model = build_model(checked.decoder, checked.vision, config.model)
+    freeze(model, config.trainable)
+    load_weights(model, {}, config.seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(model, config.optimizer)
+    clipped = 0
+    for step, (batch, line) in enumerate(zip(loader, metrics(tmp_path / "run"), strict=False)):
+        set_learning_rate(optimizer, learning_rate(step / 9, config.optimizer, config.warmup_epochs, 6 / 9))
+        loss = model.train()(batch).total
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        clipped += int(norm > 0.3)
+        assert (loss.item(), norm.item()) == pytest.approx((line["loss"], line["grad_norm"]), rel=1e-5)
+        assert line["lr"] == optimizer.param_groups[1]["lr"] == 2 * optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert clipped == 6
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folder: Path, tmp_path: Path) -> None:
@@ -186,5 +224,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(folder: Path, tmp_path: Path)
         train(config)
 
 
-def test_all_that_trains_is_named(folder: Path) -> None:
-    assert stage(folder).trainable == ALL
+def test_bfloat16_without_a_gpu_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="precision: bf16 needs a GPU"):
+        train(stage(folder, f"save.folder={tmp_path}", "precision=bf16"))

@@ -123,7 +123,7 @@ def build_trainer(
             device_train_microbatch_size=config.microbatch,
             # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
             accumulate_train_batch_on_tokens=config.compat != "unitoken",
-            precision=_precision(config),
+            precision="amp_bf16" if config.precision == "bf16" else "fp32",
             # Only this form selects FSDP2; a dict would give DDP without a word. Whole checkpoints are read by the first rank,
             # which hands out the shards: 84 GB once for the 7B model, not once a rank.
             parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", load_monolith_rank0_only=True))
@@ -145,12 +145,9 @@ def build_trainer(
     return trainer
 
 
-def _precision(config: StageConfig) -> str:
-    if config.precision == "fp32":
-        return "fp32"
-    if not torch.cuda.is_available():
-        raise ConfigError("precision: bf16 needs a GPU; on the CPU it is fp32")
-    return "amp_bf16"
+def check_precision(config: StageConfig) -> None:
+    if config.precision == "bf16" and not torch.cuda.is_available():
+        raise ConfigError("precision: bf16 needs a GPU and there is none; on the CPU it is fp32")
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

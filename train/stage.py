@@ -14,6 +14,7 @@ from unitoken.train.optim import build_optimizer, freeze
 
 def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
+    parallel.check_precision(config)
     ranks = parallel.world_size()
     folder = Path(config.save.folder)
     loader = build_loader(
@@ -65,7 +66,7 @@ def run(config: StageConfig, checked: Checked) -> None:
 
 def stage_identity(config: StageConfig) -> dict[str, object]:
     """What must not change when a run is resumed: a folder of another stage is not this one's."""
-    return {"name": config.name, "trainable": list(config.trainable)}
+    return {"name": config.name, "trainable": sorted(config.trainable)}
 
 
 def say(text: str) -> None:
