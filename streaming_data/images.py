@@ -43,25 +43,29 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """To RGB; what is transparent becomes white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA"))
-        if rgba[:, :, 3].min() < 255:
-            alpha = rgba[:, :, 3:] / 255.0  # float64, truncated: as the reference's _whiten_transparency
-            return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8))
-    return image.convert("RGB")
+    """To RGB; what is transparent becomes white. As the reference's `_whiten_transparency`, which leaves mode RGB as it is."""
+    if image.mode == "RGB":
+        return image
+    rgba = np.asarray(image.convert("RGBA"))
+    if rgba[:, :, 3].min() == 255:
+        return image.convert("RGB")
+    alpha = rgba[:, :, 3:] / 255.0  # float64, and truncated
+    return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8))
 
 
 def decode(data: bytes, compat: bool = False) -> Image.Image:
-    """Bytes -> the picture to cut and tokenize. `compat` leaves mode and orientation as they are stored."""
+    """Bytes -> the picture to cut and tokenize, in RGB. `compat` leaves mode and orientation as they are stored."""
     image = open_image(data)
     if compat:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip 16 bits to white
-        depth = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8))
     try:
-        return on_white(ImageOps.exif_transpose(image))
+        if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip 16 bits to white
+            depth = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8))
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB" and "transparency" in image.info:  # a PNG may name one colour that is transparent
+            image = image.convert("RGBA")
+        return on_white(image)
     except (OSError, ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
         raise ImageError(f"cannot be converted to RGB: {error}") from None
 

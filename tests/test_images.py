@@ -116,3 +116,11 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_extreme_shape_is_not_blown_up() -> None:
     with pytest.raises(ImageError, match="1 x 60000 pixels are too narrow to cover 512 x 512"):
         fit(Image.new("L", (1, 60_000)), (512, 512))
+
+
+def test_a_png_colour_named_transparent_is_white_and_stays_itself_in_compat() -> None:
+    data = encoded(Image.new("RGB", (8, 8), (10, 20, 30)), transparency=(10, 20, 30))
+    assert np.asarray(decode(data))[0, 0].tolist() == [255, 255, 255]
+    assert vision_pixels(data, 8)[:, 0, 0].tolist() == [255, 255, 255]
+    assert tokenizer_pixels(decode(data, compat=True), (8, 8))[0, 0].tolist() == [10, 20, 30]
+    assert vision_pixels(data, 8, compat=True)[:, 0, 0].tolist() == [10, 20, 30]
