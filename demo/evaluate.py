@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "demo" / "assets"
 SIDE = 4  # latents each way of the demo's pictures
 EACH = 10  # drawings of each digit
+TEMPERATURE = 0.8
 
 
 class Evaluation:
@@ -65,7 +66,7 @@ class Evaluation:
             np.array([self.vocabulary.bos, *self.text.encode(REQUESTS[0].format(word), start=True), self.vocabulary.end_of_turn])
             for word in asked
         ]
-        pictures = self.vision.decode(generate_images(self.model, self.vocabulary, prompts, SIDE, SIDE, seed=0))
+        pictures = self.vision.decode(generate_images(self.model, self.vocabulary, prompts, SIDE, SIDE, temperature=TEMPERATURE, seed=0))
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
         read = classifier.predict(np.stack([small(picture) for picture in pictures]))

@@ -1,4 +1,4 @@
-"""Makes demo/assets/tokenizer: a byte-level BPE of 320 tokens over the demo's own sentences.
+"""Makes demo/assets/tokenizer: a byte-level BPE of 341 tokens over the demo's own sentences.
 
     python -m demo.make_tokenizer
 
@@ -23,7 +23,7 @@ def main() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     sentences = [question.replace("<|image|>", "") for question in QUESTIONS]
     sentences += [request.format(word) for request in REQUESTS for word in WORDS] + list(WORDS) * 3
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=341, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     FOLDER.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(FOLDER / "tokenizer.json"), pretty=False)

@@ -108,7 +108,6 @@ def test_one_rank_goes_on_from_two_with_the_same_batches(folder: Path, whole: Pa
 
 
 def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(folder: Path) -> None:
-    started = time.monotonic()
     result = subprocess.run(
         [sys.executable, ROOT / "train.py", write_stage(folder, name="wrong"), "data.global_batch=3"],
         env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False,
@@ -116,4 +115,3 @@ def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(fold
     assert result.returncode == 2
     assert result.stderr == "error: data.global_batch: 3 packs can not be shared evenly by 2 ranks\n"
     assert result.stdout == ""
-    assert time.monotonic() - started < 5

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,9 @@ def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> N
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_help_is_the_docstring(arguments: list[str]) -> None:
-    started = time.monotonic()
     result = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == (0 if arguments else 2)
     assert "composer -n 2 train.py yamls/demo/stage1.yaml" in result.stdout
-    assert time.monotonic() - started < 5  # measured 0.3 s; the machine may be busy
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Path:

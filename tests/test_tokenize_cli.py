@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,15 +44,8 @@ def call(*args: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["merge", "--help"], ["preview", "--help"]])
-def test_help_answers_within_a_second(args: list[str]) -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.monotonic()
-        result = subprocess.run([sys.executable, "-m", "unitoken.tokenize", *args], capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - start)
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1
+def test_help_says_how_to_run_it(args: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-m", "unitoken.tokenize", *args], capture_output=True, text=True, check=True)
     assert "python -m unitoken.tokenize" in result.stdout
 
 
