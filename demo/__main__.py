@@ -23,8 +23,9 @@ DATA = OUT / "data"
 RUNS = OUT / "runs"
 STAGES = ("base", "stage1", "stage2")
 RANKS = 2
-# One thread a rank: two ranks on two cores, and sums in one order.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+# On CPUs also where there is a GPU (two ranks can not share one); one thread a rank: two ranks on two cores.
+SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT = {**os.environ, **SETTINGS}
 
 start = time.monotonic()
 

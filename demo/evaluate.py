@@ -66,7 +66,9 @@ class Evaluation:
             np.array([self.vocabulary.bos, *self.text.encode(REQUESTS[0].format(word), start=True), self.vocabulary.end_of_turn])
             for word in asked
         ]
-        pictures = self.vision.decode(generate_images(self.model, self.vocabulary, prompts, SIDE, SIDE, temperature=TEMPERATURE, seed=0))
+        pictures = self.vision.decode(
+            generate_images(self.model, self.vocabulary, prompts, SIDE, SIDE, temperature=TEMPERATURE, seed=0)
+        )
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
         read = classifier.predict(np.stack([small(picture) for picture in pictures]))

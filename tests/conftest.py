@@ -1,8 +1,13 @@
 """Fixtures that every test file may use."""
 
+import os
 from pathlib import Path
 
-import pytest
+# Before torch is imported: tests run on CPUs, also where there are GPUs, so that they test the same everywhere.
+# CUDA_VISIBLE_DEVICES=0 pytest -m gpu runs those that are for GPUs.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
