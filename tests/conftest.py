@@ -7,7 +7,7 @@ from pathlib import Path
 # CUDA_VISIBLE_DEVICES=0 pytest -m gpu runs those that are for GPUs.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")
