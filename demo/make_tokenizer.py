@@ -1,4 +1,4 @@
-"""Makes demo/assets/tokenizer: a byte-level BPE of 341 tokens over the demo's own sentences.
+"""Makes demo/assets/tokenizer: a byte-level BPE of 350 tokens over the demo's own sentences.
 
     python -m demo.make_tokenizer
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from demo.digits import QUESTIONS, REQUESTS, WORDS
+from demo.digits import QUESTIONS, REQUESTS, SAID, WORDS
 
 FOLDER = Path(__file__).parent / "assets" / "tokenizer"
 
@@ -22,8 +22,8 @@ def main() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     sentences = [question.replace("<|image|>", "") for question in QUESTIONS]
-    sentences += [request.format(word) for request in REQUESTS for word in WORDS] + list(WORDS) * 3
-    trainer = trainers.BpeTrainer(vocab_size=341, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    sentences += [request.format(word) for request in REQUESTS + SAID for word in WORDS] + list(WORDS) * 3
+    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     FOLDER.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(FOLDER / "tokenizer.json"), pretty=False)

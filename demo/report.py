@@ -48,6 +48,9 @@ footer { margin-top: 28px; color: var(--soft); font-size: 13.5px }
 """
 
 
+TITLES = {"base": "Base", "stage1": "Stage I", "stage2": "Stage II"}
+
+
 @dataclass(frozen=True)
 class Answer:
     picture: npt.NDArray[np.uint8]
@@ -68,12 +71,20 @@ def png(picture: npt.NDArray[np.uint8]) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def _smooth(values: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Steps, and the mean of the steps around each: a batch of drawings has another loss than one of answers."""
+    window = max(1, len(values) // 20)
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
+    return np.arange(len(means)) + window // 2, means
+
+
 def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
     """Loss by step of each stage, side by side, as inline SVG."""
     figure, axes = plt.subplots(1, len(losses), figsize=(10, 2.9), constrained_layout=True)
     for axis, (name, values) in zip(axes, losses.items(), strict=True):
-        axis.plot(values, color="#2b59c3", linewidth=1.3)
-        axis.set_title(name, fontsize=11, loc="left", color="#1c2330")
+        axis.plot(values, color="#b9ccf4", linewidth=0.8)
+        axis.plot(*_smooth(values), color="#2b59c3", linewidth=1.6)
+        axis.set_title(TITLES.get(name, name), fontsize=11, loc="left", color="#1c2330")
         axis.set_xlabel("step", fontsize=9, color="#667085")
         axis.set_ylim(bottom=0)
         axis.tick_params(labelsize=8.5, colors="#667085")
@@ -152,8 +163,8 @@ def write_report(
 <p>Conversations about scikit-learn's handwritten digits were tokenized, mixed, packed and streamed to a small UniToken model on two
 ranks with FSDP2: base training on text and image tokens, Stage I (vision tower and adapter), Stage II (everything).</p>
 <div class="figures">{"".join(tiles)}</div>
-<section><h2>Loss</h2><p>Cross-entropy + z-loss over the tokens that are trained on. Stage II was killed with SIGKILL
-halfway and resumed by the same command.</p>{curves(losses, resumed_at)}</section>
+<section><h2>Loss</h2><p>Cross-entropy + z-loss over the tokens that are trained on, each step and smoothed. Stage II was killed
+with SIGKILL halfway and resumed by the same command.</p>{curves(losses, resumed_at)}</section>
 <div class="columns">
 <section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token. A red frame: an ordinary
 classifier, trained on the real digits, reads another digit.</p>{_drawings(drawings)}</section>

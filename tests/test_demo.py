@@ -11,13 +11,14 @@ from demo import digits, report
 def test_digits_become_conversations_of_both_directions_and_held_out_ones_are_in_neither(tmp_path: Path) -> None:
     digits.write(tmp_path)
     captions, drawings, held_out = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("captions", "drawings", "heldout"))
-    assert (len(captions), len(drawings), len(held_out)) == (1500, 1500, 297)
+    assert (len(captions), len(drawings), len(held_out)) == (1500 * (digits.VIEWS + 2), 1500, 297)
     for item in captions + drawings + held_out:
         text = "".join(turn["value"] for turn in item["conversations"])
-        assert text.count("<|image|>") == len(item["image"]) == 1
-        assert (tmp_path / item["image"][0]).exists()
-    seen = {item["image"][0] for item in captions + drawings}
-    assert not seen & {item["image"][0] for item in held_out}
+        assert text.count("<|image|>") == len(item.get("image", []))
+        assert all((tmp_path / image).exists() for image in item.get("image", []))
+    seen = {image[:-6] for item in captions + drawings for image in item.get("image", [])}  # without the view
+    assert len(seen) == 1500
+    assert not seen & {item["image"][0][:-6] for item in held_out}
 
 
 def test_a_picture_shrinks_back_to_about_the_digit_it_was_made_of() -> None:
