@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo.digits import PIXELS, WORDS, moved, picture, split
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from demo.digits import PIXELS, WORDS, moved, picture, split
 from unitoken.train.config import VisionConfig
 from unitoken.train.vision import VisionTower
 

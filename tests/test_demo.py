@@ -6,6 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from demo import digits, report
+from unitoken.streaming_data.config import load_config
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.tokenize.weights import find_weights
+from unitoken.train.config import StageConfig, model_configs
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_digits_become_conversations_of_both_directions_and_held_out_ones_are_in_neither(tmp_path: Path) -> None:
@@ -49,3 +55,13 @@ def test_the_report_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert page.count("<svg") == 1
     assert 'class="figure bad"><b>50%' in page
     assert 'class="figure good"><b>95.0%' in page
+
+
+def test_the_model_of_the_demo_has_room_for_its_vocabulary() -> None:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer").get_vocab()
+    vocabulary = Vocabulary.from_tokens(tokens, find_weights(str(ROOT / "demo/assets/vqgan")).parameters.n_embed)
+    for stage in ("base", "stage1", "stage2"):
+        decoder, _ = model_configs(load_config(StageConfig, ROOT / f"yamls/demo/{stage}.yaml").model)
+        assert decoder.vocab_size == vocabulary.size
