@@ -42,9 +42,11 @@ typecheck: install ## mypy, strict
 	@$(BIN)/mypy -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train
 
 tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ARGS="key=value ..."]
+	@test -n "$(IN)" -a -n "$(OUT)" || { echo "error: make tokenize needs IN=items.json and OUT=folder" >&2; exit 2; }
 	@$(BIN)/python -m unitoken.tokenize run --config $(CONFIG) --splits $(SPLITS) --in_filename "$(IN)" --out_dir "$(OUT)" $(ARGS)
 
 merge: install ## Chunks -> one index.json, after workers that were started one by one: make merge OUT=folder
+	@test -n "$(OUT)" || { echo "error: make merge needs OUT=folder" >&2; exit 2; }
 	@$(BIN)/python -m unitoken.tokenize merge --out_dir "$(OUT)"
 
 clean: ## Remove what the targets made; data that you tokenized stays
