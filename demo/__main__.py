@@ -137,7 +137,7 @@ def main() -> None:
         "resumed_equal": losses("stage2") == losses("stage2-resumed"),
         "seconds": round(time.monotonic() - start, 1),
     }
-    report.write_report(OUT / "report.html", figures, curves, killed_at, drawings, answers[:36], list(describe_samples()))
+    report.write_report(OUT / "report.html", figures, curves, killed_at, drawings, answers[:30], list(describe_samples()))
     say(f"the report: {(OUT / 'report.html').relative_to(ROOT)}")
     print(json.dumps(figures))
 

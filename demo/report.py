@@ -30,7 +30,7 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 .figure { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px }
 .figure b { display: block; font-size: 25px; line-height: 1.2 } .figure span { color: var(--soft); font-size: 13.5px }
 .good b { color: var(--good) } .bad b { color: var(--bad) }
-.columns { display: grid; grid-template-columns: 1fr 1fr; gap: 20px } .columns section { margin-top: 20px }
+.columns { display: grid; grid-template-columns: 6fr 5fr; gap: 20px } .columns section { margin-top: 20px }
 @media (max-width: 860px) { .columns { grid-template-columns: 1fr } .columns section + section { margin-top: 0 } }
 svg, img { max-width: 100%; height: auto } img { image-rendering: pixelated }
 table.grid { border-collapse: separate; border-spacing: 4px } table.grid td { padding: 0 }
