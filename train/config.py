@@ -86,6 +86,7 @@ class ModelConfig(Config):
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # on both residual branches of the decoder
     z_loss: Annotated[float, Field(ge=0)] = 1e-5  # weight of the mean of logsumexp squared
+    mask_image_logits: bool = False  # image codes get no probability: only for data in which no image is drawn
     attention: Literal["sdpa", "flex"] = "sdpa"  # flex skips the blocks between documents; compiled, so for GPUs
 
 

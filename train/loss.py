@@ -25,7 +25,7 @@ class Loss(NamedTuple):
     z: Tensor
 
 
-def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: float) -> Loss:
+def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: float, masked: Tensor | None = None) -> Loss:
     """Compare the logits at i - 1 with the label at i, wherever labels[:, i] >= 0.
 
     Args:
@@ -33,6 +33,7 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
         labels: (P, L), not shifted; negative where not trained on.
         output_weight: (vocabulary, hidden).
         z_weight: weight of the mean of logsumexp squared.
+        masked: ids that get no probability (the reference's `mask_image_logits`), or None.
     """
     targets = labels[:, 1:]
     supervised = targets >= 0
@@ -41,17 +42,19 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
     chunks = list(zip(torch.split(rows, CHUNK), torch.split(targets, CHUNK), strict=True))
     for chunk_rows, chunk_targets in chunks:
         if len(chunks) > 1 and torch.is_grad_enabled():
-            sums = checkpoint(_sums, chunk_rows, chunk_targets, output_weight, use_reentrant=False)
+            sums = checkpoint(_sums, chunk_rows, chunk_targets, output_weight, masked, use_reentrant=False)
         else:
-            sums = _sums(chunk_rows, chunk_targets, output_weight)
+            sums = _sums(chunk_rows, chunk_targets, output_weight, masked)
         ce, z = ce + sums[0], z + sums[1]
     count = max(len(targets), 1)
     ce, z = ce / count, z / count
     return Loss(ce + z_weight * z, ce, z)
 
 
-def _sums(rows: Tensor, targets: Tensor, output_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(rows: Tensor, targets: Tensor, output_weight: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
     logits = F.linear(rows, output_weight).float()
+    if masked is not None:
+        logits = logits.index_fill(-1, masked, torch.finfo(logits.dtype).min)
     normaliser = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
     return (normaliser - chosen).sum(), normaliser.square().sum()

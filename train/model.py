@@ -8,7 +8,7 @@ Children bear the reference's names: `model`, `lm_head`, and `vit`, `adapter` wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -32,6 +32,7 @@ class UniToken(nn.Module):
         dropout: float = 0.0,
         z_loss: float = 1e-5,
         attention: Literal["sdpa", "flex"] = "sdpa",
+        masked_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.model = Decoder(decoder, dropout)
@@ -42,12 +43,14 @@ class UniToken(nn.Module):
             self.adapter = adapter(vision.hidden_size, decoder.hidden_size)
         self.z_loss = z_loss
         self.attention = attention
+        self.masked_ids = masked_ids
 
     def forward(self, batch: Batch) -> Loss:
         embeddings = self.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
         mask = document_mask(batch["document_ids"], self.attention)
         hidden = self.model(embeddings, batch["position_ids"], mask)
-        return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss)
+        masked = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
+        return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss, masked)
 
     def embed(self, input_ids: Tensor, pixels: Tensor, image_rows: Tensor, feature_positions: Tensor) -> Tensor:
         """Ids (P, L) and N images -> embeddings (P, L, hidden), with F features an image in their places."""
@@ -68,11 +71,18 @@ class UniToken(nn.Module):
 
 
 def build_model(
-    decoder: DecoderConfig, vision: VisionConfig | None, config: ModelConfig, activation_checkpointing: bool = False
+    decoder: DecoderConfig,
+    vision: VisionConfig | None,
+    config: ModelConfig,
+    activation_checkpointing: bool = False,
+    image_ids: Sequence[int] = (),
 ) -> UniToken:
-    """The model on the `meta` device: names and shapes, no memory."""
+    """The model on the `meta` device: names and shapes, no memory. `image_ids` are those of the codes, for mask_image_logits."""
+    masked = image_ids if config.mask_image_logits else ()
     with torch.device("meta"):
-        model = UniToken(decoder, vision, dropout=config.dropout, z_loss=config.z_loss, attention=config.attention)
+        model = UniToken(
+            decoder, vision, dropout=config.dropout, z_loss=config.z_loss, attention=config.attention, masked_ids=masked
+        )
     for layer in model.model.layers:
         layer.checkpointing = activation_checkpointing
     return model

@@ -30,7 +30,9 @@ def run(config: StageConfig, checked: Checked) -> None:
     total_steps = count if unit == "ba" else count * epoch_batches
     say(loader.dataset.plan.report.table())
 
-    network = build_model(checked.decoder, checked.vision, config.model, config.activation_checkpointing)
+    network = build_model(
+        checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
+    )
     trained = freeze(network, config.trainable)
     resume = latest_checkpoint(folder)
     if resume is not None:
