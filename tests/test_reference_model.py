@@ -164,7 +164,8 @@ def test_ten_steps_are_the_references(run: str, golden: Path, records: dict[str,
             samples.append((record["tokens"], record["labels"], pixels_of(golden, record)))
         loss = model(reference_batch(samples))
         assert loss.ce.item() == pytest.approx(micro["c_loss"], abs=1e-5)
-        assert loss.z.item() == pytest.approx(micro["z_loss"], abs=1e-4)
+        # 2.5e-5 is three steps of float32 at 100; the recording has its own rounding.
+        assert loss.z.item() == pytest.approx(micro["z_loss"], abs=2.5e-5)
         (loss.total / every).backward()
         if (step + 1) % every == 0:
             update = case["updates"][step // every]
