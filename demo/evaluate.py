@@ -16,7 +16,7 @@ from unitoken.streaming_data.config import load_config
 from unitoken.streaming_data.images import decode, tokenizer_pixels
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.manifest import load_vocabulary
-from unitoken.streaming_data.plan import Report
+from unitoken.streaming_data.report import Report
 from unitoken.tokenize.conversations import parse
 from unitoken.tokenize.sequence import assemble
 from unitoken.tokenize.text import TextEncoder, load_tokenizer
