@@ -19,7 +19,7 @@ from sklearn.svm import SVC
 
 from demo.digits import picture, small, split
 from unitoken.streaming_data.images import tokenizer_pixels
-from unitoken.tokenize.vision import VQGAN, load_vision
+from unitoken.tokenize.vision import VQGAN, load_vision, meta_name
 from unitoken.tokenize.weights import Parameters
 
 FOLDER = Path(__file__).parent / "assets" / "vqgan"
@@ -68,12 +68,7 @@ def train(model: VQGAN, pictures: torch.Tensor) -> None:
 def save(model: VQGAN) -> None:
     """Meta's names (which count the decoder's levels from the finest), half precision: it is a demo."""
     levels = len(SHAPE["ddconfig"]["ch_mult"])  # type: ignore[index]
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("decoder.up."):
-            level, rest = name.removeprefix("decoder.up.").split(".", 1)
-            name = f"decoder.up.{levels - 1 - int(level)}.{rest}"
-        state[name] = tensor.half().contiguous()
+    state = {meta_name(name, levels): tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_file(state, FOLDER / "vqgan.safetensors")
     (FOLDER / "vqgan.yaml").write_text(yaml.safe_dump({"model": {"params": SHAPE}}, sort_keys=False), encoding="utf-8")
