@@ -8,17 +8,25 @@ from unitoken.streaming_data.config import Config
 
 
 class VisionConfig(Config):
-    kind: Literal["chameleon"] = "chameleon"
+    kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
     weights: str  # folder, file or hub id
     batch_size: int = Field(default=8, ge=1)  # images encoded at once
-    precision: Literal["fp32"] = "fp32"  # TF32 flips 1.5 % of the codes, bf16 13 %
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # changes codes; tf32 is what the reference runs with on a GPU
+    compile: bool = False
 
 
 class TokenizeConfig(Config):
     tokenizer: str  # folder or hub id
     vision: VisionConfig
+    adapter: str = "standard"  # a name in adapters.py, or path/to/file.py:function
     target_size: int = Field(default=512, ge=2)  # pixels; a multiple of 2 latents, checked once the weights are known
     crop: Literal["square", "aspect"] = "square"
+    crop_position: Literal["center", "random"] = "center"
+    seed: int = Field(default=0, ge=0)  # of random crops, together with the item's id
+    allow_http: bool = False  # fetch images named by http:// and https:// URLs
+    timeout_seconds: float = Field(default=30.0, gt=0)  # for an image over http, with its retries
+    max_tokens: int | None = Field(default=None, ge=1)  # longer items are rejects
+    threads: int | None = Field(default=None, ge=1)  # that fetch and decode images, in each process; None: by the cores
     chunk_size: int = Field(default=1000, ge=1)  # items; what is lost at most, per process, when a run is killed
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     compat: Literal["unitoken"] | None = None
