@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pydantic
 
 from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.files import write_aside
+from unitoken.streaming_data.stores import MissingError, Store, StoreError, open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ class Manifest(Config):
     vocabulary: str  # fingerprint of vocabulary.json
     vision: VisionTokenizer
     target_size: int
+    adapter: str = "standard"
     crop: str
+    crop_position: str = "center"
+    seed: int = 0  # of random crops
+    max_tokens: int | None = None
     compat: str | None
     items: int
     samples: int
@@ -83,7 +87,7 @@ class Manifest(Config):
     images: int
     chunks: int
     chunk_size: int
-    source: str  # sha256 of the input, first 16 digits
+    source: str  # fingerprint of the input's files
     files: dict[str, str]  # sha256 of index.json, samples.parquet, rejects.jsonl and vocabulary.json
 
     @pydantic.model_validator(mode="after")
@@ -92,29 +96,42 @@ class Manifest(Config):
             raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
         return self
 
-    def save(self, folder: Path) -> None:
-        write_aside(folder / MANIFEST, json.dumps(self.model_dump(), indent=1, sort_keys=True).encode() + b"\n")
+    def dump(self) -> bytes:
+        return json.dumps(self.model_dump(), indent=1, sort_keys=True).encode() + b"\n"
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read a dataset's manifest. Raises ConfigError for a folder or bucket that is no finished dataset."""
+    try:
+        return _parse(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
+    except MissingError:
+        begun = bool(store.sizes("chunk-000000/"))
+        hint = "; finish it with `python -m unitoken.tokenize merge`" if begun else ""
+        raise ConfigError(f"{store.url}: not a dataset folder: it has no {MANIFEST}{hint}") from None
+    except StoreError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read a dataset's manifest. Raises ConfigError for a folder that is no finished dataset."""
-    path = folder / MANIFEST
+    """`read_manifest` for a folder of this machine."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: not a dataset folder: no such folder")
+    return read_manifest(open_store(str(folder)))
+
+
+def _parse(data: bytes, where: str) -> Manifest:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = "no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
-        hint = "; finish it with `python -m unitoken.tokenize merge`" if folder.is_dir() and any(folder.glob("chunk-*")) else ""
-        raise ConfigError(f"{folder}: not a dataset folder: {what}{hint}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable: {error}") from None
+        fields = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not readable: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
         found = f"{fields.get('format')!r} version {fields.get('version')!r}" if isinstance(fields, dict) else type(fields).__name__
-        raise ConfigError(f"{path}: expected {FORMAT!r} version {VERSION}, found {found}")
+        raise ConfigError(f"{where}: expected {FORMAT!r} version {VERSION}, found {found}")
     try:
         return Manifest.model_validate(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+        raise ConfigError(f"{where}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:

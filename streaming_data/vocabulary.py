@@ -142,15 +142,25 @@ class Vocabulary:
             yield (self.newline,)
         yield (self.image_end,)
 
+    def dump(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
+
     def save(self, path: Path) -> None:
-        write_aside(path, json.dumps(asdict(self), sort_keys=True).encode() + b"\n")
+        write_aside(path, self.dump())
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Vocabulary:
+        try:
+            fields = json.loads(data)
+            fields["grid_ids"] = tuple(fields["grid_ids"])
+            fields["image_ids"] = tuple(fields["image_ids"])
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{where}: not a vocabulary file: {error}") from None
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            fields["grid_ids"] = tuple(fields["grid_ids"])
-            fields["image_ids"] = tuple(fields["image_ids"])
-            return cls(**fields)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls.parse(path.read_bytes(), str(path))
+        except OSError as error:
             raise ConfigError(f"{path}: not a vocabulary file: {error}") from None

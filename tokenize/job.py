@@ -1,46 +1,89 @@
 """What a run is to do, and that all who write into one folder do the same.
 
-The first start leaves `job.json` (and `vocabulary.json`) in the output folder. A later start with other settings is
-refused with both sides of the difference; the same command goes on where the last one stopped.
+The first start leaves `job.json` (what the bytes of the dataset depend on), `input.json` (the files and where they are
+cut) and `vocabulary.json` in the output folder. A later start with other settings is refused with both sides of the
+difference; the same command goes on where the last one stopped. `retry-01.json` names the items of a first round of
+retries (rejects.py), which have chunks of their own.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 
 from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.files import ASIDE, aside
-from unitoken.streaming_data.manifest import INDEX, VOCABULARY, VisionTokenizer, sha256_file
+from unitoken.streaming_data.files import ASIDE
+from unitoken.streaming_data.manifest import VOCABULARY, VisionTokenizer
+from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
+from unitoken.tokenize.adapters import adapter_fingerprint
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.sources import chunk_count, chunk_name, load_items
+from unitoken.tokenize.output import Output
+from unitoken.tokenize.sources import Input, InputFile, cut, find_files
 from unitoken.tokenize.text import load_tokenizer
 from unitoken.tokenize.weights import find_weights
 
-JOB = "job.json"
+JOB, INPUT = "job.json", "input.json"
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 class JobFile(Config):
-    """What the bytes of the dataset depend on, and the counts that follow from it."""
+    """What the bytes of the dataset depend on."""
 
-    source: str  # sha256 of the input, first 16 digits
-    items: int
+    source: str  # fingerprint of the input's files
     chunk_size: int
     vocabulary: str  # fingerprint
     vision: VisionTokenizer
+    adapter: str
     target_size: int
     crop: str
+    crop_position: str
+    seed: int
+    max_tokens: int | None
     compat: str | None
     max_reject_fraction: float  # a later start may change this one: nothing is written by it
 
-    @property
-    def chunks(self) -> int:
-        return chunk_count(self.items, self.chunk_size)
+
+class Round(Config):
+    """A round of retries: the items to do again, as (piece of the input, position in its file), in that order."""
+
+    items: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is written as one folder: pieces of the input, each with the positions to take (None: all)."""
+
+    name: str
+    parts: tuple[tuple[int, tuple[int, ...] | None], ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The input's pieces and the rounds of retries -> the chunks of the dataset, in its order."""
+
+    input: Input
+    rounds: tuple[Round, ...]
+    chunk_size: int
+
+    def chunks(self) -> list[Chunk]:
+        chunks = [Chunk(chunk_name(number), ((number, None),)) for number in range(len(self.input.pieces))]
+        for number, retry in enumerate(self.rounds, 1):
+            for n, start in enumerate(range(0, len(retry.items), self.chunk_size)):
+                groups = itertools.groupby(retry.items[start : start + self.chunk_size], key=lambda item: item[0])
+                parts = tuple((piece, tuple(position for _, position in group)) for piece, group in groups)
+                chunks.append(Chunk(f"retry-{number:02d}-{n:06d}", parts))
+        return chunks
+
+    def items(self, chunk: Chunk) -> int | None:
+        """How many items a chunk has; None where that is known once it is read."""
+        counts = [self.input.pieces[piece].items if positions is None else len(positions) for piece, positions in chunk.parts]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
 
 @dataclass(frozen=True)
@@ -48,61 +91,126 @@ class Job:
     """Travels to the worker processes, which load the tokenizers themselves."""
 
     config: TokenizeConfig
-    source: Path
-    out: Path
+    work: Work
+    out: str  # path or URL
     file: JobFile
 
-    def missing(self) -> list[int]:
+    @property
+    def input(self) -> Input:
+        return self.work.input
+
+    @property
+    def output(self) -> Output:
+        return Output(self.out)
+
+    def chunks(self) -> list[Chunk]:
+        return self.work.chunks()
+
+    def missing(self) -> list[Chunk]:
         """The chunks that are not done."""
-        return missing_chunks(self.out, self.file.chunks)
+        done = self.output.done()
+        return [chunk for chunk in self.chunks() if chunk.name not in done]
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.parse(self.output.store.read(VOCABULARY), f"{self.out}/{VOCABULARY}")
 
 
-def missing_chunks(out: Path, chunks: int) -> list[int]:
-    return [number for number in range(chunks) if not (out / chunk_name(number) / INDEX).is_file()]
+def chunk_name(number: int) -> str:
+    return f"chunk-{number:06d}"
 
 
-def prepare(config: TokenizeConfig, source: Path, out: Path) -> Job:
+def round_name(number: int) -> str:
+    return f"retry-{number:02d}.json"
+
+
+def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
     """Check everything that can be checked before the work, the cheap first, and claim the output folder.
 
     Raises:
         ConfigError: settings, input, weights or output folder do not fit.
+        StoreError: the output's object store does not answer.
     """
-    _check_folder(out)
-    weights = find_weights(config.vision.weights)
+    output = Output(out)
+    _check_folder(output)
+    weights = find_weights(config.vision)
     vision = weights.describe(config.vision)
     _check_size(config.target_size, vision.downsampling)
-    items = load_items(source)
+    adapter = adapter_fingerprint(config.adapter)
+    files = find_files(sources)
     tokenizer = load_tokenizer(config.tokenizer)
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
+    pieces = _known_pieces(output, files, config.chunk_size) or cut(files, config.chunk_size)
     file = JobFile(
-        source=sha256_file(source)[:16],
-        items=len(items),
+        source=pieces.fingerprint,
         vocabulary=vocabulary.fingerprint,
         vision=vision,
-        **config.model_dump(include={"chunk_size", "target_size", "crop", "compat", "max_reject_fraction"}),
+        adapter=adapter,
+        **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
     )
-    _claim(out, file)
-    vocabulary.save(out / VOCABULARY)
-    return Job(config, source, out, file)
+    claim(output, file)
+    if not output.exists(INPUT):
+        output.store.write(INPUT, _dump(pieces))
+    output.store.write(VOCABULARY, vocabulary.dump())
+    return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), out, file)
 
 
-def load_job(out: Path) -> JobFile:
-    path = out / JOB
+def claim(output: Output, file: JobFile) -> None:
+    """Leave `job.json` in the output, or compare with the one that is there. Raises ConfigError with the differences."""
+    theirs = _settings(_parse(JobFile, output.claim(JOB, _dump(file)), f"{output.url}/{JOB}"))
+    ours = _settings(file)
+    differences = [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
+    if differences:
+        raise ConfigError(
+            f"{output.url}: was begun with other settings: {'; '.join(differences)}. Choose another folder, or remove this one"
+        )
+
+
+def load_job(store: Store) -> JobFile:
+    return _load(JobFile, store, JOB)
+
+
+def load_work(store: Store) -> Work:
+    """What the folder of a run that was prepared is to hold in the end."""
+    return Work(_load(Input, store, INPUT), load_rounds(store), load_job(store).chunk_size)
+
+
+def load_rounds(store: Store) -> tuple[Round, ...]:
+    rounds: list[Round] = []
+    while True:
+        name = round_name(len(rounds) + 1)
+        try:
+            rounds.append(_parse(Round, store.read(name), f"{store.url}/{name}"))
+        except MissingError:
+            return tuple(rounds)
+
+
+def _load(model: type[ConfigT], store: Store, name: str) -> ConfigT:
     try:
-        return JobFile.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{out}: no {JOB} in it: not a folder that `python -m unitoken.tokenize run` writes") from None
-    except (OSError, pydantic.ValidationError) as error:
-        raise ConfigError(f"{path}: not readable: {' '.join(str(error).split())[:200]}") from None
+        return _parse(model, store.read(name), f"{store.url}/{name}")
+    except MissingError:
+        raise ConfigError(f"{store.url}: no {name} in it: not a folder that `python -m unitoken.tokenize run` writes") from None
+    except StoreError as error:
+        raise ConfigError(f"{error}") from None
 
 
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: expected a folder to write to, found a file")
-    if out.is_dir() and not (out / JOB).exists():
-        foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith(ASIDE))
+def _parse(model: type[ConfigT], data: bytes, where: str) -> ConfigT:
+    try:
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{where}: not readable: {' '.join(str(error).split())[:200]}") from None
+
+
+def _dump(model: Config) -> bytes:
+    return model.model_dump_json(indent=1).encode() + b"\n"
+
+
+def _check_folder(output: Output) -> None:
+    if not is_url(output.url) and Path(output.url).exists() and not Path(output.url).is_dir():
+        raise ConfigError(f"{output.url}: expected a folder to write to, found a file")
+    if not output.exists(JOB):
+        foreign = [name for name in output.store.sizes() if not any(part.startswith(ASIDE) for part in name.split("/"))]
         if foreign:
-            raise ConfigError(f"{out}: expected an empty folder or one of ours, found {foreign[0]!r} in it and no {JOB}")
+            raise ConfigError(f"{output.url}: expected an empty folder or one of ours, found {foreign[0]!r} in it and no {JOB}")
 
 
 def _check_size(target_size: int, downsampling: int) -> None:
@@ -113,24 +221,13 @@ def _check_size(target_size: int, downsampling: int) -> None:
         )
 
 
-def _claim(out: Path, file: JobFile) -> None:
-    path = out / JOB
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        temporary = aside(path)
-        temporary.write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        try:
-            os.link(temporary, path)  # unlike a rename it fails if another run was first: then the two are compared
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink(missing_ok=True)
-    theirs, ours = _settings(load_job(out)), _settings(file)
-    differences = [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
-    if differences:
-        raise ConfigError(
-            f"{out}: was begun with other settings: {'; '.join(differences)}. Choose another folder, or remove this one"
-        )
+def _known_pieces(output: Output, files: list[InputFile], chunk_size: int) -> Input | None:
+    """Where an earlier start has cut the same files already: to scan millions of items again would take minutes."""
+    if not output.exists(INPUT) or not output.exists(JOB) or load_job(output.store).chunk_size != chunk_size:
+        return None
+    known = _load(Input, output.store, INPUT)
+    same = [(f.format, f.size, f.version) for f in known.files] == [(f.format, f.size, f.version) for f in files]
+    return Input(files=files, pieces=known.pieces) if same else None
 
 
 def _settings(file: JobFile) -> dict[str, Any]:

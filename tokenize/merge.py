@@ -1,21 +1,23 @@
 """Chunks -> one dataset: the root index over all shards, sidecars and rejects joined, the manifest last.
 
 Own, because streaming's `merge_index` fails when run twice, orders folders as text and checks nothing. Doing it again
-gives the same bytes.
+gives the same bytes. Shards are not read, so a dataset in a bucket is merged from anywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import aside, remove_abandoned, write_aside
 from unitoken.streaming_data.manifest import (
     INDEX,
     MANIFEST,
@@ -23,127 +25,202 @@ from unitoken.streaming_data.manifest import (
     SIDECAR,
     VOCABULARY,
     Manifest,
-    load_manifest,
+    read_manifest,
     samples_schema,
     sha256_file,
 )
-from unitoken.tokenize.job import load_job, missing_chunks
-from unitoken.tokenize.sources import chunk_name
+from unitoken.streaming_data.stores import Store, StoreError, open_store
+from unitoken.tokenize.job import Chunk, Work, load_job, load_work
+from unitoken.tokenize.output import Output
 
 SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
+READERS = 16  # chunks read at once: over a network each takes three requests
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class UnfinishedError(Exception):
     """Chunks are missing; the message names them."""
 
 
-def merge(out: Path) -> Manifest:
-    """Finish the dataset in `out`; at once, if it is finished.
+def merge(out: str) -> Manifest:
+    """Finish the dataset in the folder or bucket `out`; at once, if it is finished.
 
     Raises:
         UnfinishedError: chunks are missing.
         ConfigError: `out` is no folder of ours, or a chunk in it is broken.
     """
-    job = load_job(out)
-    remove_abandoned(out)
-    if (out / MANIFEST).exists():
-        return load_manifest(out)
-    if missing := missing_chunks(out, job.chunks):
+    output = Output(out)
+    job = load_job(output.store)
+    output.remove_abandoned()
+    if output.exists(MANIFEST):
+        return read_manifest(output.store)
+    work = load_work(output.store)
+    chunks = work.chunks()
+    sizes = output.store.sizes()
+    if missing := [chunk.name for chunk in chunks if f"{chunk.name}/{INDEX}" not in sizes]:
         raise UnfinishedError(
-            f"{out}: missing {len(missing)} of {job.chunks} chunks: {_names(missing)}. Run the same command again"
+            f"{out}: missing {len(missing)} of {len(chunks)} chunks: {_names(missing)}. Run the same command again"
         )
-    chunks = [out / chunk_name(number) for number in range(job.chunks)]
-    shards = [shard for chunk in chunks for shard in _shards(chunk)]
-    write_aside(out / INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode() + b"\n")
-    counts = _join_samples(chunks, out / SIDECAR)
-    rejects = b"".join((chunk / REJECTS).read_bytes() for chunk in chunks)
-    write_aside(out / REJECTS, rejects)
-    fields = job.model_dump(exclude={"max_reject_fraction"}) | counts
+
+    with tempfile.TemporaryDirectory() as temporary:
+        joined = _join(output.store, work, sizes, Path(temporary))
+        files = {name: sha256_file(Path(temporary, name)) for name in (INDEX, SIDECAR, REJECTS)}
+        for name in files:
+            output.store.upload(Path(temporary, name), name)
+    files[VOCABULARY] = hashlib.sha256(output.store.read(VOCABULARY)).hexdigest()
     manifest = Manifest(
-        **fields,
-        rejected=rejects.count(b"\n"),
-        chunks=job.chunks,
-        files={name: sha256_file(out / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
+        **job.model_dump(exclude={"max_reject_fraction"}),
+        **joined,
+        items=joined["samples"] + joined["rejected"],
+        chunks=len(chunks),
+        files=files,
     )
-    manifest.save(out)
+    output.store.write(MANIFEST, manifest.dump())
     return manifest
 
 
-def _names(numbers: list[int]) -> str:
-    more = f", ... {chunk_name(numbers[-1])}" if len(numbers) > 8 else ""
-    return ", ".join(chunk_name(number) for number in numbers[:8]) + more
+def _names(names: list[str]) -> str:
+    more = f", ... {names[-1]}" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
-def _shards(chunk: Path) -> list[dict[str, Any]]:
-    """The entries of a chunk's index, their files seen from the root."""
-    path = chunk / INDEX
+# --- joining ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Part:
+    """What the merge reads of one chunk."""
+
+    chunk: Chunk
+    shards: list[dict[str, Any]]
+    samples: Any  # pyarrow.Table
+    rejects: list[bytes]  # lines
+
+
+@dataclass
+class _Counts:
+    values: Counter[str] = field(default_factory=lambda: Counter(samples=0, tokens=0, target_tokens=0, images=0, rejected=0))
+
+    def add(self, samples: Any) -> None:
+        import pyarrow.compute as pc
+
+        self.values["samples"] += samples.num_rows
+        for name in ("tokens", "target_tokens", "images"):
+            self.values[name] += pc.sum(samples[name], min_count=0).as_py()
+
+
+def _join(store: Store, work: Work, sizes: dict[str, int], folder: Path) -> dict[str, int]:
+    """Write the root's index, sidecar (a row group a chunk) and rejects into `folder`. Returns the dataset's counts."""
+    import pyarrow.parquet as pq
+
+    counts = _Counts()
+    shards: list[dict[str, Any]] = []
+    last_round = {item: number for number, retry in enumerate(work.rounds, 1) for item in retry.items}
+    with (
+        pq.ParquetWriter(folder / SIDECAR, samples_schema(), compression="zstd") as samples,
+        open(folder / REJECTS, "wb") as rejects,
+    ):
+        for part in _in_order(lambda chunk: _read(store, work, chunk, sizes), work.chunks()):
+            shards += part.shards
+            samples.write_table(part.samples)
+            counts.add(part.samples)
+            for line in part.rejects:
+                if not work.rounds or _is_last(line, part.chunk, last_round):
+                    rejects.write(line)
+                    counts.values["rejected"] += 1
+    (folder / INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True) + "\n", encoding="utf-8")
+    return dict(counts.values)
+
+
+def _is_last(line: bytes, chunk: Chunk, last_round: dict[tuple[int, int], int]) -> bool:
+    """Whether the item was not tried again in a later round than the one the line is from."""
+    reject = json.loads(line)
+    this_round = int(chunk.name.split("-")[1]) if chunk.name.startswith("retry-") else 0
+    return last_round.get((reject["chunk"], reject["position"]), 0) == this_round
+
+
+def _in_order(function: Callable[[A], B], values: Sequence[A]) -> Iterator[B]:
+    """`map` over threads, of which no more results wait than there are threads."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(values), READERS):
+            yield from pool.map(function, values[start : start + READERS])
+
+
+def _read(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> _Part:
+    """A chunk's index, sidecar and rejects, which agree with each other and with the input. Raises ConfigError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    hint = f"; remove {store.url}/{chunk.name} and run again"
     try:
-        shards: list[dict[str, Any]] = json.loads(path.read_bytes())["shards"]
+        shards = _shards(store, chunk.name, sizes)
+        samples = pq.read_table(pa.BufferReader(store.read(f"{chunk.name}/{SIDECAR}")), schema=samples_schema())
+        rejects = store.read(f"{chunk.name}/{REJECTS}").splitlines(keepends=True)
+    except (StoreError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{error}{hint}") from None
+    stored = sum(shard["samples"] for shard in shards)
+    items = work.items(chunk)
+    if samples.num_rows != stored or (items is not None and items != stored + len(rejects)):
+        raise ConfigError(
+            f"{store.url}/{chunk.name}: {stored} samples in the shards, {samples.num_rows} in {SIDECAR}, {len(rejects)} rejects, "
+            f"of {'an unknown number of' if items is None else items} items{hint}"
+        )
+    return _Part(chunk, shards, samples, rejects)
+
+
+def _shards(store: Store, chunk: str, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """The entries of a chunk's index, their files seen from the root."""
+    where = f"{store.url}/{chunk}/{INDEX}"
+    hint = f"; remove {store.url}/{chunk} and run again"
+    try:
+        shards: list[dict[str, Any]] = json.loads(store.read(f"{chunk}/{INDEX}"))["shards"]
         for shard in shards:
             file = shard["raw_data"]
             # Readers join these names to paths unchecked.
             if not SHARD_NAME.fullmatch(file["basename"]) or shard["zip_data"] is not None:
-                raise ConfigError(f"{path}: expected uncompressed shards named shard.NNNNN.mds, found {file['basename']!r}")
-            found = (chunk / file["basename"]).stat().st_size
-            if found != file["bytes"]:
-                raise ConfigError(
-                    f"{chunk / file['basename']}: {found} bytes, {INDEX} says {file['bytes']}; remove {chunk} and run again"
-                )
-            file["basename"] = f"{chunk.name}/{file['basename']}"
+                raise ConfigError(f"{where}: expected uncompressed shards named shard.NNNNN.mds, found {file['basename']!r}")
+            file["basename"] = name = f"{chunk}/{file['basename']}"
+            if (found := sizes.get(name)) != file["bytes"]:
+                what = "not there" if found is None else f"{found} bytes"
+                raise ConfigError(f"{store.url}/{name}: {what}, {INDEX} says {file['bytes']} bytes{hint}")
     except ConfigError:
         raise
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}; remove {chunk} and run again") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no MDS index: {error!r}; remove {chunk} and run again") from None
+        raise ConfigError(f"{where}: no MDS index: {error!r}{hint}") from None
     return shards
 
 
-def _join_samples(chunks: Iterable[Path], path: Path) -> dict[str, int]:
-    """One sidecar of all samples, a row group a chunk. Returns the dataset's counts."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    counts = Counter(samples=0, tokens=0, target_tokens=0, images=0)
-    temporary = aside(path)
-    try:
-        with pq.ParquetWriter(temporary, samples_schema(), compression="zstd") as writer:
-            for chunk in chunks:
-                table = pq.read_table(chunk / SIDECAR, schema=samples_schema())
-                writer.write_table(table)
-                counts["samples"] += table.num_rows
-                for name in ("tokens", "target_tokens", "images"):
-                    counts[name] += pc.sum(table[name], min_count=0).as_py()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return dict(counts)
+# --- what to say of it -----------------------------------------------------------------------------------------------
 
 
-def summary(out: Path, manifest: Manifest) -> str:
+def summary(out: str, manifest: Manifest) -> str:
     m = manifest
     lines = [
         f"{out}: {m.items:,} items -> {m.samples:,} samples, {m.rejected:,} rejected; "
         f"{m.tokens:,} tokens ({m.target_tokens:,} trained on), {m.images:,} images"
     ]
     if m.rejected:
-        lines.append(f"rejected, by reason (each item in {out / REJECTS}):")
-        lines += [f"{count:>8,}  {reason}" for reason, count in commonest(out)]
+        lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects --out_dir {out}`):")
+        lines += [f"{count:>8,}  {reason}" for reason, count in kinds(out).most_common(5)]
     if not m.samples:
         lines.append("warning: the dataset has no samples")
     return "\n".join(lines)
 
 
-def commonest(out: Path, limit: int = 5) -> list[tuple[str, int]]:
-    """The kinds of rejects, each with how many there are."""
-    with open(out / REJECTS, encoding="utf-8") as file:
-        kinds = Counter(json.loads(line)["reason"].partition(": ")[0] for line in file)
-    return kinds.most_common(limit)
+def kinds(out: str) -> Counter[str]:
+    """How many rejects there are of each kind."""
+    with open_store(out).open(REJECTS) as file:
+        return Counter(json.loads(line)["reason"].partition(": ")[0] for line in file)
 
 
-def too_many_rejects(manifest: Manifest, max_fraction: float) -> str | None:
-    """Ten bad items are always forgiven: they say little about the rest."""
-    if manifest.rejected < 10 or manifest.rejected <= max_fraction * manifest.items:
-        return None
-    share = manifest.rejected / manifest.items
-    return f"{manifest.rejected} of {manifest.items} items were rejected ({share:.1%}), max_reject_fraction is {max_fraction}"
+def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[str]:
+    """Why the command that made a finished dataset still ends with status 1, a line each."""
+    found = []
+    if cut := kinds(out)["input cut"]:
+        found.append(f"{cut} input file{'s end' if cut > 1 else ' ends'} in the middle of an item; see 'input cut' in {REJECTS}")
+    # Ten bad items are always forgiven: they say little about the rest.
+    if manifest.rejected >= 10 and manifest.rejected > max_reject_fraction * manifest.items:
+        share = f"{manifest.rejected} of {manifest.items} items were rejected ({manifest.rejected / manifest.items:.1%})"
+        found.append(f"{share}, max_reject_fraction is {max_reject_fraction}")
+    return found

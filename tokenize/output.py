@@ -1,0 +1,104 @@
+"""Where a dataset is written: a folder of this machine or of an object store.
+
+A chunk is filled in a local folder and then published: renamed, or uploaded with its index last. So a chunk is done
+when its index is there, and what a killed run left behind is never taken for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
+from unitoken.streaming_data.manifest import INDEX
+from unitoken.streaming_data.stores import MissingError, is_url, open_store
+
+UPLOADS = 8  # files at once
+
+
+class ChunkFolder(Protocol):
+    """`path` is a local folder to fill; `publish` gives the chunk its name."""
+
+    path: Path
+
+    def publish(self) -> None: ...
+
+
+class Output:
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.store = open_store(url)
+        self._folder = None if is_url(url) else Path(url)
+
+    @contextlib.contextmanager
+    def chunk(self, name: str) -> Iterator[ChunkFolder]:
+        """A folder to fill; what is not published is gone at the end."""
+        if self._folder is not None:
+            with AsideFolder(self._folder / name) as folder:
+                yield folder
+            return
+        with AsideFolder(_scratch() / name) as folder:
+            yield _Upload(self, name, folder.path)
+
+    def done(self) -> set[str]:
+        """The names of the chunks that are complete."""
+        if self._folder is not None:
+            return {path.parent.name for path in self._folder.glob(f"*/{INDEX}")}
+        return {name.removesuffix(f"/{INDEX}") for name in self.store.sizes() if name.endswith(f"/{INDEX}")}
+
+    def is_done(self, chunk: str) -> bool:
+        return self.exists(f"{chunk}/{INDEX}")
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.store.size(name)
+        except MissingError:
+            return False
+        return True
+
+    def claim(self, name: str, data: bytes) -> bytes:
+        """Write a file unless it is there; returns what is there then. In a folder only one of two claims is written."""
+        with contextlib.suppress(MissingError):
+            return self.store.read(name)
+        if self._folder is None:  # no object store's test-and-set works everywhere: the later of two claims stays
+            self.store.write(name, data)
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / name
+            temporary = aside(path)
+            temporary.write_bytes(data)
+            try:
+                os.link(temporary, path)  # unlike a rename it fails if another run was first
+            except FileExistsError:
+                pass
+            finally:
+                temporary.unlink(missing_ok=True)
+        return self.store.read(name)
+
+    def remove_abandoned(self) -> None:
+        """What killed runs left aside on this machine."""
+        remove_abandoned(self._folder if self._folder is not None else _scratch())
+
+
+class _Upload:
+    def __init__(self, output: Output, name: str, path: Path) -> None:
+        self._output, self._name, self.path = output, name, path
+
+    def publish(self) -> None:
+        files = sorted(path for path in self.path.iterdir() if path.name != INDEX)
+        with ThreadPoolExecutor(UPLOADS) as pool:
+            list(pool.map(lambda path: self._output.store.upload(path, f"{self._name}/{path.name}"), files))
+        self._output.store.upload(self.path / INDEX, f"{self._name}/{INDEX}")
+
+
+def _scratch() -> Path:
+    """Of this user alone: names in the machine's temporary folder are everybody's."""
+    path = Path(tempfile.gettempdir(), f"unitoken-{getpass.getuser()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
