@@ -105,7 +105,7 @@ def read_manifest(store: Store) -> Manifest:
     try:
         return _parse(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
     except MissingError:
-        begun = bool(store.sizes("chunk-000000/"))
+        begun = bool(store.sizes("chunk-"))
         hint = "; finish it with `python -m unitoken.tokenize merge`" if begun else ""
         raise ConfigError(f"{store.url}: not a dataset folder: it has no {MANIFEST}{hint}") from None
     except StoreError as error:

@@ -54,6 +54,7 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a dataset folder: it has no manifest.json$"):
         load_manifest(tmp_path)
     (tmp_path / "chunk-000000").mkdir()
+    (tmp_path / "chunk-000000" / "index.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"finish it with `python -m unitoken.tokenize merge`"):
         load_manifest(tmp_path)
 
