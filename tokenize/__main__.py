@@ -4,23 +4,27 @@
         --in_filename items.json --out_dir out/items   tokenizer=PATH vision.weights=PATH
 
 starts 8 processes (one a GPU where there are GPUs), shows their progress and merges. The same command again goes on
-where it was stopped. On several machines, or by hand: `run ... --rank R` for each R, then `merge --out_dir out/items`.
+where it was stopped. On several machines `--engine ray`, or by hand `run ... --rank R` for each R and then
+`merge --out_dir out/items`. Input and output are paths or URLs (s3://, gs://, az://).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.stores import StoreError
 from unitoken.tokenize.config import TokenizeConfig
 
 # Only light imports here: `--help` and the errors of a configuration answer within a second.
 if TYPE_CHECKING:
-    from unitoken.streaming_data.manifest import Manifest
+    from unitoken.tokenize.job import Job
 
 DEFAULT_CONFIG = Path("yamls/tokenize/chameleon.yaml")
 
@@ -28,7 +32,12 @@ HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The settings' YAML file.")]
-OutOption = Annotated[Path, typer.Option("--out_dir", help="The dataset's folder.")]
+OutOption = Annotated[str, typer.Option("--out_dir", help="The dataset's folder, or its URL.")]
+OutArgument = Annotated[str, typer.Argument(help="The dataset's folder, or its URL.")]
+SplitsOption = Annotated[int, typer.Option("--splits", min=1, help="How many processes share the work.")]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="Processes of this machine, or tasks on a Ray cluster.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as vision.batch_size=4.")
 ]
@@ -36,16 +45,20 @@ Overrides = Annotated[
 
 @app.command()
 def run(
-    in_filename: Annotated[Path, typer.Option("--in_filename", help="The input: a JSON list of items, or .jsonl.")],
+    in_filename: Annotated[
+        list[str],
+        typer.Option("--in_filename", help="JSON list, .jsonl, .tar, .parquet, .arrow; a path, URL or glob; may be given often."),
+    ],
     out_dir: OutOption,
     overrides: Overrides = None,
     config: ConfigOption = DEFAULT_CONFIG,
-    splits: Annotated[int, typer.Option("--splits", min=1, help="How many processes share the work.")] = 1,
+    splits: SplitsOption = 1,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Do this process's share only, and do not merge.")] = None,
+    engine: EngineOption = "local",
     target_size: Annotated[int | None, typer.Option("--target_size", help="Side of the images in pixels; as target_size=.")] = None,
 ) -> None:
-    """Tokenize an input file into a dataset folder; run it again to go on after a stop."""
-    with one_line_errors():
+    """Tokenize inputs into a dataset folder; run it again to go on after a stop."""
+    with _errors():
         size = [] if target_size is None else [f"target_size={target_size}"]
         settings = load_config(TokenizeConfig, config, [*size, *(overrides or [])])
         if rank is not None and rank >= splits:
@@ -59,37 +72,28 @@ def run(
 
             run_here(job, rank, splits)
             return
-
-        from unitoken.tokenize.launch import launch
-
-        try:
-            failures = launch(job, splits)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            raise SystemExit(130) from None
-        for line in failures:
-            print(f"error: {line}", file=sys.stderr)
-        _finish(out_dir, settings.max_reject_fraction)
+        _finish(out_dir, settings.max_reject_fraction, _launch(job, splits, engine))
 
 
 @app.command()
 def merge(out_dir: OutOption) -> None:
     """Make one dataset of the chunks that `run --rank` has written."""
-    with one_line_errors():
+    with _errors():
+        from unitoken.streaming_data.stores import open_store
         from unitoken.tokenize.job import load_job
 
-        _finish(out_dir, load_job(out_dir).max_reject_fraction)
+        _finish(out_dir, load_job(open_store(out_dir)).max_reject_fraction, [])
 
 
 @app.command()
 def preview(
-    out_dir: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    out_dir: OutArgument,
     overrides: Overrides = None,
     config: ConfigOption = DEFAULT_CONFIG,
     n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 4,
 ) -> None:
     """Show samples as a model sees them: what is trained on in green, images as [image HxW]."""
-    with one_line_errors():
+    with _errors():
         settings = load_config(TokenizeConfig, config, overrides or [])
 
         from unitoken.tokenize.preview import show
@@ -97,18 +101,110 @@ def preview(
         show(out_dir, settings.tokenizer, n)
 
 
-def _finish(out: Path, max_reject_fraction: float) -> None:
-    from unitoken.tokenize.merge import UnfinishedError, summary, too_many_rejects
+@app.command()
+def verify(
+    out_dir: OutArgument,
+    sample: Annotated[float, typer.Option("--sample", min=0, max=1, help="The share of shards and samples to look at.")] = 1.0,
+) -> None:
+    """Check a dataset against its own hashes, counts and rules; status 1 if anything is wrong."""
+    with _errors():
+        from unitoken.tokenize.verify import verify as find_problems
+
+        if problems := find_problems(out_dir, sample):
+            for line in problems:
+                print(line, file=sys.stderr)
+            raise SystemExit(1)
+
+
+@app.command()
+def rejects(
+    out_dir: OutArgument,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try the rejected items again; needs the settings they were made with.")
+    ] = False,
+    kind: Annotated[list[str] | None, typer.Option("--kind", help="Only rejects of this kind; may be given often.")] = None,
+    overrides: Overrides = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    splits: SplitsOption = 1,
+    engine: EngineOption = "local",
+) -> None:
+    """Show what was rejected, grouped by reason, or try it again."""
+    with _errors():
+        if not retry:
+            from unitoken.tokenize.rejects import show
+
+            show(out_dir)
+            return
+        settings = load_config(TokenizeConfig, config, overrides or [])
+
+        from unitoken.streaming_data.stores import open_store
+        from unitoken.tokenize.job import load_work, prepare
+        from unitoken.tokenize.rejects import begin_retry
+
+        sources = [file.name for file in load_work(open_store(out_dir)).input.files]
+        prepare(settings, sources, out_dir)  # before the dataset is touched: settings and input still fit
+        if begin_retry(out_dir, kind):
+            _finish(out_dir, settings.max_reject_fraction, _launch(prepare(settings, sources, out_dir), splits, engine))
+
+
+@app.command()
+def migrate(
+    record: Annotated[Path, typer.Argument(help="The record.json of a UniToken or Lumina-mGPT dataset.")],
+    out_dir: Annotated[str, typer.Argument(help="The dataset's folder, or its URL.")],
+    overrides: Overrides = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Make a dataset of one that the reference tokenized: record.json and pickles. Nothing in a pickle is run."""
+    with _errors():
+        settings = load_config(TokenizeConfig, config, overrides or [])
+
+        from unitoken.tokenize.migrate import migrate as convert
+
+        convert(record, out_dir, settings)
+        _finish(out_dir, settings.max_reject_fraction, [])
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A mistake of the user's ends with status 2, a disk or store that fails with 1; both with one line."""
+    try:
+        with one_line_errors():
+            yield
+    except StoreError as error:
+        print(f"error: {error}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _launch(job: Job, splits: int, engine: str) -> list[str]:
+    """Do the missing chunks. Returns what went wrong, in lines."""
+    try:
+        if engine == "ray":
+            from unitoken.tokenize.cluster import launch_on_ray
+
+            return launch_on_ray(job)
+        from unitoken.tokenize.launch import launch
+
+        return launch(job, splits)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _finish(out: str, max_reject_fraction: float, failures: list[str]) -> None:
+    from unitoken.tokenize.merge import UnfinishedError, problems, summary
     from unitoken.tokenize.merge import merge as merge_chunks
 
+    for line in failures:
+        print(f"error: {line}", file=sys.stderr)
     try:
-        manifest: Manifest = merge_chunks(out)
+        manifest = merge_chunks(out)
     except UnfinishedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     print(summary(out, manifest))
-    if problem := too_many_rejects(manifest, max_reject_fraction):
-        print(f"error: {problem}", file=sys.stderr)
+    if found := problems(out, manifest, max_reject_fraction):
+        for line in found:
+            print(f"error: {line}", file=sys.stderr)
         raise SystemExit(1)
 
 
