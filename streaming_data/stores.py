@@ -1,34 +1,29 @@
 """Files in a folder of this machine or in an object store, by one small set of verbs.
 
-    store = open_store("s3://bucket/folder")      # or gs://, az://container/folder, or a path
+    store = open_store("s3://bucket/folder")      # or gs://bucket/folder, az://container/folder, or a path
     store.write("index.json", data); store.read("index.json"); store.sizes("chunk-000000/")
 
 Credentials come from where each cloud's own tools look for them: the AWS variables, profiles and roles (with
 S3_ENDPOINT_URL for other servers), Google's application default credentials (STORAGE_EMULATOR_HOST for an emulator),
-AZURE_ACCOUNT_NAME with AZURE_ACCOUNT_ACCESS_KEY: the variables that mosaicml-streaming reads, too. Requests that fail
-on the way are repeated with growing pauses for RETRY_SECONDS in all.
+AZURE_ACCOUNT_NAME with AZURE_ACCOUNT_ACCESS_KEY: the variables that mosaicml-streaming reads, too. It writes Azure's
+URLs as azure://account/container/folder: these are understood as well. Requests that fail on the way are repeated with
+growing pauses for two minutes in all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, write_aside
 
-CLOUDS = ("s3", "gs", "az", "azure")  # azure:// is how mosaicml-streaming writes az://
-RETRY_SECONDS = 120.0
-CONNECT_SECONDS = 10.0
-REQUEST_SECONDS = 60.0
-PART_BYTES = 1 << 23  # a file is downloaded by parts of this size: each has REQUEST_SECONDS
+CLOUDS = ("s3", "gs", "az", "azure")
 
 
 class StoreError(OSError):
@@ -108,7 +103,9 @@ def open_store(url: str) -> Store:
     scheme = url.partition("://")[0]
     if scheme not in CLOUDS:
         raise ConfigError(f"{url}: expected a path or a URL that begins with s3://, gs:// or az://")
-    return Bucket(url)
+    from unitoken.streaming_data.clouds import open_bucket
+
+    return open_bucket(url)
 
 
 class Folder:
@@ -173,146 +170,6 @@ class Folder:
             (self._path / name).unlink(missing_ok=True)
 
 
-class Bucket:
-    """A folder of an object store, by obstore. Safe over threads; a process that was forked makes its own client."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._clients: dict[int, Any] = {os.getpid(): _client(self.url)}  # so that a wrong setting shows here
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.url,)
-
-    @property
-    def _client(self) -> Any:
-        if os.getpid() not in self._clients:
-            self._clients[os.getpid()] = _client(self.url)
-        return self._clients[os.getpid()]
-
-    def read(self, name: str) -> bytes:
-        with self._errors(name):
-            result = self._client.get(name)
-            return bytes(result.bytes())
-
-    def read_range(self, name: str, start: int, end: int) -> bytes:
-        if end <= start:
-            return b""
-        from obstore.exceptions import BaseError
-
-        with self._errors(name):
-            try:
-                return bytes(self._client.get_range(name, start=start, end=end))
-            except BaseError as error:
-                if "NotPartial" not in str(error):
-                    raise
-                # Some servers (rclone's) answer a range with status 200 instead of 206, which obstore takes for the whole.
-                return self._cut(name, start, end)
-
-    def _cut(self, name: str, start: int, end: int) -> bytes:
-        """The range out of the whole file, read as far as the range goes."""
-        parts, at = [], 0
-        for part in self._client.get(name).stream():
-            parts.append(bytes(part)[max(0, start - at) : max(0, end - at)])
-            at += len(part)
-            if at >= end:
-                break
-        return b"".join(parts)
-
-    def open(self, name: str) -> BinaryIO:
-        with self._errors(name):
-            return io.BufferedReader(_Ranges(self, name, self.size(name)), PART_BYTES)
-
-    def size(self, name: str) -> int:
-        with self._errors(name):
-            return int(self._client.head(name)["size"])
-
-    def version(self, name: str) -> str:
-        with self._errors(name):
-            head = self._client.head(name)
-        return f"{head['size']}-{head['e_tag'] or head['last_modified'].isoformat()}"
-
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        # Object stores list by whole folders: what the last part of the prefix narrows down is done here.
-        folder = prefix.rpartition("/")[0]
-        with self._errors(prefix or "."):
-            pages = list(self._client.list(prefix=folder or None))
-        entries = {entry["path"]: int(entry["size"]) for page in pages for entry in page}
-        return {name: size for name, size in sorted(entries.items()) if name.startswith(prefix)}
-
-    def write(self, name: str, data: bytes) -> None:
-        with self._errors(name):
-            self._client.put(name, data)
-
-    def upload(self, path: Path, name: str) -> None:
-        with self._errors(name):
-            self._client.put(name, path)
-        size, expected = self.size(name), path.stat().st_size
-        if size != expected:
-            self.delete(name)
-            raise StoreError(f"{self.url}/{name}: {size} bytes arrived of {expected}")
-
-    def delete(self, name: str) -> None:
-        with contextlib.suppress(MissingError), self._errors(name):
-            self._client.delete(name)
-
-    @contextlib.contextmanager
-    def _errors(self, name: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
-
-        where = f"{self.url}/{name}"
-        try:
-            yield
-        except StoreError:
-            raise
-        except (NotFoundError, FileNotFoundError):
-            raise MissingError(f"{where}: not there") from None
-        except (PermissionDeniedError, UnauthenticatedError):
-            raise StoreError(f"{where}: permission denied") from None
-        except (BaseError, OSError, ValueError) as error:
-            # obstore's message goes on with the whole request; its first words say what happened.
-            raise StoreError(f"{where}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _client(url: str) -> Any:
-    from obstore.store import AzureStore, GCSStore, S3Store
-
-    scheme = url.partition("://")[0]
-    options: dict[str, Any] = {
-        "client_options": {"timeout": timedelta(seconds=REQUEST_SECONDS), "connect_timeout": timedelta(seconds=CONNECT_SECONDS)},
-        "retry_config": {"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
-    }
-    environment = os.environ
-    try:
-        if scheme == "s3":
-            if endpoint := environment.get("S3_ENDPOINT_URL"):
-                options["endpoint"] = endpoint
-                options["client_options"]["allow_http"] = endpoint.startswith("http://")
-            if "AWS_ACCESS_KEY_ID" not in environment:  # profiles and roles, which obstore does not read by itself
-                import boto3
-
-                session = boto3.Session()
-                if session.get_credentials() is None:
-                    options["skip_signature"] = True  # a public bucket, as streaming reads it
-                else:
-                    from obstore.auth.boto3 import Boto3CredentialProvider
-
-                    options["credential_provider"] = Boto3CredentialProvider(session)
-            return S3Store.from_url(url, **options)
-        if scheme == "gs":
-            if emulator := environment.get("STORAGE_EMULATOR_HOST"):
-                options["base_url"] = emulator if is_url(emulator) else f"http://{emulator}"
-                options["bearer_token"] = "none"  # noqa: S105 - else writing asks Google for one
-                options["client_options"]["allow_http"] = True
-            return GCSStore.from_url(url, **options)
-        if account := environment.get("AZURE_ACCOUNT_NAME"):
-            options["account_name"] = account
-        if key := environment.get("AZURE_ACCOUNT_ACCESS_KEY"):
-            options["account_key"] = key
-        return AzureStore.from_url(url.replace("azure://", "az://", 1), **options)
-    except Exception as error:  # obstore's, boto's and google's errors share no base
-        raise ConfigError(f"{url}: {' '.join(str(error).split())[:200]}") from None
-
-
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
     try:
@@ -323,30 +180,3 @@ def _os_errors() -> Iterator[None]:
         raise
     except OSError as error:
         raise StoreError(error.errno, f"{error.filename}: {error.strerror}") from None
-
-
-class _Ranges(io.RawIOBase):
-    """An object as a seekable file; BufferedReader asks for PART_BYTES at a time."""
-
-    def __init__(self, bucket: Bucket, name: str, size: int) -> None:
-        self._bucket, self._name, self._size, self._at = bucket, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._bucket.read_range(self._name, self._at, min(self._size, self._at + len(buffer)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
