@@ -1,8 +1,11 @@
 """The input format and its rules: a raw item -> `Conversation`, or `ItemError` with the reason.
 
-    {"id": "a1",                                                         # optional; else the position in the input
+    {"id": "a1",                                                         # optional; else the place in the input
      "conversations": [{"from": "human", "value": "What is it? <|image|>"}, {"from": "gpt", "value": "A cat."}],
-     "image": ["cat.jpg"]}                                               # one path or a list; may be omitted
+     "image": ["cat.jpg"]}                                               # one image or a list; may be omitted
+
+An image is a path, a URL (`data:` too), its bytes, {"base64": text}, or {"bytes": ..., "path": ...} as Hugging Face's
+`datasets` stores it.
 
 Turns alternate, human first. Every `<|image|>` stands for one image, in order; if none is written, the images stand
 before the first human turn. The last assistant turn may be null: it is what a model would be asked for.
@@ -10,6 +13,7 @@ before the first human turn. The last assistant turn may be null: it is what a m
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +38,25 @@ class Turn:
 class Conversation:
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]  # paths in the order in which the images stand in the text
+    images: tuple[str | bytes, ...]  # paths, URLs or the bytes, in the order in which the images stand in the text
 
 
 def brief(value: object, limit: int = 60) -> str:
     """A user's value for a message: quoted, cut, and safe to print."""
-    text = repr(value)
+    text = repr(_trimmed(value, limit))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _trimmed(value: object, limit: int, depth: int = 4) -> object:
+    """As much of `value` as can show: an item may hold a picture's bytes, or be nested deeper than repr() can follow."""
+    if isinstance(value, str | bytes):
+        return value[: limit + 1]
+    if isinstance(value, list):
+        return [_trimmed(part, limit, depth - 1) for part in value[:limit]] if depth else "..."
+    if isinstance(value, dict):
+        pairs = itertools.islice(value.items(), limit)
+        return {_trimmed(key, limit): _trimmed(part, limit, depth - 1) for key, part in pairs} if depth else "..."
+    return value
 
 
 def checked_text(value: str, what: str) -> str:
@@ -51,22 +67,23 @@ def checked_text(value: str, what: str) -> str:
     return value
 
 
-def item_id(item: object, position: int) -> str:
-    name = item.get("id") if isinstance(item, dict) else None
-    if name is None:
-        return str(position)
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise ItemError(f"bad id: expected text or a whole number, found {brief(name)}")
-    return checked_text(str(name), "the id")
+def item_id(item: object, name: str) -> str:
+    """The item's id; `name` where it has none."""
+    given = item.get("id") if isinstance(item, dict) else None
+    if given is None:
+        return name
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise ItemError(f"bad id: expected text or a whole number, found {brief(given)}")
+    return checked_text(str(given), "the id")
 
 
-def parse(item: object, position: int) -> Conversation:
-    """Check one item of the input against the rules above."""
-    if isinstance(item, ItemError):  # a line of a JSONL file that could not be read
+def parse(item: object, name: str) -> Conversation:
+    """Check one item of the input against the rules above. `name` is its id if it brings none."""
+    if isinstance(item, ItemError):  # what the source could not read
         raise item
     if not isinstance(item, dict):
         raise ItemError(f"not an item: expected a JSON object, found {brief(item)}")
-    name = item_id(item, position)
+    name = item_id(item, name)
     if not isinstance(raw_turns := item.get("conversations"), list) or not raw_turns:
         found = f"found {brief(raw_turns)}" if "conversations" in item else f"the item's keys are {brief(list(item))}"
         raise ItemError(f"no conversations: expected a list of turns under 'conversations', {found}")
@@ -98,10 +115,19 @@ def _text(turn: Any, number: int, last: bool) -> str | None:
     return checked_text(text, f"turn {number}")
 
 
-def _images(item: dict[str, Any]) -> tuple[str, ...]:
-    paths = item.get(IMAGE_PLACEHOLDER, item.get("image"))  # the symbol itself is a key the reference knows, too
-    paths = [] if paths is None else paths if isinstance(paths, list) else [paths]
-    for path in paths:
-        if not isinstance(path, str) or not path:
-            raise ItemError(f"bad image path: expected text, found {brief(path)}")
-    return tuple(checked_text(path, "an image path") for path in paths)
+def _images(item: dict[str, Any]) -> tuple[str | bytes, ...]:
+    images = item.get(IMAGE_PLACEHOLDER, item.get("image"))  # the symbol itself is a key the reference knows, too
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    return tuple(_image(image) for image in images)
+
+
+def _image(image: Any) -> str | bytes:
+    if isinstance(image, dict):
+        if isinstance(text := image.get("base64"), str):
+            return f"data:image;base64,{text}"
+        image = image["path"] if image.get("bytes") is None and image.get("path") else image.get("bytes", image)
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str) or not image:
+        raise ItemError(f"bad image path: expected a path, a URL or an image's bytes, found {brief(image)}")
+    return checked_text(image, "an image path")

@@ -1,78 +1,278 @@
-"""An input file -> numbered chunks of items. The borders depend on the input and `chunk_size` alone.
+"""Input files -> numbered pieces of items. The borders depend on the input and `chunk_size` alone.
 
-A `.jsonl` file holds an item a line, anything else one JSON list. The whole file is read into memory (about 1.7 times
-its size, in each process).
+    files = find_files(["data/*.tar"])           # paths, URLs, globs, {000..031}, folders of Hugging Face's `datasets`
+    input = cut(files, chunk_size=1000)          # piece n becomes chunk n; no piece crosses a file
+    for item in read(input, piece=12): ...       # that part of the file alone is read
+
+The format follows from the name: `.jsonl` and `.ndjson` hold an item a line, `.tar` a WebDataset, `.parquet` and
+`.arrow` an item a row; anything else is one JSON list.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
 import json
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.tokenize.conversations import ItemError, brief
+from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.stores import Folder, MissingError, Store, StoreError, is_url, join, open_store, split
+from unitoken.tokenize import json_files, tables, tars
+from unitoken.tokenize.conversations import ItemError
+from unitoken.tokenize.formats import SourceFile, Span
+from unitoken.tokenize.web import Web, is_web
+
+Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow"]
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".tar": "webdataset",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+HASHED_BYTES = 1 << 28  # of a larger file only its size and some blocks are hashed
+BLOCKS, BLOCK_BYTES = 64, 1 << 16
+
+
+class InputFile(Config):
+    name: str  # path or URL as it was found
+    format: Format
+    size: int
+    version: str  # changes when the content does
+
+
+class Piece(Config):
+    """`start` and `end` are bytes (JSON, JSONL, and the whole of a tar) or rows (Parquet, Arrow)."""
+
+    file: int
+    start: int
+    end: int
+    position: int  # of its first item in its file
+    items: int | None  # None: known when it is read (a tar)
+    cut: str | None = None  # how the file breaks off behind the piece; that counts as one of its items
+
+
+class Input(Config):
+    files: list[InputFile]
+    pieces: list[Piece]
+
+    @property
+    def items(self) -> int | None:
+        counts = [piece.items for piece in self.pieces]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the files hold and how they are cut, not of their names."""
+        files = [[file.size, file.format, file.version] for file in self.files]
+        pieces = [list(piece.model_dump().values()) for piece in self.pieces]
+        return hashlib.sha256(json.dumps([files, pieces]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    number: int
-    start: int  # position in the input of the first item
-    items: list[object]
-
-    @property
-    def name(self) -> str:
-        return chunk_name(self.number)
+class Item:
+    piece: int
+    file: int
+    position: int  # in its file
+    value: object  # an ItemError where it could not be read
 
 
-def chunk_name(number: int) -> str:
-    return f"chunk-{number:06d}"
-
-
-def chunk_count(items: int, chunk_size: int) -> int:
-    return -(-items // chunk_size)
-
-
-def cut(items: list[object], chunk_size: int, number: int) -> Chunk:
-    start = number * chunk_size
-    return Chunk(number, start, items[start : start + chunk_size])
-
-
-def load_items(path: Path) -> list[object]:
-    """Every item of the input. A line of a JSONL file that can not be read becomes a `ItemError` in its place.
+def find_files(names: Sequence[str]) -> list[InputFile]:
+    """Every file that is meant, with its size and fingerprint, in the order of `names` and by name within each.
 
     Raises:
-        ConfigError: the file is missing, is no JSON, or holds no items.
+        ConfigError: a name that stands for nothing, or a file that can not be read.
     """
+    return [_input_file(file) for name in names for file in _expand(name)]
+
+
+def cut(files: Sequence[InputFile], chunk_size: int) -> Input:
+    """Find the borders. JSON is read once for it, of the other formats no more than their indexes.
+
+    Raises:
+        ConfigError: a file that is not what its name says, or no items at all.
+    """
+    pieces: list[Piece] = []
+    for number, file in enumerate(files):
+        position = 0
+        with _config_errors(file.name):
+            for span in _spans(file, chunk_size):
+                pieces.append(Piece(file=number, position=position, **span._asdict()))
+                position += span.items or 0
+    if not pieces:
+        raise ConfigError(f"{', '.join(file.name for file in files)[:200]}: holds no items")
+    return Input(files=list(files), pieces=pieces)
+
+
+def read(input: Input, piece: int, positions: Collection[int] | None = None) -> Iterator[Item]:
+    """The items of a piece, or those at `positions` of its file, one by one.
+
+    Raises:
+        ConfigError: the file is not the one that was cut.
+        StoreError: it can not be reached.
+    """
+    part = input.pieces[piece]
+    file = input.files[part.file]
+    wanted = None if positions is None else {position - part.position for position in positions}
+    expected = part.items if wanted is None else len(wanted)
+    found = 0
+    for number, value in _values(file, part, wanted):
+        found += 1
+        yield Item(piece, part.file, part.position + number, value)
+    if part.cut is not None and part.items is not None and (wanted is None or part.items - 1 in wanted):
+        found += 1
+        yield Item(piece, part.file, part.position + part.items - 1, ItemError(f"input cut: {part.cut}"))
+    if expected not in (None, found):
+        raise ConfigError(f"{file.name}: has changed since it was cut: {found} items in piece {piece}, expected {expected}")
+
+
+def base(input: Input, file: int) -> str:
+    """The folder or URL from where the relative names of a file's images are meant."""
+    return split(input.files[file].name.partition("?")[0] if is_url(input.files[file].name) else input.files[file].name)[0]
+
+
+def item_name(input: Input, item: Item) -> str:
+    """The id of an item that has none: its key in a tar, else its place."""
+    if isinstance(item.value, dict) and input.files[item.file].format == "webdataset":
+        return str(item.value["__key__"])
+    return str(item.position) if len(input.files) == 1 else f"{item.file}:{item.position}"
+
+
+# --- what a name stands for ------------------------------------------------------------------------------------------
+
+
+def _expand(name: str) -> list[str]:
+    files = [file for one in _ranges(name) for match in _matches(one) for file in _dataset_files(match)]
+    if not files:
+        raise ConfigError(f"{name}: no file matches")
+    return files
+
+
+def _ranges(name: str) -> list[str]:
+    """`shard-{00..31}.tar`, as WebDataset writes it -> 32 names."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if not found:
+        return [name]
+    first, last = found.groups()
+    width = max(len(first), len(last)) if first.startswith("0") else 0
+    numbers = range(int(first), int(last) + 1)
+    return [tail for n in numbers for tail in _ranges(f"{name[: found.start()]}{n:0{width}d}{name[found.end() :]}")]
+
+
+def _matches(name: str) -> list[str]:
+    """The paths or URLs that a glob stands for; `*` stays within a folder."""
+    if not any(character in name for character in "*?[") or is_web(name):
+        return [name]
+    if not is_url(name):
+        return [name] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207 - keeps names as they were written
+    folder = re.split(r"[*?\[]", name)[0].rpartition("/")[0]
+    pattern = name[len(folder) + 1 :]
+    with _config_errors(name):
+        found = open_store(folder).sizes(re.split(r"[*?\[]", pattern)[0])
+    fits = (one for one in found if one.count("/") == pattern.count("/") and PurePosixPath(one).match(pattern))
+    return [join(folder, one) for one in sorted(fits)]
+
+
+def _dataset_files(name: str) -> list[str]:
+    """The .arrow files of a folder that Hugging Face's `datasets` saved; anything else is a file itself."""
+    if is_web(name) or (PurePosixPath(name).suffix if is_url(name) else not Path(name).is_dir()):
+        return [name]
+    folder = open_store(name)
+    with _config_errors(name):
+        if splits := _json_in(folder, "dataset_dict.json"):
+            choices = ", ".join(join(name, split) for split in splits.get("splits", []))
+            raise ConfigError(f"{name}: holds several splits: choose from {choices}")
+        if state := _json_in(folder, "state.json"):
+            names = [str(entry["filename"]) for entry in state.get("_data_files", [])]
+        elif is_url(name):
+            return [name]
+        else:
+            names = sorted(path.name for path in Path(name).glob("*.arrow"))
+    if not names or any("/" in one for one in names):
+        raise ConfigError(f"{name}: expected a file, or a folder that Hugging Face's `datasets` saved; found another folder")
+    return [join(name, one) for one in names]
+
+
+def _json_in(folder: Store, name: str) -> dict[str, Any] | None:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        items = _lines(text) if path.suffix == ".jsonl" else json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the input: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
-    except (ValueError, RecursionError) as error:
-        hint = "; one item a line is read from files named .jsonl" if "Extra data" in str(error) else ""
-        raise ConfigError(f"{path}: not readable as JSON: {error}{hint}") from None
-    if not isinstance(items, list):
-        raise ConfigError(f"{path}: expected a JSON list of items, found {_kind(items)}")
-    if not items:
-        raise ConfigError(f"{path}: holds no items")
-    return items
+        value = json.loads(folder.read(name))
+    except MissingError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{folder.url}/{name}: not readable as JSON: {error}") from None
+    return value if isinstance(value, dict) else None
 
 
-def _kind(value: object) -> str:
-    if isinstance(value, dict):
-        return f"an object with the keys {brief(list(value))}"
-    return brief(value)
+# --- one file --------------------------------------------------------------------------------------------------------
 
 
-def _lines(text: str) -> list[object]:
-    items: list[object] = []
-    for line in text.split("\n"):  # not splitlines(): U+2028 may stand inside a JSON text
-        if line.strip():
-            try:
-                items.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                items.append(ItemError(f"not readable as JSON: {error}: {brief(line)}"))
-    return items
+def _input_file(name: str) -> InputFile:
+    store, file = _locate(name)
+    suffix = PurePosixPath(name.partition("?")[0] if is_url(name) else name).suffix.lower()
+    with _config_errors(name):
+        if isinstance(store, Folder) and Path(name).exists() and not Path(name).is_file():  # a pipe would never end
+            raise ConfigError(f"{name}: cannot read the input: not a file")
+        size = store.size(file)
+        version = _content_version(store, file, size) if isinstance(store, Folder) else store.version(file)
+    return InputFile(name=name, format=SUFFIXES.get(suffix, "json"), size=size, version=version)
+
+
+def _content_version(store: Store, file: str, size: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    whole = size <= HASHED_BYTES
+    starts = range(0, size, 1 << 20) if whole else [number * (size - BLOCK_BYTES) // (BLOCKS - 1) for number in range(BLOCKS)]
+    for start in starts:
+        digest.update(store.read_range(file, start, min(size, start + (1 << 20 if whole else BLOCK_BYTES))))
+    return digest.hexdigest()[:16]
+
+
+def _locate(name: str) -> tuple[Store | Web, str]:
+    if is_web(name):
+        return Web(), name
+    folder, file = split(name)
+    return open_store(folder), file
+
+
+def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
+    source = SourceFile(*_locate(file.name), file.size, file.name)
+    match file.format:
+        case "json":
+            return json_files.list_spans(source, chunk_size)
+        case "jsonl":
+            return json_files.line_spans(source, chunk_size)
+        case "webdataset":
+            return tars.spans(source)
+        case "parquet":
+            return tables.parquet_spans(source, chunk_size)
+        case "arrow":
+            return tables.arrow_spans(source, chunk_size)
+
+
+def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+    source = SourceFile(*_locate(file.name), file.size, file.name)
+    match file.format:
+        case "json":
+            return json_files.list_values(source, piece.start, piece.end, wanted)
+        case "jsonl":
+            return json_files.line_values(source, piece.start, piece.end, wanted)
+        case "webdataset":
+            return tars.values(source, wanted)
+        case "parquet":
+            return tables.parquet_values(source, piece.start, piece.end, wanted)
+        case "arrow":
+            return tables.arrow_values(source, piece.start, piece.end, wanted)
+
+
+@contextlib.contextmanager
+def _config_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MissingError:
+        raise ConfigError(f"{name}: cannot read the input: No such file") from None
+    except StoreError as error:
+        raise ConfigError(f"{name}: cannot read the input: {error.strerror or error}") from None

@@ -1,0 +1,108 @@
+"""WebDataset tars: files that share a name up to the first dot are one sample."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Collection, Iterator
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.tokenize.conversations import ItemError, brief
+from unitoken.tokenize.formats import SourceFile, Span
+from unitoken.tokenize.pictures import MAX_ITEM_BYTES
+
+TEXTS = ("txt", "text", "transcript", "caption", "cls", "url")  # what ends in .json is parsed, all else stays bytes
+
+
+class BrokenError(ValueError):
+    """How the tar breaks off."""
+
+
+def spans(file: SourceFile) -> Iterator[Span]:
+    """One: the samples of a tar can not be found without reading it.
+
+    Raises:
+        ConfigError: the file is no tar.
+    """
+    try:
+        tarfile.TarInfo.frombuf(file.read(0, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        pass  # a tar without files
+    except tarfile.HeaderError as error:
+        raise ConfigError(f"{file.shown}: not a tar: {error}") from None
+    yield Span(0, file.size, None)
+
+
+def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+    """Each sample as `{"__key__": "000012", "jpg": bytes, "txt": str, "json": object}`, numbered from 0.
+
+    Where the tar breaks off, an ItemError takes the place of the sample that is perhaps not whole.
+    """
+    number, room = -1, 0
+    key: str | None = None
+    sample: dict[str, object] | ItemError = {}
+    try:
+        for member, tar in _members(file):
+            name, suffix = _key(member.name)
+            if name != key:
+                if key is not None and (wanted is None or number in wanted):
+                    yield number, sample
+                number, key, sample, room = number + 1, name, {"__key__": name}, MAX_ITEM_BYTES
+            if isinstance(sample, dict) and (wanted is None or number in wanted):
+                room -= member.size
+                sample = _with(sample, suffix, member, tar) if room >= 0 else _too_large(name)
+    except BrokenError as error:
+        number, key, sample = max(number, 0), "", ItemError(f"input cut: {error}")
+    if key is not None and (wanted is None or number in wanted):
+        yield number, sample
+
+
+def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The regular files in order. tarfile itself takes a broken header for the end."""
+    end = 0
+    try:
+        with file.store.open(file.name) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined] # else it keeps them all
+                if tar.offset <= end:
+                    raise BrokenError(f"at byte {end} of {file.size}: a file of a negative size")  # would come round again for ever
+                end = tar.offset
+                if member.isfile():
+                    yield member, tar
+            end = tar.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise BrokenError(f"at byte {end} of {file.size}: {error}") from None
+    if file.size - end < tarfile.BLOCKSIZE:
+        raise BrokenError(f"at byte {end} of {file.size}: no end of the archive")
+    for block in file.blocks(end, file.size):
+        if rest := block.lstrip(b"\0"):
+            raise BrokenError(f"at byte {end} of {file.size}: expected a file or the end of the archive, found {brief(rest[:20])}")
+
+
+def _key(name: str) -> tuple[str, str]:
+    """`a/000012.seg.PNG` -> (`a/000012`, `seg.png`)."""
+    name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> dict[str, object] | ItemError:
+    name = _key(member.name)[0]
+    if suffix in sample:
+        return ItemError(f"bad sample: {name}: two files that end in .{suffix}")
+    content = tar.extractfile(member)
+    assert content is not None
+    data = content.read()
+    kind = suffix.rpartition(".")[2]
+    try:
+        value = json.loads(data.decode()) if kind == "json" else data.decode() if kind in TEXTS else data
+    except UnicodeDecodeError as error:
+        return ItemError(f"not UTF-8: {name}.{suffix}: byte {error.start} is {data[error.start]:#04x}")
+    except (ValueError, RecursionError) as error:
+        return ItemError(f"not readable as JSON: {name}.{suffix}: {error}")
+    return {**sample, suffix: value}
+
+
+def _too_large(name: str) -> ItemError:
+    return ItemError(f"item too large: {name}: more than {MAX_ITEM_BYTES} bytes")
