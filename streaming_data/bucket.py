@@ -82,21 +82,18 @@ class Bucket(ABC):
     # The verbs of `Store`.
 
     def read(self, name: str) -> bytes:
-        return self._do(name, lambda key: self._get(key, 0, None))
+        return self._do(name, lambda key: self._span(key, 0, None))
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        if end <= start:
-            return b""
+        return self._do(name, lambda key: self._span(key, start, end)) if start < end else b""
 
-        def get(key: str) -> bytes:
-            try:
-                return self._get(key, start, end)
-            except Exception as error:
-                if self._status(error) == 416:  # the file ends before `start`
-                    return b""
-                raise
-
-        return self._do(name, get)
+    def _span(self, key: str, start: int, end: int | None) -> bytes:
+        try:
+            return self._get(key, start, end)
+        except Exception as error:
+            if self._status(error) == 416:  # the file ends before `start`, or is empty
+                return b""
+            raise
 
     def open(self, name: str) -> BinaryIO:
         return io.BufferedReader(_Ranges(self, name, self.size(name)), PART_BYTES)
