@@ -16,6 +16,7 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError, open_store
 
 RETRY_SECONDS = 120.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
 PART_BYTES = 1 << 23  # of what a file opened for reading asks for at once
 NO_ANSWER = 0  # in place of an HTTP status
 
@@ -132,7 +133,7 @@ class Bucket(ABC):
 
         whole: the bucket itself is asked, not one of its files: it is what a status of 404 misses.
         """
-        end, pause = time.monotonic() + RETRY_SECONDS, 0.5
+        end, pause = time.monotonic() + RETRY_SECONDS, FIRST_PAUSE
         where = f"{self.url}/{name}"
         while True:
             try:
@@ -154,11 +155,11 @@ class Bucket(ABC):
                     tried = f" (tried for {RETRY_SECONDS:.0f} s)" if passing else ""
                     raise StoreError(f"{where}: {_line(error)}{tried}") from None
             time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, 20.0)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or repr(error)
+    return " ".join(str(error).split())[:300] or repr(error)
 
 
 class _Ranges(io.RawIOBase):

@@ -42,6 +42,7 @@ class S3(Bucket):
 
     def _connect(self) -> Any:
         import boto3
+        from boto3.s3.transfer import TransferConfig
         from botocore import UNSIGNED
         from botocore.config import Config
 
@@ -61,6 +62,8 @@ class S3(Bucket):
             options["signature_version"] = UNSIGNED  # a public bucket
         payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
         self._extra = {"RequestPayer": "requester"} if self._bucket in [name.strip() for name in payers] else {}
+        # By parts above 128 MiB: a shard is sent in one piece.
+        self._parts = TransferConfig(multipart_threshold=1 << 27, multipart_chunksize=1 << 26, use_threads=False)
         return session.client("s3", endpoint_url=endpoint, config=Config(**options), **keys)
 
     def _get(self, key: str, start: int, end: int | None) -> bytes:
@@ -80,11 +83,7 @@ class S3(Bucket):
                 yield entry["Key"], int(entry["Size"])
 
     def _put(self, key: str, file: BinaryIO) -> None:
-        from boto3.s3.transfer import TransferConfig
-
-        # By parts above 128 MiB: a shard is sent in one piece.
-        parts = TransferConfig(multipart_threshold=1 << 27, multipart_chunksize=1 << 26, use_threads=False)
-        self._client.upload_fileobj(file, self._bucket, key, ExtraArgs=self._extra, Config=parts)
+        self._client.upload_fileobj(file, self._bucket, key, ExtraArgs=self._extra, Config=self._parts)
 
     def _remove(self, key: str) -> None:
         self._client.delete_object(Bucket=self._bucket, Key=key, **self._extra)
