@@ -3,15 +3,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AZURITE := $(CURDIR)/build/node_modules/.bin/azurite-blob
 
 SPLITS ?= 1
+ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint typecheck tokenize merge clean
+.PHONY: help install demo test test-fast test-cloud chaos bench-tokenize lint typecheck tokenize merge clean
 
 help: ## Show the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Create .venv with everything in it (about 7 GB, torch brings CUDA); nothing to do when nothing changed
 
@@ -26,11 +28,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install ## The whole job on real data, on a laptop: ends with demo/out/report.html and one line of figures
 	@$(BIN)/python -m demo
 
-test: install ## All tests that need no GPU
-	@$(BIN)/python -m pytest -q -m "not gpu"
+test: install ## All tests that need no GPU and no servers
+	@$(BIN)/python -m pytest -q -m "not gpu and not cloud and not chaos"
 
 test-fast: install ## The tests that take less than ten seconds each
-	@$(BIN)/python -m pytest -q -m "not gpu and not slow"
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow and not cloud and not chaos"
+
+test-cloud: install $(AZURITE) ## The tests of S3, Google and Azure against servers on this machine (azurite needs npm)
+	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m "cloud and not chaos"
+
+$(AZURITE):
+	@npm install --silent --no-audit --no-fund --prefix build azurite@3
+
+chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items, 50 SIGKILLs, Ray, three clouds; about an hour
+	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m chaos --timeout 7200
+
+bench-tokenize: install ## How fast the tokenizer is, against the reference's loop; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.tokenize $(ARGS)
 
 lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff check .
@@ -41,9 +55,9 @@ typecheck: install ## mypy, strict
 	@mkdir -p build/types && ln -sfn ../.. build/types/unitoken
 	@$(BIN)/mypy -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train
 
-tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ARGS="key=value ..."]
+tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ENGINE=ray] [ARGS="key=value ..."]
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "error: make tokenize needs IN=items.json and OUT=folder" >&2; exit 2; }
-	@$(BIN)/python -m unitoken.tokenize run --config $(CONFIG) --splits $(SPLITS) --in_filename "$(IN)" --out_dir "$(OUT)" $(ARGS)
+	@$(BIN)/python -m unitoken.tokenize run --config $(CONFIG) --splits $(SPLITS) --engine $(ENGINE) --in_filename "$(IN)" --out_dir "$(OUT)" $(ARGS)
 
 merge: install ## Chunks -> one index.json, after workers that were started one by one: make merge OUT=folder
 	@test -n "$(OUT)" || { echo "error: make merge needs OUT=folder" >&2; exit 2; }
