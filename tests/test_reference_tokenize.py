@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tokenizing import vision_config
 
 from unitoken.streaming_data import images
 from unitoken.streaming_data.record import Record
@@ -29,7 +30,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def vision(golden: Path) -> VisionCodec:
-    return load_vision(str(golden / "assets" / "vqgan"))
+    return load_vision(vision_config(golden / "assets" / "vqgan"))
 
 
 @pytest.fixture(scope="module")

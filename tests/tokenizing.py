@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.config import TokenizeConfig, VisionConfig
 from unitoken.tokenize.job import Job, prepare
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -31,7 +31,7 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from unitoken.tokenize.vision import VQGAN, meta_name
+    from unitoken.tokenize.chameleon import VQGAN, meta_name
     from unitoken.tokenize.weights import read_parameters
 
     folder.mkdir(parents=True)
@@ -43,6 +43,42 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
         {meta_name(name, 3): tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "vqgan.safetensors"
     )
     return folder
+
+
+def tiny_transformers(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A folder as transformers saves Emu3's or Janus' image tokenizer, with random weights: 64 codes, 4 pixels a latent."""
+    import torch
+
+    model = tiny_model(kind, seed)
+    if kind == "emu3":  # a fresh model's statistics would do nothing
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm3d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    import torch
+    from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
+    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1, 2]}
+    if kind == "emu3":
+        model = Emu3VQVAE(Emu3VQVAEConfig(**shape, codebook_size=64, num_res_blocks=1, attn_resolutions=[2], hidden_size=64))
+    else:
+        model = JanusVQVAE(JanusVQVAEConfig(**shape, num_embeddings=64, num_res_blocks=1, num_patches=4))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    return model
+
+
+def vision_config(folder: Path | str, **changes: Any) -> VisionConfig:
+    return VisionConfig.model_validate({"weights": str(folder), "precision": "fp32"} | changes)
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (20, 16)) -> str:

@@ -1,153 +1,172 @@
-"""Chameleon's VQGAN: pixels -> codes -> pixels.
+"""Image tokenizers: pixels -> codes -> pixels, in a precision chosen by name, on a CPU or a GPU.
 
-Encoder and quantizer are transformers' Chameleon modules. Those have no decoder; Janus' is the same network but for
-attention at its lowest resolution and the order in which it counts its levels. Weights bear Meta's names.
+fp32   exact
+tf32   cuDNN's convolutions in TF32 and all else in float32, as torch has it by default and so the reference; on a CPU as fp32
+bf16   weights and activations in bfloat16; pictures are scaled, and codes compared, in float32
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
-from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAEEncoder, ChameleonVQVAEVectorQuantizer
-from transformers.models.janus.configuration_janus import JanusVQVAEConfig
-from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
+from torch import Tensor
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.tokenize.weights import Parameters, Weights, find_weights
+from unitoken.tokenize.config import VisionConfig
+from unitoken.tokenize.networks import load_network
+from unitoken.tokenize.weights import Weights, find_weights
 
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
+Codes = npt.NDArray[np.int64]  # (h, w)
 
-class VQGAN(nn.Module):
-    """Parameters are named as Meta names them, but for `decoder.up`, which transformers counts the other way."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        super().__init__()
-        d = parameters.ddconfig
-        shape: dict[str, Any] = {
-            "embed_dim": parameters.embed_dim,
-            "num_embeddings": parameters.n_embed,
-            "double_latent": d.double_z,
-            "latent_channels": d.z_channels,
-            "in_channels": d.in_channels,
-            "base_channels": d.ch,
-            "channel_multiplier": d.ch_mult,
-            "num_res_blocks": d.num_res_blocks,
-            "dropout": d.dropout,
-        }
-        encoder = ChameleonVQVAEConfig(**shape, resolution=d.resolution, attn_resolutions=[])
-        self.encoder = ChameleonVQVAEEncoder(encoder)
-        self.quantize = ChameleonVQVAEVectorQuantizer(encoder)
-        self.decoder = JanusVQVAEDecoder(JanusVQVAEConfig(**shape, out_channels=d.out_ch))
-        self.decoder.up[0].attn = nn.ModuleList()
-        self.quant_conv = nn.Conv2d(d.z_channels * (2 if d.double_z else 1), parameters.embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(parameters.embed_dim, d.z_channels, 1)
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in -1..1 -> (B, embed_dim, h, w), before they are quantized."""
-        latents: Tensor = self.quant_conv(self.encoder(pixels))
-        return latents
-
-    def codes(self, latents: Tensor) -> Tensor:
-        batch, _, height, width = latents.shape
-        codes: Tensor = self.quantize(latents)[2]
-        return codes.view(batch, height, width)
-
-    def pixels(self, codes: Tensor) -> Tensor:
-        """(B, h, w) -> (B, 3, H, W), about -1..1."""
-        quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2).contiguous()
-        pixels: Tensor = self.decoder(self.post_quant_conv(quantized))
-        return pixels
+DISTANCES = 1 << 25  # between latents and codes that are held at once: 128 MiB; Emu3 has 2**27 for one 512 x 512 image
+COMPILED_SIZES = 64  # crop sizes that torch.compile may be asked for; Lumina's list for 512 pixels has 31
 
 
-class VisionCodec:
-    """Arrays in, arrays out, whatever the device. Float32 all through: TF32 would flip 1.5 % of the codes."""
+class Pending(Protocol):
+    """A batch on its way through the encoder. Times are seconds on the codec's own clock, known once there are codes."""
 
-    def __init__(self, weights: Weights, device: str) -> None:
-        self.codebook_size = weights.parameters.n_embed
-        self.downsampling = weights.parameters.downsampling
-        self.fingerprint = weights.fingerprint
-        self._device = torch.device(device)
-        levels = len(weights.parameters.ddconfig.ch_mult)
-        with torch.device("meta"):
-            model = VQGAN(weights.parameters)
-        names = {name: meta_name(name, levels) for name in model.state_dict()}  # ours -> Meta's
-        found = _read(weights.file)
-        _check(found, {names[name]: tensor for name, tensor in model.state_dict().items()}, weights.file)
-        model.load_state_dict({name: found[theirs].float() for name, theirs in names.items()}, assign=True)
-        self._model = model.to(self._device).eval().requires_grad_(False)
+    started: float
+    ended: float
 
-    def encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    def codes(self) -> npt.NDArray[np.int64]:
+        """(B, h, w); waits for them."""
+        ...
+
+
+class VisionCodec(Protocol):
+    """Arrays in, arrays out, whatever the device."""
+
+    codebook_size: int
+    downsampling: int  # pixels a latent, each way
+    fingerprint: str  # of the weights
+
+    def begin(self, pictures: Sequence[Pixels]) -> Pending:
+        """Start to encode a batch of pictures of one size; on a GPU it returns before the codes are there."""
+        ...
+
+    def encode(self, pixels: Sequence[Pixels] | Pixels) -> npt.NDArray[np.int64]:
         """(B, H, W, 3) -> codes (B, H / downsampling, W / downsampling)."""
-        with torch.inference_mode(), _float32():
-            x = torch.tensor(pixels, device=self._device).permute(0, 3, 1, 2)
-            # Contiguous: over channels-last data torch's GroupNorm on CPU takes the variance as E[x^2] - E[x]^2, and
-            # nearly white images lost all their codes. By way of float64, as the reference scales.
-            x = (x.contiguous().double() / 255 * 2 - 1).float()
-            codes: npt.NDArray[np.int64] = self._model.codes(self._model.latents(x)).cpu().numpy()
-        return codes
+        ...
 
     def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
         """Codes (B, h, w) -> (B, H, W, 3)."""
-        with torch.inference_mode(), _float32():
-            x = self._model.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device))
+        ...
+
+
+def load_vision(config: VisionConfig, device: str = "cpu") -> VisionCodec:
+    weights = find_weights(config)
+    return _Codec(load_network(config.kind, weights), weights, config, torch.device(device))
+
+
+class _Codec:
+    def __init__(self, network: Any, weights: Weights, config: VisionConfig, device: torch.device) -> None:
+        self.codebook_size = weights.codebook_size
+        self.downsampling = weights.downsampling
+        self.fingerprint = weights.fingerprint
+        self._device, self._precision = device, config.precision
+        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._codebook = network.quantize.embedding.weight.to(device, torch.float32, copy=True)
+        self._network = network.to(device, self._dtype)
+        self._latents = network.latents
+        # Emu3's attention takes a view of its input, which must not be channels-last.
+        self._channels_last = device.type == "cuda" and config.kind != "emu3"
+        if self._channels_last:
+            self._network.to(memory_format=torch.channels_last)
+        self._padded_to = 0
+        if config.compile:
+            torch._dynamo.config.recompile_limit = COMPILED_SIZES  # beyond it torch runs uncompiled without a word
+            self._latents = torch.compile(network.latents, dynamic=False)
+            self._padded_to = config.batch_size  # each new number of pictures would be compiled for minutes
+        self._clock_start = _now(device)
+
+    def begin(self, pictures: Sequence[Pixels] | Pixels) -> Pending:
+        with torch.inference_mode(), _arithmetic(self._precision):
+            x = self._upload(pictures)
+            started = _now(self._device)
+            # By way of float64, as the reference scales. GroupNorm on CPU takes the variance of channels-last data as
+            # E[x^2] - E[x]^2, and nearly white images lost all their codes: so not there.
+            format = torch.channels_last if self._channels_last else torch.contiguous_format
+            x = (x.permute(0, 3, 1, 2).contiguous(memory_format=format).double() / 255 * 2 - 1).to(self._dtype)
+            codes = nearest(self._latents(x), self._codebook)[: len(pictures)].to("cpu", non_blocking=True)
+            return _Batch(codes, self._clock_start, started, _now(self._device))
+
+    def encode(self, pixels: Sequence[Pixels] | Pixels) -> npt.NDArray[np.int64]:
+        return self.begin(pixels).codes()
+
+    def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
+        with torch.inference_mode(), _arithmetic(self._precision):
+            x = self._network.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device)).float()
             x = (x.clamp(-1, 1) + 1) / 2 * 255
             pixels: npt.NDArray[np.uint8] = x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()  # truncated, as the reference
         return pixels
 
+    def _upload(self, pictures: Sequence[Pixels] | Pixels) -> Tensor:
+        """(B, H, W, 3) as bytes, by way of pinned memory where there is a GPU, so that nothing waits for the copy."""
+        count = max(len(pictures), self._padded_to)
+        batch = torch.zeros((count, *pictures[0].shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        np.stack(list(pictures), out=batch[: len(pictures)].numpy())
+        return batch.to(self._device, non_blocking=True)
 
-def load_vision(name: str, device: str = "cpu") -> VisionCodec:
-    return VisionCodec(find_weights(name), device)
+
+class _Batch:
+    def __init__(self, codes: Tensor, origin: _Moment, started: _Moment, ended: _Moment) -> None:
+        self._codes, self._origin, self._started, self._ended = codes, origin, started, ended
+        self.started = self.ended = 0.0
+
+    def codes(self) -> npt.NDArray[np.int64]:
+        if isinstance(self._ended, torch.cuda.Event):
+            self._ended.synchronize()
+        self.started, self.ended = _between(self._origin, self._started), _between(self._origin, self._ended)
+        codes: npt.NDArray[np.int64] = self._codes.numpy()
+        return codes
+
+
+_Moment = float | torch.cuda.Event
+
+
+def _now(device: torch.device) -> _Moment:
+    """On a GPU the moment at which it gets there."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()  # type: ignore[no-untyped-call]
+    return event
+
+
+def _between(start: _Moment, end: _Moment) -> float:
+    if isinstance(start, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1000  # type: ignore[no-untyped-call]
+    assert not isinstance(end, torch.cuda.Event)
+    return end - start
+
+
+def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
+    """(B, D, h, w), (codes, D) -> the code nearest to each latent, (B, h, w), compared in float32.
+
+    The terms stand as in transformers' quantizers, so that codes are theirs to the last bit.
+    """
+    batch, dimension, height, width = latents.shape
+    rows = latents.float().permute(0, 2, 3, 1).reshape(-1, dimension)
+    squares = torch.sum(codebook**2, dim=1)
+    found = [
+        torch.argmin(torch.sum(z**2, dim=1, keepdim=True) + squares - 2 * torch.einsum("bd,dn->bn", z, codebook.T), dim=1)
+        for z in torch.split(rows, max(1, DISTANCES // len(codebook)))
+    ]
+    return torch.cat(found).view(batch, height, width)
 
 
 @contextlib.contextmanager
-def _float32() -> Iterator[None]:
+def _arithmetic(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "fp32"):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor. Pickled files are read with `weights_only`: no code in them runs."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            content = content.get("state_dict", content)
-        tensors = {name: tensor for name, tensor in content.items() if not name.startswith("loss.")}
-    except Exception as error:  # zip, pickle, safetensors and their kin, all for a file that is no weights file
-        raise ConfigError(f"vision.weights: {path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    return tensors
-
-
-def meta_name(name: str, levels: int) -> str:
-    if name.startswith("decoder.up."):
-        level, rest = name.removeprefix("decoder.up.").split(".", 1)
-        return f"decoder.up.{levels - 1 - int(level)}.{rest}"
-    return name
-
-
-def _check(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:
-    problems = [f"missing {name}" for name in needed if name not in found]
-    problems += [f"unknown {name}" for name in found if name not in needed]
-    problems += [
-        f"{name} is {list(found[name].shape)}, the .yaml says {list(tensor.shape)}"
-        for name, tensor in needed.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ConfigError(f"vision.weights: {path}: does not fit its .yaml: {'; '.join(problems[:8])}{more}")

@@ -1,9 +1,18 @@
-"""Finds the files of an image tokenizer and reads what shape it has, without torch: settings are checked before that."""
+"""Finds the files of an image tokenizer and reads what shape it has, without torch: settings are checked before that.
+
+chameleon   Meta's layout: `vqgan.yaml` beside `vqgan.ckpt` (or .safetensors)
+emu3 janus  transformers' layout: `config.json` and `*.safetensors`, of the image tokenizer or of the whole model
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import yaml
@@ -13,6 +22,8 @@ from unitoken.streaming_data.manifest import VisionTokenizer, sha256_file
 from unitoken.tokenize.config import VisionConfig
 
 SUFFIXES = (".safetensors", ".ckpt")  # in the order of preference
+PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # of the image tokenizer's tensors in transformers' files
+CODEBOOK = "quantize.embedding.weight"
 
 
 class Encoder(pydantic.BaseModel):
@@ -45,60 +56,86 @@ class Encoder(pydantic.BaseModel):
 
 
 class Parameters(pydantic.BaseModel):
+    """`model.params` of a VQGAN's YAML."""
+
     embed_dim: int
     n_embed: int
     ddconfig: Encoder
 
-    @property
-    def downsampling(self) -> int:
-        """Pixels a latent, each way."""
-        return 1 << (len(self.ddconfig.ch_mult) - 1)
+
+class Emu3Sizes(pydantic.BaseModel):
+    """What must be known of Emu3's configuration; transformers leaves out what is as by default."""
+
+    codebook_size: int = 32768
+    channel_multiplier: list[int] = [1, 2, 2, 4]
+
+
+class JanusSizes(pydantic.BaseModel):
+    codebook_size: int = pydantic.Field(16384, alias="num_embeddings")
+    channel_multiplier: list[int] = [1, 1, 2, 2, 4]
 
 
 @dataclass(frozen=True)
 class Weights:
-    file: Path
-    parameters: Parameters
+    """`shape` is what the network is built from; `tensors` says for each of its tensors in which file it is, under
+    which name (chameleon: empty, all of `file`)."""
+
+    file: Path  # for messages; chameleon: of the tensors
+    shape: Parameters | Mapping[str, Any]
+    tensors: Mapping[str, tuple[Path, str]]
+    codebook_size: int
+    downsampling: int  # pixels a latent, each way
     fingerprint: str
 
     def describe(self, config: VisionConfig) -> VisionTokenizer:
         return VisionTokenizer(
             kind=config.kind,
             weights=self.fingerprint,
-            codebook_size=self.parameters.n_embed,
-            downsampling=self.parameters.downsampling,
+            codebook_size=self.codebook_size,
+            downsampling=self.downsampling,
             precision=config.precision,
         )
 
 
-def find_weights(name: str) -> Weights:
-    """`name` is a folder, a weights file with its .yaml beside it, or a hub id. Meta's layout: `vqgan.yaml`, `vqgan.ckpt`."""
-    path = Path(name)
+def find_weights(config: VisionConfig) -> Weights:
+    """`config.weights` is a folder, a hub id, or (chameleon) a weights file with its .yaml beside it."""
+    path = Path(config.weights)
+    patterns = ["vqgan.*"] if config.kind == "chameleon" else ["config.json", "*.safetensors", "*.safetensors.index.json"]
     if not path.exists():
-        path = _from_hub(name)
-    if path.is_dir():
-        files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
-        vqgan = [file for file in files if file.stem == "vqgan"] or files
-        if not vqgan:
-            raise ConfigError(
-                f"vision.weights: {name}: no {' or '.join('*' + s for s in SUFFIXES)} in it; it needs vqgan.yaml and vqgan.ckpt"
-            )
-        path = vqgan[0]
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"vision.weights: {name}: expected a file that ends in {' or '.join(SUFFIXES)}")
-    return Weights(path, read_parameters(path.with_suffix(".yaml")), sha256_file(path)[:16])
+        path = _from_hub(config.weights, patterns)
+    return _find_chameleon(config.weights, path) if config.kind == "chameleon" else _find_transformers(config, path)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: list[str]) -> Path:
     if Path(name).is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):
         raise ConfigError(f"vision.weights: {name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["vqgan.*"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's, the network's and its cache's errors share no base
         reason = " ".join(str(error).split())
         raise ConfigError(f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}") from None
+
+
+# --- Meta's layout ---------------------------------------------------------------------------------------------------
+
+
+def _find_chameleon(name: str, path: Path) -> Weights:
+    if path.is_dir():
+        files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
+        vqgan = [file for file in files if file.stem == "vqgan"] or files
+        if not vqgan or (path / "config.json").exists():
+            found = "transformers' config.json" if (path / "config.json").exists() else "none of them"
+            raise ConfigError(
+                f"vision.weights: {name}: kind chameleon needs vqgan.yaml and vqgan.ckpt or vqgan.safetensors in it, found {found}"
+            )
+        path = vqgan[0]
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"vision.weights: {name}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    parameters = read_parameters(path.with_suffix(".yaml"))
+    downsampling = 1 << (len(parameters.ddconfig.ch_mult) - 1)
+    return Weights(path, parameters, {}, parameters.n_embed, downsampling, sha256_file(path)[:16])
 
 
 def read_parameters(path: Path) -> Parameters:
@@ -112,3 +149,90 @@ def read_parameters(path: Path) -> Parameters:
         raise ConfigError(f"{path}: model.params.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         raise ConfigError(f"{path}: expected a VQGAN's YAML with model.params.ddconfig") from None
+
+
+# --- transformers' layout --------------------------------------------------------------------------------------------
+
+
+def _find_transformers(config: VisionConfig, folder: Path) -> Weights:
+    shape = _read_shape(config.kind, folder)
+    try:
+        sizes = (Emu3Sizes if config.kind == "emu3" else JanusSizes).model_validate(shape)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{folder / 'config.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    spans = _tensor_spans(folder)
+    prefix = next((prefix for prefix in reversed(PREFIXES) if prefix + CODEBOOK in spans), None)
+    if prefix is None:
+        raise ConfigError(f"vision.weights: {folder}: no tensor {' or '.join(prefix + CODEBOOK for prefix in PREFIXES)} in it")
+    ours = {name.removeprefix(prefix): span for name, span in spans.items() if name.startswith(prefix)}
+    return Weights(
+        file=folder,
+        shape=shape,
+        tensors={name: (span.file, prefix + name) for name, span in ours.items()},
+        codebook_size=sizes.codebook_size,
+        downsampling=1 << (len(sizes.channel_multiplier) - 1),
+        fingerprint=_fingerprint(ours),
+    )
+
+
+def _read_shape(kind: str, folder: Path) -> Mapping[str, Any]:
+    """The image tokenizer's part of `config.json`."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"vision.weights: {folder}: kind {kind} needs config.json in it: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type not in (kind, f"{kind}_vqgan"):
+        raise ConfigError(f"{path}: kind {kind} needs model_type {kind!r} or '{kind}_vqgan', found {model_type!r}")
+    shape = content.get("vq_config", {}) if model_type == kind else content
+    if not isinstance(shape, dict):
+        raise ConfigError(f"{path}: vq_config: expected an object, found {type(shape).__name__}")
+    return shape
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    start: int
+    end: int
+    described: str  # element type and shape
+
+
+def _tensor_spans(folder: Path) -> dict[str, _Span]:
+    """Every tensor of the folder's safetensors files, from their headers."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"vision.weights: {folder}: no *.safetensors in it")
+    spans: dict[str, _Span] = {}
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                if size > os.fstat(stream.fileno()).st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(stream.read(size))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = (8 + size + offset for offset in entry["data_offsets"])
+                    spans[name] = _Span(file, start, end, f"{entry['dtype']} {entry['shape']}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"vision.weights: {file}: cannot be read as safetensors: {error}") from None
+    return spans
+
+
+def _fingerprint(spans: Mapping[str, _Span]) -> str:
+    """Over the image tokenizer's tensors alone: the same within a whole model (of which they are a part in a hundred)
+    as in a folder of their own."""
+    digest = hashlib.sha256()
+    for name, span in sorted(spans.items()):
+        digest.update(f"{name} {span.described}\n".encode())
+        with open(span.file, "rb") as stream:
+            stream.seek(span.start)
+            digest.update(stream.read(span.end - span.start))
+    return digest.hexdigest()[:16]
