@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizing import TOKENIZER, content, run_here, settings, some_items, write_items
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import StoreError
 from unitoken.tokenize.job import prepare
-from unitoken.tokenize.launch import Reporter, _Lines, launch, progress
+from unitoken.tokenize.launch import Reporter, _work, launch
 from unitoken.tokenize.merge import merge
+from unitoken.tokenize.progress import Share, _Lines, progress, share_of
 
 ITEMS = 24
 CHUNKS = 12
@@ -33,7 +38,7 @@ def expected(source: Path, vqgan: Path, tmp_path_factory: pytest.TempPathFactory
     """The dataset as one process makes it."""
     out = tmp_path_factory.mktemp("expected") / "out"
     run_here(settings(vqgan, chunk_size=2), source, out)
-    merge(out)
+    merge(str(out))
     return content(out)
 
 
@@ -109,7 +114,7 @@ def test_a_worker_that_is_killed_does_not_stop_the_others(
         assert f"missing {len(missing)} of {CHUNKS} chunks: chunk-{missing[0]:06d}" in errors
         assert "Traceback" not in errors
     run_here(settings(vqgan, chunk_size=2), source, out)
-    merge(out)
+    merge(str(out))
     assert content(out) == expected
 
 
@@ -123,7 +128,7 @@ def test_ranks_by_hand_and_a_merge_give_the_same(source: Path, vqgan: Path, expe
     ]
     assert [process.wait(timeout=200) for process in ranks] == [0, 0]
     assert not (out / "index.json").exists()
-    merge(out)
+    merge(str(out))
     assert content(out) == expected
 
 
@@ -133,7 +138,7 @@ def test_what_a_worker_finds_wrong_with_the_weights_is_the_parents_error(source:
     weights.mkdir()
     (weights / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text().replace("n_embed: 64", "n_embed: 65"))
     (weights / "vqgan.safetensors").write_bytes((vqgan / "vqgan.safetensors").read_bytes())
-    job = prepare(settings(weights), source, tmp_path / "out")
+    job = prepare(settings(weights), [str(source)], str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"quantize.embedding.weight is \[64, 4\], the .yaml says \[65, 4\]"):
         launch(job, splits=1)
 
@@ -155,7 +160,7 @@ def test_reports_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(10, 4) as bar:
+    with progress(Share(10, 4, 3, lambda: 1)) as bar:
         bar.show()
         bar.advance(3, 1)
         bar.show()
@@ -167,11 +172,82 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     assert len(lines) == 2  # the second came too soon
 
 
+def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    done = iter([1, 3])
+    with progress(Share(None, 0, 3, lambda: next(done))) as bar:
+        bar.show()
+        bar.advance(70, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "tokenize: 0 items, 1/3 chunks, loading the models"
+    assert lines[-1].startswith("tokenize: 70 items, 3/3 chunks, ")
+
+
+def test_the_bar_of_a_terminal_shows_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    for total in (10, None):
+        with progress(Share(total, 4, 3, lambda: 2)) as bar:
+            bar.advance(5, 1)
+            bar.show()
+    shown = capsys.readouterr().err
+    assert "9/10 items, " in shown
+    assert "9 items, 2/3 chunks, " in shown
+    assert "1 rejected" in shown
+
+
 def test_the_rate_counts_from_the_first_item() -> None:
-    count = _Lines(100, 50)
+    count = _Lines(Share(100, 50, 1, lambda: 0))
     assert count.rate == 0
     count.advance(10, 0)
     count._start = time.monotonic() - 2.0
     count.advance(10, 0)
     assert count.rate == pytest.approx(5, rel=0.1)
-    assert "70/100 items, 5.0 items/s, 0.1 min left" in str(count)
+    assert "70/100 items, 5.0 items/s, 0.1 min left" in count.state()
+
+
+def test_a_share_counts_its_own_chunks(source: Path, vqgan: Path, tmp_path: Path) -> None:
+    job = prepare(settings(vqgan, chunk_size=2), [str(source)], str(tmp_path / "out"))
+    (tmp_path / "out" / "chunk-000003").mkdir()
+    (tmp_path / "out" / "chunk-000003" / "index.json").touch()
+    share = share_of(job, job.chunks()[1::2])
+    assert (share.items, share.done, share.chunks, share.chunks_done()) == (ITEMS // 2, 2, CHUNKS // 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "out/chunk-000001"), "stopped: [Errno 28] No space left on device"),
+        (StoreError("s3://bucket/x: no such bucket: bucket"), "stopped: s3://bucket/x: no such bucket: bucket"),
+        (MemoryError(), "stopped: out of memory"),
+    ],
+)
+def test_what_is_no_mistake_of_ours_ends_a_worker_with_one_line(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = ended_with(error, monkeypatch)
+    assert messages[0] == (0, 0)
+    assert messages[1].startswith(line)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_of_the_users_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    (message,) = ended_with(ConfigError("weights: no such folder"), monkeypatch)
+    assert isinstance(message, ConfigError)
+
+
+def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The messages of a worker, run in this process, whose work raises `error`."""
+
+    def run_rank(*_: object) -> None:
+        raise error
+
+    class Messages(list[Any]):
+        send = list.append
+
+    messages = Messages()
+    monkeypatch.setattr("unitoken.tokenize.launch._end_with_parent", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "unitoken.tokenize.worker", types.SimpleNamespace(run_rank=run_rank))
+    with contextlib.suppress(SystemExit):
+        _work(None, 0, 1, messages)  # type: ignore[arg-type]
+    return messages

@@ -1,0 +1,122 @@
+"""How far a run is: a bar on a terminal, a line now and then elsewhere; both on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from unitoken.tokenize.job import Chunk, Job
+
+PLAIN_SECONDS = 10.0  # between the lines of a progress that no terminal shows
+CHUNK_SECONDS = 10.0  # between counts of the chunks that are done: each asks the file system or the bucket
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is to be done, and what of it is done already."""
+
+    items: int | None  # None: only reading tells
+    done: int
+    chunks: int
+    chunks_done: Callable[[], int]
+
+
+class Progress(Protocol):
+    def advance(self, finished: int, rejected: int) -> None: ...
+
+    def show(self) -> None: ...
+
+
+def share_of(job: Job, chunks: Sequence[Chunk]) -> Share:
+    def done() -> list[Chunk]:
+        there = job.output.done()
+        return [chunk for chunk in chunks if chunk.name in there]
+
+    items = [job.work.items(chunk) for chunk in chunks]
+    total = None if None in items else sum(count or 0 for count in items)
+    return Share(total, sum(job.work.items(chunk) or 0 for chunk in done()), len(chunks), lambda: len(done()))
+
+
+@contextlib.contextmanager
+def progress(share: Share) -> Iterator[Progress]:
+    if not sys.stderr.isatty():
+        lines = _Lines(share)
+        yield lines
+        lines.show(last=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("tokenize"), BarColumn(), TextColumn("{task.fields[state]}"), TextColumn("left"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        shown = _Bar(share, bar)
+        yield shown
+        shown.show(last=True)
+
+
+class _Count:
+    def __init__(self, share: Share) -> None:
+        self.share, self.done, self.rejected = share, share.done, 0
+        self._begun_with = share.done
+        self._start: float | None = None  # of the first item: loading the models is no rate
+        self._last = 0.0
+        self._chunks, self._chunks_counted = 0, float("-inf")
+
+    def advance(self, finished: int, rejected: int) -> None:
+        if self._start is None:
+            self._start = time.monotonic()
+            self._begun_with = self.done + finished
+        self.done += finished
+        self.rejected += rejected
+        self._last = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Items a second."""
+        if self._start is None:
+            return 0.0
+        finished = self.share.items is not None and self.done >= self.share.items
+        seconds = (self._last if finished else time.monotonic()) - self._start  # workers take a while to end
+        return (self.done - self._begun_with) / seconds if seconds > 0 else 0.0
+
+    def state(self, last: bool = False) -> str:
+        total = self.share.items
+        if total is not None:
+            count = f"{self.done:,}/{total:,} items"
+        else:
+            count = f"{self.done:,} items, {self._count_chunks(last)}/{self.share.chunks:,} chunks"
+        if self._start is None:
+            return f"{count}, loading the models"
+        left = f", {(total - self.done) / self.rate / 60:.1f} min left" if total and self.rate and self.done < total else ""
+        return f"{count}, {self.rate:.1f} items/s{left}, {self.rejected} rejected"
+
+    def _count_chunks(self, now: bool) -> int:
+        if now or time.monotonic() - self._chunks_counted > CHUNK_SECONDS:
+            self._chunks = self.share.chunks_done()
+            self._chunks_counted = time.monotonic()
+        return self._chunks
+
+
+class _Lines(_Count):
+    _shown = float("-inf")
+
+    def show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        if last or now - self._shown > PLAIN_SECONDS:
+            self._shown = now
+            print(f"tokenize: {self.state(last)}", file=sys.stderr, flush=True)
+
+
+class _Bar(_Count):
+    def __init__(self, share: Share, bar: Any) -> None:
+        super().__init__(share)
+        self._bar = bar
+        self._task = bar.add_task("tokenize", total=share.items, completed=share.done, state=self.state())
+
+    def show(self, last: bool = False) -> None:
+        self._bar.update(self._task, completed=self.done, state=self.state(last))
