@@ -75,8 +75,8 @@ def messages(raw: Raw) -> Raw:
     turns = [_turn(message) for message in _list(item, "messages")]
     for turn in turns:
         if isinstance(turn["value"], list):
-            turn["value"], found = _content(turn["value"], apart)
-            images += found
+            turn["value"], inside = _content(turn["value"], apart)
+            images += inside
     return {"id": item.get("id"), "conversations": _join_system(turns), "image": [*images, *apart]}
 
 
@@ -97,7 +97,8 @@ def drawing(raw: Raw) -> Raw:
 def caption_or_drawing(raw: Raw) -> Raw:
     """Every pair one way: about half are captions, the other half drawings."""
     _, text = _pair(raw)
-    return _choose((caption, drawing), raw, text)(raw)
+    way: Adapter = _choose((caption, drawing), raw, text)
+    return way(raw)
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -199,7 +200,7 @@ def _list(item: Raw, key: str) -> list[Any]:
 
 
 def _images(item: Raw) -> list[Any]:
-    found = next((item[key] for key in ("image", "images") if item.get(key) is not None), [])
+    found: Any = next((item[key] for key in ("image", "images") if item.get(key) is not None), [])
     return found if isinstance(found, list) else [found]
 
 

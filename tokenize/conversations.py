@@ -101,6 +101,13 @@ def parse(item: object, name: str) -> Conversation:
     return Conversation(name, turns, images)
 
 
+def refuse_empty(conversation: Conversation) -> None:
+    """The reference takes turns without any text; a model learns nothing good from them."""
+    for number, turn in enumerate(conversation.turns):
+        if len(turn.segments) == 1 and not turn.segments[0].strip():
+            raise ItemError(f"empty text: turn {number} holds neither text nor an image")
+
+
 def _text(turn: Any, number: int, last: bool) -> str | None:
     """The text of turn `number`; None only for a last assistant turn that is left open."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unitoken.streaming_data.stores import Store
 from unitoken.tokenize.web import Web
@@ -32,6 +33,34 @@ class SourceFile:
                 return  # the file is shorter than it was
             yield block
             start += len(block)
+
+    def open(self) -> io.BufferedReader:
+        """Seekable. The same for every store, so that what goes wrong in reading is always a StoreError."""
+        return io.BufferedReader(_Ranges(self), BLOCK_BYTES)
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, file: SourceFile) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._at, self._at + len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class Span(NamedTuple):

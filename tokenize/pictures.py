@@ -1,5 +1,113 @@
-"""The bytes of an item's images, wherever they are."""
+"""The bytes of an item's images, wherever they are: a file, an object store, the web, or the item itself."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+from pathlib import Path
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import MissingError, StoreError, is_url, join, open_store
+from unitoken.tokenize.conversations import ItemError
+from unitoken.tokenize.web import TooLargeError, Web, is_web
+
 MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
+
+
+class Pictures:
+    """Safe over threads.
+
+    allow_http: fetch what http:// and https:// name; timeout_seconds: for one such image, with all repetitions.
+    """
+
+    def __init__(self, allow_http: bool, timeout_seconds: float) -> None:
+        self._allow_http = allow_http
+        self._web = Web(timeout_seconds)
+
+    def read(self, base: str, source: str | bytes, room: int) -> bytes:
+        """An image's bytes, `room` at most. `base` is the folder or URL where relative names begin.
+
+        Raises:
+            ItemError: there is no such image, it can not or may not be read, or it is too large.
+        """
+        if isinstance(source, bytes):
+            return _checked(source, shown(source), room)
+        if source[:5].lower() == "data:":
+            return _checked(_inline(source, room), shown(source), room)
+        where = join(base, source)
+        try:
+            if is_web(where):
+                return self._fetch(where, room)
+            data = _from_store(where, room) if is_url(where) else _from_file(Path(where), source, room)
+        except MissingError:
+            raise ItemError(f"no such image: {shown(source)}") from None
+        except TooLargeError:
+            raise _too_large(shown(source), room) from None
+        return _checked(data, shown(source), room)
+
+    def _fetch(self, url: str, room: int) -> bytes:
+        if not self._allow_http:
+            raise ItemError(f"image not allowed: {shown(url)}: allow_http=true fetches images from the web")
+        try:
+            return self._web.read(url, room)
+        except (MissingError, TooLargeError):
+            raise
+        except StoreError as error:
+            raise ItemError(f"image not reachable: {error}") from None
+
+
+def shown(source: str | bytes) -> str:
+    """An image's name for messages."""
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes in the item"
+    text = f"{source[:40]}..." if source[:5].lower() == "data:" else source if len(source) <= 300 else f"{source[:300]}..."
+    return text if "\0" not in text else repr(text)
+
+
+def _inline(source: str, room: int) -> bytes:
+    head, comma, text = source.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ItemError(f"bad base64: {shown(source)}: expected data:image/...;base64,...")
+    if len(text) * 3 // 4 > room + 1024:
+        raise _too_large(shown(source), room)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ItemError(f"bad base64: {shown(source)}: {error}") from None
+
+
+def _from_store(url: str, room: int) -> bytes:
+    scheme, _, path = url.partition("://")
+    parts = path.split("/", 2 if scheme == "azure" else 1)  # azure://account/container/...
+    try:
+        # From the bucket's root: a client for every folder would be too many. One byte more shows what is too large.
+        store = open_store(f"{scheme}://{'/'.join(parts[:-1])}")
+        return store.read_range(parts[-1], 0, room + 1)
+    except MissingError:
+        raise
+    except StoreError as error:
+        reason = "permission denied" if "permission denied" in str(error) else "the store does not answer"
+        raise ItemError(f"image not reachable: {shown(url)}: {reason}") from None
+    except ConfigError as error:
+        raise ItemError(f"image not allowed: {error}") from None
+
+
+def _from_file(file: Path, name: str, room: int) -> bytes:
+    try:
+        if not file.is_file():  # before it is opened: a pipe would never end
+            raise ItemError(f"no such image: {shown(name)}")
+        if file.stat().st_size > room:
+            raise _too_large(shown(name), room)
+        return file.read_bytes()
+    except OSError as error:
+        raise ItemError(f"image not reachable: {shown(name)}: {error.strerror}") from None
+
+
+def _checked(data: bytes, name: str, room: int) -> bytes:
+    if len(data) > room:
+        raise _too_large(name, room)
+    return data
+
+
+def _too_large(name: str, room: int) -> ItemError:
+    return ItemError(f"images too large: {name}: {room} bytes are left of {MAX_ITEM_BYTES} for an item")

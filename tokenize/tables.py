@@ -89,10 +89,10 @@ def _plain(value: tuple[Any, int] | ItemError) -> object:
 def _parquet(file: SourceFile) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    with file.store.open(file.name) as stream:
+    with file.open() as stream:
         try:
             # Without Python's buffer: columns are read in turn, and each turn would fill it anew.
-            table = pq.ParquetFile(getattr(stream, "raw", stream), pre_buffer=False, buffer_size=READ_BYTES)
+            table = pq.ParquetFile(stream.raw, pre_buffer=False, buffer_size=READ_BYTES)
         except _arrow_errors() as error:
             raise _config_error(file, "Parquet", error) from None
         yield table
@@ -123,7 +123,7 @@ def _arrow_batches(file: SourceFile) -> Iterator[Any]:
             if isinstance(file.store, Folder):
                 source = stack.enter_context(pa.memory_map(f"{file.store.url}/{file.name}"))
             else:
-                source = stack.enter_context(file.store.open(file.name))
+                source = stack.enter_context(file.open())
             is_file = file.read(0, 6) == b"ARROW1"
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         except _arrow_errors() as error:

@@ -61,7 +61,7 @@ def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFil
     """The regular files in order. tarfile itself takes a broken header for the end."""
     end = 0
     try:
-        with file.store.open(file.name) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined] # else it keeps them all
                 if tar.offset <= end:
