@@ -7,7 +7,9 @@ reference saw: no EXIF, modes kept while resizing, and hidden colours behind tra
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import warnings
 from typing import Any
 
@@ -95,8 +97,14 @@ def choose_crop(size: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[in
     return max(sizes, key=kept)
 
 
-def fit(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
-    """Scale so that `crop` (width, height) is just covered, then cut its centre.
+def crop_chance(seed: int, item: str, number: int) -> np.random.Generator:
+    """What decides where image `number` of an item is cut: the same whatever else is in the input."""
+    digest = hashlib.sha256(json.dumps([seed, item, number]).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def fit(image: Image.Image, crop: tuple[int, int], chance: np.random.Generator | None = None) -> Image.Image:
+    """Scale so that `crop` (width, height) is just covered, then cut its centre, or where `chance` has it.
 
     As the reference's `center_crop`: BOX halving while the image is at least twice too large, then BICUBIC.
     Raises ImageError for an extreme shape.
@@ -108,13 +116,16 @@ def fit(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
     if size[0] * size[1] > MAX_PIXELS:  # 1 x 100,000 pixels would become 512 x 51 million
         raise ImageError(f"{image.width} x {image.height} pixels are too narrow to cover {crop[0]} x {crop[1]}")
     image = image.resize(size, Image.Resampling.BICUBIC)
-    left, upper = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
+    if chance is None:
+        left, upper = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
+    else:
+        left, upper = (int(chance.integers(0, side, endpoint=True)) for side in (image.width - crop[0], image.height - crop[1]))
     return image.crop((left, upper, left + crop[0], upper + crop[1]))
 
 
-def tokenizer_pixels(image: Image.Image, crop: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def tokenizer_pixels(image: Image.Image, crop: tuple[int, int], chance: np.random.Generator | None = None) -> npt.NDArray[np.uint8]:
     """The picture as the image tokenizer sees it: (height, width, 3)."""
-    return np.asarray(on_white(fit(image, crop)))
+    return np.asarray(on_white(fit(image, crop, chance)))
 
 
 def vision_pixels(data: bytes, size: int, compat: bool = False) -> npt.NDArray[np.uint8]:

@@ -135,7 +135,7 @@ def run_here(config: TokenizeConfig, source: Path, out: Path, splits: int = 1) -
     """All ranks one after the other, in this process, without the merge."""
     from unitoken.tokenize.worker import run_rank
 
-    job = prepare(config, source, out)
+    job = prepare(config, [str(source)], str(out))
     for rank in range(splits):
         run_rank(job, rank, splits, lambda finished, rejected: None)
     return job

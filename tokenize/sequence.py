@@ -59,3 +59,13 @@ def assemble(
         image_spans=np.array(image_spans, np.uint32).reshape(-1, 4),
         images=tuple(originals),
     )
+
+
+def image_tokens(height: int, width: int) -> int:
+    """The length of an image's block, `Vocabulary.image_block`, for (height, width) in latents."""
+    return 4 + height * (width + 1)
+
+
+def check_length(tokens: int, limit: int | None, what: str = "tokens") -> None:
+    if limit is not None and tokens > limit:
+        raise ItemError(f"too long: {tokens} {what}, max_tokens is {limit}")

@@ -1,225 +1,252 @@
-"""One chunk from start to end: items in, a folder out.
+"""Chunks from start to end: items in, folders out.
 
-What is in the folder depends on the chunk and the settings alone: not on the number of processes, not on time or
-place, not on what was killed before.
+What is in a folder depends on the chunk and the settings alone: not on the number of processes or threads, not on time
+or place, not on what was killed before.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from streaming import MDSWriter
 
 from unitoken.streaming_data import images
-from unitoken.streaming_data.files import AsideFolder
-from unitoken.streaming_data.manifest import REJECTS, SIDECAR, VOCABULARY, samples_schema
-from unitoken.streaming_data.record import Record, columns
-from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.conversations import Conversation, ItemError, item_id, parse
-from unitoken.tokenize.job import Job
-from unitoken.tokenize.sequence import assemble
-from unitoken.tokenize.sources import Chunk, cut, load_items
+from unitoken.streaming_data.manifest import REJECTS
+from unitoken.streaming_data.record import Record
+from unitoken.tokenize import pipeline, sources
+from unitoken.tokenize.adapters import find_adapter
+from unitoken.tokenize.conversations import Conversation, ItemError, item_id, parse, refuse_empty
+from unitoken.tokenize.job import Chunk, Job
+from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
+from unitoken.tokenize.pipeline import Group, Room
+from unitoken.tokenize.sequence import assemble, check_length, image_tokens
+from unitoken.tokenize.stages import Picture, Place, Rejects
 from unitoken.tokenize.text import TextEncoder, load_tokenizer
-from unitoken.tokenize.vision import VisionCodec, load_vision
+from unitoken.tokenize.times import Times, timed
+from unitoken.tokenize.vision import load_vision
+from unitoken.tokenize.writer import write
 
-SHARD_BYTES = 1 << 26  # 64 MiB
-MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
+GROUP_ITEMS, GROUP_IMAGES = 64, 8  # that travel together; a thread decodes the images of a group
+MAX_THREADS = 8
 
 Report = Callable[[int, int], None]  # (items finished, of them rejected), since the last call
-Codes = npt.NDArray[np.int64]  # (h, w)
-A = TypeVar("A")
-B = TypeVar("B")
 
 
-@dataclass(frozen=True)
-class Picture:
-    original: bytes
-    size: tuple[int, int]  # width, height, as it is seen
-    pixels: npt.NDArray[np.uint8]  # (H, W, 3), as the image tokenizer sees it
+@dataclass(eq=False)
+class ChunkWork:
+    """A chunk on its way through the stages."""
 
-
-@dataclass(frozen=True)
-class Item:
-    """An item on its way through the stages: `value` is what the last stage made of it."""
-
-    position: int
-    id: str
-
-
-@dataclass
-class Rejects:
-    """Runs stages, and keeps what falls out of them."""
-
-    report: Report
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-    def sift(self, stage: str, function: Callable[[Item, A], B], values: Iterable[tuple[Item, A]]) -> Iterator[tuple[Item, B]]:
-        for item, value in values:
-            try:
-                result = function(item, value)
-            except ItemError as error:
-                self.lines.append({"position": item.position, "id": item.id, "stage": stage, "reason": str(error)})
-                self.report(1, 1)
-            else:
-                yield item, result
-
-    def dump(self) -> bytes:
-        """JSON lines by position."""
-        lines = sorted(self.lines, key=lambda line: int(line["position"]))
-        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    chunk: Chunk
+    rejects: Rejects = field(default_factory=Rejects)
 
 
 class Tokenizer:
     """What a worker loads once, for all its chunks."""
 
     def __init__(self, job: Job, device: str) -> None:
-        self.job = job
-        compat = job.config.compat is not None
-        self.vocabulary = Vocabulary.load(job.out / VOCABULARY)
-        self.text = TextEncoder(load_tokenizer(job.config.tokenizer), self.vocabulary, compat)
-        self.vision = load_vision(job.config.vision.weights, device)
-        self.compat = compat
+        self.job, self._config = job, job.config
+        self._compat = job.config.compat is not None
+        self.vocabulary = job.vocabulary()
+        self._text = TextEncoder(load_tokenizer(job.config.tokenizer), self.vocabulary, self._compat)
+        self.vision = load_vision(job.config.vision, device)
+        self._adapter = find_adapter(job.config.adapter)
+        self._pictures = Pictures(job.config.allow_http, job.config.timeout_seconds)
+        self._threads = job.config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         size, unit = job.config.target_size, self.vision.downsampling * 2
-        self.crops = [(size, size)] if job.config.crop == "square" else images.crop_sizes(size, patch=unit)
+        self._crops = [(size, size)] if job.config.crop == "square" else images.crop_sizes(size, patch=unit)
 
-    def write_chunk(self, chunk: Chunk, report: Report) -> None:
-        rejects = Rejects(report)
-        items = ((Item(position, _name(item, position)), item) for position, item in enumerate(chunk.items, chunk.start))
-        conversations = rejects.sift("conversation", lambda item, raw: parse(raw, item.position), items)
-        pictured = rejects.sift("image", self._open, conversations)
-        encoded = encode_images(pictured, self.vision, self.job.config.vision.batch_size)
-        records = rejects.sift("sequence", self._assemble, encoded)
-        with AsideFolder(self.job.out / chunk.name) as folder:
-            write(records, folder.path, self.vocabulary, report)
-            (folder.path / REJECTS).write_bytes(rejects.dump())
-            folder.publish()
+    def write_chunks(self, chunks: Iterable[Chunk], report: Report) -> Times:
+        """What is raised in any of the threads is raised here, and no thread outlives that."""
+        times, room = Times(), Room(pipeline.HELD_BYTES)
+        start, waited = time.perf_counter(), 0.0
 
-    def _open(self, _: Item, conversation: Conversation) -> tuple[Conversation, list[Picture]]:
-        """Relative paths start at the input file. One bad image spoils the item."""
+        def wait(seconds: float) -> None:
+            nonlocal waited
+            waited += seconds
+
+        with ThreadPoolExecutor(self._threads, "pictures") as pool:
+            opened = pipeline.ahead(self._open_ahead(chunks, pool, room, times), "reader")
+            groups = (future.result() for future in opened)
+            encoded = pipeline.ahead(pipeline.encode(groups, self.vision, self._config.vision.batch_size, times), "encoder")
+            try:
+                for work, of_chunk in itertools.groupby(timed(encoded, wait), key=lambda group: group.chunk):
+                    self._write(work, of_chunk, room, report)
+            finally:
+                room.close()
+                pool.shutdown(wait=False, cancel_futures=True)
+                encoded.close()
+                opened.close()
+        times.total = time.perf_counter() - start
+        times.write = times.total - waited
+        return times
+
+    # --- reader thread ---
+
+    def _open_ahead(
+        self, chunks: Iterable[Chunk], pool: ThreadPoolExecutor, room: Room, times: Times
+    ) -> Generator[Future[Group], None, None]:
+        def read(seconds: float) -> None:
+            times.read += seconds
+
+        for chunk in chunks:
+            work = ChunkWork(chunk)
+            for items in timed(_grouped(self._conversations(work)), read):
+                room.wait()
+                held = len(items) * pipeline.ITEM_BYTES
+                room.take(held)
+                yield pool.submit(self._open_group, Group(work, held=held), items, room, times)
+            last: Future[Group] = Future()
+            last.set_result(Group(work, last=True))
+            yield last
+
+    def _conversations(self, work: ChunkWork) -> Iterator[tuple[Place, tuple[Conversation, str]]]:
+        """The chunk's conversations, and where the names of their images begin."""
+        raw = (
+            (self._place(item), item) for piece, taken in work.chunk.parts for item in sources.read(self.job.input, piece, taken)
+        )
+        items = work.rejects.sift("source", _readable, raw)
+        adapted = work.rejects.sift("adapter", self._adapt, items)
+        return work.rejects.sift("conversation", self._parse, adapted)
+
+    def _place(self, item: sources.Item) -> Place:
+        name = sources.item_name(self.job.input, item)
+        with contextlib.suppress(ItemError):
+            name = item_id(item.value, name)
+        return Place(item.piece, self.job.input.files[item.file].name, item.position, name)
+
+    def _adapt(self, _: Place, item: sources.Item) -> tuple[dict[str, Any], str]:
+        return self._adapter(item.value), sources.base(self.job.input, item.file)  # type: ignore[arg-type]
+
+    def _parse(self, place: Place, value: tuple[dict[str, Any], str]) -> tuple[Conversation, str]:
+        conversation = parse(value[0], place.id)
+        if not self._compat:
+            refuse_empty(conversation)
+        return conversation, value[1]
+
+    # --- threads for pictures ---
+
+    def _open_group(self, group: Group, items: list[tuple[Place, tuple[Conversation, str]]], room: Room, times: Times) -> Group:
+        start = time.perf_counter()
+        group.items = list(group.chunk.rejects.sift("image", self._open, items))
+        size = sum(len(picture.original) + picture.pixels.nbytes for picture in group.pictures())
+        room.take(size)
+        group.held += size
+        times.add_pictures(time.perf_counter() - start)
+        return group
+
+    def _open(self, _: Place, value: tuple[Conversation, str]) -> tuple[Conversation, list[Picture]]:
+        """One bad image spoils the item."""
+        conversation, base = value
         pictures: list[Picture] = []
         room = MAX_ITEM_BYTES
-        for path in conversation.images:
-            data = read_image(self.job.source.parent, path, room)
+        tokens = 0
+        for number, source in enumerate(conversation.images):
+            data = self._pictures.read(base, source, room)
             room -= len(data)
             try:
-                image = images.decode(data, self.compat)
-                crop = images.choose_crop(image.size, self.crops)
-                pictures.append(Picture(data, image.size, images.tokenizer_pixels(image, crop)))
+                picture = self._crop(data, conversation.id, number)
             except images.ImageError as error:
-                raise ItemError(f"unusable image: {path}: {error}") from None
+                raise ItemError(f"unusable image: {shown(source)}: {error}") from None
+            tokens += image_tokens(*(side // self.vision.downsampling for side in picture.pixels.shape[:2]))
+            check_length(tokens, self._config.max_tokens, "tokens in its images alone")
+            pictures.append(picture)
         return conversation, pictures
 
-    def _assemble(self, _: Item, value: tuple[Conversation, list[Picture], list[Codes]]) -> tuple[Record, list[tuple[int, int]]]:
-        conversation, pictures, codes = value
-        record = assemble(conversation, codes, [picture.original for picture in pictures], self.text, self.vocabulary)
+    def _crop(self, data: bytes, item: str, number: int) -> Picture:
+        image = images.decode(data, self._compat)
+        crop = images.choose_crop(image.size, self._crops)
+        chance = images.crop_chance(self._config.seed, item, number) if self._config.crop_position == "random" else None
+        return Picture(data, image.size, images.tokenizer_pixels(image, crop, chance))
+
+    # --- the worker's own thread ---
+
+    def _write(self, work: ChunkWork, groups: Iterable[Group], room: Room, report: Report) -> None:
+        items = _items(groups, work.rejects, room, report)
+        records = work.rejects.sift("sequence", self._assemble, items)
+        with self.job.output.chunk(work.chunk.name) as folder:
+            write((value for _, value in records), folder.path, self.vocabulary, report)
+            (folder.path / REJECTS).write_bytes(work.rejects.dump())
+            folder.publish()
+
+    def _assemble(self, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, list[tuple[int, int]]]:
+        conversation, pictures = value
+        codes = [picture.codes for picture in pictures if picture.codes is not None]
+        record = assemble(conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary)
+        check_length(len(record.tokens), self._config.max_tokens)
         return record, [picture.size for picture in pictures]
 
 
-def _name(item: object, position: int) -> str:
-    try:
-        return item_id(item, position)
-    except ItemError:
-        return str(position)
+def _readable(_: Place, item: sources.Item) -> sources.Item:
+    if isinstance(item.value, ItemError):
+        raise item.value
+    return item
 
 
-def read_image(base: Path, path: str, room: int) -> bytes:
-    try:
-        file = base / path
-        if not file.is_file():  # before it is opened: a pipe would never end
-            raise ItemError(f"no such image file: {path}")
-        if (size := file.stat().st_size) > room:
-            raise ItemError(f"images too large: {path}: {size} bytes, {room} are left of {MAX_ITEM_BYTES} for an item")
-        return file.read_bytes()
-    except OSError as error:
-        raise ItemError(f"unreadable image file: {path}: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, ItemError):
-            raise
-        raise ItemError(f"no such image file: {path!r}: {error}") from None  # a zero byte in the path
+def _grouped(
+    conversations: Iterable[tuple[Place, tuple[Conversation, str]]],
+) -> Iterator[list[tuple[Place, tuple[Conversation, str]]]]:
+    group: list[tuple[Place, tuple[Conversation, str]]] = []
+    pictures = 0
+    for place, (conversation, base) in conversations:
+        group.append((place, (conversation, base)))
+        pictures += len(conversation.images)
+        if len(group) == GROUP_ITEMS or pictures >= GROUP_IMAGES:
+            yield group
+            group, pictures = [], 0
+    if group:
+        yield group
 
 
-def encode_images(
-    values: Iterable[tuple[Item, tuple[Conversation, list[Picture]]]], vision: VisionCodec, batch_size: int
-) -> Iterator[tuple[Item, tuple[Conversation, list[Picture], list[Codes]]]]:
-    """Image codes for each item, in batches over items and by size. Batches end with the chunk, so that the codes,
-    whose last bits may depend on the batch, do not depend on which process did which chunk."""
-    waiting: list[tuple[Item, tuple[Conversation, list[Picture]]]] = []
-    images_waiting = 0
-    for value in values:
-        waiting.append(value)
-        images_waiting += len(value[1][1])
-        if images_waiting >= batch_size or len(waiting) >= 1024:
-            yield from _encode_all(waiting, vision, batch_size)
-            waiting, images_waiting = [], 0
-    yield from _encode_all(waiting, vision, batch_size)
+def _items(
+    groups: Iterable[Group], rejects: Rejects, room: Room, report: Report
+) -> Iterator[tuple[Place, tuple[Conversation, list[Picture]]]]:
+    """The items of a chunk's groups; what has been written makes room."""
+    reported = 0
+    for group in groups:
+        yield from group.items
+        room.give_back(group.held)
+        fallen = len(rejects.lines) - reported
+        report(fallen, fallen)
+        reported += fallen
 
 
-def _encode_all(
-    waiting: list[tuple[Item, tuple[Conversation, list[Picture]]]], vision: VisionCodec, batch_size: int
-) -> Iterator[tuple[Item, tuple[Conversation, list[Picture], list[Codes]]]]:
-    pixels = [picture.pixels for _, (_, pictures) in waiting for picture in pictures]
-    codes: dict[int, Codes] = {}
-    for shape in sorted({array.shape for array in pixels}):
-        same = [number for number, array in enumerate(pixels) if array.shape == shape]
-        for start in range(0, len(same), batch_size):
-            batch = same[start : start + batch_size]
-            codes.update(zip(batch, vision.encode(np.stack([pixels[number] for number in batch])), strict=True))
-    taken = 0
-    for item, (conversation, pictures) in waiting:
-        yield item, (conversation, pictures, [codes[taken + n] for n in range(len(pictures))])
-        taken += len(pictures)
+def run_rank(job: Job, rank: int, splits: int, report: Report) -> Times:
+    """The chunks at the places `rank`, `rank + splits`, ... that are not done."""
+    mine = job.chunks()[rank::splits]
+    done = job.output.done()
+    missing = [chunk for chunk in mine if chunk.name not in done]
+    if not missing:
+        return Times()
+    # Asked once more when its turn comes: another run may have done it.
+    return run_chunks(job, (chunk for chunk in missing if not job.output.is_done(chunk.name)), report, _device())
 
 
-def write(
-    records: Iterable[tuple[Item, tuple[Record, list[tuple[int, int]]]]], folder: Path, vocabulary: Vocabulary, report: Report
-) -> None:
-    """Shards with their index, and the chunk's part of the samples sidecar."""
-    rows: list[dict[str, Any]] = []
-    with MDSWriter(out=str(folder), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=SHARD_BYTES) as writer:
-        for _, (record, sizes) in records:
-            writer.write(record.to_mds())
-            rows.append(_row(record, sizes))
-            report(1, 0)
-    write_samples(pa.Table.from_pylist(rows, samples_schema()), folder / SIDECAR)
-
-
-def _row(record: Record, sizes: list[tuple[int, int]]) -> dict[str, Any]:
-    targets = record.labels() >= 0
-    return {
-        "id": record.id,
-        "tokens": len(record.tokens),
-        "target_tokens": int(targets.sum()),
-        "images": len(sizes),
-        "question_images": int((~targets[record.image_spans[:, 0]]).sum()),
-        "image_sizes": [side for size in sizes for side in size],
-    }
-
-
-def write_samples(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path, compression="zstd")
-
-
-def run_rank(job: Job, rank: int, splits: int, report: Report) -> None:
-    """The chunks `rank`, `rank + splits`, ... that are not done."""
-    if torch.cuda.is_available():
-        device = "cuda"
-    else:
-        device = "cpu"
+def run_chunks(job: Job, chunks: Iterable[Chunk], report: Report, device: str) -> Times:
+    """The models stay loaded for the next call."""
+    if device == "cpu":
         torch.set_num_threads(1)  # a sum's order depends on the threads: 1 everywhere gives the same codes everywhere
-    mine = [number for number in job.missing() if number % splits == rank]
-    if not mine:
-        return
-    items = load_items(job.source)
-    tokenizer = Tokenizer(job, device)
-    for number in mine:
-        if number in job.missing():  # another run may have done it
-            tokenizer.write_chunk(cut(items, job.file.chunk_size, number), report)
+    return _tokenizer(job, device).write_chunks(chunks, report)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_loaded: dict[str, Tokenizer] = {}
+
+
+def _tokenizer(job: Job, device: str) -> Tokenizer:
+    key = f"{device} {job.out} {job.config.model_dump_json()} {job.file.model_dump_json()}"
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = Tokenizer(job, device)
+    tokenizer = _loaded[key]
+    tokenizer.job = job  # its rounds of retries may be others
+    return tokenizer
