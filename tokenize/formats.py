@@ -23,7 +23,8 @@ class SourceFile:
     shown: str
 
     def read(self, start: int, end: int) -> bytes:
-        return self.store.read_range(self.name, start, min(end, self.size))
+        end = min(end, self.size)
+        return self.store.read_range(self.name, start, end) if start < end else b""
 
     def blocks(self, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` to `end`, in parts."""

@@ -92,7 +92,7 @@ def _parquet(file: SourceFile) -> Iterator[Any]:
     with file.open() as stream:
         try:
             # Without Python's buffer: columns are read in turn, and each turn would fill it anew.
-            table = pq.ParquetFile(stream.raw, pre_buffer=False, buffer_size=READ_BYTES)
+            table = pq.ParquetFile(stream.raw, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
         except _arrow_errors() as error:
             raise _config_error(file, "Parquet", error) from None
         yield table

@@ -93,7 +93,10 @@ def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: 
         return ItemError(f"bad sample: {name}: two files that end in .{suffix}")
     content = tar.extractfile(member)
     assert content is not None
-    data = content.read()
+    try:
+        data = content.read()
+    except tarfile.TarError as error:
+        raise BrokenError(f"inside {name}.{suffix}: {error}") from None
     kind = suffix.rpartition(".")[2]
     try:
         value = json.loads(data.decode()) if kind == "json" else data.decode() if kind in TEXTS else data
