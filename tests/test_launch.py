@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, children, wait_for
 from tokenizing import TOKENIZER, content, run_here, settings, some_items, write_items
 
 from unitoken.streaming_data.config import ConfigError
@@ -50,26 +51,6 @@ def command(source: Path, vqgan: Path, out: Path, splits: int = 2) -> list[str]:
 
 def done(out: Path) -> int:
     return len(list(out.glob("chunk-*/index.json")))
-
-
-def children(pid: int) -> list[int]:
-    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    """Not a zombie either: an orphan's end is its new parent's to take note of."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition: object, seconds: float = 120.0) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.launch import failure_line, show_times
 from unitoken.tokenize.progress import Progress, progress, share_of
-
-if TYPE_CHECKING:
-    from unitoken.tokenize.worker import Times
+from unitoken.tokenize.times import Times
 
 GROUP = 4  # chunks a task at most: enough that the GPU's queue runs over their borders, few to do again
 RETRIES = 5  # of a task whose node or process dies
@@ -58,10 +57,14 @@ def _start_ray() -> Any:
         import ray
     except ImportError:
         raise ConfigError('--engine ray needs Ray: pip install "unitoken-streaming[ray]"') from None
+    address = os.environ.get("RAY_ADDRESS", "")
     try:
+        host, colon, port = address.rpartition(":")
+        if colon and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=10).close()  # else Ray tries for two minutes, and exits
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:200]}") from None
     return ray
 
 
@@ -86,7 +89,7 @@ def _run(ray: Any, job: Job, missing: list[Chunk], bar: Progress) -> list[str]:
                 raise ConfigError(outcome.mistake)
             bar.advance(outcome.items, outcome.rejected)
             if outcome.failure:
-                failures.append(f"{group[0].name} to {group[-1].name}: {outcome.failure}")
+                failures.append(f"{', '.join(chunk.name for chunk in group)}: {outcome.failure}")
             if outcome.times is not None:
                 times.append(outcome.times)
         bar.show()

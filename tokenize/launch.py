@@ -15,14 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.tokenize.job import Job
 from unitoken.tokenize.progress import Progress, progress, share_of
-
-if TYPE_CHECKING:
-    from unitoken.tokenize.worker import Times
+from unitoken.tokenize.times import Times
 
 REPORT_SECONDS = 0.2
 
