@@ -84,7 +84,7 @@ def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Pat
     source = write_items(tmp_path, items)
     status, stdout, stderr = call(*arguments(source, tmp_path / "out", vqgan))
     assert status == 1
-    assert "       7  no conversations\n       5  no such image file\n" in stdout
+    assert "       7  no conversations\n       5  no such image\n" in stdout
     assert stderr == "error: 12 of 20 items were rejected (60.0%), max_reject_fraction is 0.01\n"
     assert call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=0.7")[0] == 0
 
@@ -108,12 +108,12 @@ def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
     [
         (["vision.weight=x"], "unknown key 'vision.weight'; did you mean 'weights'?"),
         (["target_sise=x"], "did you mean 'target_size'?"),
-        (["vision.kind=emu3"], "chameleon.yaml: `vision.kind`: Input should be 'chameleon', found 'emu3'"),
+        (["vision.kind=emu9"], "chameleon.yaml: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', found 'emu9'"),
         (["vision.weights=/no/such"], "vision.weights: /no/such: no such file or folder"),
         (["tokenizer=/no/such"], "tokenizer: /no/such: no such folder"),
         (["target_size=17"], "target_size: expected a multiple of 8 pixels (2 latents) up to 792, found 17"),
         (["--config", "none.yaml"], "none.yaml: cannot read the configuration: No such file or directory"),
-        (["--in_filename", "none.json"], "none.json: cannot read the input: No such file or directory"),
+        (["--in_filename", "none.json"], "none.json: cannot read the input: No such file"),
         (["--splits", "2", "--rank", "2"], "--rank 2: expected a number below --splits 2"),
         (["nonsense"], "override 'nonsense': expected key=value"),
     ],

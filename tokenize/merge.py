@@ -201,7 +201,7 @@ def summary(out: str, manifest: Manifest) -> str:
         f"{m.tokens:,} tokens ({m.target_tokens:,} trained on), {m.images:,} images"
     ]
     if m.rejected:
-        lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects --out_dir {out}`):")
+        lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
         lines += [f"{count:>8,}  {reason}" for reason, count in kinds(out).most_common(5)]
     if not m.samples:
         lines.append("warning: the dataset has no samples")
