@@ -15,9 +15,10 @@ import webdataset
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from services import CLOUDS, started, used
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import Folder, StoreError
+from unitoken.streaming_data.stores import Folder, StoreError, open_store
 from unitoken.tokenize import formats, json_files, sources, tars
 from unitoken.tokenize.sources import Input, cut, find_files, item_name, read
 
@@ -380,4 +381,33 @@ def test_a_store_that_fails_is_no_damage_of_the_file(tmp_path: Path, monkeypatch
         monkeypatch.setattr(sources, "open_store", lambda url, failing=failing: failing)
         with pytest.raises(StoreError, match="the store is gone"):
             whole(source)
+        with pytest.raises(ConfigError, match="cannot read the input: the store is gone"):
+            cut(source.files, 10)
         monkeypatch.undo()
+
+
+@pytest.mark.cloud
+@pytest.mark.parametrize("scheme", CLOUDS)
+def test_every_format_is_read_from_a_store_as_from_a_folder(scheme: str, tmp_path: Path) -> None:
+    rows, folder = some_rows(30), tmp_path / "data"
+    plain = [{"n": n} for n in range(30)]
+    folder.mkdir()
+    write_parquet(folder / "i.parquet", rows, 8)
+    (folder / "hf").mkdir()
+    write_arrow(folder / "hf" / "data.arrow", rows, 8)
+    (folder / "hf" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    (folder / "i.json").write_text(json.dumps(plain))
+    (folder / "i.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in plain))
+    for number in range(2):
+        tar_of(folder / f"x-{number}.tar", [(f"{number}{n}.json", json.dumps(one).encode()) for n, one in enumerate(plain)])
+    with started(scheme, tmp_path / scheme) as service, used(service):
+        url = service.url("data")
+        for path in folder.rglob("*.*"):
+            open_store(url).write(path.relative_to(folder).as_posix(), path.read_bytes())
+        for name in ("i.parquet", "hf", "i.json", "i.jsonl", "x-*.tar"):
+            here, there = (cut(find_files([f"{place}/{name}"]), 7) for place in (folder, url))
+            assert [Path(file.name).name for file in there.files] == [Path(file.name).name for file in here.files]
+            assert there.pieces == here.pieces
+            assert whole(there) == whole(here)
+        with pytest.raises(ConfigError, match=r"none\.json: cannot read the input: No such file"):
+            find_files([f"{url}/none.json"])

@@ -45,6 +45,8 @@ def arrow_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
         for batch in _arrow_batches(file):
             rows += batch.num_rows
     except _arrow_errors() as error:
+        if isinstance(error, StoreError):
+            raise
         cut = f"behind row {rows}: {_line(error)}"
     if cut is not None and rows == 0:
         raise ConfigError(f"{file.shown}: not readable as Arrow: {cut}")
