@@ -45,7 +45,7 @@ class Evaluation:
     def read(self, file: Path) -> list[Answer]:
         """Ask for each item of `file` what digit it is; the item's own answer is kept from the model."""
         items = json.loads(file.read_text(encoding="utf-8"))
-        conversations = [parse(item, position) for position, item in enumerate(items)]
+        conversations = [parse(item, str(position)) for position, item in enumerate(items)]
         originals = [(file.parent / conversation.images[0]).read_bytes() for conversation in conversations]
         side = SIDE * self.vision.downsampling
         pixels = np.stack([tokenizer_pixels(decode(original), (side, side)) for original in originals])

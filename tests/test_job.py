@@ -96,7 +96,7 @@ def test_other_settings_are_refused_with_both_sides(begin: Any, tmp_path: Path, 
 def test_precision_is_part_of_what_the_codes_depend_on(begin: Any, vqgan: Path, tmp_path: Path) -> None:
     source = write_items(tmp_path, [ITEM])
     begin(source)
-    with pytest.raises(ConfigError, match="vision.precision is 'tf32' there and 'bf16' now"):
+    with pytest.raises(ConfigError, match=r"vision\.precision is 'tf32' there and 'bf16' now"):
         begin(source, vision={"weights": str(vqgan), "precision": "bf16"})
 
 
