@@ -69,9 +69,9 @@ def merge(out: str) -> Manifest:
         for name in files:
             output.store.upload(Path(temporary, name), name)
     files[VOCABULARY] = hashlib.sha256(output.store.read(VOCABULARY)).hexdigest()
+    fields = job.model_dump(exclude={"max_reject_fraction"}) | joined
     manifest = Manifest(
-        **job.model_dump(exclude={"max_reject_fraction"}),
-        **joined,
+        **fields,
         items=joined["samples"] + joined["rejected"],
         chunks=len(chunks),
         files=files,
