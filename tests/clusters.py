@@ -1,9 +1,13 @@
-"""A Ray cluster of two nodes on this machine, one CPU each."""
+"""A Ray cluster of two nodes on this machine, one CPU each.
+
+It has a password of its own: where none is set Ray makes one for its user's home, and every later cluster finds it there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,7 +25,7 @@ START_SECONDS = 120
 
 @dataclass(frozen=True)
 class Cluster:
-    address: str
+    environment: dict[str, str]  # of those who join it
     nodes: tuple[int, int]  # the process groups of the head and of the other node
 
     def kill_node(self) -> None:
@@ -31,13 +35,13 @@ class Cluster:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Cluster]:
-    port = free_port()
+    port, environment = free_port(), private()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the names of its sockets may have 107 letters
     groups: list[int] = []
     try:
-        groups.append(_start("--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder))
-        groups.append(_start("--address", f"127.0.0.1:{port}"))
-        yield Cluster(f"127.0.0.1:{port}", (groups[0], groups[1]))
+        groups.append(_start(environment, "--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder))
+        groups.append(_start(environment, "--address", f"127.0.0.1:{port}"))
+        yield Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, (groups[0], groups[1]))
     finally:
         for group in groups:
             with contextlib.suppress(ProcessLookupError):
@@ -45,14 +49,18 @@ def two_nodes() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(*arguments: str) -> int:
+def private() -> dict[str, str]:
+    """The environment of a Ray that leaves nothing in its user's home and tells nobody of its use."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _start(environment: dict[str, str], *arguments: str) -> int:
     """A node in a process group of its own, whose number is returned."""
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray), "start", *arguments, "--num-cpus", "1", "--num-gpus", "0", "--disable-usage-stats"]
     command += ["--object-store-memory", str(OBJECT_STORE)]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryFile() as log:  # a pipe would stay open in the node's processes
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
         status = process.wait(timeout=START_SECONDS)
         log.seek(0)
         assert status == 0, log.read().decode()[-1000:]

@@ -13,7 +13,14 @@ def children(pid: int) -> list[int]:
 
 def workers(pid: int) -> list[int]:
     """Those of the children that tokenize; another one only counts resources."""
-    return [child for child in children(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children(pid) if b"spawn_main" in _command(child)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:  # it has just ended
+        return b""
 
 
 def alive(pid: int) -> bool:

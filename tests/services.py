@@ -3,7 +3,7 @@
     with started("s3", folder) as service, used(service):      # or "gs", "az"
         service.url("name")                                    # a folder in a bucket that is there
 
-A server can be killed and started again with what it holds. Azure is reached by its real host name, since
+A server can be stopped and started again with what it holds. Azure is reached by its real host name, since
 mosaicml-streaming asks no other: azurite speaks TLS with a certificate of ours, and a small proxy leads there.
 """
 
@@ -61,10 +61,15 @@ class Service:
             assert time.monotonic() < end, f"{self.command[0]} does not answer: {self.log.read_text()[-500:]}"
             time.sleep(0.05)
 
-    def kill(self) -> None:
+    def stop(self) -> None:
+        """It goes in order: azurite writes down what it holds every few seconds only."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
 
 @contextlib.contextmanager
@@ -73,7 +78,7 @@ def started(scheme: str, folder: Path) -> Iterator[Service]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         service = {"s3": _s3, "gs": _gs, "az": _az}[scheme](folder, stack)
-        stack.callback(service.kill)
+        stack.callback(service.stop)
         service.start()
         _make_bucket(service, folder)
         yield service

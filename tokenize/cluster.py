@@ -63,7 +63,7 @@ def _start_ray() -> Any:
         if colon and port.isdigit():
             socket.create_connection((host, int(port)), timeout=10).close()  # else Ray tries for two minutes, and exits
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:200]}") from None
     return ray
 
