@@ -15,6 +15,7 @@ from PIL import Image
 
 from unitoken.streaming_data.manifest import (
     INDEX,
+    MANIFEST,
     REJECTS,
     SIDECAR,
     VOCABULARY,
@@ -113,7 +114,7 @@ def write_dataset(
 
 def write_manifest(folder: Path, records: Sequence[Record], vocabulary: Vocabulary) -> None:
     """The manifest of what lies in `folder` now."""
-    Manifest(
+    manifest = Manifest(
         vocabulary=vocabulary.fingerprint,
         vision=VisionTokenizer(kind="chameleon", weights="0" * 16, codebook_size=8, downsampling=16, precision="float32"),
         target_size=32,
@@ -129,7 +130,8 @@ def write_manifest(folder: Path, records: Sequence[Record], vocabulary: Vocabula
         chunk_size=len(records),
         source="0" * 16,
         files={name: sha256_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
-    ).save(folder)
+    )
+    (folder / MANIFEST).write_bytes(manifest.dump())
 
 
 def shard_paths(folder: Path) -> list[Path]:
