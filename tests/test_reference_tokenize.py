@@ -103,7 +103,7 @@ def test_tokens_and_labels_are_the_references(
     for row in rows(golden / "dev" / "A_tokenization.jsonl"):
         if row["status"] != "ok":
             continue
-        conversation = parse(row["record"], 0)
+        conversation = parse(row["record"], "0")
         stems = [Path(path).stem for path in conversation.images]
         record = assemble(conversation, [codes[stem] for stem in stems], [b""] * len(stems), text, vocabulary)
         expected, labels = np.array(row["tokens"]), np.array(row["labels"])
@@ -126,7 +126,7 @@ def test_text_of_the_other_tokenizer_style_is_the_references(golden: Path) -> No
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), 16)
     text = TextEncoder(tokenizer, vocabulary, compat=True)
     for row in rows(golden / "dev" / "A_tokenization_llama_style.jsonl"):
-        record = assemble(parse(row["record"], 0), [], [], text, vocabulary)
+        record = assemble(parse(row["record"], "0"), [], [], text, vocabulary)
         assert record.tokens.tolist() == row["tokens"], row["id"]
         assert record.labels().tolist() == row["labels"], row["id"]
 
@@ -136,7 +136,7 @@ def test_an_item_without_labels_is_refused(golden: Path, vocabulary: Vocabulary)
     text = TextEncoder(load_tokenizer(str(golden / "assets" / "tokenizer")), vocabulary, compat=True)
     [row] = [row for row in rows(golden / "dev" / "A_tokenization.jsonl") if row.get("error") == "LabelAllZeroError"]
     with pytest.raises(ItemError, match="nothing to train on: "):
-        assemble(parse(row["record"], 0), [], [], text, vocabulary)
+        assemble(parse(row["record"], "0"), [], [], text, vocabulary)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from tokenizing import GOLDEN, turns
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize.conversations import ItemError, parse
-from unitoken.tokenize.sequence import assemble
+from unitoken.tokenize.sequence import assemble, check_length, image_tokens
 from unitoken.tokenize.text import TextEncoder, load_tokenizer
 
 TOKENIZER = load_tokenizer(str(GOLDEN / "assets" / "tokenizer"))
@@ -21,7 +21,7 @@ def record(*texts: str | None, sizes: list[tuple[int, int]] | None = None) -> Re
     rng = np.random.default_rng(0)
     codes = [rng.integers(0, 8192, size) for size in sizes or []]
     item = {"conversations": turns(*texts), "image": [f"{n}.png" for n in range(len(codes))]}
-    return assemble(parse(item, 0), codes, [bytes([n]) for n in range(len(codes))], TEXT, VOCABULARY)
+    return assemble(parse(item, "0"), codes, [bytes([n]) for n in range(len(codes))], TEXT, VOCABULARY)
 
 
 def words(ids: np.ndarray) -> str:
@@ -50,7 +50,8 @@ def test_an_image_is_trained_on_in_an_answer_only() -> None:
 def test_wide_vocabularies_take_wide_tokens() -> None:
     wide = Vocabulary.from_tokens(TOKENIZER.get_vocab() | {"last": 70_000}, 8192)
     assert (
-        assemble(parse({"conversations": turns("a", "b")}, 0), [], [], TextEncoder(TOKENIZER, wide), wide).tokens.dtype == np.uint32
+        assemble(parse({"conversations": turns("a", "b")}, "0"), [], [], TextEncoder(TOKENIZER, wide), wide).tokens.dtype
+        == np.uint32
     )
 
 
@@ -103,3 +104,15 @@ def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tu
 
     assert [text_of(pieces) for pieces in read[:-1]] == texts
     assert [set(flags) for flags in trained[:-1]] == [{number % 2 == 1} for number in range(len(texts))]
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 6), (32, 32)])
+def test_the_length_of_an_image_is_known_before_its_codes(height: int, width: int) -> None:
+    assert image_tokens(height, width) == len(VOCABULARY.image_block(np.zeros((height, width), int)))
+
+
+def test_longer_than_allowed_is_refused() -> None:
+    check_length(10, 10)
+    check_length(10, None)
+    with pytest.raises(ItemError, match=r"^too long: 11 tokens, max_tokens is 10$"):
+        check_length(11, 10)

@@ -20,6 +20,7 @@ import torch
 from unitoken.streaming_data import images
 from unitoken.streaming_data.manifest import REJECTS
 from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.stores import is_url, split
 from unitoken.tokenize import pipeline, sources
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.conversations import Conversation, ItemError, item_id, parse, refuse_empty
@@ -119,7 +120,7 @@ class Tokenizer:
         name = sources.item_name(self.job.input, item)
         with contextlib.suppress(ItemError):
             name = item_id(item.value, name)
-        return Place(item.piece, self.job.input.files[item.file].name, item.position, name)
+        return Place(item.piece, _file_name(self.job.input.files[item.file].name), item.position, name)
 
     def _adapt(self, _: Place, item: sources.Item) -> tuple[dict[str, Any], str]:
         return self._adapter(item.value), sources.base(self.job.input, item.file)  # type: ignore[arg-type]
@@ -181,6 +182,11 @@ class Tokenizer:
         record = assemble(conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary)
         check_length(len(record.tokens), self._config.max_tokens)
         return record, [picture.size for picture in pictures]
+
+
+def _file_name(name: str) -> str:
+    """Without its folder, on which a dataset does not depend, and without what signs a URL."""
+    return split(name.partition("?")[0] if is_url(name) else name)[1]
 
 
 def _readable(_: Place, item: sources.Item) -> sources.Item:
