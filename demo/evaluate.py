@@ -17,6 +17,7 @@ from unitoken.streaming_data.images import decode, tokenizer_pixels
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.manifest import load_vocabulary
 from unitoken.streaming_data.report import Report
+from unitoken.tokenize.config import VisionConfig
 from unitoken.tokenize.conversations import parse
 from unitoken.tokenize.sequence import assemble
 from unitoken.tokenize.text import TextEncoder, load_tokenizer
@@ -40,7 +41,7 @@ class Evaluation:
         self.vocabulary = load_vocabulary(data / "captions")
         self.tokenizer = load_tokenizer(str(ASSETS / "tokenizer"))
         self.text = TextEncoder(self.tokenizer, self.vocabulary)
-        self.vision = load_vision(str(ASSETS / "vqgan"))
+        self.vision = load_vision(VisionConfig(weights=str(ASSETS / "vqgan")))
 
     def read(self, file: Path) -> list[Answer]:
         """Ask for each item of `file` what digit it is; the item's own answer is kept from the model."""

@@ -19,7 +19,9 @@ from sklearn.svm import SVC
 
 from demo.digits import picture, small, split
 from unitoken.streaming_data.images import tokenizer_pixels
-from unitoken.tokenize.vision import VQGAN, load_vision, meta_name
+from unitoken.tokenize.chameleon import VQGAN, meta_name
+from unitoken.tokenize.config import VisionConfig
+from unitoken.tokenize.vision import load_vision
 from unitoken.tokenize.weights import Parameters
 
 FOLDER = Path(__file__).parent / "assets" / "vqgan"
@@ -79,7 +81,7 @@ def report(pixels: np.ndarray) -> None:
     digits = load_digits()
     train_ids, held_out = split()
     classifier = SVC(gamma=0.001).fit(digits.data[train_ids], digits.target[train_ids])
-    vision = load_vision(str(FOLDER))
+    vision = load_vision(VisionConfig(weights=str(FOLDER)))
     again = vision.decode(vision.encode(pixels[held_out]))
     error = np.abs(again.astype(float) - pixels[held_out]).mean()
     truth = digits.target[held_out]

@@ -8,6 +8,7 @@ import numpy as np
 from demo import digits, report
 from unitoken.streaming_data.config import load_config
 from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.tokenize.config import VisionConfig
 from unitoken.tokenize.weights import find_weights
 from unitoken.train.config import StageConfig, model_configs
 
@@ -61,7 +62,7 @@ def test_the_model_of_the_demo_has_room_for_its_vocabulary() -> None:
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer").get_vocab()
-    vocabulary = Vocabulary.from_tokens(tokens, find_weights(str(ROOT / "demo/assets/vqgan")).parameters.n_embed)
+    vocabulary = Vocabulary.from_tokens(tokens, find_weights(VisionConfig(weights=str(ROOT / "demo/assets/vqgan"))).codebook_size)
     for stage in ("base", "stage1", "stage2"):
         decoder, _ = model_configs(load_config(StageConfig, ROOT / f"yamls/demo/{stage}.yaml").model)
         assert decoder.vocab_size == vocabulary.size
