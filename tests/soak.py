@@ -26,7 +26,7 @@ from unitoken.tokenize.output import Output
 
 PICTURES = 500
 BAD_EVERY = 33  # 3 %
-LOADING_SECONDS = 12.0  # what a worker takes until its first chunk, about; kills hit that time, too
+LOADING_SECONDS = 5.0  # less than what a worker takes until its first chunk
 
 
 @dataclass(frozen=True)
@@ -141,23 +141,24 @@ def done(out: str) -> int:
 def kill_again_and_again(source: Path, out: str, size: Size, seed: int = 0) -> None:
     """Start the command, kill it or one of its workers at a random moment, and so on for all of the kills.
 
-    The moments are spread over the work: each is a count of chunks that are done, and up to half a second more. One
-    whole run of five is killed while it loads its models.
+    The moments are spread over the work: each is a count of chunks that are done, and a little time. One run of five is
+    killed while it loads its models.
     """
     moment = random.Random(seed)
     process: subprocess.Popen[bytes] | None = None
-    kills = sorted(moment.randrange(size.chunks * 9 // 10) for _ in range(size.kills))
-    for count in kills:
+    loading = False
+    for count in sorted(moment.randrange(size.chunks * 9 // 10) for _ in range(size.kills)):
         while True:
             if process is None or process.poll() is not None:
-                process = _start(source, out, size, moment.choice((2, 4)))
-                if moment.random() < 0.2:
-                    time.sleep(moment.uniform(0, LOADING_SECONDS))
-                    break
-            _wait_for_chunks(process, out, count)
-            time.sleep(moment.uniform(0, 0.5))
+                process, loading = _start(source, out, size, moment.choice((2, 4))), moment.random() < 0.2
+            if loading:
+                time.sleep(moment.uniform(0, LOADING_SECONDS))
+            else:
+                _wait_for_chunks(process, out, count)
+                time.sleep(moment.uniform(0, size.chunks / 2000))
             if process.poll() is None:
                 break
+            assert not Output(out).exists("manifest.json"), "ended before it could be killed"
         if (mine := workers(process.pid)) and moment.random() < 0.6:
             os.kill(moment.choice(mine), signal.SIGKILL)
         else:

@@ -147,17 +147,22 @@ def test_a_task_takes_a_gpu_where_the_cluster_has_them_and_keeps_its_process(job
         assert ray.options["retry_exceptions"] is False
 
 
-def test_a_second_attempt_does_only_what_the_first_has_not_done(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_folder(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     given: list[str] = []
 
     def run_chunks(_: Job, chunks: list[Chunk], report: Any, device: str) -> Times:
+        assert Path.cwd() == tmp_path
         given.extend(chunk.name for chunk in chunks)
         return Times()
+
+    monkeypatch.chdir("/")  # and back at the end
 
     monkeypatch.setitem(sys.modules, "unitoken.tokenize.worker", types.SimpleNamespace(run_chunks=run_chunks))
     (Path(job.out) / "chunk-000001").mkdir()
     (Path(job.out) / "chunk-000001" / "index.json").touch()
-    cluster._do(job, job.chunks()[:3], str(Path.cwd()))
+    cluster._do(job, job.chunks()[:3], str(tmp_path))
     assert given == ["chunk-000000", "chunk-000002"]
 
 

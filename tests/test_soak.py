@@ -79,7 +79,7 @@ def test_a_cluster_that_loses_a_node_gives_the_same_bytes(expected: Undisturbed,
     with two_nodes() as nodes:
         environment = os.environ | nodes.environment
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: process.poll() is not None or soak.done(out) >= expected.size.chunks // 3)
+        wait_for(lambda: process.poll() is not None or soak.done(out) >= expected.size.chunks // 3, seconds=600)
         assert process.poll() is None, process.communicate()
         nodes.kill_node()
         _, errors = process.communicate()
