@@ -153,6 +153,9 @@ def migrate(
     out_dir: Annotated[str, typer.Argument(help="The dataset's folder, or its URL.")],
     overrides: Overrides = None,
     config: ConfigOption = DEFAULT_CONFIG,
+    without_images: Annotated[
+        bool, typer.Option("--without-images", help="Leave the originals out; trains with data.continuous=none only.")
+    ] = False,
 ) -> None:
     """Make a dataset of one that the reference tokenized: record.json and pickles. Nothing in a pickle is run."""
     with _errors():
@@ -160,7 +163,7 @@ def migrate(
 
         from unitoken.tokenize.migrate import migrate as convert
 
-        convert(record, out_dir, settings)
+        convert(record, out_dir, settings, without_images)
         _finish(out_dir, settings.max_reject_fraction, [])
 
 

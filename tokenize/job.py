@@ -131,7 +131,7 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         StoreError: the output's object store does not answer.
     """
     output = Output(out)
-    _check_folder(output)
+    check_folder(output)
     weights = find_weights(config.vision)
     vision = weights.describe(config.vision)
     _check_size(config.target_size, vision.downsampling)
@@ -204,7 +204,7 @@ def _dump(model: Config) -> bytes:
     return model.model_dump_json(indent=1).encode() + b"\n"
 
 
-def _check_folder(output: Output) -> None:
+def check_folder(output: Output) -> None:
     if not is_url(output.url) and Path(output.url).exists() and not Path(output.url).is_dir():
         raise ConfigError(f"{output.url}: expected a folder to write to, found a file")
     if not output.exists(JOB):

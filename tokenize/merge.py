@@ -53,10 +53,11 @@ def merge(out: str) -> Manifest:
     output = Output(out)
     job = load_job(output.store)
     output.remove_abandoned()
-    if output.exists(MANIFEST):
-        return read_manifest(output.store)
     work = load_work(output.store)
     chunks = work.chunks()
+    finished = read_manifest(output.store) if output.exists(MANIFEST) else None
+    if finished is not None and finished.chunks == len(chunks):  # else a round of retries was begun since
+        return finished
     sizes = output.store.sizes()
     if missing := [chunk.name for chunk in chunks if f"{chunk.name}/{INDEX}" not in sizes]:
         raise UnfinishedError(
@@ -66,6 +67,7 @@ def merge(out: str) -> Manifest:
     with tempfile.TemporaryDirectory() as temporary:
         joined = _join(output.store, work, sizes, Path(temporary))
         files = {name: sha256_file(Path(temporary, name)) for name in (INDEX, SIDECAR, REJECTS)}
+        output.store.delete(MANIFEST)
         for name in files:
             output.store.upload(Path(temporary, name), name)
     files[VOCABULARY] = hashlib.sha256(output.store.read(VOCABULARY)).hexdigest()

@@ -29,7 +29,7 @@ from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.tokenize import sources
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.conversations import ItemError, brief, item_id
-from unitoken.tokenize.job import INPUT, Chunk, Job, JobFile, Work, _check_folder, claim, load_rounds
+from unitoken.tokenize.job import INPUT, Chunk, Job, JobFile, Work, check_folder, claim, load_rounds
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
 from unitoken.tokenize.progress import progress, share_of
@@ -69,7 +69,7 @@ def migrate(record: Path, out: str, settings: TokenizeConfig, without_images: bo
 def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> Job:
     """As `job.prepare`, with what is known of the reference in place of an image tokenizer's weights."""
     output = Output(out)
-    _check_folder(output)
+    check_folder(output)
     files = sources.find_files([str(record)])
     ids = load_tokenizer(settings.tokenizer).get_vocab()
     codes = next(code for code in range(len(ids) + 1) if image_code_name(code) not in ids)
