@@ -98,3 +98,12 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_long_texts_are_not_kept() -> None:
+    """Thousands of them would take gigabytes."""
+    text = encoder()
+    for n in range(50):
+        text.encode(f"{n} " * 300, start=False)
+        text.encode("the same", start=False)
+    assert text._encode_short.cache_info().currsize < 10
