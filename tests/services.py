@@ -10,7 +10,6 @@ mosaicml-streaming asks no other: azurite speaks TLS with a certificate of ours,
 from __future__ import annotations
 
 import contextlib
-import datetime
 import http.server
 import json
 import os
@@ -25,7 +24,8 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from keys import write_certificate, write_service_account
 
 ROOT = Path(__file__).parents[1]
 BUCKET = "bucket"
@@ -43,7 +43,6 @@ class Service:
     port: int
     environment: dict[str, str]
     log: Path
-    account: str = ""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def url(self, name: str) -> str:
@@ -122,14 +121,14 @@ def _gs(folder: Path, stack: contextlib.ExitStack) -> Service:
     command += ["-backend", "filesystem", "-filesystem-root", str(folder), "-external-url", address]
     command += ["-public-host", f"127.0.0.1:{port}"]
     credentials = folder.with_suffix(".credentials.json")
-    _write_service_account(credentials, stack.enter_context(_serving(http.server.ThreadingHTTPServer, _Tokens)))
+    write_service_account(credentials, stack.enter_context(_serving(http.server.ThreadingHTTPServer, _Tokens)))
     environment = {"STORAGE_EMULATOR_HOST": address, "GOOGLE_APPLICATION_CREDENTIALS": str(credentials)}
     return Service("gs", command, port, environment, folder.with_suffix(".log"))
 
 
 def _az(folder: Path, stack: contextlib.ExitStack) -> Service:
     port, key, certificate = free_port(), folder.with_suffix(".key.pem"), folder.with_suffix(".pem")
-    _write_certificate(key, certificate)
+    write_certificate(key, certificate, AZURE_HOST)
     program = os.environ.get("AZURITE") or _program("azurite-blob", "make test-cloud installs it by npm")
     command = [program, "--location", str(folder), "--blobPort", str(port), "--silent", "--disableTelemetry"]
     command += ["--skipApiVersionCheck", "--cert", str(certificate), "--key", str(key)]
@@ -239,50 +238,3 @@ class _Tokens(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-
-def _write_service_account(path: Path, tokens: int) -> None:
-    from cryptography.hazmat.primitives import serialization
-
-    pem = _rsa().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-    )
-    account = {
-        "type": "service_account",
-        "project_id": "none",
-        "private_key": pem.decode(),
-        "client_email": "tests@none.invalid",
-        "token_uri": f"http://127.0.0.1:{tokens}/token",
-    }
-    path.write_text(json.dumps(account))
-
-
-def _write_certificate(key_path: Path, path: Path) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-
-    key = _rsa()
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=7))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(AZURE_HOST)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
-    )
-
-
-def _rsa() -> Any:
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
