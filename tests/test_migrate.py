@@ -112,7 +112,7 @@ def test_a_stopped_migration_goes_on_and_gives_the_same_bytes(tmp_path: Path, mo
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     record = dataset(tmp_path, [item(TEXT, 3)])
     run(record, tmp_path / "out")
-    with pytest.raises(ConfigError, match="adapter is 'record.json' there and 'record.json without images' now"):
+    with pytest.raises(ConfigError, match=r"adapter is 'record.json' there and 'record.json without images' now"):
         migrate(record, str(tmp_path / "out"), settings(), without_images=True)
 
 

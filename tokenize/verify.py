@@ -33,7 +33,7 @@ from unitoken.streaming_data.manifest import (
 from unitoken.streaming_data.record import Record, columns
 from unitoken.streaming_data.stores import MissingError, Store, StoreError, open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.job import INPUT, JOB, Work, load_job, load_work
+from unitoken.tokenize.job import INPUT, JOB, Work, load_job, load_work, round_name
 from unitoken.tokenize.verify_chunks import Entry, Rows, chunk_of, wrong_chunks
 from unitoken.tokenize.verify_records import Rules, wrong_with
 
@@ -81,6 +81,7 @@ def _wrong_files(store: Store, manifest: Manifest, work: Work) -> Iterator[str]:
     """The manifest against what it names, and against what the run was to do."""
     job = load_job(store)
     as_written = {MANIFEST: manifest.dump(), JOB: _dump(job), INPUT: _dump(work.input)}
+    as_written |= {round_name(number): _dump(retry) for number, retry in enumerate(work.rounds, 1)}
     yield from (f"{name}: was changed by hand" for name, data in as_written.items() if store.read(name) != data)
     for name in sorted({INDEX, SIDECAR, REJECTS, VOCABULARY} | set(manifest.files)):
         try:
@@ -92,10 +93,11 @@ def _wrong_files(store: Store, manifest: Manifest, work: Work) -> Iterator[str]:
             yield f"{name}: its sha256 is {found}, {MANIFEST} has {manifest.files.get(name)}"
         elif name == VOCABULARY and (fingerprint := _vocabulary(store).fingerprint) != manifest.vocabulary:
             yield f"{name}: its fingerprint is {fingerprint}, {MANIFEST} has {manifest.vocabulary}"
-    expected = job.model_dump(exclude={"max_reject_fraction"}) | {"source": work.input.fingerprint}
-    for name, value in expected.items():
+    for name, value in job.model_dump(exclude={"max_reject_fraction"}).items():
         if (stated := manifest.model_dump()[name]) != value:
-            yield f"{MANIFEST}: {name} is {stated!r}, {JOB} and {INPUT} have {value!r}"
+            yield f"{MANIFEST}: {name} is {stated!r}, {JOB} has {value!r}"
+    if work.input.fingerprint != manifest.source:
+        yield f"{INPUT}: its fingerprint is {work.input.fingerprint}, {MANIFEST} has {manifest.source}"
     if (chunks := len(work.chunks())) != manifest.chunks:
         hint = ": a retry was begun and did not end, run it again" if work.rounds and chunks > manifest.chunks else ""
         yield f"{MANIFEST}: {manifest.chunks} chunks, {INPUT} and the rounds of retries make {chunks}{hint}"

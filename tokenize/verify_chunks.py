@@ -91,15 +91,20 @@ def _spans(entries: Sequence[Entry]) -> dict[str, tuple[int, int, int, int]]:
 
 def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tuple[merge._Part | None, list[str]]:
     """What the merge reads of a chunk, where nothing is wrong with it alone."""
+    import pyarrow as pa
+
     try:
         part = merge._read(store, work, chunk, sizes)
+        index, sidecar = (store.read(f"{chunk.name}/{name}") for name in (INDEX, SIDECAR))
+        as_written = _written_so(part.samples, sidecar)
     except ConfigError as error:
         return None, [str(error)]
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:  # of all kinds, for a broken Parquet file
+        return None, [f"{chunk.name}: not readable: {' '.join(repr(error).split())}"]
     found = [f"{chunk.name}/{REJECTS}: {problem}" for problem in _wrong_rejects(part, work)]
-    index, sidecar = (store.read(f"{chunk.name}/{name}") for name in (INDEX, SIDECAR))
-    if index != json.dumps(json.loads(index), sort_keys=True).encode():
+    if index != json.dumps({"version": 2, "shards": json.loads(index)["shards"]}, sort_keys=True).encode():
         found.append(f"{chunk.name}/{INDEX}: was changed by hand")
-    if not _written_so(part.samples, sidecar):
+    if not as_written:
         found.append(f"{chunk.name}/{SIDECAR}: was changed by hand")
     return (None if found else part), found
 
