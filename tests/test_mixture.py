@@ -3,10 +3,10 @@ import subprocess
 import sys
 
 import pytest
-from small_datasets import small_vocabulary, text_records, write_dataset, write_manifest
+from small_datasets import make_record, small_vocabulary, text_records, write_dataset, write_manifest
 
 from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.manifest import INDEX, MANIFEST, SIDECAR
+from unitoken.streaming_data.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
 from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, open_sources, to_streams
 
 
@@ -171,3 +171,26 @@ def test_the_cache_follows_the_users_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert config.cache_folder == tmp_path / "home" / ".cache" / "unitoken"
+
+
+def with_vision(folder, records, **changes):
+    write_dataset(folder, records)
+    manifest = load_manifest(folder)
+    changed = manifest.model_copy(update={"vision": manifest.vision.model_copy(update=changes)})
+    (folder / MANIFEST).write_bytes(changed.dump())
+    return {"local": str(folder)}
+
+
+def test_streams_of_other_image_tokenizers_are_told_apart_by_a_warning(tmp_path):
+    drawn = [make_record("d", small_vocabulary(), 4, answer_images=1)]
+    streams = {
+        "a": with_vision(tmp_path / "a", drawn, precision="tf32"),
+        "b": with_vision(tmp_path / "b", drawn, precision="tf32"),
+        "texts": with_vision(tmp_path / "texts", text_records(3), precision="fp32"),  # hold no codes
+    }
+    check_mixture(settings(tmp_path, streams))  # a warning would be an error
+    streams["c"] = with_vision(tmp_path / "c", drawn, precision="bf16", weights="unknown")
+    message = "weights 0000000000000000 and unknown, precision tf32 and bf16"
+    with pytest.warns(UserWarning, match=f"streams 'a' and 'c' have image codes of different tokenizers: {message}$") as found:
+        check_mixture(settings(tmp_path, streams))
+    assert len(found) == 1

@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.stores import open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize.__main__ import app
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.preview import describe, show
+from unitoken.tokenize.preview import describe, records, show
 from unitoken.tokenize.text import load_tokenizer
 
 
@@ -20,14 +21,12 @@ from unitoken.tokenize.text import load_tokenizer
 def dataset(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preview")
     run_here(settings(vqgan), write_items(folder, some_items(folder, 6)), folder / "out")
-    merge(folder / "out")
+    merge(str(folder / "out"))
     return folder / "out"
 
 
 def test_a_record_in_pieces(dataset: Path) -> None:
-    from streaming import StreamingDataset
-
-    record = Record.from_mds(StreamingDataset(local=str(dataset), batch_size=1, shuffle=False)[3])
+    record = list(records(open_store(str(dataset))))[3]
     pieces = describe(record, Vocabulary.load(dataset / "vocabulary.json"), load_tokenizer(str(TOKENIZER)))
     assert pieces == [
         ("special", "<s>", False),
@@ -53,4 +52,13 @@ def test_the_command_shows_samples(dataset: Path, vqgan: Path) -> None:
 
 def test_another_tokenizer_than_the_datasets_is_refused(dataset: Path) -> None:
     with pytest.raises(ConfigError, match=r"was made with another tokenizer: its vocabulary is [0-9a-f]{16}, .* is [0-9a-f]{16}"):
-        show(dataset, str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
+        show(str(dataset), str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
+
+
+def test_the_samples_in_order_as_streaming_reads_them(dataset: Path) -> None:
+    from streaming import StreamingDataset
+
+    ours = [record.to_mds() for record in records(open_store(str(dataset)))]
+    theirs = [Record.from_mds(sample).to_mds() for sample in StreamingDataset(local=str(dataset), batch_size=1, shuffle=False)]
+    assert str(ours) == str(theirs)
+    assert len(ours) == 6

@@ -78,7 +78,7 @@ def test_a_retry_takes_the_rejected_items_alone(vqgan: Path, folder: Path) -> No
         picture(folder / f"{n}.png", n)
     before = content(folder / "out" / "chunk-000000")
     assert begin_retry(str(folder / "out")) == 6
-    assert not (folder / "out" / "manifest.json").exists()
+    assert (folder / "out" / "manifest.json").exists()  # until the merge the dataset is what it was
     manifest = go_on(vqgan, folder)
     assert (manifest.items, manifest.samples, manifest.rejected) == (10, 6, 4)
     assert content(folder / "out" / "chunk-000000") == before
@@ -113,31 +113,36 @@ def test_an_unfinished_dataset_is_refused(folder: Path) -> None:
             function(str(folder / "out"))
 
 
-@pytest.mark.parametrize("verb", ["write", "delete"])
-def test_killed_between_its_steps_the_same_command_goes_on(
-    vqgan: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
-    """Before the round is written nothing has happened; after it, and before the manifest goes, the dataset is still whole."""
+@pytest.mark.parametrize("verb", ["upload", "delete"])
+def test_killed_at_any_step_the_same_command_goes_on(vqgan: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    out = folder / "out"
     for n in (0, 2, 4):
         picture(folder / f"{n}.png", n)
     whole = Path(shutil.copytree(folder, folder.parent / "undisturbed"))
     begin_retry(str(whole / "out"))
     go_on(vqgan, whole)
-    before = content(folder / "out")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Folder, verb, killed)
+    before = content(out)
+    monkeypatch.setattr(Folder, "write", killed)  # no round yet
     with pytest.raises(KeyboardInterrupt):
-        begin_retry(str(folder / "out"))
+        begin_retry(str(out))
     monkeypatch.undo()
-    assert {name: content(folder / "out")[name] for name in before} == before
-    found = verify(str(folder / "out"))
-    assert found == ([] if verb == "write" else [found[0]])
-    assert all(line.endswith("a retry was begun and did not end, run it again") for line in found)
-    assert begin_retry(str(folder / "out"), ["no such image"] if verb == "delete" else None) == 6
-    run_here(settings(vqgan), folder / "items.json", folder / "out")
-    assert begin_retry(str(folder / "out")) == 6  # killed before the merge: no further round
+    assert content(out) == before
+
+    assert begin_retry(str(out)) == 6  # killed behind it: whole as it was, and said to be begun
+    assert {name: content(out)[name] for name in before} == before
+    (line,) = verify(str(out))
+    assert line.endswith("a retry was begun and did not end, run it again")
+
+    assert begin_retry(str(out), ["no such image"]) == 6
+    run_here(settings(vqgan), folder / "items.json", out)
+    monkeypatch.setattr(Folder, verb, killed)  # in the merge
+    with pytest.raises(KeyboardInterrupt):
+        merge(str(out))
+    monkeypatch.undo()
+    assert begin_retry(str(out)) == 6
     assert go_on(vqgan, folder).rejected == 3
-    assert content(folder / "out") == content(whole / "out")
+    assert content(out) == content(whole / "out")

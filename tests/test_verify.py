@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizing import content, picture, png, run_here, settings, some_items, turns, write_items
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import samples_schema
+from unitoken.streaming_data.manifest import load_manifest, samples_schema, sha256_file
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize import writer
@@ -355,3 +355,15 @@ def test_crops_of_other_shapes(vqgan: Path, tmp_path: Path) -> None:
     run_here(settings(vqgan, crop="aspect", target_size=32), write_items(tmp_path, items), tmp_path / "out")
     merge(str(tmp_path / "out"))
     assert verify(str(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "chunk-000000/../shard.00000.mds", "chunk-000000/shard.00000.mds.x"])
+def test_a_shard_outside_the_folder_is_named_and_not_read(out: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = json.loads((out / "index.json").read_text())
+    index["shards"][0]["raw_data"]["basename"] = name
+    (out / "index.json").write_text(json.dumps(index, sort_keys=True) + "\n")
+    manifest = load_manifest(out)
+    files = manifest.files | {"index.json": sha256_file(out / "index.json")}
+    (out / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).dump())
+    monkeypatch.setattr("unitoken.tokenize.verify._load", None)
+    assert verify(str(out)) == [f"{out}/index.json: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {name!r}"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import load_manifest, load_vocabulary
+from unitoken.streaming_data.manifest import VOCABULARY, read_manifest
 from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.stores import Store, open_store
 from unitoken.streaming_data.vocabulary import SPECIAL_NAMES, Vocabulary
+from unitoken.tokenize.verify_chunks import read_entries
 
 
 def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[tuple[str, str, bool]]:
@@ -37,14 +40,14 @@ def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[tup
     return pieces
 
 
-def show(out: Path, tokenizer_name: str, count: int) -> None:
-    """Print the first `count` samples."""
-    manifest = load_manifest(out)
-    vocabulary = load_vocabulary(out)
+def show(out: str, tokenizer_name: str, count: int) -> None:
+    """Print the first `count` samples of the dataset in a folder or bucket."""
+    store = open_store(out)
+    manifest = read_manifest(store)
+    vocabulary = Vocabulary.parse(store.read(VOCABULARY), f"{out}/{VOCABULARY}")
 
     from rich.console import Console
     from rich.text import Text
-    from streaming import StreamingDataset
 
     from unitoken.tokenize.text import load_tokenizer
 
@@ -55,9 +58,7 @@ def show(out: Path, tokenizer_name: str, count: int) -> None:
             f"{out}: was made with another tokenizer: its vocabulary is {manifest.vocabulary}, {tokenizer_name}'s is {found}"
         )
     console = Console()
-    dataset = StreamingDataset(local=str(out), batch_size=1, shuffle=False)
-    for number in range(min(count, manifest.samples)):
-        record = Record.from_mds(dataset[number])
+    for record in itertools.islice(records(store), count):
         targets = int((record.labels() >= 0).sum())
         head = f"{record.id}: {len(record.tokens)} tokens, {targets} trained on, {len(record.images)} images"
         line = Text(head + "\n  ", style="bold")
@@ -65,3 +66,16 @@ def show(out: Path, tokenizer_name: str, count: int) -> None:
             style = ("green" if trained else "default") + (" dim" if kind == "special" else " bold" if kind == "image" else "")
             line.append(text, style="not bold " + style if kind != "image" else style)
         console.print(line, soft_wrap=True)
+
+
+def records(store: Store) -> Iterator[Record]:
+    """A dataset's samples in order, each by a request of its own: a few of them cost little, wherever they are."""
+    from streaming.base.format import reader_from_json
+
+    for entry in read_entries(store):
+        reader = reader_from_json(".", None, entry)
+        reader.validate(allow_unsafe_types=False)  # pickled columns run code
+        name = entry["raw_data"]["basename"]
+        for number in range(entry["samples"]):
+            start, end = np.frombuffer(store.read_range(name, 4 * (number + 1), 4 * (number + 3)), "<u4").tolist()
+            yield Record.from_mds(reader.decode_sample(store.read_range(name, start, end)))

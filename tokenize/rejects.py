@@ -1,8 +1,8 @@
 """What was rejected, grouped by reason, and trying it again.
 
 A retry is a round of its own: `retry-01.json` names the items, which get chunks of their own, and the merge takes the
-last round's word for each item. First the round is written, then the manifest goes, then the chunks come: killed at
-any point the same command goes on, and a folder with a manifest is whole (with the round not yet in it).
+last round's word for each item. Until then the dataset stays what it was, manifest and all. Killed at any point the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ def begin_retry(out: str, kinds: Collection[str] | None = None) -> int:
             return 0
         output.store.write(round_name(len(work.rounds) + 1), Round(items=items).model_dump_json(indent=1).encode() + b"\n")
         work = load_work(output.store)
-    output.store.delete(MANIFEST)
     return len(work.rounds[-1].items)
 
 

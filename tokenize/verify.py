@@ -8,7 +8,6 @@ Nothing is changed. A dataset in a bucket is read shard by shard, some ahead.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from unitoken.streaming_data.config import Config
+from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.manifest import (
     INDEX,
     MANIFEST,
@@ -34,7 +33,7 @@ from unitoken.streaming_data.record import Record, columns
 from unitoken.streaming_data.stores import MissingError, Store, StoreError, open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize.job import INPUT, JOB, Work, load_job, load_work, round_name
-from unitoken.tokenize.verify_chunks import Entry, Rows, chunk_of, wrong_chunks
+from unitoken.tokenize.verify_chunks import Entry, Rows, chunk_of, read_entries, wrong_chunks
 from unitoken.tokenize.verify_records import Rules, wrong_with
 
 AHEAD = 3  # shards in memory besides the one that is looked at; each is 64 MiB
@@ -57,7 +56,10 @@ def verify(out: str, sample: float = 1.0) -> list[str]:
     if found := list(_wrong_files(store, manifest, work)):
         print(f"{out}: the shards were not looked at, as what vouches for them is wrong already")
         return found
-    entries: list[Entry] = json.loads(store.read(INDEX))["shards"]
+    try:
+        entries = read_entries(store)
+    except ConfigError as error:
+        return [str(error)]
     picked = chosen(len(entries), sample)
     found += _wrong_counts(store, manifest, work, entries)
     found += wrong_chunks(store, work, entries, None if sample == 1 else {chunk_of(entries[number]) for number in picked})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
@@ -19,6 +20,21 @@ from unitoken.tokenize.job import Chunk, Work
 
 Entry = dict[str, Any]  # of a shard, in an index
 KEYS = {"chunk", "file", "position", "id", "stage", "reason"}  # of a line of the rejects
+
+
+SHARD = re.compile(r"(chunk|retry)-[\d-]+/shard\.\d{5,}\.mds")
+
+
+def read_entries(store: Store) -> list[Entry]:
+    """The root's index. Raises ConfigError for names that could lead out of the folder."""
+    try:
+        entries: list[Entry] = json.loads(store.read(INDEX))["shards"]
+        wrong = [name for entry in entries if not SHARD.fullmatch(name := entry["raw_data"]["basename"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{store.url}/{INDEX}: no MDS index: {error!r}") from None
+    if wrong:
+        raise ConfigError(f"{store.url}/{INDEX}: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {wrong[0]!r}")
+    return entries
 
 
 def chunk_of(entry: Entry) -> str:
