@@ -40,7 +40,7 @@ test-cloud: install $(AZURITE) ## The tests of S3, Google and Azure against serv
 $(AZURITE):
 	@npm install --silent --no-audit --no-fund --prefix build azurite@3
 
-chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items, 50 SIGKILLs, Ray, three clouds; about an hour
+chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items, 50 SIGKILLs, Ray, three clouds; about 40 minutes
 	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m chaos --timeout 7200
 
 bench-tokenize: install ## How fast the tokenizer is, against the reference's loop; the last line is one JSON object

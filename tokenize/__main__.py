@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
-from unitoken.streaming_data.stores import StoreError
 from unitoken.tokenize.config import TokenizeConfig
 
 # Only light imports here: `--help` and the errors of a configuration answer within a second.
@@ -173,8 +172,8 @@ def _errors() -> Iterator[None]:
     try:
         with one_line_errors():
             yield
-    except StoreError as error:
-        print(f"error: {error}; the same command goes on from here", file=sys.stderr)
+    except OSError as error:  # a StoreError is one
+        print(f"error: {' '.join(str(error).split())}; the same command goes on from here", file=sys.stderr)
         raise SystemExit(1) from None
 
 
