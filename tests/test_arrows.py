@@ -73,3 +73,50 @@ def test_no_module_bears_a_standard_library_name(path):
 def test_rooms_are_flat():
     """An unlisted sub-folder works in an editable install and is silently absent from a wheel."""
     assert [path for path in MODULES if path.parent.parent != ROOT] == []
+
+
+def risks(source: str) -> set[str]:
+    """What could run a file's content: modules that unpickle, and calls that evaluate, start a shell or allow a pickle."""
+    found = {name.split(".")[0] for name in imported(source)} & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in {"eval", "exec", "os.system", "os.popen", "yaml.unsafe_load"}:
+            found.add(name)
+        given = {(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords}
+        unsafe = {("shell", "True"), ("allow_pickle", "True"), ("weights_only", "False"), ("trust_remote_code", "True")}
+        found |= {f"{key}={value}" for key, value in given & unsafe}
+        if name == "torch.load" and ("weights_only", "True") not in given:
+            found.add("torch.load without weights_only=True")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_module_runs_what_is_in_a_file(path):
+    """Only the migration imports pickle, for an unpickler that knows no names."""
+    assert risks(path.read_text()) == ({"pickle"} if path.name == "migrate.py" else set())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "eval(text)",
+        "os.system(text)",
+        "subprocess.run(text, shell=True)",
+        "numpy.load(path, allow_pickle=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_every_such_risk_is_seen(line):
+    assert risks(f"def late():\n    {line}\n")
+
+
+def test_the_rooms_need_nothing_that_is_not_installed_with_them():
+    """demo, benchmarks and tests are no packages of the wheel."""
+    names = {name.split(".")[0] for path in MODULES for name in imported(path.read_text())}
+    assert not names & {"demo", "benchmarks", "examples", "tests"}

@@ -23,9 +23,11 @@ from tokenizing import content, picture, png, run_here, settings, some_items, tu
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import load_manifest, samples_schema, sha256_file
 from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.stores import open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize import writer
 from unitoken.tokenize.merge import merge
+from unitoken.tokenize.preview import records
 from unitoken.tokenize.rejects import begin_retry
 from unitoken.tokenize.verify import chosen, verify
 from unitoken.tokenize.verify_records import Rules, crop_latents, wrong_with
@@ -367,3 +369,24 @@ def test_a_shard_outside_the_folder_is_named_and_not_read(out: Path, name: str, 
     (out / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).dump())
     monkeypatch.setattr("unitoken.tokenize.verify._load", None)
     assert verify(str(out)) == [f"{out}/index.json: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {name!r}"]
+
+
+@pytest.mark.cloud
+def test_a_dataset_in_a_bucket(out: Path, tmp_path: Path) -> None:
+    from services import started, used
+
+    (tmp_path / "server").mkdir()
+    with started("s3", tmp_path / "server") as service, used(service):
+        url = service.url("set")
+        store = open_store(url)
+        for path in sorted(path for path in out.rglob("*") if path.is_file()):
+            store.upload(path, str(path.relative_to(out)))
+        assert verify(url) == []
+        assert [record.id for record in records(store)] == [record.id for record in records(open_store(str(out)))]
+        shard = (out / "chunk-000001" / "shard.00000.mds").read_bytes()
+        store.write("chunk-000001/shard.00000.mds", shard[:-1] + b"x")
+        (line,) = verify(url)
+        assert line.startswith("chunk-000001/shard.00000.mds: {'bytes': ")
+        store.delete("chunk-000001/shard.00000.mds")
+        assert all("chunk-000001/shard.00000.mds" in line and "not there" in line for line in verify(url))
+        assert begin_retry(url) == 2
