@@ -156,7 +156,10 @@ def migrate(
         bool, typer.Option("--without-images", help="Leave the originals out; trains with data.continuous=none only.")
     ] = False,
 ) -> None:
-    """Make a dataset of one that the reference tokenized: record.json and pickles. Nothing in a pickle is run."""
+    """Make a dataset of one that the reference tokenized: record.json and pickles. Nothing in a pickle is run.
+
+    Relative names start where the command is run. Tell it what the reference ran with: tokenizer=, target_size=, crop=.
+    """
     with _errors():
         settings = load_config(TokenizeConfig, config, overrides or [])
 

@@ -29,7 +29,7 @@ from unitoken.streaming_data.manifest import (
     samples_schema,
     sha256_file,
 )
-from unitoken.streaming_data.stores import Store, StoreError, open_store
+from unitoken.streaming_data.stores import Store, open_store
 from unitoken.tokenize.job import Chunk, Work, load_job, load_work
 from unitoken.tokenize.output import Output
 
@@ -91,7 +91,7 @@ def _names(names: list[str]) -> str:
 
 
 @dataclass
-class _Part:
+class Part:
     """What the merge reads of one chunk."""
 
     chunk: Chunk
@@ -123,33 +123,33 @@ def _join(store: Store, work: Work, sizes: dict[str, int], folder: Path) -> dict
         pq.ParquetWriter(folder / SIDECAR, samples_schema(), compression="zstd") as samples,
         open(folder / REJECTS, "wb") as rejects,
     ):
-        for part in _in_order(lambda chunk: _read(store, work, chunk, sizes), work.chunks()):
+        for part in in_order(lambda chunk: read_chunk(store, work, chunk, sizes), work.chunks()):
             shards += part.shards
             samples.write_table(part.samples)
             counts.add(part.samples)
             for line in part.rejects:
-                if not work.rounds or _is_last(line, part.chunk, last_round):
+                if not work.rounds or is_last(line, part.chunk, last_round):
                     rejects.write(line)
                     counts.values["rejected"] += 1
     (folder / INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True) + "\n", encoding="utf-8")
     return dict(counts.values)
 
 
-def _is_last(line: bytes, chunk: Chunk, last_round: dict[tuple[int, int], int]) -> bool:
+def is_last(line: bytes, chunk: Chunk, last_round: dict[tuple[int, int], int]) -> bool:
     """Whether the item was not tried again in a later round than the one the line is from."""
     reject = json.loads(line)
     this_round = int(chunk.name.split("-")[1]) if chunk.name.startswith("retry-") else 0
     return last_round.get((reject["chunk"], reject["position"]), 0) == this_round
 
 
-def _in_order(function: Callable[[A], B], values: Sequence[A]) -> Iterator[B]:
+def in_order(function: Callable[[A], B], values: Sequence[A]) -> Iterator[B]:
     """`map` over threads, of which no more results wait than there are threads."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(values), READERS):
             yield from pool.map(function, values[start : start + READERS])
 
 
-def _read(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> _Part:
+def read_chunk(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> Part:
     """A chunk's index, sidecar and rejects, which agree with each other and with the input. Raises ConfigError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -159,7 +159,7 @@ def _read(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> _Par
         shards = _shards(store, chunk.name, sizes)
         samples = pq.read_table(pa.BufferReader(store.read(f"{chunk.name}/{SIDECAR}")), schema=samples_schema())
         rejects = store.read(f"{chunk.name}/{REJECTS}").splitlines(keepends=True)
-    except (StoreError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:  # Arrow's own are of both kinds
         raise ConfigError(f"{error}{hint}") from None
     stored = sum(shard["samples"] for shard in shards)
     items = work.items(chunk)
@@ -168,7 +168,7 @@ def _read(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> _Par
             f"{store.url}/{chunk.name}: {stored} samples in the shards, {samples.num_rows} in {SIDECAR}, {len(rejects)} rejects, "
             f"of {'an unknown number of' if items is None else items} items{hint}"
         )
-    return _Part(chunk, shards, samples, rejects)
+    return Part(chunk, shards, samples, rejects)
 
 
 def _shards(store: Store, chunk: str, sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def _shards(store: Store, chunk: str, sizes: dict[str, int]) -> list[dict[str, A
     try:
         shards: list[dict[str, Any]] = json.loads(store.read(f"{chunk}/{INDEX}"))["shards"]
         for shard in shards:
-            file = shard["raw_data"]
+            file, _ = shard["raw_data"], int(shard["samples"])
             # Readers join these names to paths unchecked.
             if not SHARD_NAME.fullmatch(file["basename"]) or shard["zip_data"] is not None:
                 raise ConfigError(f"{where}: expected uncompressed shards named shard.NNNNN.mds, found {file['basename']!r}")

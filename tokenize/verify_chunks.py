@@ -77,7 +77,7 @@ def wrong_chunks(store: Store, work: Work, entries: Sequence[Entry], wanted: Col
     last_round = {item: number for number, retry in enumerate(work.rounds, 1) for item in retry.items}
     in_step = wanted is None  # with the root's rejects, which come chunk after chunk
     with Rows(store) as rows, store.open(REJECTS) as rejects:
-        parts = merge._in_order(lambda chunk: _part(store, work, chunk, sizes), chunks)
+        parts = merge.in_order(lambda chunk: _part(store, work, chunk, sizes), chunks)
         for chunk, (part, found) in zip(chunks, parts, strict=True):
             yield from found
             if part is None:
@@ -88,7 +88,7 @@ def wrong_chunks(store: Store, work: Work, entries: Sequence[Entry], wanted: Col
                 yield f"{chunk.name}/{INDEX}: names other shards than the root's"
             if part.samples != rows.between(start, end):
                 yield f"{chunk.name}/{SIDECAR}: holds other rows than the root's"
-            kept = [line for line in part.rejects if merge._is_last(line, chunk, last_round)]
+            kept = [line for line in part.rejects if merge.is_last(line, chunk, last_round)]
             if in_step and kept != [rejects.readline() for _ in kept]:
                 yield f"{chunk.name}/{REJECTS}: holds other lines than the root's"
 
@@ -105,12 +105,12 @@ def _spans(entries: Sequence[Entry]) -> dict[str, tuple[int, int, int, int]]:
     return spans
 
 
-def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tuple[merge._Part | None, list[str]]:
+def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tuple[merge.Part | None, list[str]]:
     """What the merge reads of a chunk, where nothing is wrong with it alone."""
     import pyarrow as pa
 
     try:
-        part = merge._read(store, work, chunk, sizes)
+        part = merge.read_chunk(store, work, chunk, sizes)
         index, sidecar = (store.read(f"{chunk.name}/{name}") for name in (INDEX, SIDECAR))
         as_written = _written_so(part.samples, sidecar)
     except ConfigError as error:
@@ -125,7 +125,7 @@ def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tupl
     return (None if found else part), found
 
 
-def _wrong_rejects(part: merge._Part, work: Work) -> Iterator[str]:
+def _wrong_rejects(part: merge.Part, work: Work) -> Iterator[str]:
     """Each line has its keys and is of another item, one of the chunk's."""
     places = dict(part.chunk.parts)
     seen = set()
