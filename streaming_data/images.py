@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 import warnings
 from typing import Any
 
@@ -24,11 +25,35 @@ class ImageError(ValueError):
     """An image that can not be used; the message says why."""
 
 
+class _Quiet:
+    """No warnings while any thread is inside. `warnings.catch_warnings` in two threads at once may leave its filters
+    behind for good, or take them away from the other."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")  # Pillow warns from half the limit on; the limit itself is checked here
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
+
+
 def open_image(data: bytes) -> Image.Image:
     """Decode fully, in the image's own mode. Raises ImageError for anything that is not a whole image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns from half the limit on; the limit itself is checked here
+        with _QUIET:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
@@ -48,6 +73,8 @@ def on_white(image: Image.Image) -> Image.Image:
     """To RGB; what is transparent becomes white. As the reference's `_whiten_transparency`, which leaves mode RGB as it is."""
     if image.mode == "RGB":
         return image
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     rgba = np.asarray(image.convert("RGBA"))
     if rgba[:, :, 3].min() == 255:
         return image.convert("RGB")

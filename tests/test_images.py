@@ -2,6 +2,8 @@
 
 import io
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +142,13 @@ def test_a_random_crop_is_seeded_by_name() -> None:
     first = [images.crop_chance(*key).random() for key in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]]
     assert len(set(first)) == 4
     assert images.crop_chance(0, "a", 0).random() == first[0] == pytest.approx(0.5, abs=0.5)
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
+    """A picture of half the limit makes Pillow warn; with `catch_warnings` in each thread the filters stayed behind."""
+    data = encoded(Image.new("L", (64, 64)))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+        assert all(image.size == (64, 64) for image in pool.map(images.open_image, [data] * 500))
+    assert list(warnings.filters) == before

@@ -163,7 +163,7 @@ def test_the_command_keeps_what_pretokenize_kept_and_what_it_lost(golden: Path, 
         }
     )
     run_here(config, source, tmp_path / "out", splits=3)
-    manifest = merge(tmp_path / "out")
+    manifest = merge(str(tmp_path / "out"))
     samples = {
         sample["id"]: Record.from_mds(sample)
         for sample in StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False)

@@ -262,7 +262,7 @@ _loaded: dict[str, Tokenizer] = {}
 
 
 def _tokenizer(job: Job, device: str) -> Tokenizer:
-    key = f"{device} {job.out} {job.config.model_dump_json()} {job.file.model_dump_json()}"
+    key = f"{device} {job.config.model_dump_json()} {job.file.model_dump_json()}"
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = Tokenizer(job, device)
