@@ -104,12 +104,14 @@ class _Count:
 
 class _Lines(_Count):
     _shown = float("-inf")
+    _line = ""
 
     def show(self, last: bool = False) -> None:
         now = time.monotonic()
-        if last or now - self._shown > PLAIN_SECONDS:
-            self._shown = now
-            print(f"tokenize: {self.state(last)}", file=sys.stderr, flush=True)
+        line = f"tokenize: {self.state(last)}"
+        if line != self._line and (last or now - self._shown > PLAIN_SECONDS):
+            self._shown, self._line = now, line
+            print(line, file=sys.stderr, flush=True)
 
 
 class _Bar(_Count):
