@@ -1,0 +1,115 @@
+"""The two sides of `benchmarks.tokenize`, each in a process of its own: our worker, and the reference's loop."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unitoken.streaming_data import images
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.job import prepare
+from unitoken.tokenize.text import load_tokenizer
+from unitoken.tokenize.vision import load_vision
+from unitoken.tokenize.worker import keep_freed_memory, run_chunks
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    config: TokenizeConfig
+    source: Path  # items.json: a picture and a question each
+    device: str
+    items: int  # for our worker in a round
+    baseline_items: int  # for the reference's loop in a round
+
+
+def ours(connection: Connection, setting: Setting) -> None:
+    """Answers `("worker", rank, ranks)` by its figures and `("encoder",)` by the image tokenizer's own rate."""
+    if setting.device == "cpu":
+        torch.set_num_threads(1)
+        keep_freed_memory()  # for the encoder's own rate, too
+    vision = load_vision(setting.config.vision, setting.device)
+    for task in iter(connection.recv, None):
+        if task[0] == "encoder":
+            connection.send(_encoder_rate(setting, vision))
+        else:
+            connection.send(_worker_figures(setting, *task[1:]))
+
+
+def _worker_figures(setting: Setting, rank: int, ranks: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as out:
+        job = prepare(setting.config, [str(setting.source)], out)
+        start = time.perf_counter()
+        times = run_chunks(job, job.chunks()[rank::ranks], lambda *_: None, setting.device)
+        seconds = time.perf_counter() - start
+    shares = {stage: getattr(times, stage) / times.total for stage in ("read", "pictures", "encode", "write")}
+    return {"images_per_s": times.images / seconds, "gpu_wait_share": times.gpu_wait_share, "stage_shares": shares}
+
+
+def _encoder_rate(setting: Setting, vision: Any) -> float:
+    """Images a second of the image tokenizer alone, two batches in flight as the worker has them."""
+    size = setting.config.target_size
+    batch = list(np.random.default_rng(0).integers(0, 256, (setting.config.vision.batch_size, size, size, 3), np.uint8))
+    vision.encode(batch)
+    count = max(2, setting.items // len(batch) // 2)
+    start = time.perf_counter()
+    flying = vision.begin(batch)
+    for _ in range(count - 1):
+        following = vision.begin(batch)
+        flying.codes()
+        flying = following
+    flying.codes()
+    return count * len(batch) / (time.perf_counter() - start)
+
+
+def baseline(connection: Connection, setting: Setting) -> None:
+    """Answers (torch's threads, items) by the images a second of the reference's loop."""
+    vision = load_vision(setting.config.vision, setting.device)
+    tokenizer = load_tokenizer(setting.config.tokenizer)
+    vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
+    source = json.loads(setting.source.read_text())
+    for threads, count in iter(connection.recv, None):
+        torch.set_num_threads(threads)
+        items = source[:count]
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            for number, item in enumerate(items):
+                _reference_step(item, number, setting, vision, tokenizer, vocabulary, Path(folder))
+            connection.send(len(items) / (time.perf_counter() - start))
+
+
+def _reference_step(
+    item: dict[str, Any], number: int, setting: Setting, vision: Any, tokenizer: Any, vocabulary: Vocabulary, folder: Path
+) -> None:
+    """One item as UniToken's `pretokenize` has it: opened, cropped, encoded alone, tokens and labels as lists, a pickle,
+    a line in the record, and how far it is."""
+    image = Image.open(io.BytesIO((setting.source.parent / item["image"][0]).read_bytes()))
+    image.load()
+    crop = images.choose_crop(image.size, [(setting.config.target_size,) * 2])
+    block = vocabulary.image_block(vision.encode(images.tokenizer_pixels(image, crop)[None])[0]).tolist()
+    tokens, labels = [vocabulary.bos], [-100]
+    for turn in item["conversations"]:
+        for part, text in enumerate(turn["value"].split("<|image|>")):
+            ids = (block if part else []) + tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+            tokens += ids
+            labels += ids if turn["from"] == "gpt" else [-100] * len(ids)
+        tokens.append(vocabulary.end_of_turn)
+        labels.append(vocabulary.end_of_turn)
+    with open(folder / f"{number}.pkl", "wb") as file:
+        pickle.dump({"token": tokens, "label": labels, "id": number}, file)
+    with open(folder / "0-of-1-record.jsonl", "a") as record:
+        record.write(json.dumps({"file": f"{number}.pkl", "len": len(tokens), "id": number}) + "\n")
+    with open(folder / "0-of-1-progress.txt", "w") as progress:
+        progress.write(str(number))
