@@ -44,7 +44,7 @@ chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items
 	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m chaos --timeout 7200
 
 bench-tokenize: install ## How fast the tokenizer is, against the reference's loop; the last line is one JSON object
-	@$(BIN)/python -m benchmarks.tokenize $(ARGS)
+	@$(BIN)/python -m benchmarks.tokenizing $(ARGS)
 
 lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff check .

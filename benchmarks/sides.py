@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks.tokenize`, each in a process of its own: our worker, and the reference's loop."""
+"""The two sides of `benchmarks.tokenizing`, each in a process of its own: our worker, and the reference's loop."""
 
 from __future__ import annotations
 

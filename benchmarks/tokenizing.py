@@ -1,6 +1,6 @@
 """How fast the tokenizer is: our worker against the reference's loop, on the same pictures and weights.
 
-    python -m benchmarks.tokenize [--full] [--rounds 5] [--source-items 10000000]
+    python -m benchmarks.tokenizing [--full] [--short] [--rounds 5] [--source-items 10000000]
 
 The baseline is UniToken's `pretokenize` as a loop: an image is opened, cropped, encoded alone and pickled, one after the
 other in one process. It is written here with our crop, our codes and nothing else of ours; it uses as many of torch's
@@ -212,7 +212,10 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="Chameleon's size, on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--source-items", type=int, default=10_000_000, help="of the source whose memory is measured; 0: not")
+    parser.add_argument("--short", action="store_true", help="one round of the small setting: does it run at all")
     arguments = parser.parse_args()
+    if arguments.short:
+        arguments.rounds, arguments.source_items = 1, 100_000
     if arguments.full and not torch.cuda.is_available():
         parser.error("--full needs a GPU")
     results: dict[str, Any] = {}
@@ -221,7 +224,8 @@ def main() -> None:
             weights = random_weights(Path(temporary, "weights"))
             settings = [full(Path(temporary, precision), precision, weights) for precision in PRECISIONS]
         else:
-            settings = [small(Path(temporary, "small"), "cpu"), golden_512(Path(temporary, "golden"), "cpu")]
+            settings = [small(Path(temporary, "small"), "cpu")]
+            settings += [] if arguments.short else [golden_512(Path(temporary, "golden"), "cpu")]
         for setting in settings:
             results[setting.name] = measure(setting, arguments.rounds) | precisions(setting, COMPARED.get(setting.name, 64))
             print(setting.name, json.dumps(results[setting.name], indent=1), flush=True)
