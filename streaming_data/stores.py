@@ -161,6 +161,8 @@ class Folder:
             temporary = aside(target)
             try:
                 shutil.copyfile(path, temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())  # before it has its name: the manifest vouches for it next
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
