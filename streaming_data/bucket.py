@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, StoreError, open_store
+from unitoken.streaming_data.stores import MissingError, Ranges, StoreError, open_store
 
 RETRY_SECONDS = 120.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
@@ -97,7 +98,7 @@ class Bucket(ABC):
             raise
 
     def open(self, name: str) -> BinaryIO:
-        return io.BufferedReader(_Ranges(self, name, self.size(name)), PART_BYTES)
+        return io.BufferedReader(Ranges(functools.partial(self.read_range, name), self.size(name)), PART_BYTES)
 
     def size(self, name: str) -> int:
         return self._do(name, self._head)[0]
@@ -160,30 +161,3 @@ class Bucket(ABC):
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or repr(error)
-
-
-class _Ranges(io.RawIOBase):
-    """A file of a bucket as a seekable one; BufferedReader asks for PART_BYTES at a time."""
-
-    def __init__(self, bucket: Bucket, name: str, size: int) -> None:
-        self._bucket, self._name, self._size, self._at = bucket, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._bucket.read_range(self._name, self._at, min(self._size, self._at + len(buffer)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)

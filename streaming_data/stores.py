@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, write_aside
@@ -170,6 +171,33 @@ class Folder:
     def delete(self, name: str) -> None:
         with _os_errors():
             (self._path / name).unlink(missing_ok=True)
+
+
+class Ranges(io.RawIOBase):
+    """A file that is read by ranges, as a seekable one; a BufferedReader around it decides how much it asks for at once."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._size, self._at + len(buffer))
+        data = self._read(self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ where it was stopped. On several machines `--engine ray`, or by hand `run ... --
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,10 +141,12 @@ def rejects(
         from unitoken.tokenize.job import load_work, prepare
         from unitoken.tokenize.rejects import begin_retry
 
-        sources = [file.name for file in load_work(open_store(out_dir)).input.files]
-        prepare(settings, sources, out_dir)  # before the dataset is touched: settings and input still fit
+        store = open_store(out_dir)
+        sources = [file.name for file in load_work(store).input.files]
+        job = prepare(settings, sources, out_dir)  # before the dataset is touched: settings and input still fit
         if begin_retry(out_dir, kind):
-            _finish(out_dir, settings.max_reject_fraction, _launch(prepare(settings, sources, out_dir), splits, engine))
+            job = dataclasses.replace(job, work=load_work(store))
+            _finish(out_dir, settings.max_reject_fraction, _launch(job, splits, engine))
 
 
 @app.command()

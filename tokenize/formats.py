@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from unitoken.streaming_data.stores import Store
+from unitoken.streaming_data.stores import Ranges, Store
 from unitoken.tokenize.web import Web
 
 BLOCK_BYTES = 1 << 23  # files are read by blocks of this size
@@ -37,31 +37,7 @@ class SourceFile:
 
     def open(self) -> io.BufferedReader:
         """Seekable. The same for every store, so that what goes wrong in reading is always a StoreError."""
-        return io.BufferedReader(_Ranges(self), BLOCK_BYTES)
-
-
-class _Ranges(io.RawIOBase):
-    def __init__(self, file: SourceFile) -> None:
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence] + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(self._at, self._at + len(buffer))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        return io.BufferedReader(Ranges(self.read, self.size), BLOCK_BYTES)
 
 
 class Span(NamedTuple):

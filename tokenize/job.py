@@ -80,6 +80,10 @@ class Work:
                 chunks.append(Chunk(f"retry-{number:02d}-{n:06d}", parts))
         return chunks
 
+    def last_rounds(self) -> dict[tuple[int, int], int]:
+        """Item -> the last round that tries it again."""
+        return {item: number for number, retry in enumerate(self.rounds, 1) for item in retry.items}
+
     def items(self, chunk: Chunk) -> int | None:
         """How many items a chunk has; None where that is known once it is read."""
         counts = [self.input.pieces[piece].items if positions is None else len(positions) for piece, positions in chunk.parts]
@@ -139,7 +143,7 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
     files = find_files(sources)
     tokenizer = load_tokenizer(config.tokenizer)
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
-    pieces = _known_pieces(output, files, config.chunk_size) or cut(files, config.chunk_size)
+    pieces = pieces_of(output, files, config.chunk_size)
     file = JobFile(
         source=pieces.fingerprint,
         vocabulary=vocabulary.fingerprint,
@@ -147,16 +151,21 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         adapter=adapter,
         **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
     )
+    return begin(output, file, pieces, vocabulary, config)
+
+
+def begin(output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, config: TokenizeConfig) -> Job:
+    """Claim the output and leave in it what every process and the merge read. Raises ConfigError where it is another's."""
     claim(output, file)
     if not output.exists(INPUT):
-        output.store.write(INPUT, _dump(pieces))
+        output.store.write(INPUT, dump(pieces))
     output.store.write(VOCABULARY, vocabulary.dump())
-    return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), out, file)
+    return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), output.url, file)
 
 
 def claim(output: Output, file: JobFile) -> None:
     """Leave `job.json` in the output, or compare with the one that is there. Raises ConfigError with the differences."""
-    theirs = _settings(_parse(JobFile, output.claim(JOB, _dump(file)), f"{output.url}/{JOB}"))
+    theirs = _settings(_parse(JobFile, output.claim(JOB, dump(file)), f"{output.url}/{JOB}"))
     ours = _settings(file)
     differences = [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
     if differences:
@@ -200,7 +209,7 @@ def _parse(model: type[ConfigT], data: bytes, where: str) -> ConfigT:
         raise ConfigError(f"{where}: not readable: {' '.join(str(error).split())[:200]}") from None
 
 
-def _dump(model: Config) -> bytes:
+def dump(model: Config) -> bytes:
     return model.model_dump_json(indent=1).encode() + b"\n"
 
 
@@ -221,13 +230,13 @@ def _check_size(target_size: int, downsampling: int) -> None:
         )
 
 
-def _known_pieces(output: Output, files: list[InputFile], chunk_size: int) -> Input | None:
-    """Where an earlier start has cut the same files already: to scan millions of items again would take minutes."""
-    if not output.exists(INPUT) or not output.exists(JOB) or load_job(output.store).chunk_size != chunk_size:
-        return None
-    known = _load(Input, output.store, INPUT)
-    same = [(f.format, f.size, f.version) for f in known.files] == [(f.format, f.size, f.version) for f in files]
-    return Input(files=files, pieces=known.pieces) if same else None
+def pieces_of(output: Output, files: list[InputFile], chunk_size: int) -> Input:
+    """The files cut, or as an earlier start has cut the same ones: to scan millions of items again would take minutes."""
+    if output.exists(INPUT) and output.exists(JOB) and load_job(output.store).chunk_size == chunk_size:
+        known = _load(Input, output.store, INPUT)
+        if [(f.format, f.size, f.version) for f in known.files] == [(f.format, f.size, f.version) for f in files]:
+            return Input(files=files, pieces=known.pieces)
+    return cut(files, chunk_size)
 
 
 def _settings(file: JobFile) -> dict[str, Any]:

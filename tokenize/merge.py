@@ -29,9 +29,10 @@ from unitoken.streaming_data.manifest import (
     samples_schema,
     sha256_file,
 )
-from unitoken.streaming_data.stores import Store, open_store
+from unitoken.streaming_data.stores import Store
 from unitoken.tokenize.job import Chunk, Work, load_job, load_work
 from unitoken.tokenize.output import Output
+from unitoken.tokenize.rejects import grouped
 
 SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
 READERS = 16  # chunks read at once: over a network each takes three requests
@@ -118,7 +119,7 @@ def _join(store: Store, work: Work, sizes: dict[str, int], folder: Path) -> dict
 
     counts = _Counts()
     shards: list[dict[str, Any]] = []
-    last_round = {item: number for number, retry in enumerate(work.rounds, 1) for item in retry.items}
+    last_round = work.last_rounds()
     with (
         pq.ParquetWriter(folder / SIDECAR, samples_schema(), compression="zstd") as samples,
         open(folder / REJECTS, "wb") as rejects,
@@ -204,22 +205,16 @@ def summary(out: str, manifest: Manifest) -> str:
     ]
     if m.rejected:
         lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
-        lines += [f"{count:>8,}  {reason}" for reason, count in kinds(out).most_common(5)]
+        lines += [f"{count:>8,}  {kind}" for kind, count, _ in grouped(out)[:5]]
     if not m.samples:
         lines.append("warning: the dataset has no samples")
     return "\n".join(lines)
 
 
-def kinds(out: str) -> Counter[str]:
-    """How many rejects there are of each kind."""
-    with open_store(out).open(REJECTS) as file:
-        return Counter(json.loads(line)["reason"].partition(": ")[0] for line in file)
-
-
 def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[str]:
     """Why the command that made a finished dataset still ends with status 1, a line each."""
     found = []
-    if cut := kinds(out)["input cut"]:
+    if cut := sum(count for kind, count, _ in grouped(out) if kind == "input cut"):
         found.append(f"{cut} input file{'s end' if cut > 1 else ' ends'} in the middle of an item; see 'input cut' in {REJECTS}")
     # Ten bad items are always forgiven: they say little about the rest.
     if manifest.rejected >= 10 and manifest.rejected > max_reject_fraction * manifest.items:

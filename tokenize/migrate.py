@@ -22,14 +22,14 @@ import numpy.typing as npt
 
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import REJECTS, VOCABULARY, VisionTokenizer
+from unitoken.streaming_data.manifest import REJECTS, VisionTokenizer
 from unitoken.streaming_data.record import IGNORED, Record, spans_of, token_type
 from unitoken.streaming_data.stores import split
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.tokenize import sources
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.conversations import ItemError, brief, item_id
-from unitoken.tokenize.job import INPUT, Chunk, Job, JobFile, Work, check_folder, claim, load_rounds
+from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_folder, pieces_of
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
 from unitoken.tokenize.progress import progress, share_of
@@ -76,7 +76,7 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
     if not codes:
         raise ConfigError(f"tokenizer: {settings.tokenizer}: expected the one of the dataset, found no image codes in it")
     vocabulary = Vocabulary.from_tokens(ids, codes)
-    pieces = sources.cut(files, settings.chunk_size)
+    pieces = pieces_of(output, files, settings.chunk_size)
     # Nothing in the reference's files names the weights: "unknown" differs from every fingerprint, so that a mixture
     # with other datasets says so.
     vision = VisionTokenizer(
@@ -90,10 +90,7 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
     file = JobFile(
         source=pieces.fingerprint, vocabulary=vocabulary.fingerprint, vision=vision, adapter=adapter, compat="unitoken", **same
     )
-    claim(output, file)
-    output.store.write(INPUT, pieces.model_dump_json(indent=1).encode() + b"\n")
-    output.store.write(VOCABULARY, vocabulary.dump())
-    return Job(settings, Work(pieces, load_rounds(output.store), settings.chunk_size), out, file)
+    return begin(output, file, pieces, vocabulary, settings)
 
 
 class Migration:

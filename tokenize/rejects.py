@@ -15,7 +15,7 @@ from typing import Any
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import MANIFEST, REJECTS, read_manifest
 from unitoken.streaming_data.stores import open_store
-from unitoken.tokenize.job import Round, load_work, round_name
+from unitoken.tokenize.job import Round, dump, load_work, round_name
 from unitoken.tokenize.output import Output
 
 KINDS = 30  # that are shown; a user's adapter may invent any number
@@ -64,7 +64,7 @@ def begin_retry(out: str, kinds: Collection[str] | None = None) -> int:
         if not items:
             print(f"{out}: nothing was rejected")
             return 0
-        output.store.write(round_name(len(work.rounds) + 1), Round(items=items).model_dump_json(indent=1).encode() + b"\n")
+        output.store.write(round_name(len(work.rounds) + 1), dump(Round(items=items)))
         work = load_work(output.store)
     return len(work.rounds[-1].items)
 

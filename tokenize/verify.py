@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import (
     INDEX,
     MANIFEST,
@@ -32,7 +32,7 @@ from unitoken.streaming_data.manifest import (
 from unitoken.streaming_data.record import Record, columns
 from unitoken.streaming_data.stores import MissingError, Store, StoreError, open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.job import INPUT, JOB, Work, load_job, load_work, round_name
+from unitoken.tokenize.job import INPUT, JOB, Work, dump, load_job, load_work, round_name
 from unitoken.tokenize.verify_chunks import Entry, Rows, chunk_of, read_entries, wrong_chunks
 from unitoken.tokenize.verify_records import Rules, wrong_with
 
@@ -82,8 +82,8 @@ def chosen(shards: int, sample: float) -> list[int]:
 def _wrong_files(store: Store, manifest: Manifest, work: Work) -> Iterator[str]:
     """The manifest against what it names, and against what the run was to do."""
     job = load_job(store)
-    as_written = {MANIFEST: manifest.dump(), JOB: _dump(job), INPUT: _dump(work.input)}
-    as_written |= {round_name(number): _dump(retry) for number, retry in enumerate(work.rounds, 1)}
+    as_written = {MANIFEST: manifest.dump(), JOB: dump(job), INPUT: dump(work.input)}
+    as_written |= {round_name(number): dump(retry) for number, retry in enumerate(work.rounds, 1)}
     yield from (f"{name}: was changed by hand" for name, data in as_written.items() if store.read(name) != data)
     for name in sorted({INDEX, SIDECAR, REJECTS, VOCABULARY} | set(manifest.files)):
         try:
@@ -132,10 +132,6 @@ def _wrong_counts(store: Store, manifest: Manifest, work: Work, entries: Sequenc
 
 def _vocabulary(store: Store) -> Vocabulary:
     return Vocabulary.parse(store.read(VOCABULARY), f"{store.url}/{VOCABULARY}")
-
-
-def _dump(model: Config) -> bytes:
-    return model.model_dump_json(indent=1).encode() + b"\n"
 
 
 # --- the shards ------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def wrong_chunks(store: Store, work: Work, entries: Sequence[Entry], wanted: Col
     yield from (f"{INDEX}: {name!r} is no chunk of this dataset" for name in sorted(set(spans) - {c.name for c in everywhere}))
     chunks = [chunk for chunk in everywhere if wanted is None or chunk.name in wanted]
     sizes = store.sizes()
-    last_round = {item: number for number, retry in enumerate(work.rounds, 1) for item in retry.items}
+    last_round = work.last_rounds()
     in_step = wanted is None  # with the root's rejects, which come chunk after chunk
     with Rows(store) as rows, store.open(REJECTS) as rejects:
         parts = merge.in_order(lambda chunk: _part(store, work, chunk, sizes), chunks)
