@@ -114,6 +114,11 @@ def crop_sizes(target_size: int, patch: int = 32, max_ratio: float = 4.0) -> lis
     return sizes
 
 
+def crops(crop: str, target_size: int, unit: int) -> list[tuple[int, int]]:
+    """The (width, height) in pixels that an image may be cut to: `crop` is a setting of the tokenization."""
+    return [(target_size, target_size)] if crop == "square" else crop_sizes(target_size, patch=unit)
+
+
 def choose_crop(size: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int, int]:
     """The crop that keeps most of an image of `size` (width, height); the first wins a tie."""
 

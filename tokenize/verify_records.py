@@ -47,9 +47,7 @@ class Rules:
 
 def crop_latents(crop: str, target_size: int, downsampling: int) -> frozenset[tuple[int, int]]:
     """The (height, width) in latents that a setting's crops can have."""
-    if crop == "square":
-        return frozenset({(target_size // downsampling, target_size // downsampling)})
-    crops = images.crop_sizes(target_size, patch=downsampling * LATENTS_PER_GRID_UNIT)
+    crops = images.crops(crop, target_size, downsampling * LATENTS_PER_GRID_UNIT)
     return frozenset((height // downsampling, width // downsampling) for width, height in crops)
 
 

@@ -22,6 +22,7 @@ from unitoken.streaming_data import images
 from unitoken.streaming_data.manifest import REJECTS
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import is_url, split
+from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT
 from unitoken.tokenize import pipeline, sources
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.conversations import Conversation, ItemError, item_id, parse, refuse_empty
@@ -61,8 +62,8 @@ class Tokenizer:
         self._adapter = find_adapter(job.config.adapter)
         self._pictures = Pictures(job.config.allow_http, job.config.timeout_seconds)
         self._threads = job.config.threads or min(MAX_THREADS, os.cpu_count() or 1)
-        size, unit = job.config.target_size, self.vision.downsampling * 2
-        self._crops = [(size, size)] if job.config.crop == "square" else images.crop_sizes(size, patch=unit)
+        unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
+        self._crops = images.crops(job.config.crop, job.config.target_size, unit)
 
     def write_chunks(self, chunks: Iterable[Chunk], report: Report) -> Times:
         """What is raised in any of the threads is raised here, and no thread outlives that."""
