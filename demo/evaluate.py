@@ -17,6 +17,7 @@ from unitoken.streaming_data.images import decode, tokenizer_pixels
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.manifest import load_vocabulary
 from unitoken.streaming_data.report import Report
+from unitoken.streaming_data.views import Views
 from unitoken.tokenize.config import VisionConfig
 from unitoken.tokenize.conversations import parse
 from unitoken.tokenize.sequence import assemble
@@ -81,8 +82,7 @@ class Evaluation:
         vision: Any = checked.vision
         loader = build_loader(
             self.config.data,
-            features=vision.features,
-            image_size=vision.image_size,
+            views=Views(vision.image_size, vision.patch_size),
             vocabulary=checked.vocabulary,
             batch_packs=self.config.data.global_batch,
             compat=False,

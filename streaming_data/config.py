@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
@@ -31,6 +31,21 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+_BYTES = {"kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
+
+
+def _bytes(value: Any) -> Any:
+    """`500gb`, `1.5 TB`, or a plain number of bytes."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+) *([kmgt]b)", value.strip().lower())):
+        try:
+            return int(float(match[1]) * _BYTES[match[2]])
+        except ValueError:
+            return value
+    return value
+
+
+Bytes = Annotated[int, pydantic.BeforeValidator(_bytes), pydantic.Field(gt=0)]
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

@@ -8,6 +8,7 @@ wrong in it is raised by the DataLoader. So upstream's `__init__`, which sets th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,11 +25,12 @@ from torch import distributed
 from torch.utils.data import get_worker_info
 
 from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.manifest import SIDECAR
+from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, to_streams
-from unitoken.streaming_data.plan import Ids, Plan, Recipe, StreamRecipe, StreamSamples, load_or_build, partition
+from unitoken.streaming_data.plan import Ids, Plan, Recipe, Share, load_or_build
 from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.shards import Shards, read_index
+from unitoken.streaming_data.shards import Shards
+from unitoken.streaming_data.views import Views
 
 STATE_VERSION: Literal[1] = 1
 LOOK_AHEAD = 64  # packs whose shards a worker downloads ahead
@@ -50,32 +52,24 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
     """Iterates over this worker's packs, each a list of records. Indexing reads single samples.
 
     Args:
-        features: continuous features an image, F.
+        views: how the vision tower sees an image; None where there is none.
         batch_packs: packs in this rank's batch.
         compat: all images bring features, as in the reference.
     """
 
-    def __init__(self, config: DataConfig, sources: Sequence[Source], *, features: int, batch_packs: int, compat: bool) -> None:
+    def __init__(
+        self, config: DataConfig, sources: Sequence[Source], *, views: Views | None, batch_packs: int, compat: bool
+    ) -> None:
         self.nodes, self.ranks_per_node, self.rank = _world()
         ranks = self.nodes * self.ranks_per_node
         if batch_packs * ranks != config.global_batch:
             raise ConfigError(f"global_batch: {config.global_batch} packs are not {ranks} ranks x {batch_packs} packs")
-        continuous = "all" if compat and config.continuous != "none" else config.continuous
+        if compat and config.continuous == "questions":
+            config = config.model_copy(update={"continuous": "all"})
         self.sources = list(sources)
         self.streams = to_streams(self.sources)
         self.batch_size, self.replication = batch_packs, None
-        self.recipe = Recipe(
-            seed=config.seed,
-            packed_length=config.packed_length,
-            global_batch=config.global_batch,
-            canonical_nodes=config.canonical_nodes,
-            window=config.window,
-            shuffle=config.shuffle,
-            epoch_size=config.epoch_size,
-            continuous=continuous,
-            features=0 if continuous == "none" else features,
-            streams={s.name: StreamRecipe(dataset=s.fingerprint, samples=s.manifest.samples, weight=s.weight) for s in sources},
-        )
+        self.recipe, self._views = Recipe.of(config, self.sources, views), views
         self._plans = config.cache_folder / "plans"
         self.plan: Plan = self._plan_of(0)
         self.packs_per_epoch = self.plan.packs
@@ -137,7 +131,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             raise ConfigError(f"{where}; this run's plan is {self.recipe.hash}: {self.recipe.differences(state.recipe)}")
         order = self._plan_of(state.epoch).report.order if state.packs else None
         if state.order != order:
-            raise ConfigError(f"{where} with order {state.order}, here it is {order}: numpy or streaming have another version")
+            raise ConfigError(f"{where} with order {state.order}, here it is {order}: it was made by another version of this code")
         if state.packs % self.recipe.global_batch or not 0 <= state.packs <= self.packs_per_epoch:
             raise ConfigError(f"{where}; expected a multiple of {self.recipe.global_batch} up to {self.packs_per_epoch}")
         self._next = (state.epoch, state.packs)
@@ -152,34 +146,40 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         epoch, seen = self._position.tolist()
         if self.plan is None or self.plan.report.epoch != epoch:
             self.plan = self._plan_of(epoch)
-        work = partition(
-            self.packs_per_epoch,
+        share = Share(
+            self.plan,
             seen,
             nodes=self.nodes,
             ranks_per_node=self.ranks_per_node,
             rank=self.rank,
             batch_packs=self.batch_size,
+            canonical_nodes=self.recipe.canonical_nodes,
             worker=info.id if info else 0,
             workers=info.num_workers if info else 1,
         )
-        return self._packs(self.plan, work)
+        return self._packs(share)
 
-    def _packs(self, plan: Plan, work: Ids) -> Iterator[list[Record]]:
+    def _packs(self, share: Share) -> Iterator[list[Record]]:
+        packs = (share.plan.pack(number) for batch in share for number in batch.tolist())
         if not any(source.remote for source in self.sources):
-            for number in work:
-                yield self._records(plan.pack(number))
+            for ids in packs:
+                yield self._records(ids)
             return
         pool = ThreadPoolExecutor(DOWNLOADS)
         downloads: dict[int, Future[Path]] = {}  # by shard
-        ahead: deque[list[Future[Path]]] = deque()
+        ahead: deque[tuple[Any, list[Future[Path]]]] = deque()
         try:
-            for position, number in enumerate(work):
-                for later in work[position + len(ahead) : position + LOOK_AHEAD]:
-                    shards = np.unique(self._shard_of(plan.pack(later))).tolist()
-                    ahead.append([downloads.get(s) or downloads.setdefault(s, pool.submit(self._prepare, s)) for s in shards])
-                for download in ahead.popleft():
+            while True:
+                for ids in itertools.islice(packs, LOOK_AHEAD - len(ahead)):
+                    shards = np.unique(self._shard_of(ids)).tolist()
+                    needed = [downloads.get(s) or downloads.setdefault(s, pool.submit(self._prepare, s)) for s in shards]
+                    ahead.append((ids, needed))
+                if not ahead:
+                    return
+                ids, needed = ahead.popleft()
+                for download in needed:
                     download.result()
-                yield self._records(plan.pack(number))
+                yield self._records(ids)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -214,24 +214,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         return load_or_build(self._plans, self.recipe, epoch, self._stream_samples)
 
     def _stream_samples(self) -> list[StreamSamples]:
-        return [read_lengths(source, self.recipe.continuous, self.recipe.features) for source in self.sources]
-
-
-def read_lengths(source: Source, continuous: str, features: int) -> StreamSamples:
-    """Lengths of a dataset's samples in a pack, from its sidecar. Raises ConfigError where the files do not fit each other."""
-    import pyarrow.parquet
-
-    path = source.folder / SIDECAR
-    source.check(SIDECAR)
-    counted = {"questions": "question_images", "all": "images"}.get(continuous)
-    table = pyarrow.parquet.read_table(path, columns=["tokens", "target_tokens", *([counted] if counted else [])])
-    lengths = table["tokens"].to_numpy().astype(np.uint32)
-    if counted:
-        lengths += table[counted].to_numpy().astype(np.uint32) * np.uint32(1 + features)
-    shard_sizes = np.array([entry["samples"] for entry in read_index(source.folder)], np.int64)
-    if shard_sizes.sum() != len(lengths):
-        raise ConfigError(f"{path}: {len(lengths)} samples, the shards of the index hold {shard_sizes.sum()}")
-    return StreamSamples(source.name, shard_sizes, lengths, table["target_tokens"].to_numpy(), source.weight)
+        return [read_lengths(source, self.recipe, self._views) for source in self.sources]
 
 
 def _world() -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """DataConfig -> a DataLoader over packs.
 
-loader = build_loader(config, features=729, image_size=384, vocabulary=vocabulary, batch_packs=2, compat=False)
+loader = build_loader(config, views=Views(384, 14), vocabulary=vocabulary, batch_packs=2, compat=False)
 print(loader.dataset.plan.report.table())
 for batch in loader: ...  # one epoch; the next `for` is the next epoch
 """
@@ -17,6 +17,7 @@ from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
+from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 
 
@@ -35,20 +36,19 @@ class PackedLoader(DataLoader[Any]):
 
 
 def build_loader(
-    config: DataConfig, *, features: int, image_size: int, vocabulary: Vocabulary, batch_packs: int, compat: bool
+    config: DataConfig, *, views: Views | None, vocabulary: Vocabulary, batch_packs: int, compat: bool
 ) -> PackedLoader:
     """This rank's loader. `batch_packs` is this rank's share of the global batch. Raises ConfigError for what does not fit.
 
     Args:
-        features: continuous features an image; 0 only where no image brings any (`continuous: none`).
-        image_size: S of `pixel_values`, pixels.
+        views: how the vision tower sees an image; None only where no image brings features (`continuous: none`).
         vocabulary: the model's; the datasets must be tokenized in it.
     """
-    if config.continuous != "none" and features < 1:
+    if config.continuous != "none" and views is None:
         raise ConfigError(f"continuous: {config.continuous} needs a vision tower; without one set continuous: none")
     sources = open_sources(config)
     check_vocabulary(sources, vocabulary, "the model")
-    dataset = PackedDataset(config, sources, features=features, batch_packs=batch_packs, compat=compat)
+    dataset = PackedDataset(config, sources, views=views, batch_packs=batch_packs, compat=compat)
     workers: dict[str, Any] = {}
     if config.workers:
         workers = {"prefetch_factor": config.prefetch, "persistent_workers": True, "timeout": config.timeout}
@@ -58,8 +58,8 @@ def build_loader(
         num_workers=config.workers,
         collate_fn=Collate(
             length=config.packed_length,
-            features=dataset.recipe.features,
-            image_size=image_size,
+            features=views.features if views else 0,
+            image_size=views.image_size if views else 1,
             continuous=dataset.recipe.continuous,
             separator=vocabulary.separator,
             compat=compat,

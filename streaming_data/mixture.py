@@ -1,8 +1,9 @@
 """Which datasets are mixed, and how: the YAML under `data:` and the checks that come before anything heavy.
 
     streams:
-      captions: {local: data/captions, repeat: 2}
-      chats: {remote: s3://bucket/chats, local: /scratch/chats, choose: 100000}
+      captions: {local: data/captions, proportion: 0.7}
+      drawings: {remote: s3://bucket/drawings, local: /scratch/drawings, proportion: 0.3, kinds: [generation]}
+    unit: tokens
     packed_length: 4096
     global_batch: 128
 
@@ -18,12 +19,12 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.config import Bytes, Config, ConfigError
 from unitoken.streaming_data.files import aside, locked
 from unitoken.streaming_data.manifest import (
     INDEX,
@@ -42,14 +43,24 @@ if TYPE_CHECKING:
     import streaming
 
 
+Unit = Literal["samples", "tokens", "target_tokens"]
+Kind = Literal["understanding", "generation", "text"]  # all images are asked about; one at least is generated; no image
+Continuous = Literal["questions", "all", "none"]
+OverLong = Literal["reject", "truncate_text"]
+
+
 class StreamConfig(Config):
     """One dataset of the mixture. Without proportion, repeat or choose every sample is seen once an epoch."""
 
     local: str | None = None  # the dataset folder; with `remote`, the folder that caches it
-    remote: str | None = None  # a folder, s3://, gs://, azure:// ...: whatever streaming downloads from
-    proportion: NonNegativeFloat | None = None  # share of the epoch's samples, relative to the other streams'
-    repeat: NonNegativeFloat | None = None  # times its number of samples
-    choose: NonNegativeInt | None = None  # exactly so many samples
+    remote: str | None = None  # a folder, s3://, gs://, azure://, hf:// ...
+    endpoint: str | None = None  # the S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's
+    proportion: NonNegativeFloat | None = None  # share of the epoch in `unit`, relative to the other streams'
+    repeat: NonNegativeFloat | None = None  # times all it has
+    choose: NonNegativeInt | None = None  # so many of `unit`
+    max_tokens: PositiveInt | None = None  # a longer sample, features included, is over-long; default packed_length
+    kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = None  # only samples of these kinds; default all
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the samples, by hash of their ids, that is not trained on
 
     @pydantic.model_validator(mode="after")
     def _one_weight(self) -> StreamConfig:
@@ -57,6 +68,8 @@ class StreamConfig(Config):
             raise ValueError("a stream needs `local` or `remote`")
         if len(self.weight) > 1:
             raise ValueError(f"give one of proportion, repeat and choose, not {' and '.join(self.weight)}")
+        if self.endpoint and not (self.remote or "").startswith("s3://"):
+            raise ValueError(f"`endpoint` is for a `remote` that begins with s3://, found {self.remote!r}")
         return self
 
     @property
@@ -66,21 +79,26 @@ class StreamConfig(Config):
 
 
 class DataConfig(Config):
-    """What is streamed, and in which order. All but the last four settings decide the order of the samples."""
+    """What is streamed, and in which order. All but the last five settings decide the order of the samples."""
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
     packed_length: PositiveInt  # tokens a pack, image features included
     global_batch: PositiveInt  # packs a step, over all ranks
     seed: NonNegativeInt = 0
-    continuous: Literal["questions", "all", "none"] = "questions"  # which images bring their continuous features
-    epoch_size: PositiveInt | None = None  # samples an epoch, where the streams have proportions or no weights at all
+    unit: Unit = "samples"  # what proportion and choose count
+    epoch_samples: PositiveInt | None = None  # an epoch's size, where the streams have proportions or no weights at all
+    epoch_tokens: PositiveInt | None = None  # the same in tokens, features included; default: what all streams have together
+    split: Literal["train", "held_out"] = "train"  # held_out: what training leaves out, to evaluate on
+    continuous: Continuous = "questions"  # which images bring their continuous features
+    anyres: bool = False  # besides the whole picture its tiles at full resolution
     canonical_nodes: PositiveInt = 1  # rows of shards that are read side by side: the most nodes that share no shard
     shuffle: bool = True
-    window: PositiveInt = 65536  # samples that are packed together
-    over_long: Literal["reject"] = "reject"  # a sample longer than a pack is left out and counted
+    window: PositiveInt = 131072  # samples that are packed together
+    over_long: OverLong = "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
     workers: NonNegativeInt = 0  # processes a rank; 0 loads in the training process
     prefetch: PositiveInt = 2  # batches that each worker prepares ahead
     timeout: PositiveInt = 600  # seconds without a batch from a worker until that is an error
+    cache_limit: Bytes | None = None  # that downloaded shards may take in each cache folder: 500gb
     cache: str | None = None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
 
     @pydantic.model_validator(mode="after")
@@ -92,8 +110,14 @@ class DataConfig(Config):
             raise ValueError(f"proportion is for all streams or for none: '{proportional[0]}' has it, {', '.join(absolute)} not")
         if proportional and not any(stream.proportion for stream in self.streams.values()):
             raise ValueError("the proportions of all streams are 0")
-        if self.epoch_size and not proportional and any(kind != "no weight" for kind in kinds.values()):
-            raise ValueError(f"epoch_size does not go with repeat or choose: {', '.join(absolute)}")
+        if self.epoch_samples and self.epoch_tokens:
+            raise ValueError("give one of epoch_samples and epoch_tokens")
+        size = "epoch_samples" if self.epoch_samples else "epoch_tokens" if self.epoch_tokens else None
+        if size and not proportional and any(kind != "no weight" for kind in kinds.values()):
+            raise ValueError(f"{size} does not go with repeat or choose: {', '.join(absolute)}")
+        everything = [name for name, stream in self.streams.items() if not stream.held_out]
+        if self.split == "held_out" and everything:
+            raise ValueError(f"split: held_out needs `held_out` above 0 in every stream: '{everything[0]}' has none")
         return self
 
     @property
@@ -110,7 +134,7 @@ class Source:
     name: str
     folder: Path
     remote: str | None
-    weight: dict[str, float]
+    config: StreamConfig
     manifest: Manifest
 
     @property
@@ -138,7 +162,7 @@ def open_sources(config: DataConfig) -> list[Source]:
             key = hashlib.sha256(remote.encode()).hexdigest()[:16]
             folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
             _fetch_small_files(name, remote, folder)
-        source = Source(name, folder, remote, stream.weight, load_manifest(folder))
+        source = Source(name, folder, remote, stream, load_manifest(folder))
         source.check(INDEX)
         read_index(folder)
         sources.append(source)
@@ -186,7 +210,7 @@ def to_streams(sources: list[Source]) -> list[streaming.Stream]:
     """The sources as streaming's own objects, weights included."""
     from streaming import Stream
 
-    return [Stream(local=str(source.folder), remote=source.remote, **source.weight) for source in sources]
+    return [Stream(local=str(source.folder), remote=source.remote, **source.config.weight) for source in sources]
 
 
 def _fetch_small_files(name: str, remote: str, folder: Path) -> None:

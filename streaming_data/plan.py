@@ -1,9 +1,9 @@
 """The epoch plan: which samples make up which pack, and in which order the packs are trained on.
 
-    chosen samples -> upstream's order -> canonical rows -> windows -> packs -> packs of global batch 0, 1, 2, ...
+    chosen samples -> canonical rows -> windows (order.py) -> packs (packing.py) -> packs of global batch 0, 1, 2, ...
 
 A pure function of `Recipe`, the samples' lengths and the epoch; nodes, ranks and workers of the day have no part in it. Global
-batch b of a run is packs [b * G, (b + 1) * G) of the plan, whatever the shape of the world (`partition`).
+batch b of a run is packs [b * G, (b + 1) * G) of the plan, whatever the shape of the world (`Share`).
 
 **The number of packs is constant over epochs**, because Composer cuts every epoch to the first one's number of batches
 without a word. It is epoch 0's, rounded down to a multiple of lcm(G, canonical nodes). What an epoch has above it is
@@ -12,11 +12,14 @@ dropped, and reported; an epoch that comes out below it has its fullest packs cu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import types
+import os
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unitoken.streaming_data.balance import balance
 from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.files import AsideFolder, locked
+from unitoken.streaming_data.files import AsideFolder, locked, remove_abandoned
+from unitoken.streaming_data.lengths import StreamSamples
+from unitoken.streaming_data.mixture import Continuous, DataConfig, Kind, OverLong, Source, Unit
+from unitoken.streaming_data.order import amounts, choose, random_order, rows_of, windows_of
 from unitoken.streaming_data.packing import pack, split_packs
 from unitoken.streaming_data.report import Report, StreamShare
 
-VERSION = 1  # of the algorithm: another one makes other plans, so it is part of the hash
-SHUFFLE_BLOCK = 1 << 18  # upstream's default: how far py1e spreads a shard's samples
+VERSION = 2  # of the algorithm: another one makes other plans, so it is part of the hash
+AT_ONCE = 1 << 18  # packs that are put in their final order at a time
+ARRAYS = ("ids", "offsets", "squares", "images")  # the files of a saved plan
+KEPT_SECONDS = 30 * 86400.0  # after its last use; one that is needed again is made again, and is the same
 
 Ids = npt.NDArray[np.int64]
 
@@ -39,6 +48,9 @@ class StreamRecipe(Config):
     dataset: str  # fingerprint of the samples
     samples: int
     weight: dict[str, float]  # proportion, repeat or choose
+    max_tokens: int | None = None
+    kinds: tuple[Kind, ...] | None = None
+    held_out: float = 0.0
 
 
 class Recipe(Config):
@@ -51,10 +63,36 @@ class Recipe(Config):
     canonical_nodes: int
     window: int
     shuffle: bool
-    epoch_size: int | None
-    continuous: str  # which images bring features
-    features: int  # how many
+    unit: Unit = "samples"
+    epoch_samples: int | None = None
+    epoch_tokens: int | None = None
+    over_long: OverLong = "reject"
+    split: str = "train"
+    continuous: Continuous  # which images bring features
+    views: dict[str, Any] | None  # and how many; None where none does
     streams: dict[str, StreamRecipe]
+
+    @classmethod
+    def of(cls, config: DataConfig, sources: Sequence[Source], views: Any) -> Recipe:
+        """What of the settings decides the plan. `views` is None where no image brings features."""
+        streams = {
+            s.name: StreamRecipe(
+                dataset=s.fingerprint,
+                samples=s.manifest.samples,
+                weight=s.config.weight,
+                **s.config.model_dump(include={"max_tokens", "kinds", "held_out"}),
+            )
+            for s in sources
+        }
+        shared = config.model_dump(include=set(cls.model_fields) - {"streams", "continuous"})
+        views = None if config.continuous == "none" or views is None else dataclasses.asdict(views)
+        return cls(streams=streams, continuous=config.continuous if views else "none", views=views, **shared)
+
+    @property
+    def size(self) -> tuple[str, int] | None:
+        if self.epoch_tokens:
+            return "tokens", self.epoch_tokens
+        return ("samples", self.epoch_samples) if self.epoch_samples else None
 
     @property
     def hash(self) -> str:
@@ -62,21 +100,10 @@ class Recipe(Config):
 
     def differences(self, other: dict[str, Any]) -> str:
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""
-        now, then = _flat(self.model_dump()), _flat(other)
+        now, then = _flat(self.model_dump(mode="json")), _flat(other)
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         found = [f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in keys]
         return "; ".join(found) or "the order of the streams"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class StreamSamples:
-    """What the plan needs to know of a dataset: one row a sample, in index order."""
-
-    name: str
-    shard_sizes: Ids  # samples a shard
-    lengths: npt.NDArray[np.uint32]  # tokens in a pack, continuous features included
-    target_tokens: npt.NDArray[np.uint32]
-    weight: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +111,9 @@ class Plan:
     """An epoch. Pack p holds the samples `ids[offsets[p]:offsets[p + 1]]`, numbered through all streams."""
 
     ids: npt.NDArray[np.uint32]
-    offsets: Ids  # (packs + 1,)
+    offsets: npt.NDArray[np.unsignedinteger[Any]]  # (packs + 1,)
+    squares: npt.NDArray[np.float32]  # (packs,) sum of the squares of the documents' lengths
+    images: npt.NDArray[np.uint16]  # (packs,) that bring features
     report: Report
 
     @property
@@ -92,69 +121,107 @@ class Plan:
         return len(self.offsets) - 1
 
     def pack(self, number: int) -> npt.NDArray[np.uint32]:
-        return self.ids[self.offsets[number] : self.offsets[number + 1]]
+        return self.ids[int(self.offsets[number]) : int(self.offsets[number + 1])]
 
 
-def partition(
-    packs: int, seen: int, *, nodes: int, ranks_per_node: int, rank: int, batch_packs: int, worker: int = 0, workers: int = 1
-) -> Ids:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Share:
     """The packs that one worker of one rank reads, in its order, after `seen` packs of the epoch.
 
-    Within a rank, worker w of W reads the batches w, w + W, ...: the order in which a DataLoader asks its workers. Neighbouring
-    packs go to different nodes, so that with as many canonical rows as nodes each node reads its own shards.
+    Within a rank, worker w of W reads the batches w, w + W, ...: the order in which a DataLoader asks its workers. With as many
+    canonical rows as nodes (or a multiple), each node keeps to its own rows and so to its own shards, and the work is
+    balanced among its ranks; otherwise among all ranks.
     """
-    ranks = nodes * ranks_per_node
-    assert not seen % (ranks * batch_packs), "checked where the state is loaded"
-    assert not packs % (ranks * batch_packs), "so the plan is made"
-    node, rank_of_node = divmod(rank, ranks_per_node)
-    turns = np.arange((packs - seen) // ranks, dtype=np.int64)  # this rank's k-th pack
-    numbers = seen + (turns * ranks_per_node + rank_of_node) * nodes + node
-    return numbers.reshape(-1, batch_packs)[worker::workers].reshape(-1)
+
+    plan: Plan
+    seen: int
+    nodes: int
+    ranks_per_node: int
+    rank: int
+    batch_packs: int
+    canonical_nodes: int = 1
+    worker: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        assert not self.seen % self.global_batch, "checked where the state is loaded"
+        assert not self.plan.packs % self.global_batch, "so the plan is made"
+
+    @property
+    def global_batch(self) -> int:
+        return self.nodes * self.ranks_per_node * self.batch_packs
+
+    def __len__(self) -> int:
+        """Batches of this worker."""
+        return len(range(self.worker, (self.plan.packs - self.seen) // self.global_batch, self.workers))
+
+    def __getitem__(self, number: int) -> Ids:
+        """(batch_packs,) the packs of this worker's batch `number`, from heavy to light."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        begin = self.seen + (self.worker + number * self.workers) * self.global_batch
+        packs = np.arange(begin, begin + self.global_batch)
+        rank, ranks = self.rank, self.nodes * self.ranks_per_node
+        if self.canonical_nodes % self.nodes == 0:
+            node, rank = divmod(self.rank, self.ranks_per_node)
+            packs, ranks = packs[node :: self.nodes], self.ranks_per_node
+        mine: Ids = packs[balance(self.plan.squares[packs], self.plan.images[packs], ranks)[rank]]
+        return mine
 
 
 def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, packs: int | None) -> Plan:
     """Make the plan of an epoch. `packs` is epoch 0's number of them; None for epoch 0 itself. Raises ConfigError."""
-    lengths = np.concatenate([stream.lengths for stream in streams])  # (samples of all streams,)
-    order = _order(recipe, streams, epoch)  # (chosen,) sample ids
     nodes, group = recipe.canonical_nodes, math.lcm(recipe.global_batch, recipe.canonical_nodes)
-    if len(order) < nodes:
-        raise ConfigError(f"{len(order)} samples an epoch do not make canonical_nodes: {nodes} rows")
-
-    rows: list[tuple[Ids, Ids]] = []
-    for row in range(nodes):
-        ids = order[len(order) * row // nodes : len(order) * (row + 1) // nodes]
-        rows.append(_pack_row(ids, lengths, recipe, epoch, row))
+    if sum(len(stream.lengths) for stream in streams) >= 1 << 32:
+        raise ConfigError("more than 4,294,967,295 samples in all streams; plans hold sample numbers of 32 bits")
+    wanted = amounts(streams, recipe.unit, recipe.size)
+    chosen = [
+        choose(stream, amount, recipe.unit, recipe.seed, epoch, recipe.shuffle)
+        for stream, amount in zip(streams, wanted, strict=True)
+    ]
+    if not (samples := sum(c.count for c in chosen)):
+        raise ConfigError("the streams' weights choose no sample at all")
+    rows: list[tuple[npt.NDArray[np.uint32], Ids]] = []
+    for row in rows_of(chosen, nodes, recipe.window):
+        all_ids, all_sizes = [], []
+        for number, (ids, lengths) in enumerate(windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle)):
+            ids, sizes = _pack_window(ids, lengths, recipe, epoch, row.number, number)
+            all_ids.append(ids)
+            all_sizes.append(sizes)
+        rows.append((np.concatenate(all_ids), np.concatenate(all_sizes)))
+        del all_ids, all_sizes
     found = sum(len(sizes) for _, sizes in rows)
     packs = packs or found // group * group
     if packs == 0:
         raise ConfigError(
-            f"{len(order)} samples of {int(lengths[order].sum())} tokens make {found} packs of packed_length: "
-            f"{recipe.packed_length}; an epoch needs at least {group}, the least common multiple of global_batch: "
-            f"{recipe.global_batch} and canonical_nodes: {nodes}"
+            f"{samples} samples make {found} packs of packed_length: {recipe.packed_length}; an epoch needs at least {group}, "
+            f"the least common multiple of global_batch: {recipe.global_batch} and canonical_nodes: {nodes}"
         )
-    kept: list[tuple[Ids, Ids]] = []
     dropped = split = 0
-    for ids, sizes in rows:
+    for number, (ids, sizes) in enumerate(rows):
         more = packs // nodes - len(sizes)
         split, dropped = split + max(more, 0), dropped + max(-more, 0)
         sizes = split_packs(sizes, max(more, 0))[: packs // nodes]
-        kept.append((ids[: sizes.sum()], sizes))
-    ids, sizes = _interleave(kept)
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    fill = float(lengths[ids].sum(dtype=np.int64)) / (packs * recipe.packed_length)
-    order_hash = hashlib.sha256(ids.astype("<u4").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()[:16]
+        rows[number] = ids[: sizes.sum()], sizes
+    ids, offsets = _interleave(rows)
+    del rows
+    squares, images, shares = _weigh(streams, ids, offsets)
+    asked = [amount / max(sum(wanted), 1e-9) for amount in wanted]
+    order = hashlib.sha256(np.ascontiguousarray(ids, "<u4"))
+    order.update(np.ascontiguousarray(offsets, "<u8"))
     report = Report(
         recipe=recipe.hash,
-        order=order_hash,
+        order=order.hexdigest()[:16],
         epoch=epoch,
         packs=packs,
         dropped_packs=dropped,
-        dropped_samples=len(order) - len(ids),
+        dropped_samples=samples - len(ids),
         split_packs=split,
-        fill=fill,
-        streams=_shares(recipe, streams, ids),
+        fill=sum(share.tokens for share in shares) / (packs * recipe.packed_length),
+        unit=recipe.unit,
+        streams=tuple(share.model_copy(update={"asked": part}) for share, part in zip(shares, asked, strict=True)),
     )
-    return Plan(ids.astype(np.uint32), offsets, report)
+    return Plan(ids, offsets, squares, images, report)
 
 
 def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[], Sequence[StreamSamples]]) -> Plan:
@@ -167,121 +234,106 @@ def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[]
     if not place.exists():
         with locked(folder / recipe.hash / "lock"):
             if not place.exists():
+                _remove_unused(folder)
                 _save(build(recipe, streams(), epoch, packs), place)
-    report = Report.model_validate_json((place / "report.json").read_bytes())
-    return Plan(np.load(place / "ids.npy", mmap_mode="r"), np.load(place / "offsets.npy", mmap_mode="r"), report)
+    os.utime(place)
+    arrays = [np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+    return Plan(*arrays, Report.model_validate_json((place / "report.json").read_bytes()))
+
+
+def _remove_unused(folder: Path) -> None:
+    for recipe in folder.iterdir():
+        remove_abandoned(recipe)  # what killed builders left
+    for place in folder.glob("*/epoch-*"):
+        with contextlib.suppress(FileNotFoundError):  # by another process
+            if time.time() - place.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(place)
 
 
 def _save(plan: Plan, place: Path) -> None:
     with AsideFolder(place) as folder:
-        np.save(folder.path / "ids.npy", plan.ids)
-        np.save(folder.path / "offsets.npy", plan.offsets)
+        for name in ARRAYS:
+            np.save(folder.path / f"{name}.npy", getattr(plan, name))
         (folder.path / "report.json").write_text(plan.report.model_dump_json(indent=1))
         folder.publish()
 
 
-def _order(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int) -> Ids:
-    """Choose and shuffle as upstream does: (chosen,) sample ids. What is longer than a pack is no candidate."""
-    from streaming import StreamingDataset
-    from streaming.base.shuffle import get_shuffle
-    from streaming.base.stream import Stream
-
-    candidates, shard_sizes, shards_per_stream, total = [], [], [], 0
-    for stream in streams:
-        fits = stream.lengths <= recipe.packed_length
-        if not len(fits):
-            raise ConfigError(f"stream '{stream.name}' holds no samples")
-        if not fits.any():
-            raise ConfigError(
-                f"stream '{stream.name}': each of its {len(fits)} samples is longer than packed_length: {recipe.packed_length} "
-                f"(the shortest has {int(stream.lengths.min())} tokens)"
-            )
-        shard_of = np.repeat(np.arange(len(stream.shard_sizes)), stream.shard_sizes)[fits]
-        sizes = np.bincount(shard_of)
-        candidates.append(np.flatnonzero(fits) + total)
-        shard_sizes.append(sizes[sizes > 0])
-        shards_per_stream.append(len(shard_sizes[-1]))
-        total += len(fits)
-    if total >= 1 << 32:
-        raise ConfigError(f"{total} samples in all streams; plans hold sample numbers of 32 bits")
-
-    samples_per_shard = np.concatenate(shard_sizes)
-    samples_per_stream = np.array([len(c) for c in candidates], np.int64)
-    weights: Any = [types.SimpleNamespace(**stream.weight) for stream in streams]  # upstream asks for these attributes alone
-    with np.errstate(invalid="ignore"):  # upstream divides by the total
-        total_chosen = Stream.apply_weights(weights, samples_per_stream, recipe.epoch_size, recipe.seed)
-    if not total_chosen:
-        raise ConfigError("the streams' weights choose no sample at all")
-    view: Any = types.SimpleNamespace(
-        streams=weights,
-        num_streams=len(streams),
-        shards_per_stream=np.array(shards_per_stream, np.int64),
-        shard_offset_per_stream=np.cumsum(shards_per_stream) - shards_per_stream,
-        samples_per_shard=samples_per_shard,
-        sample_offset_per_shard=np.cumsum(samples_per_shard) - samples_per_shard,
-        sampling_method="balanced",
-        sampling_granularity=1,
-        shuffle_seed=recipe.seed,
-        epoch_seed_change=recipe.shuffle,
-    )
-    units, chosen = StreamingDataset.resample_streams(view, epoch)
+def _pack_window(
+    ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.uint32], recipe: Recipe, epoch: int, row: int, window: int
+) -> tuple[npt.NDArray[np.uint32], Ids]:
+    """Samples -> ids pack after pack, and the packs' sizes; the packs in random order, or in that of their first samples."""
+    order, sizes = pack(lengths, recipe.packed_length)
     if recipe.shuffle:
-        if len(chosen) < recipe.canonical_nodes:
-            raise ConfigError(f"{len(chosen)} samples an epoch do not make canonical_nodes: {recipe.canonical_nodes} rows")
-        block = max(SHUFFLE_BLOCK, 2 * int(samples_per_shard.max()))  # upstream does not mix shards larger than a block
-        chosen = chosen[get_shuffle("py1e", units, recipe.canonical_nodes, recipe.seed, epoch, block)]
-    result: Ids = np.concatenate(candidates)[chosen]
-    return result
+        permutation = random_order(len(sizes), "packs", recipe.seed, epoch, row, window)
+    else:
+        permutation = np.argsort(order[np.cumsum(sizes) - sizes], kind="stable")
+    packed, sizes = _reorder(ids[order], sizes, permutation)
+    return packed, sizes.astype(np.uint32)
 
 
-def _pack_row(ids: Ids, lengths: npt.NDArray[np.uint32], recipe: Recipe, epoch: int, row: int) -> tuple[Ids, Ids]:
-    """Pack one canonical row, window by window: its ids pack after pack, and the packs' sizes."""
-    windows = max(1, round(len(ids) / recipe.window))  # of equal size: a short last one would pack badly
-    all_ids, all_sizes = [], []
-    for window in range(windows):
-        some = ids[len(ids) * window // windows : len(ids) * (window + 1) // windows]
-        order, sizes = pack(lengths[some], recipe.packed_length)
-        packed = some[order]
-        if recipe.shuffle:
-            permutation = np.random.default_rng([recipe.seed, epoch, row, window]).permutation(len(sizes))
-        else:  # packs in the order of their first sample
-            permutation = np.argsort(order[np.cumsum(sizes) - sizes], kind="stable")
-        packed, sizes = _reorder(packed, sizes, permutation)
-        all_ids.append(packed)
-        all_sizes.append(sizes)
-    return np.concatenate(all_ids), np.concatenate(all_sizes)
-
-
-def _reorder(ids: Ids, sizes: Ids, permutation: Ids) -> tuple[Ids, Ids]:
+def _reorder(ids: npt.NDArray[np.uint32], sizes: Ids, permutation: Ids) -> tuple[npt.NDArray[np.uint32], Ids]:
     """The packs in another order."""
     starts, new_sizes = (np.cumsum(sizes) - sizes)[permutation], sizes[permutation]
     shift = np.repeat(starts - (np.cumsum(new_sizes) - new_sizes), new_sizes)
     return ids[np.arange(len(ids)) + shift], new_sizes
 
 
-def _interleave(rows: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
-    """Deal the packs of the rows (equally many each) in turn: pack 0 of each row, pack 1 of each row, ..."""
-    ids, sizes = np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
+def _interleave(rows: list[tuple[npt.NDArray[np.uint32], Ids]]) -> tuple[npt.NDArray[np.uint32], Any]:
+    """Deal the packs of the rows (equally many each) in turn: pack 0 of each row, pack 1 of each row, ... With offsets."""
+    each = len(rows[0][1])
+    sizes = np.stack([sizes for _, sizes in rows], axis=1).reshape(-1)
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.uint64)])
+    offsets = offsets.astype(np.uint32 if int(offsets[-1]) < 1 << 32 else np.uint64)
     if len(rows) == 1:
-        return ids, sizes
-    return _reorder(ids, sizes, np.arange(len(sizes)).reshape(len(rows), -1).T.reshape(-1))
+        return rows[0][0], offsets
+    ids = np.empty(int(offsets[-1]), np.uint32)
+    done = [0] * len(rows)
+    for begin in range(0, each, AT_ONCE):
+        end = min(begin + AT_ONCE, each)
+        parts = []
+        for number, (row, row_sizes) in enumerate(rows):
+            taken = int(row_sizes[begin:end].sum())
+            parts.append((row[done[number] : done[number] + taken], row_sizes[begin:end].astype(np.int64)))
+            done[number] += taken
+        permutation = np.arange((end - begin) * len(rows)).reshape(len(rows), -1).T.reshape(-1)
+        some, _ = _reorder(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), permutation)
+        ids[int(offsets[begin * len(rows)]) : int(offsets[end * len(rows)])] = some
+    return ids, offsets
 
 
-def _shares(recipe: Recipe, streams: Sequence[StreamSamples], ids: Ids) -> tuple[StreamShare, ...]:
-    shares, begin = [], 0
-    for stream in streams:
-        mine = ids[(ids >= begin) & (ids < begin + len(stream.lengths))] - begin
-        begin += len(stream.lengths)
-        shares.append(
-            StreamShare(
-                name=stream.name,
-                over_long=int((stream.lengths > recipe.packed_length).sum()),
-                samples=len(mine),
-                tokens=int(stream.lengths[mine].sum(dtype=np.int64)),
-                target_tokens=int(stream.target_tokens[mine].sum(dtype=np.int64)),
-            )
+def _weigh(streams: Sequence[StreamSamples], ids: npt.NDArray[np.uint32], offsets: Any) -> tuple[Any, Any, list[StreamShare]]:
+    """Each pack's squares and images, and what each stream has in all of them."""
+    packs = len(offsets) - 1
+    squares, images = np.empty(packs, np.float32), np.empty(packs, np.uint16)
+    firsts = np.cumsum([0] + [len(stream.lengths) for stream in streams])
+    sums = np.zeros((len(streams), 3), np.int64)  # samples, tokens, target tokens
+    for begin in range(0, packs, AT_ONCE):
+        end = min(begin + AT_ONCE, packs)
+        some = ids[int(offsets[begin]) : int(offsets[end])]
+        lengths, of_images = np.empty(len(some), np.float64), np.empty(len(some), np.int64)
+        for number, stream in enumerate(streams):
+            mine: Any = slice(None)
+            if len(streams) > 1:
+                mine = np.flatnonzero((some >= firsts[number]) & (some < firsts[number + 1]))
+            rows = some[mine] - np.uint32(firsts[number])
+            lengths[mine], of_images[mine] = stream.lengths[rows], stream.images[rows]
+            sums[number] += len(rows), int(lengths[mine].sum()), int(stream.target_tokens[rows].sum(dtype=np.int64))
+        starts = (offsets[begin:end] - offsets[begin]).astype(np.int64)
+        squares[begin:end] = np.add.reduceat(lengths * lengths, starts)
+        images[begin:end] = np.add.reduceat(of_images, starts)
+    shares = [
+        StreamShare(
+            name=stream.name,
+            over_long=stream.over_long,
+            cut=stream.cut,
+            filtered=stream.filtered,
+            samples=int(counts[0]),
+            tokens=int(counts[1]),
+            target_tokens=int(counts[2]),
         )
-    return tuple(shares)
+        for stream, counts in zip(streams, sums, strict=True)
+    ]
+    return squares, images, shares
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

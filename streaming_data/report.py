@@ -9,7 +9,10 @@ class StreamShare(Config):
     """What a stream really contributes to an epoch."""
 
     name: str
+    asked: float = 0.0  # share of the epoch, in the mixture's unit
     over_long: int  # samples of the dataset that are longer than a pack and were left out
+    cut: int  # ... that are cut to fit, each time they are taken
+    filtered: int  # ... that are of other kinds or held out
     samples: int
     tokens: int
     target_tokens: int
@@ -19,29 +22,31 @@ class Report(Config):
     """What is known of an epoch's plan besides the order itself."""
 
     recipe: str  # its hash
-    order: str  # sha256 of the order itself: other versions of numpy or streaming could draw another
+    order: str  # sha256 of the order itself: another version of this code could draw another
     epoch: int
     packs: int
     dropped_packs: int  # beyond the constant number of packs
     dropped_samples: int
     split_packs: int  # cut in two to reach it
     fill: float  # share of the packs' positions that hold a token
+    unit: str  # of what was asked for
     streams: tuple[StreamShare, ...]
 
     def table(self) -> str:
         """The mixture as it really is, for people."""
         totals = [sum(getattr(s, k) for s in self.streams) for k in ("samples", "tokens", "target_tokens")]
-        rows = [["stream", "samples", "", "tokens", "", "trained on", "", "over-long"]]
+        rows = [["stream", "asked", "samples", "", "tokens", "", "trained on", "", "over-long", "filtered"]]
         for s in self.streams:
-            cells = [s.name]
+            cells = [s.name, f"{s.asked:.2%}"]
             for value, total in zip((s.samples, s.tokens, s.target_tokens), totals, strict=True):
-                cells += [f"{value:,}", f"{value / max(total, 1):.1%}"]
-            rows.append([*cells, f"{s.over_long:,}"])
+                cells += [f"{value:,}", f"{value / max(total, 1):.2%}"]
+            rows.append([*cells, f"{s.cut:,} cut" if s.cut else f"{s.over_long:,}", f"{s.filtered:,}"])
+        rows[0][1] = f"of {self.unit}".replace("_", " ")
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         cells_of = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
         lines = ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, cells_of, strict=True)]
         lines.append(
-            f"epoch {self.epoch}: {self.packs:,} packs, {self.fill:.1%} full; {self.dropped_samples:,} samples in "
+            f"epoch {self.epoch}: {self.packs:,} packs, {self.fill:.2%} full; {self.dropped_samples:,} samples in "
             f"{self.dropped_packs:,} packs dropped to reach whole global batches; plan {self.recipe}"
         )
         return "\n".join(lines)

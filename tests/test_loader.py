@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import PackedLoader, build_loader
 from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
-F = 4
+VIEWS = Views(image_size=8, patch_size=4)  # 4 features
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +26,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder):
-    def make(features: int = F, compat: bool = False, vocabulary=VOCABULARY, **settings) -> PackedLoader:
+    def make(views: Views | None = VIEWS, compat: bool = False, vocabulary=VOCABULARY, **settings) -> PackedLoader:
         streams = {"images": {"local": str(folder / "images")}, "text": {"local": str(folder / "text")}}
         defaults = {"streams": streams, "packed_length": 72, "global_batch": 4, "cache": str(folder / "cache"), "timeout": 60}
         config = DataConfig.model_validate({**defaults, **settings})
-        return build_loader(config, features=features, image_size=8, vocabulary=vocabulary, batch_packs=4, compat=compat)
+        return build_loader(config, views=views, vocabulary=vocabulary, batch_packs=4, compat=compat)
 
     return make
 
@@ -55,16 +56,16 @@ def test_the_plan_counts_the_features_that_the_batches_hold(make, continuous, co
 
 
 def test_without_continuous_features_a_batch_has_no_pixels(make):
-    assert all(len(batch["pixel_values"]) == 0 for batch in make(features=0, continuous="none"))
+    assert all(len(batch["pixel_values"]) == 0 for batch in make(views=None, continuous="none"))
 
 
 def test_compat_leaves_a_model_without_vision_tower_without_features(make):
-    assert make(features=0, continuous="none", compat=True).dataset.recipe.continuous == "none"
+    assert make(views=None, continuous="none", compat=True).dataset.recipe.continuous == "none"
 
 
 def test_features_without_a_vision_tower_are_refused(make):
     with pytest.raises(ConfigError, match="continuous: questions needs a vision tower"):
-        make(features=0)
+        make(views=None)
 
 
 def test_a_model_of_another_vocabulary_is_refused(make, folder):

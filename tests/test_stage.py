@@ -9,6 +9,7 @@ from stages import curve, metrics, stage, write_data
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import build_loader
+from unitoken.streaming_data.views import Views
 from unitoken.train import callbacks, checkpoints
 from unitoken.train.config import StageConfig, check, find_checkpoint, latest_checkpoint
 from unitoken.train.model import UniToken, build_model, load_weights
@@ -132,7 +133,7 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
     trained = weights(train(config))
 
     loader = build_loader(
-        config.data, features=4, image_size=8, vocabulary=checked.vocabulary, batch_packs=4, compat=False
+        config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=False
     )  # fmt: skip
     model = build_model(checked.decoder, checked.vision, config.model)
     freeze(model, config.trainable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unitoken.streaming_data.loader import build_loader
+from unitoken.streaming_data.views import Views
 from unitoken.train import checkpoints, parallel
 from unitoken.train.callbacks import Metrics, Optimisation, Saver
 from unitoken.train.config import Checked, StageConfig, find_checkpoint, latest_checkpoint
@@ -19,8 +20,7 @@ def run(config: StageConfig, checked: Checked) -> None:
     folder = Path(config.save.folder)
     loader = build_loader(
         config.data,
-        features=checked.vision.features if checked.vision else 0,
-        image_size=checked.vision.image_size if checked.vision else 1,
+        views=Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None,
         vocabulary=checked.vocabulary,
         batch_packs=config.data.global_batch // ranks,
         compat=config.compat == "unitoken",

@@ -1,0 +1,166 @@
+"""What the plan needs to know of a dataset's samples, from its sidecar: how long each is in a pack, and whether it is wanted.
+
+A sample is no candidate where it is of another kind than asked for, on the other side of the held-out fraction, or
+longer than a pack and not to be cut. Nothing but the sidecar is read: no shard is there yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.manifest import SIDECAR
+from unitoken.streaming_data.mixture import Kind, Source, StreamConfig
+from unitoken.streaming_data.shards import read_index
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from unitoken.streaming_data.plan import Recipe
+    from unitoken.streaming_data.views import Views
+
+ROWS = 1 << 20  # of the sidecar, read at once
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSamples:
+    """A stream's samples, one row each, in index order."""
+
+    name: str
+    shard_sizes: Ids  # samples a shard
+    lengths: npt.NDArray[np.uint32]  # positions in a pack, continuous features included; 0: no candidate
+    target_tokens: npt.NDArray[np.uint32]  # at most so many, where a sample is cut; 0: no candidate
+    images: npt.NDArray[np.uint16]  # that bring continuous features
+    weight: dict[str, float]
+    over_long: int = 0  # left out
+    cut: int = 0  # to the stream's length
+    filtered: int = 0  # of other kinds, or on the other side of the held-out fraction
+
+    def total(self, unit: str) -> int:
+        """All candidates, in `samples`, `tokens` or `target_tokens`."""
+        if unit == "samples":
+            return int(np.count_nonzero(self.lengths))
+        return int((self.lengths if unit == "tokens" else self.target_tokens).sum(dtype=np.int64))
+
+
+def limit_of(stream: StreamConfig, packed_length: int) -> int:
+    """The most positions that a sample of the stream may take in a pack."""
+    return min(stream.max_tokens or packed_length, packed_length)
+
+
+def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamSamples:
+    """Read a stream's sidecar.
+
+    Raises:
+        ConfigError: the sidecar does not fit the index or the manifest, or no sample is a candidate.
+    """
+    import pyarrow.parquet
+
+    source.check(SIDECAR)
+    path, stream = source.folder / SIDECAR, source.config
+    shard_sizes = np.array([entry["samples"] for entry in read_index(source.folder)], np.int64)
+    with pyarrow.parquet.ParquetFile(path) as sidecar:
+        count = sidecar.metadata.num_rows
+        if shard_sizes.sum() != count:
+            raise ConfigError(f"{path}: {count} samples, the shards of the index hold {shard_sizes.sum()}")
+        lengths, target_tokens = np.empty(count, np.uint32), np.empty(count, np.uint32)
+        images = np.empty(count, np.uint16)
+        wanted = ["tokens", "target_tokens", "images", "question_images"]
+        if stream.held_out:
+            wanted.append("id")
+        if views and views.anyres and recipe.continuous != "none":
+            wanted += ["image_sizes", "generated"]
+            if "generated" not in sidecar.schema_arrow.names:
+                raise ConfigError(f"{path} has no column `generated`, which AnyRes needs: tokenize the dataset again")
+        filtered = begin = 0
+        for batch in sidecar.iter_batches(ROWS, columns=wanted):
+            rows = slice(begin, begin := begin + len(batch))
+            candidates = _candidates(batch, stream, recipe.split)
+            filtered += len(batch) - int(candidates.sum())
+            images[rows], features = _features(batch, recipe.continuous, views)
+            lengths[rows] = (_numbers(batch, "tokens") + features) * candidates
+            target_tokens[rows] = _numbers(batch, "target_tokens") * candidates
+    limit = limit_of(stream, recipe.packed_length)
+    long = lengths > limit
+    over_long, shortest = int(long.sum()), int(lengths[lengths > 0].min(initial=0))
+    if recipe.over_long == "reject":
+        lengths[long] = target_tokens[long] = 0
+    else:
+        lengths[long] = limit
+        np.minimum(target_tokens, limit, out=target_tokens)
+    samples = StreamSamples(
+        source.name,
+        shard_sizes,
+        lengths,
+        target_tokens,
+        images,
+        stream.weight,
+        over_long if recipe.over_long == "reject" else 0,
+        over_long if recipe.over_long != "reject" else 0,
+        filtered,
+    )
+    if not lengths.any():
+        raise ConfigError(f"stream '{source.name}': {_why_nothing(samples, limit, shortest)}")
+    return samples
+
+
+def _why_nothing(samples: StreamSamples, limit: int, shortest: int) -> str:
+    count = len(samples.lengths)
+    if not count:
+        return "holds no samples"
+    left_out = f"{samples.filtered} of its {count} samples are of other kinds or held out"
+    if not samples.over_long:
+        return left_out
+    rest = f"each of the other {samples.over_long}" if samples.filtered else f"each of its {count} samples"
+    too_long = f"{rest} is longer than {limit} tokens (the shortest has {shortest})"
+    return f"{left_out}, {too_long}" if samples.filtered else too_long
+
+
+def _numbers(batch: pyarrow.RecordBatch, column: str) -> Any:
+    return batch.column(column).to_numpy()
+
+
+def _candidates(batch: pyarrow.RecordBatch, stream: StreamConfig, split: str) -> npt.NDArray[np.bool_]:
+    images, asked = _numbers(batch, "images"), _numbers(batch, "question_images")
+    result = np.ones(len(batch), bool)
+    if stream.kinds is not None:
+        of_kind: dict[Kind, Any] = {
+            "text": images == 0,
+            "understanding": (images > 0) & (asked == images),
+            "generation": asked < images,
+        }
+        result = np.any([of_kind[kind] for kind in stream.kinds], axis=0)
+    if stream.held_out:
+        held_out = np.fromiter((_is_held_out(name, stream.held_out) for name in batch.column("id").to_pylist()), bool, len(batch))
+        result &= held_out == (split == "held_out")
+    return result
+
+
+def _is_held_out(name: str, fraction: float) -> bool:
+    """By the id alone, so that a sample stays on its side whatever is added to the dataset, and in whichever stream it is."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2.0**64
+
+
+def _features(batch: pyarrow.RecordBatch, continuous: str, views: Views | None) -> tuple[Any, Any]:
+    """Images with continuous features, and the positions these take: (n,) each."""
+    if continuous == "none" or views is None:
+        return 0, np.uint32(0)
+    images = _numbers(batch, "question_images" if continuous == "questions" else "images")
+    if not views.anyres:
+        return images, images.astype(np.uint32) * np.uint32(1 + views.features)
+    generated, sizes = batch.column("generated"), batch.column("image_sizes")
+    flags = generated.flatten().to_numpy(zero_copy_only=False)
+    places = 1 + views.counts(sizes.flatten().to_numpy().reshape(-1, 2).astype(np.int64))
+    if continuous == "questions":
+        places = np.where(flags, 0, places)
+    ends = np.concatenate([[0], np.cumsum(places)])
+    offsets = generated.offsets.to_numpy().astype(np.int64)
+    offsets -= offsets[0]
+    return images, (ends[offsets[1:]] - ends[offsets[:-1]]).astype(np.uint32)
