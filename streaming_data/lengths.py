@@ -88,7 +88,7 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
             target_tokens[rows] = _numbers(batch, "target_tokens") * candidates
     limit = limit_of(stream, recipe.packed_length)
     long = lengths > limit
-    over_long, shortest = int(long.sum()), int(lengths[lengths > 0].min(initial=0))
+    over_long, shortest = int(long.sum()), int(lengths[long].min()) if long.any() else 0
     if recipe.over_long == "reject":
         lengths[long] = target_tokens[long] = 0
     else:

@@ -30,7 +30,17 @@ def dataset(tmp_path_factory):
         ({"a": {"local": "x", "proportion": 0}}, {}, "proportions of all streams are 0"),
         ({"a": {"local": "x", "repeat": -1}}, {}, "greater than or equal to 0"),
         ({"a": {"repeat": 1}}, {}, "needs `local` or `remote`"),
-        ({"a": {"local": "x", "choose": 5}}, {"epoch_size": 10}, r"epoch_size does not go with repeat or choose: 'a' \(choose\)"),
+        ({"a": {"local": "x", "choose": 5}}, {"epoch_samples": 10}, r"epoch_samples does not go with .* choose: 'a' \(choose\)"),
+        ({"a": {"local": "x", "repeat": 5}}, {"epoch_tokens": 10}, r"epoch_tokens does not go with .* choose: 'a' \(repeat\)"),
+        ({"a": {"local": "x"}}, {"epoch_tokens": 10, "epoch_samples": 10}, "one of epoch_samples and epoch_tokens"),
+        ({"a": {"local": "x"}}, {"unit": "bytes"}, "'samples', 'tokens' or 'target_tokens'"),
+        ({"a": {"local": "x"}}, {"split": "held_out"}, "split: held_out needs `held_out` above 0 in every stream: 'a' has none"),
+        ({"a": {"local": "x", "held_out": 1}}, {}, "less than 1"),
+        ({"a": {"local": "x", "kinds": ["txt"]}}, {}, "'understanding', 'generation' or 'text'"),
+        ({"a": {"local": "x", "kinds": []}}, {}, "at least 1 item"),
+        ({"a": {"local": "x", "endpoint": "http://h"}}, {}, "`endpoint` is for a `remote` that begins with s3://, found None"),
+        ({"a": {"local": "x"}}, {"cache_limit": "much"}, "valid integer"),
+        ({"a": {"local": "x"}}, {"over_long": "truncate"}, "'reject' or 'truncate_text'"),
         ({}, {}, "at least 1 item"),
         ({"a": {"local": "x", "cache_limit": "1gb"}}, {}, "cache_limit"),  # upstream's deletes local-only data
     ],
@@ -194,3 +204,8 @@ def test_streams_of_other_image_tokenizers_are_told_apart_by_a_warning(tmp_path)
     with pytest.warns(UserWarning, match=f"streams 'a' and 'c' have image codes of different tokenizers: {message}$") as found:
         check_mixture(settings(tmp_path, streams))
     assert len(found) == 1
+
+
+def test_sizes_are_written_as_people_write_them(tmp_path):
+    limits = [settings(tmp_path, {"a": {"local": "x"}}, cache_limit=value).cache_limit for value in ("2gb", "1.5 MB", 1000)]
+    assert limits == [2 << 30, 3 << 19, 1000]

@@ -1,12 +1,17 @@
 import math
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.plan import Plan, Recipe, StreamRecipe, StreamSamples, _pack_row, build, load_or_build, partition
+from unitoken.streaming_data.lengths import StreamSamples
+from unitoken.streaming_data.order import amounts, choose
+from unitoken.streaming_data.plan import Plan, Recipe, Share, StreamRecipe, _pack_window, build, load_or_build
 
 LENGTH = 64
 
@@ -15,13 +20,13 @@ def make_stream(name: str, samples: int, longest: int = LENGTH, seed: int = 0, *
     lengths = np.random.default_rng([seed, samples]).integers(1, longest + 1, samples).astype(np.uint32)
     shards = np.full(math.ceil(samples / 17), 17)
     shards[-1] -= shards.sum() - samples
-    return StreamSamples(name, shards, lengths, lengths // 2, weight)
+    return StreamSamples(name, shards, lengths, lengths // 2, (lengths % 3).astype(np.uint16), weight)
 
 
 def make_recipe(streams: list[StreamSamples], **settings) -> Recipe:
-    defaults = {"seed": 0, "global_batch": 4, "canonical_nodes": 1, "window": 100, "shuffle": True, "epoch_size": None}
+    defaults = {"seed": 0, "global_batch": 4, "canonical_nodes": 1, "window": 100, "shuffle": True}
     recipes = {s.name: StreamRecipe(dataset="d", samples=len(s.lengths), weight=s.weight) for s in streams}
-    return Recipe(packed_length=LENGTH, continuous="none", features=0, streams=recipes, **{**defaults, **settings})
+    return Recipe(packed_length=LENGTH, continuous="none", views=None, streams=recipes, **{**defaults, **settings})
 
 
 def samples_of(plan: Plan) -> list[list[int]]:
@@ -44,7 +49,7 @@ def test_an_epoch_is_every_chosen_sample_once_but_for_those_reported_as_dropped(
 
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_no_pack_is_longer_than_its_length_nor_empty(nodes):
-    streams = [make_stream("a", 1000, longest=2 * LENGTH)]
+    streams = [make_stream("a", 1000)]
     plan = build(make_recipe(streams, canonical_nodes=nodes), streams, 0, None)
     lengths = [int(streams[0].lengths[pack].sum()) for pack in samples_of(plan)]
     assert min(lengths) > 0
@@ -53,14 +58,20 @@ def test_no_pack_is_longer_than_its_length_nor_empty(nodes):
     assert plan.report.fill > 0.9
 
 
-def test_over_long_samples_are_left_out_and_counted():
-    streams = [make_stream("a", 300, longest=2 * LENGTH), make_stream("b", 300)]
-    plan = build(make_recipe(streams), streams, 0, None)
-    over_long = np.flatnonzero(streams[0].lengths > LENGTH)
-    assert len(over_long) > 50
-    assert not set(over_long.tolist()) & set(plan.ids.tolist())
-    assert [share.over_long for share in plan.report.streams] == [len(over_long), 0]
-    assert plan.report.dropped_samples == 600 - len(over_long) - len(plan.ids)
+def test_samples_of_length_0_are_no_candidates():
+    stream = make_stream("a", 300)
+    stream.lengths[::3] = 0
+    plan = build(make_recipe([stream]), [stream, make_stream("b", 300)], 0, None)
+    assert not {*range(0, 300, 3)} & set(plan.ids.tolist())
+    assert plan.report.dropped_samples == 500 - len(plan.ids)
+
+
+def test_each_packs_squares_and_images_are_known():
+    streams = [make_stream("a", 300), make_stream("b", 100)]
+    plan = build(make_recipe(streams, canonical_nodes=2), streams, 0, None)
+    lengths, images = (np.concatenate([getattr(s, name) for s in streams]).astype(int) for name in ("lengths", "images"))
+    assert plan.squares.tolist() == [(lengths[pack] ** 2).sum() for pack in samples_of(plan)]
+    assert plan.images.tolist() == [images[pack].sum() for pack in samples_of(plan)]
 
 
 def test_repeat_and_choose_are_exact():
@@ -71,10 +82,11 @@ def test_repeat_and_choose_are_exact():
     assert [share.samples for share in plan.report.streams] == [250, 150, 50]
 
 
-def test_proportions_are_of_samples_and_of_the_epoch_size():
+def test_proportions_are_of_samples_and_of_the_epochs_samples():
     streams = [make_stream("a", 100, proportion=3), make_stream("b", 400, proportion=1)]
-    plan = build(make_recipe(streams, global_batch=1, epoch_size=1000), streams, 0, None)
+    plan = build(make_recipe(streams, global_batch=1, epoch_samples=1000), streams, 0, None)
     assert [share.samples for share in plan.report.streams] == [750, 250]
+    assert [share.asked for share in plan.report.streams] == [0.75, 0.25]
 
 
 def test_the_number_of_packs_is_constant_over_epochs_and_a_shortage_loses_nothing():
@@ -147,14 +159,16 @@ def test_with_shuffle_samples_and_packs_are_mixed():
 
 
 def test_packs_are_shuffled_anew_for_each_seed_epoch_row_and_window():
-    recipe, lengths = make_recipe([make_stream("a", 200)]), np.full(200, LENGTH, np.uint32)  # a sample a pack
+    recipe, lengths = make_recipe([make_stream("a", 200)]), np.full(100, LENGTH, np.uint32)  # a sample a pack
 
-    def shuffled(seed: int = 0, epoch: int = 0, row: int = 0) -> list[int]:
-        ids, _ = _pack_row(np.arange(200), lengths, recipe.model_copy(update={"seed": seed}), epoch, row)
-        return ids.tolist()
+    def shuffled(seed: int = 0, epoch: int = 0, row: int = 0, window: int = 0) -> tuple[int, ...]:
+        ids, _ = _pack_window(
+            np.arange(100, dtype=np.uint32), lengths, recipe.model_copy(update={"seed": seed}), epoch, row, window
+        )
+        return tuple(ids.tolist())
 
-    orders = [shuffled(), shuffled(seed=1), shuffled(epoch=1), shuffled(row=1), [n - 100 for n in shuffled()[100:]]]
-    assert len({tuple(order[:100]) for order in orders}) == len(orders)
+    orders = [shuffled(), shuffled(seed=1), shuffled(epoch=1), shuffled(row=1), shuffled(window=1)]
+    assert len(set(orders)) == len(orders)
     assert shuffled() == orders[0]
 
 
@@ -169,7 +183,7 @@ def test_a_canonical_row_reads_its_own_shards():
 @pytest.mark.parametrize(
     ("samples", "settings", "found"),
     [
-        (3, {"global_batch": 16}, r"3 samples of \d+ tokens make [123] packs .* at least 16"),
+        (3, {"global_batch": 16}, r"3 samples make [123] packs .* at least 16"),
         (3, {"canonical_nodes": 5}, "3 samples an epoch do not make canonical_nodes: 5 rows"),
     ],
 )
@@ -177,12 +191,6 @@ def test_too_little_data_is_an_error_with_the_figures(samples, settings, found):
     streams = [make_stream("a", samples)]
     with pytest.raises(ConfigError, match=found):
         build(make_recipe(streams, **settings), streams, 0, None)
-
-
-def test_a_stream_of_over_long_samples_alone_is_an_error():
-    streams = [make_stream("a", 100), StreamSamples("b", np.array([2]), np.array([65, 70], np.uint32), np.zeros(2, np.uint32), {})]
-    with pytest.raises(ConfigError, match=r"stream 'b': each of its 2 samples is longer than packed_length: 64 .*65 tokens"):
-        build(make_recipe(streams), streams, 0, None)
 
 
 def test_weights_that_choose_nothing_are_an_error():
@@ -211,26 +219,102 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
     assert [path.name for path in tmp_path.glob("**/.aside-*")] == []
 
 
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    streams = [make_stream("a", 400)]
+    plan = build(make_recipe(streams, global_batch=12, canonical_nodes=2), streams, 0, None)
+    assert plan.packs >= 120
+    return plan
+
+
 WORLDS = [(1, 1, 1), (1, 2, 1), (2, 2, 3), (1, 4, 2), (4, 3, 5), (3, 4, 7), (12, 1, 2), (1, 12, 0)]
 
 
-@pytest.mark.parametrize(("nodes", "ranks_per_node", "workers"), WORLDS)
-@pytest.mark.parametrize("seen", [0, 36])
-def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(nodes, ranks_per_node, workers, seen):
-    packs, group = 120, 12
+def global_batches(plan: Plan, seen: int, nodes: int, ranks_per_node: int, workers: int, canonical_nodes: int) -> list[list[int]]:
+    """What all ranks of a world train on, batch by batch."""
     ranks = nodes * ranks_per_node
-    share = group // ranks
-    batches: list[list[int]] = [[] for _ in range((packs - seen) // group)]
+    batches: list[list[int]] = [[] for _ in range((plan.packs - seen) // 12)]
     for rank in range(ranks):
-        shape = {"nodes": nodes, "ranks_per_node": ranks_per_node, "rank": rank, "batch_packs": share}
-        per_worker = [
-            partition(packs, seen, **shape, worker=worker, workers=max(workers, 1)).reshape(-1, share).tolist()
+        shares = [
+            Share(plan, seen, nodes, ranks_per_node, rank, 12 // ranks, canonical_nodes, worker, max(workers, 1))
             for worker in range(max(workers, 1))
         ]
         for number, batch in enumerate(batches):  # a DataLoader asks its workers in turn
             turn, worker = divmod(number, max(workers, 1))
-            batch += per_worker[worker][turn]
-    assert [sorted(batch) for batch in batches] == [list(range(b, b + group)) for b in range(seen, packs, group)]
+            batch += shares[worker][turn].tolist()
+        assert sum(map(len, shares)) == len(batches)
+        assert sum(len(list(share)) for share in shares) == len(batches)
+    return batches
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node", "workers"), WORLDS)
+@pytest.mark.parametrize("canonical_nodes", [1, 2, 12])
+def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(plan, nodes, ranks_per_node, workers, canonical_nodes):
+    for seen in (0, 36, plan.packs):
+        batches = global_batches(plan, seen, nodes, ranks_per_node, workers, canonical_nodes)
+        assert [sorted(batch) for batch in batches] == [list(range(b, b + 12)) for b in range(seen, plan.packs, 12)]
+
+
+def test_with_a_canonical_row_a_node_or_more_each_node_keeps_to_its_rows(plan):
+    for node in range(2):
+        packs = [p for rank in (2 * node, 2 * node + 1) for batch in Share(plan, 0, 2, 2, rank, 3, 2) for p in batch]
+        assert {pack % 2 for pack in packs} == {node}
+
+
+@given(
+    samples=st.integers(40, 400),
+    longest=st.integers(1, LENGTH),
+    epoch=st.integers(0, 3),
+    canonical_nodes=st.integers(1, 4),
+    window=st.integers(20, 500),
+    repeat=st.floats(0.5, 3),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_is_a_partition_of_what_was_chosen_and_no_pack_is_over_length(
+    samples, longest, epoch, canonical_nodes, window, repeat, shuffle, seed
+):
+    streams = [make_stream("a", samples, longest, seed, repeat=repeat), make_stream("b", 100, seed=seed + 1)]
+    recipe = make_recipe(streams, seed=seed, global_batch=1, canonical_nodes=canonical_nodes, window=window, shuffle=shuffle)
+    plan = build(recipe, streams, epoch, build(recipe, streams, 0, None).packs)
+    wanted = amounts(streams, "samples", None)
+    chosen = Counter(
+        int(sample) + offset
+        for stream, amount, offset in zip(streams, wanted, (0, samples), strict=True)
+        for taken in [choose(stream, amount, "samples", seed, epoch, shuffle)]
+        for sample in taken.ids(0, taken.count)
+    )
+    assert sum(chosen.values()) == round(samples * repeat) + 100
+    in_packs = Counter(plan.ids.tolist())
+    assert in_packs <= chosen
+    assert sum((chosen - in_packs).values()) == plan.report.dropped_samples
+    assert plan.offsets[0] == 0
+    assert plan.offsets[-1] == len(plan.ids)
+    lengths = np.concatenate([stream.lengths for stream in streams])
+    of_packs = [int(lengths[plan.pack(number)].sum()) for number in range(plan.packs)]
+    assert min(of_packs) > 0
+    assert max(of_packs) <= LENGTH
+
+
+@given(data=st.data(), seen=st.integers(0, 8), workers=st.integers(0, 5), canonical_nodes=st.sampled_from([1, 2, 3, 4, 6, 12]))
+@settings(max_examples=100, deadline=None)
+def test_random_worlds_train_on_the_same_global_batches(plan, data, seen, workers, canonical_nodes):
+    ranks = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
+    nodes = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
+    batches = global_batches(plan, seen * 12, nodes, ranks // nodes, workers, canonical_nodes)
+    assert [sorted(batch) for batch in batches] == [list(range(b, b + 12)) for b in range(seen * 12, plan.packs, 12)]
+
+
+def test_a_plan_that_nobody_used_for_long_is_removed_when_another_is_made(tmp_path):
+    streams = [make_stream("a", 500)]
+    old, used, new = (make_recipe(streams, seed=seed) for seed in range(3))
+    for recipe in (old, used):
+        load_or_build(tmp_path, recipe, 0, lambda: streams)
+        os.utime(tmp_path / recipe.hash / "epoch-000000", (0, 0))
+    load_or_build(tmp_path, used, 0, lambda: pytest.fail("it is there"))
+    load_or_build(tmp_path, new, 0, lambda: streams)
+    assert sorted(path.parent.name for path in tmp_path.glob("*/epoch-*")) == sorted([used.hash, new.hash])
 
 
 def test_a_plan_prints_its_realised_shares():
@@ -238,5 +322,5 @@ def test_a_plan_prints_its_realised_shares():
     table = build(make_recipe(streams, global_batch=1), streams, 0, None).report.table().splitlines()
     assert len({len(line) for line in table[:3]}) == 1, "aligned"
     assert table[1].startswith("captions")
-    assert "75.0%" in table[1]
+    assert "75.00%" in table[1]
     assert "packs" in table[3]
