@@ -1,11 +1,14 @@
 """Where the data stands, saved and loaded: every shape of world, every moment of an epoch."""
 
+import itertools
 import json
 import multiprocessing
 import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small_datasets import flip_byte, shard_paths, small_vocabulary, text_records, write_dataset
 from streaming import StreamingDataset
 
@@ -136,6 +139,49 @@ def test_a_resumed_run_goes_on_exactly_twice_and_into_the_next_epochs(make_loade
     fourth, state = make_loader(workers=workers), third.dataset.state_dict(num_samples=0, from_beginning=True)
     fourth.dataset.load_state_dict(state)
     assert epoch_of(fourth) == expected[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumes_at_every_batch_twice_in_a_row_and_in_its_third_epoch(make_loader, workers):
+    """With workers, batches that were prepared but not trained on are in flight each time."""
+    folder = make_loader().dataset.sources[0].folder
+    small = {"streams": {"a": {"local": str(folder), "choose": 40}}, "workers": workers}
+    whole = make_loader(**small)
+    expected = [epoch_of(whole) for _ in range(3)]
+    batches = len(whole)
+    assert batches > 3
+    for epoch in (0, 2):
+        for stopped in range(batches):
+            state = {**whole.dataset.state_dict(0, True), "epoch": epoch}
+            taken: list[Rows] = []
+            for more in (stopped, 1):  # killed after so many batches, and after one more
+                loader = make_loader(**small)
+                loader.dataset.load_state_dict(state)
+                taken += itertools.islice(map(rows, loader), more)
+                state = json.loads(json.dumps(loader.dataset.state_dict(len(taken) * GROUP, True)))
+            loader = make_loader(**small)
+            loader.dataset.load_state_dict(state)
+            assert taken + epoch_of(loader) == expected[epoch], (epoch, stopped)
+
+
+@given(data=st.data(), epoch=st.integers(0, 2), stopped=st.integers(0, 20))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_run_resumes_anywhere_on_any_world(make_loader, data, epoch, stopped):
+    whole = make_loader()
+    whole.dataset.load_state_dict({**whole.dataset.state_dict(0, True), "epoch": epoch})
+    expected = epoch_of(whole)
+    seen = stopped % (len(expected) + 1)
+    state = {**whole.dataset.state_dict(0, True), "epoch": epoch, "packs": seen * GROUP}
+    state["order"] = whole.dataset.plan.report.order if seen else None
+    ranks = data.draw(st.sampled_from([1, 2, 4]))
+    local = data.draw(st.sampled_from([n for n in (1, 2, 4) if n <= ranks]))
+    shares = []
+    for rank in range(ranks):
+        loader = make_loader(ranks, rank, local=local)
+        loader.dataset.load_state_dict(state)
+        shares.append(epoch_of(loader))
+    for number, batch in enumerate(expected[seen:]):
+        assert sorted(row for share in shares for row in share[number]) == sorted(batch)
 
 
 def test_a_run_resumes_on_another_world(make_loader):
