@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, Ranges, StoreError, open_store
 
-RETRY_SECONDS = 120.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # at most, for one try
 PART_BYTES = 1 << 23  # of what a file opened for reading asks for at once
 NO_ANSWER = 0  # in place of an HTTP status
 
@@ -31,14 +31,16 @@ class Bucket(ABC):
     own way, and S3's repeats no answer that breaks off in the middle.
     """
 
-    def __init__(self, url: str, bucket: str, folder: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, bucket: str, folder: str, endpoint: str | None, patience: float) -> None:
+        self.url, self.endpoint, self.patience = url.rstrip("/"), endpoint, patience
+        # A server that takes a request and never answers is to be found out by then, too.
+        self._timeouts = min(CONNECT_SECONDS, patience / 4), min(READ_SECONDS, patience / 2)
         self._bucket = bucket
         self._folder = f"{folder}/" if folder else ""
         self._clients: dict[int, Any] = {os.getpid(): self._connected()}  # so that a wrong setting shows here
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.url,)
+        return open_store, (self.url, self.endpoint, self.patience)
 
     @property
     def _client(self) -> Any:
@@ -130,11 +132,11 @@ class Bucket(ABC):
             self._do(name, self._remove)
 
     def _do(self, name: str, action: Callable[[str], T], whole: bool = False) -> T:
-        """`action` with the key of `name`, again and again until RETRY_SECONDS are over, unless it is hopeless.
+        """`action` with the key of `name`, again and again until the patience is over, unless it is hopeless.
 
         whole: the bucket itself is asked, not one of its files: it is what a status of 404 misses.
         """
-        end, pause = time.monotonic() + RETRY_SECONDS, FIRST_PAUSE
+        end, pause = time.monotonic() + self.patience, FIRST_PAUSE
         where = f"{self.url}/{name}"
         while True:
             try:
@@ -153,7 +155,7 @@ class Bucket(ABC):
                     raise MissingError(f"{where}: not there") from None
                 passing = status in (NO_ANSWER, 408, 429) or status >= 500
                 if not passing or time.monotonic() + pause > end:
-                    tried = f" (tried for {RETRY_SECONDS:.0f} s)" if passing else ""
+                    tried = f" (tried for {self.patience:.0f} s)" if passing else ""
                     raise StoreError(f"{where}: {_line(error)}{tried}") from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)

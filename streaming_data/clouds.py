@@ -1,4 +1,4 @@
-"""Amazon's S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage, by their vendors' own libraries.
+"""Amazon's S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage, by their vendors' own libraries; see hub.py, too.
 
 These are the libraries that mosaicml-streaming installs and reads with, so that one set of credentials serves both.
 """
@@ -12,13 +12,12 @@ from typing import Any, BinaryIO
 
 from unitoken.streaming_data.bucket import NO_ANSWER, Bucket
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import open_store
 
-CONNECT_SECONDS = 10.0
-READ_SECONDS = 60.0
 CONNECTIONS = 32  # to one server; more threads wait
 
 
-def open_bucket(url: str) -> Bucket:
+def open_bucket(url: str, endpoint: str | None, patience: float) -> Bucket:
     """
     Raises:
         ConfigError: settings from which no client can be made.
@@ -30,11 +29,15 @@ def open_bucket(url: str) -> Bucket:
     name, _, folder = rest.partition("/")
     if not name:
         raise ConfigError(f"{url}: expected the name of a {'container' if scheme in ('az', 'azure') else 'bucket'} in it")
+    if scheme == "hf":
+        from unitoken.streaming_data.hub import Hub
+
+        return Hub(url, name, folder, None, patience)
     if scheme in ("az", "azure"):
-        return Azure(url, name, folder, account)
+        return Azure(url, name, folder, account, patience)
     if scheme == "gs" and not {"GCS_KEY", "GCS_SECRET"} <= os.environ.keys():
-        return Google(url, name, folder)
-    return S3(url, name, folder)
+        return Google(url, name, folder, None, patience)
+    return S3(url, name, folder, endpoint, patience)
 
 
 class S3(Bucket):
@@ -46,13 +49,13 @@ class S3(Bucket):
         from botocore import UNSIGNED
         from botocore.config import Config
 
-        session, endpoint, keys = boto3.Session(), os.environ.get("S3_ENDPOINT_URL"), {}
+        session, endpoint, keys = boto3.Session(), self.endpoint or os.environ.get("S3_ENDPOINT_URL"), {}
         if self.url.startswith("gs://"):
             endpoint = "https://storage.googleapis.com"
             keys = {"aws_access_key_id": os.environ["GCS_KEY"], "aws_secret_access_key": os.environ["GCS_SECRET"]}
         options: dict[str, Any] = {
-            "connect_timeout": CONNECT_SECONDS,
-            "read_timeout": READ_SECONDS,
+            "connect_timeout": self._timeouts[0],
+            "read_timeout": self._timeouts[1],
             "retries": {"mode": "standard", "total_max_attempts": 1},
             "max_pool_connections": CONNECTIONS,
         }
@@ -114,7 +117,7 @@ class Google(Bucket):
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"timeout": (CONNECT_SECONDS, READ_SECONDS), "retry": None}
+        return {"timeout": self._timeouts, "retry": None}
 
     def _blob(self, key: str) -> Any:
         return self._client.bucket(self._bucket).blob(key)
@@ -153,14 +156,21 @@ class Google(Bucket):
 class Azure(Bucket):
     """AZURE_STORAGE_CONNECTION_STRING, or AZURE_ACCOUNT_NAME with AZURE_ACCOUNT_ACCESS_KEY or what azure-identity finds."""
 
-    def __init__(self, url: str, container: str, folder: str, account: str) -> None:
+    def __init__(self, url: str, container: str, folder: str, account: str, patience: float) -> None:
         self._account = os.environ.get("AZURE_ACCOUNT_NAME") or account.partition(".")[0]
-        super().__init__(url, container, folder)
+        super().__init__(url, container, folder, None, patience)
+
+    def __reduce__(self) -> Any:
+        return open_store, (self.url, None, self.patience)
 
     def _connect(self) -> Any:
         from azure.storage.blob import BlobServiceClient
 
-        options: dict[str, Any] = {"connection_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "retry_total": 0}
+        options: dict[str, Any] = {
+            "connection_timeout": self._timeouts[0],
+            "read_timeout": self._timeouts[1],
+            "retry_total": 0,
+        }
         if connection := os.environ.get("AZURE_STORAGE_CONNECTION_STRING"):
             return BlobServiceClient.from_connection_string(connection, **options).get_container_client(self._bucket)
         if not self._account:

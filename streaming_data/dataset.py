@@ -13,10 +13,10 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 import torch
 from pydantic import NonNegativeInt
@@ -29,11 +29,11 @@ from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, to_streams
 from unitoken.streaming_data.plan import Ids, Plan, Recipe, Share, load_or_build
 from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.shards import Shards
+from unitoken.streaming_data.shards import Shard, Shards
 from unitoken.streaming_data.views import Views
 
 STATE_VERSION: Literal[1] = 1
-LOOK_AHEAD = 64  # packs whose shards a worker downloads ahead
+LOOK_AHEAD = 64  # packs that a worker reads together; the shards of the next so many are opened meanwhile
 DOWNLOADS = 4  # at a time, in each worker
 
 
@@ -46,6 +46,36 @@ class State(Config):
     epoch: NonNegativeInt
     packs: NonNegativeInt  # of the epoch, trained on
     recipe: dict[str, Any]
+
+
+class Run:
+    """Some packs that are read together: where their samples lie is looked up once for all of them."""
+
+    def __init__(self, dataset: PackedDataset, packs: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
+        self._dataset = dataset
+        self._ends = np.cumsum([len(pack) for pack in packs]).tolist()
+        self._shards, self._places = dataset.locate(np.concatenate(packs).astype(np.int64))
+        self._needed: list[int] = np.unique(self._shards).tolist()
+        self._opened: list[Future[tuple[int, Shard]]] | None = None
+
+    def open(self, pool: ThreadPoolExecutor) -> None:
+        """Begin to open the shards."""
+        self._opened = [pool.submit(self._dataset.open_shard, shard) for shard in self._needed]
+
+    def packs(self) -> Iterator[list[Record]]:
+        opened = map(self._dataset.open_shard, self._needed) if self._opened is None else (f.result() for f in self._opened)
+        begins = np.empty(len(self._places), np.int64)
+        shard_of: list[Any] = [None] * len(begins)
+        order = np.argsort(self._shards, kind="stable")
+        bounds = np.searchsorted(self._shards[order], [*self._needed, self._needed[-1] + 1])
+        for (stream, shard), first, last in zip(opened, bounds, bounds[1:], strict=False):
+            mine = order[first:last]
+            begins[mine] = shard.offsets[self._places[mine]]
+            for sample in mine.tolist():
+                shard_of[sample] = (shard.decode, shard.data, stream)
+        samples = zip(shard_of, begins.tolist(), strict=True)
+        for begin, end in zip([0, *self._ends], self._ends, strict=False):
+            yield [decode(data, place, stream) for (decode, data, stream), place in itertools.islice(samples, end - begin)]
 
 
 class PackedDataset(StreamingDataset):  # type: ignore[misc]
@@ -75,7 +105,8 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         self.packs_per_epoch = self.plan.packs
         self.length = self.packs_per_epoch // ranks  # len(): packs of this rank
 
-        self._shards = [Shards(source.folder, source.remote, config.cache_folder) for source in self.sources]
+        stamps = config.cache_folder / "shards"
+        self._shards = [Shards(s.name, s.folder, s.store, stamps, config.cache_limit) for s in self.sources]
         self._first_shard = np.cumsum([0] + [len(shards.samples) for shards in self._shards])  # of each stream
         self._bounds = np.cumsum(np.concatenate([[0], *(shards.samples for shards in self._shards)]))  # first sample of each shard
         self.num_samples = int(self._bounds[-1])
@@ -160,53 +191,45 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         return self._packs(share)
 
     def _packs(self, share: Share) -> Iterator[list[Record]]:
-        packs = (share.plan.pack(number) for batch in share for number in batch.tolist())
-        if not any(source.remote for source in self.sources):
-            for ids in packs:
-                yield self._records(ids)
+        """While the packs of one run are handed out, threads download and map the shards of the next."""
+        if not any(source.store for source in self.sources):
+            for run in self._runs(share):
+                yield from run.packs()
             return
         pool = ThreadPoolExecutor(DOWNLOADS)
-        downloads: dict[int, Future[Path]] = {}  # by shard
-        ahead: deque[tuple[Any, list[Future[Path]]]] = deque()
         try:
-            while True:
-                for ids in itertools.islice(packs, LOOK_AHEAD - len(ahead)):
-                    shards = np.unique(self._shard_of(ids)).tolist()
-                    needed = [downloads.get(s) or downloads.setdefault(s, pool.submit(self._prepare, s)) for s in shards]
-                    ahead.append((ids, needed))
-                if not ahead:
-                    return
-                ids, needed = ahead.popleft()
-                for download in needed:
-                    download.result()
-                yield self._records(ids)
+            ahead: deque[Run] = deque()
+            for run in self._runs(share):
+                run.open(pool)
+                ahead.append(run)
+                if len(ahead) > 1:
+                    yield from ahead.popleft().packs()
+            for run in ahead:
+                yield from run.packs()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _records(self, ids: Any) -> list[Record]:
-        ids = np.asarray(ids, np.int64)
-        shards = self._shard_of(ids)
-        streams = np.searchsorted(self._first_shard, shards, side="right") - 1
-        inside = ids - self._bounds[shards]
-        shards = shards - self._first_shard[streams]
-        return [
-            Record.from_mds(self._shards[stream].sample(shard, index))
-            for stream, shard, index in zip(streams.tolist(), shards.tolist(), inside.tolist(), strict=True)
-        ]
+    def _runs(self, share: Share) -> Iterator[Run]:
+        packs = (share.plan.pack(number) for batch in share for number in batch.tolist())
+        while some := list(itertools.islice(packs, LOOK_AHEAD)):
+            yield Run(self, some)
 
-    def _shard_of(self, ids: Any) -> Ids:
-        result: Ids = np.searchsorted(self._bounds, np.asarray(ids, np.int64), side="right") - 1
-        return result
+    def locate(self, ids: Any) -> tuple[Ids, Ids]:
+        """Samples (n,), numbered through all streams -> their shards (n,), also numbered so, and places in the shards (n,)."""
+        shards = np.searchsorted(self._bounds, ids, side="right") - 1
+        return shards, ids - self._bounds[shards]
 
-    def _prepare(self, shard: int) -> Path:
+    def open_shard(self, shard: int) -> tuple[int, Shard]:
+        """A shard, numbered through all streams, and its stream."""
         stream = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
-        return self._shards[stream].prepare(shard - int(self._first_shard[stream]))
+        return stream, self._shards[stream].open(shard - int(self._first_shard[stream]))
 
     def get_item(self, sample_id: int) -> Record:
         """Sample `sample_id`, numbered through all streams. What `dataset[i]` calls."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        return self._records([sample_id])[0]
+        (record,) = next(Run(self, [np.array([sample_id])]).packs())
+        return record
 
     # The plan ---------------------------------------------------------------------------------------------------------
 

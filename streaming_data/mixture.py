@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from unitoken.streaming_data.cache import PATIENCE, ShardError, fetch
 from unitoken.streaming_data.config import Bytes, Config, ConfigError
-from unitoken.streaming_data.files import aside, locked
+from unitoken.streaming_data.files import locked, write_aside
 from unitoken.streaming_data.manifest import (
     INDEX,
     MANIFEST,
@@ -36,7 +37,8 @@ from unitoken.streaming_data.manifest import (
     load_vocabulary,
     sha256_file,
 )
-from unitoken.streaming_data.shards import Downloader, ShardError, read_index
+from unitoken.streaming_data.shards import read_index
+from unitoken.streaming_data.stores import Store, open_store
 from unitoken.streaming_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ class Source:
 
     name: str
     folder: Path
-    remote: str | None
+    store: Store | None  # where its shards come from; None: they are in `folder`
     config: StreamConfig
     manifest: Manifest
 
@@ -155,14 +157,16 @@ def open_sources(config: DataConfig) -> list[Source]:
     sources = []
     for name, stream in config.streams.items():
         remote = stream.remote.removeprefix("file://").rstrip("/") if stream.remote else None
+        store: Store | None = None
         if remote is None:
             assert stream.local is not None, "checked by StreamConfig"
             folder = Path(stream.local)
         else:
-            key = hashlib.sha256(remote.encode()).hexdigest()[:16]
+            store = open_store(remote, stream.endpoint, PATIENCE)
+            key = hashlib.sha256(f"{stream.endpoint or ''}{remote}".encode()).hexdigest()[:16]
             folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
-            _fetch_small_files(name, remote, folder)
-        source = Source(name, folder, remote, stream, load_manifest(folder))
+            _fetch_small_files(name, store, folder)
+        source = Source(name, folder, store, stream, load_manifest(folder))
         source.check(INDEX)
         read_index(folder)
         sources.append(source)
@@ -210,38 +214,34 @@ def to_streams(sources: list[Source]) -> list[streaming.Stream]:
     """The sources as streaming's own objects, weights included."""
     from streaming import Stream
 
-    return [Stream(local=str(source.folder), remote=source.remote, **source.config.weight) for source in sources]
+    return [Stream(local=str(source.folder), remote=source.config.remote, **source.config.weight) for source in sources]
 
 
-def _fetch_small_files(name: str, remote: str, folder: Path) -> None:
+def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
     """Bring manifest, vocabulary, index and sidecar into the cache `folder`; the manifest last.
 
     The remote manifest is always read anew, so a cache of another dataset, or of an older state of this one, is found.
     """
-    with locked(folder / ".lock"):
-        downloader = Downloader(remote)
-        manifest_path, fresh = folder / MANIFEST, aside(folder / MANIFEST)
-        try:
-            downloader.fetch(MANIFEST, fresh)
-            if manifest_path.exists() and manifest_path.read_bytes() != fresh.read_bytes():
+    try:
+        with locked(folder / ".lock"):
+            manifest_path, fresh = folder / MANIFEST, store.read(MANIFEST)
+            if manifest_path.exists() and manifest_path.read_bytes() != fresh:
                 raise ConfigError(
-                    f"stream '{name}': {folder} caches another dataset than {remote} holds now; delete it, or name another `local`"
+                    f"stream '{name}': {folder} caches another dataset than {store.url} holds now; "
+                    "delete it, or name another `local`"
                 )
             try:
-                files = json.loads(fresh.read_bytes())["files"]
+                files = json.loads(fresh)["files"]
                 wanted = {file: files[file] for file in (VOCABULARY, INDEX, SIDECAR)}
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"stream '{name}': {remote}/{MANIFEST} is not the manifest of a dataset") from None
+                raise ConfigError(f"stream '{name}': {store.url}/{MANIFEST} is not the manifest of a dataset") from None
             for file, sha256 in wanted.items():
                 wrong = functools.partial(_wrong_sha256, expected=sha256)
                 if wrong(folder / file):
-                    downloader.fetch_checked(file, folder / file, wrong)
-            os.replace(fresh, manifest_path)
-        except (OSError, ShardError) as error:
-            raise ConfigError(f"stream '{name}': {error}") from None
-        finally:
-            fresh.unlink(missing_ok=True)
-            downloader.clean_up()
+                    fetch(store, file, folder / file, wrong).close()
+            write_aside(manifest_path, fresh)
+    except (OSError, ShardError) as error:
+        raise ConfigError(f"stream '{name}': {error}") from None
 
 
 def _wrong_sha256(path: Path, expected: str | None) -> str | None:

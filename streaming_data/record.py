@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+AnyBytes = TypeVar("AnyBytes", bytes, memoryview)
 
 IGNORED = -100  # the label of a token that is not trained on
 
@@ -34,7 +36,7 @@ def columns(vocabulary_size: int) -> dict[str, str]:
     return {"id": "str", "tokens": tokens, "target_spans": "ndarray:uint32", "image_spans": "bytes", "images": "bytes"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Record:
     """One conversation. `image_spans` and `images` are in the order in which the images stand in the text."""
 
@@ -42,7 +44,8 @@ class Record:
     tokens: npt.NDArray[Any]  # (T,) uint16 or uint32
     target_spans: npt.NDArray[np.uint32]  # (S, 2)
     image_spans: npt.NDArray[np.uint32]  # (N, 4): first token, end, height, width in latents
-    images: tuple[bytes, ...]  # N encoded originals
+    images: tuple[bytes | memoryview, ...]  # N encoded originals
+    stream: int = 0  # of the mixture, where it is read as part of one
 
     def labels(self) -> npt.NDArray[np.int64]:
         """(T,) the token where it is trained on, IGNORED elsewhere. Not shifted."""
@@ -58,9 +61,9 @@ class Record:
         }
 
     @classmethod
-    def from_mds(cls, sample: Mapping[str, Any]) -> Record:
+    def from_mds(cls, sample: Mapping[str, Any], stream: int = 0) -> Record:
         spans = np.frombuffer(sample["image_spans"], "<u4").reshape(-1, 4)
-        return cls(sample["id"], sample["tokens"], sample["target_spans"], spans, unpack_bytes(sample["images"]))
+        return cls(sample["id"], sample["tokens"], sample["target_spans"], spans, unpack_bytes(sample["images"]), stream)
 
 
 def labels(tokens: npt.NDArray[Any], target_spans: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
@@ -76,13 +79,13 @@ def spans_of(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
     return edges.reshape(-1, 2).astype(np.uint32)
 
 
-def pack_bytes(parts: Sequence[bytes]) -> bytes:
+def pack_bytes(parts: Sequence[bytes | memoryview]) -> bytes:
     header = np.array([len(parts), *map(len, parts)], "<u4").tobytes()
     return header + b"".join(parts)
 
 
-def unpack_bytes(data: bytes) -> tuple[bytes, ...]:
-    """Inverse of `pack_bytes`. Raises ValueError where the lengths do not fit the data."""
+def unpack_bytes(data: AnyBytes) -> tuple[AnyBytes, ...]:
+    """Inverse of `pack_bytes`; parts of a memoryview are views. Raises ValueError where the lengths do not fit the data."""
     count = int(np.frombuffer(data, "<u4", 1)[0])
     lengths = np.frombuffer(data, "<u4", count, offset=4)
     ends = np.cumsum(lengths, dtype=np.int64) + 4 * (count + 1)

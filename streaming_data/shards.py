@@ -1,105 +1,33 @@
-"""Shards of a dataset: present, verified and quick to read. All that touches private parts of mosaicml-streaming.
+"""Shards as samples: memory-mapped, decoded where they lie. All that knows how mosaicml-streaming lays out its files.
 
 Why not upstream's own reading: it takes a file lock and opens a file for each sample (1k to 2k samples/s where a
-memory-map gives 35k), a hash mismatch raises once and leaves the corrupt file to be read by the next start, one missing
-shard ends a background thread without a word, and its host-wide shared memory collides between jobs.
-
-A shard is verified against its hash once a host: an empty file, named by path, size, time and hash, records it.
+memory-map gives 35k), one missing shard ends a background thread without a word, and its host-wide shared memory collides
+between jobs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
-import os
-import time
+import struct
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from unitoken.streaming_data.cache import Cache, ShardError
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import aside, locked
 from unitoken.streaming_data.manifest import INDEX
+from unitoken.streaming_data.record import Record, unpack_bytes
+from unitoken.streaming_data.stores import Store
 
-DOWNLOAD_TIMEOUT = 60.0  # seconds; upstream's default
-ATTEMPTS = 2
-MOST_OPEN = 4096  # memory-maps a process; Linux allows 65,530
+MOST_OPEN = 4096  # memory-maps a stream and process; Linux allows 65,530 a process
+MOST_OPEN_LIMITED = 64  # where evicted shards shall give their room back: a mapped file keeps its own
 
-
-class ShardError(RuntimeError):
-    """A shard that is missing, unreachable or corrupt."""
-
-
-class Downloader:
-    """Files below one remote folder, by streaming's own clients. Not kept over a fork: clients hold sockets."""
-
-    def __init__(self, remote: str) -> None:
-        from streaming.base.storage.download import CloudDownloader
-
-        self.remote = remote
-        try:
-            self._client = CloudDownloader.get(remote)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def fetch(self, basename: str, path: Path) -> None:
-        """Download to `path`, which must not exist. Raises ShardError after ATTEMPTS."""
-        source = f"{self.remote}/{basename}"
-        for attempt in range(ATTEMPTS):
-            try:
-                self._client.download(source, str(path), DOWNLOAD_TIMEOUT)
-                return
-            except Exception as error:  # each client has its own kinds
-                path.unlink(missing_ok=True)
-                failure = error
-                if isinstance(error, FileNotFoundError):
-                    break
-                if attempt + 1 < ATTEMPTS:
-                    time.sleep(1.0)
-        raise ShardError(f"cannot download {source}: {type(failure).__name__}: {failure}") from failure
-
-    def fetch_checked(self, basename: str, path: Path, wrong: Callable[[Path], str | None]) -> None:
-        """Download, check, rename to `path`. What `wrong` objects to is deleted and downloaded again, once."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(ATTEMPTS):
-            temporary = aside(path)
-            try:
-                self.fetch(basename, temporary)
-                objection = wrong(temporary)
-                if objection is None:
-                    os.replace(temporary, path)
-                    return
-            finally:
-                temporary.unlink(missing_ok=True)
-        raise ShardError(f"{self.remote}/{basename} is {objection}")
-
-    def clean_up(self) -> None:
-        self._client.clean_up()
-
-
-def what_is_wrong(entry: dict[str, Any], path: Path) -> str | None:
-    """`missing` or `corrupt: ...` for a shard that is not as its entry in the index (`raw_data`) says; else None."""
-    if not path.exists():
-        return "missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"corrupt: {path.stat().st_size} bytes, the index names {entry['bytes']}"
-    for algorithm, expected in sorted(entry["hashes"].items())[:1]:  # one is enough
-        found = _file_hash(path, algorithm)
-        if found != expected:
-            return f"corrupt: its {algorithm} is {found}, the index names {expected}"
-    return None
-
-
-def _file_hash(path: Path, algorithm: str) -> str:
-    with open(path, "rb") as file:
-        if algorithm in hashlib.algorithms_available:
-            return hashlib.file_digest(file, algorithm).hexdigest()
-        from streaming.base.hashing import get_hash  # the xxhash family
-
-        return str(get_hash(algorithm, file.read()))
+_SIZES = struct.Struct("<5I")  # of a sample's columns, which stand in the order of their names
+_NO_IMAGES = np.zeros((0, 4), np.uint32)
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
@@ -125,82 +53,120 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
+class Shard(NamedTuple):
+    """A shard in memory."""
+
+    data: mmap.mmap
+    offsets: npt.NDArray[np.uint32]  # (samples + 1,) where each sample begins
+    decode: Callable[[mmap.mmap, int, int], Record]  # (data, where the sample begins, stream) -> the sample
+
+
 class Shards:
-    """The shards of one dataset. Several processes and threads may use the same folder."""
+    """The shards of one stream. Several processes and threads may use the same folder."""
 
-    def __init__(self, folder: Path, remote: str | None, cache: Path) -> None:
-        from streaming.base.format import reader_from_json
-
-        self.folder, self.remote = folder, remote
-        self._verified = cache / "verified"
+    def __init__(self, stream: str, folder: Path, store: Store | None, stamps: Path, limit: int | None = None) -> None:
+        self.folder = folder
         self.entries = read_index(folder)
         self.samples = np.array([entry["samples"] for entry in self.entries], np.int64)
-        self.readers: list[Any] = [reader_from_json(str(folder), None, entry) for entry in self.entries]
-        for reader in self.readers:
-            reader.validate(allow_unsafe_types=False)  # pickled columns run code
-        self._open: dict[int, tuple[mmap.mmap, Any]] = {}
-        self._downloader: tuple[int, Downloader] | None = None
-        if remote is None:  # what is missing is missing for good: say so before training begins
+        self.cache = Cache(stream, self.entries, store, folder, stamps, limit)
+        self._stream = stream
+        self._most_open = MOST_OPEN if limit is None else MOST_OPEN_LIMITED
+        self._decoders: dict[str, Callable[[mmap.mmap, int, int], Record]] = {}
+        self._decoder_of = [self._decoder(entry) for entry in self.entries]
+        self._open: dict[int, Shard] = {}
+        if store is None:  # what is missing is missing for good: say so before training begins
             for entry in self.entries:
                 path, size = folder / entry["raw_data"]["basename"], entry["raw_data"]["bytes"]
                 if not path.exists() or path.stat().st_size != size:
                     what = f"corrupt: {path.stat().st_size} bytes" if path.exists() else "missing"
-                    raise ConfigError(f"the shard {path} is {what}, {INDEX} lists it with {size} bytes")
+                    raise ConfigError(f"stream '{stream}': the shard {path} is {what}, {INDEX} lists it with {size} bytes")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_downloader": None}
+        return {**self.__dict__, "_open": {}, "_decoders": {}, "_decoder_of": None}
 
-    def sample(self, shard: int, index: int) -> dict[str, Any]:
-        """Sample `index` of shard `shard`, decoded; downloads and verifies the shard first if that was not done yet."""
-        data, offsets = self._open.get(shard) or self._map(shard)
-        sample: dict[str, Any] = self.readers[shard].decode_sample(data[offsets[index] : offsets[index + 1]])
-        return sample
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._decoder_of = [self._decoder(entry) for entry in self.entries]
 
-    def prepare(self, shard: int) -> Path:
-        """The path of a shard that is there and matches its hash. Raises ShardError, naming it, where that can't be had."""
-        entry = self.entries[shard]["raw_data"]
-        path: Path = self.folder / entry["basename"]
-        if not self._is_verified(entry, path):
-            key = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]
-            with locked(self._verified / f"{key}.lock"):
-                if not self._is_verified(entry, path):  # by the process that held the lock
-                    self._make_good(entry, path)
-                    self._stamp(entry, path).touch()
-        return path
+    def record(self, shard: int, index: int) -> Record:
+        """Sample `index` of shard `shard`; downloads and verifies the shard first if that was not done yet."""
+        opened = self.open(shard)
+        return opened.decode(opened.data, int(opened.offsets[index]), 0)
 
-    def _make_good(self, entry: dict[str, Any], path: Path) -> None:
-        wrong = what_is_wrong(entry, path)
-        if wrong is None:
-            return
-        if self.remote is None:
-            raise ShardError(f"the shard {path} is {wrong}")
-        path.unlink(missing_ok=True)
-        if self._downloader is None or self._downloader[0] != os.getpid():
-            self._downloader = os.getpid(), Downloader(self.remote)
-        self._downloader[1].fetch_checked(entry["basename"], path, lambda new: what_is_wrong(entry, new))
-
-    def _stamp(self, entry: dict[str, Any], path: Path) -> Path:
-        """The file that says: this very file was verified on this host."""
-        status = path.stat()
-        identity = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}\0{entry['hashes']}"
-        return self._verified / hashlib.sha256(identity.encode()).hexdigest()[:32]
-
-    def _is_verified(self, entry: dict[str, Any], path: Path) -> bool:
-        try:
-            return self._stamp(entry, path).exists()
-        except FileNotFoundError:
-            return False
-
-    def _map(self, shard: int) -> tuple[mmap.mmap, Any]:
-        path = self.prepare(shard)
-        with open(path, "rb") as file:
+    def open(self, shard: int) -> Shard:
+        """A shard, mapped: there and verified. Raises ShardError, naming it, where it can't be had."""
+        if opened := self._open.get(shard):
+            return opened
+        with self.cache.open(shard) as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.frombuffer(data, "<u4", 1)[0])
         if count != self.samples[shard]:
-            raise ShardError(f"the shard {path} is corrupt: it holds {count} samples, {INDEX} names {self.samples[shard]}")
-        if len(self._open) >= MOST_OPEN:
-            del self._open[next(iter(self._open))]
-        # Offsets as Python ints: slicing a map with numpy integers takes twice as long.
-        offsets = np.frombuffer(data, "<u4", count + 1, 4).tolist()
-        self._open[shard] = data, offsets
-        return self._open[shard]
+            path = self.folder / self.entries[shard]["raw_data"]["basename"]
+            found = f"it holds {count} samples, {INDEX} names {self.samples[shard]}"
+            raise ShardError(f"stream '{self._stream}': the shard {path} is corrupt: {found}")
+        while len(self._open) >= self._most_open:
+            self._open.pop(next(iter(list(self._open))), None)  # threads may have been faster
+        return self._open.setdefault(shard, Shard(data, np.frombuffer(data, "<u4", count + 1, 4), self._decoder_of[shard]))
+
+    def _decoder(self, entry: dict[str, Any]) -> Callable[[mmap.mmap, int, int], Record]:
+        """Ours for our columns alone; upstream's where there are others besides. One for all shards with the same columns."""
+        key = json.dumps([entry["column_names"], entry["column_encodings"], entry["column_sizes"]])
+        if key not in self._decoders:
+            columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+            tokens = columns.get("tokens", "")
+            ours = {"id": "str", "image_spans": "bytes", "images": "bytes", "target_spans": "ndarray:uint32", "tokens": tokens}
+            if tokens not in ("ndarray:uint16", "ndarray:uint32") or columns != {**columns, **ours}:
+                raise ConfigError(f"{self.folder / INDEX}: expected the columns {ours}, found {columns}")
+            plain = list(columns) == sorted(ours) and not any(entry["column_sizes"])
+            self._decoders[key] = _plain(tokens.removeprefix("ndarray:")) if plain else _general(self.folder, entry)
+        return self._decoders[key]
+
+
+def _plain(token_type: str) -> Callable[[mmap.mmap, int, int], Record]:
+    """A decoder of samples with exactly our columns: 4 us a text sample, where upstream's takes 25. Arrays are views of the map.
+
+    A sample is the sizes of its five columns (uint32), then the columns. An array is a byte (dimensions, and the width of
+    each), its shape, its values.
+    """
+    dtype = np.dtype(token_type).newbyteorder("<")
+    width = dtype.itemsize
+
+    def decode(data: mmap.mmap, begin: int, stream: int) -> Record:
+        id_size, spans_size, images_size, targets_size, tokens_size = _SIZES.unpack_from(data, begin)
+        name = begin + 20
+        spans = name + id_size
+        images = spans + spans_size
+        targets = images + images_size
+        tokens = targets + targets_size
+        targets_shape = 2 << (data[targets] & 3)  # bytes
+        tokens_shape = 1 << (data[tokens] & 3)
+        return Record(
+            str(data[name:spans], "utf-8"),
+            np.frombuffer(data, dtype, (tokens_size - 1 - tokens_shape) // width, tokens + 1 + tokens_shape),
+            np.frombuffer(data, "<u4", (targets_size - 1 - targets_shape) // 4, targets + 1 + targets_shape).reshape(-1, 2),
+            np.frombuffer(data, "<u4", spans_size // 4, spans).reshape(-1, 4) if spans_size else _NO_IMAGES,
+            unpack_bytes(memoryview(data)[images:targets]) if images_size > 4 else (),
+            stream,
+        )
+
+    return decode
+
+
+def _general(folder: Path, entry: dict[str, Any]) -> Callable[[mmap.mmap, int, int], Record]:
+    """A decoder of samples with more columns than ours."""
+    from streaming.base.format import reader_from_json
+
+    reader: Any = reader_from_json(str(folder), None, entry)
+    try:
+        reader.validate(allow_unsafe_types=False)  # pickled columns run code
+    except ValueError as error:
+        raise ConfigError(f"{folder / INDEX}: {error}") from None
+
+    fixed = [size for size in entry["column_sizes"] if size]
+    varying = len(entry["column_sizes"]) - len(fixed)
+
+    def decode(data: mmap.mmap, begin: int, stream: int) -> Record:
+        size = 4 * varying + sum(fixed) + int(np.frombuffer(data, "<u4", varying, begin).sum())
+        return Record.from_mds(reader.decode_sample(data[begin : begin + size]), stream)
+
+    return decode

@@ -1,13 +1,14 @@
 """Files in a folder of this machine or in an object store, by one small set of verbs.
 
-    store = open_store("s3://bucket/folder")      # or gs://bucket/folder, az://container/folder, or a path
+    store = open_store("s3://bucket/folder")      # or gs://, az://, hf://datasets/owner/name/folder, or a path
     store.write("index.json", data); store.read("index.json"); store.sizes("chunk-000000/")
 
 Credentials come from where each cloud's own tools look for them: the AWS variables, profiles and roles (with
 S3_ENDPOINT_URL for other servers), Google's application default credentials (STORAGE_EMULATOR_HOST for an emulator),
 AZURE_ACCOUNT_NAME with AZURE_ACCOUNT_ACCESS_KEY: the variables that mosaicml-streaming reads, too. It writes Azure's
-URLs as azure://account/container/folder: these are understood as well. Requests that fail on the way are repeated with
-growing pauses for two minutes in all.
+URLs as azure://account/container/folder: these are understood as well. Hugging Face's hub is for reading; HF_TOKEN and
+HF_ENDPOINT are its own variables. Requests that fail on the way are repeated with growing pauses, for two minutes in all
+unless the caller has less patience.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any, BinaryIO, Protocol
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, write_aside
 
-CLOUDS = ("s3", "gs", "az", "azure")
+CLOUDS = ("s3", "gs", "az", "azure", "hf")
+PATIENCE = 120.0  # seconds in which a request that fails on the way is repeated
 
 
 class StoreError(OSError):
@@ -93,8 +95,12 @@ def split(name: str) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=256)
-def open_store(url: str) -> Store:
+def open_store(url: str, endpoint: str | None = None, patience: float = PATIENCE) -> Store:
     """The store behind a path or URL of a folder. Nothing is asked of a server yet.
+
+    Args:
+        endpoint: the S3 server; default S3_ENDPOINT_URL, or Amazon's.
+        patience: seconds after which a server that does not answer, or not rightly, is an error.
 
     Raises:
         ConfigError: an unknown scheme, or settings from which no client can be made.
@@ -103,10 +109,10 @@ def open_store(url: str) -> Store:
         return Folder(Path(url))
     scheme = url.partition("://")[0]
     if scheme not in CLOUDS:
-        raise ConfigError(f"{url}: expected a path or a URL that begins with s3://, gs:// or az://")
+        raise ConfigError(f"{url}: expected a path or a URL that begins with s3://, gs://, az:// or hf://")
     from unitoken.streaming_data.clouds import open_bucket
 
-    return open_bucket(url)
+    return open_bucket(url, endpoint, patience)
 
 
 class Folder:

@@ -16,7 +16,7 @@ from unitoken.streaming_data import bucket
 from unitoken.streaming_data.bucket import Bucket
 from unitoken.streaming_data.clouds import S3, open_bucket
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, StoreError, open_store
+from unitoken.streaming_data.stores import PATIENCE, MissingError, StoreError, open_store
 
 URLS = {"s3": "s3://name/folder", "gs": "gs://name/folder", "az": "az://name/folder"}
 DATA = b"the whole content"
@@ -116,10 +116,10 @@ def test_a_server_that_stays_away_is_an_error_in_the_end(
     cloud: tuple[str, list[int], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     url, answers, asked = cloud
-    monkeypatch.setattr(bucket, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.05)
     answers += [503] * 1000
     (tmp_path / "file").write_bytes(b"1")
-    store = open_store(url)
+    store = open_store(url, patience=0.4)
     for ask in (lambda: store.read("file"), lambda: store.sizes(), lambda: store.upload(tmp_path / "file", "file")):
         begun = len(asked)
         with pytest.raises(StoreError, match=rf"{url}/.*\(tried for 0 s\)"):
@@ -130,11 +130,10 @@ def test_a_server_that_stays_away_is_an_error_in_the_end(
 @pytest.mark.parametrize("scheme", CLOUDS)
 def test_a_server_that_is_not_there_is_an_error_in_the_end(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     point_to("http://127.0.0.1:9", monkeypatch)
-    monkeypatch.setattr(bucket, "RETRY_SECONDS", 0.3)
     monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.01)
     open_store.cache_clear()
     with pytest.raises(StoreError, match=r"name/folder/file: .*(refused|connect)"):
-        open_store(URLS[scheme]).read("file")
+        open_store(URLS[scheme], patience=0.3).read("file")
     open_store.cache_clear()
 
 
@@ -164,13 +163,13 @@ def test_wrong_credentials_are_a_denied_permission_at_once(scheme: str, secret: 
             begun = time.monotonic()
             with pytest.raises(StoreError, match="permission denied"):
                 open_store(service.url("folder")).write("file", b"1")
-            assert time.monotonic() - begun < bucket.RETRY_SECONDS / 2
+            assert time.monotonic() - begun < PATIENCE / 2
 
 
 @pytest.mark.parametrize("url", ["s3://", "gs:///folder", "az://", "azure://account"])
 def test_a_url_without_a_bucket_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"expected the name of a (bucket|container)"):
-        open_bucket(url)
+        open_bucket(url, None, PATIENCE)
 
 
 def test_azure_needs_the_name_of_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,16 +177,16 @@ def test_azure_needs_the_name_of_an_account(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZURE_ACCOUNT_ACCESS_KEY", ACCOUNT_KEY)
     with pytest.raises(ConfigError, match="az://container/folder: AZURE_ACCOUNT_NAME is not set"):
-        open_bucket("az://container/folder")
-    assert "theirs.blob.core.windows.net/container" in open_bucket("azure://theirs/container/folder")._client.url
+        open_bucket("az://container/folder", None, PATIENCE)
+    assert "theirs.blob.core.windows.net/container" in open_bucket("azure://theirs/container/folder", None, PATIENCE)._client.url
     monkeypatch.setenv("AZURE_ACCOUNT_NAME", "ours")
-    assert "ours.blob.core.windows.net/container" in open_bucket("az://container/folder")._client.url
+    assert "ours.blob.core.windows.net/container" in open_bucket("az://container/folder", None, PATIENCE)._client.url
 
 
 def test_a_profile_that_is_not_there_is_a_mistake_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ConfigError, match=r"s3://name/folder: .*nobody"):
-        open_bucket("s3://name/folder")
+        open_bucket("s3://name/folder", None, PATIENCE)
 
 
 def test_a_profile_gives_the_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -195,13 +194,13 @@ def test_a_profile_gives_the_credentials(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    assert open_bucket("s3://name/folder")._client._get_credentials().access_key == "theirs"
+    assert open_bucket("s3://name/folder", None, PATIENCE)._client._get_credentials().access_key == "theirs"
 
 
 def test_googles_keys_for_s3_are_used_as_streaming_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCS_KEY", "key")
     monkeypatch.setenv("GCS_SECRET", "secret")
-    store = open_bucket("gs://name/folder")
+    store = open_bucket("gs://name/folder", None, PATIENCE)
     assert isinstance(store, S3)
     assert store._client.meta.endpoint_url == "https://storage.googleapis.com"
     assert store._client._get_credentials().access_key == "key"
@@ -211,7 +210,7 @@ def test_the_requester_pays_where_streaming_is_told_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "other, name")
-    store = open_bucket("s3://name/folder")
+    store = open_bucket("s3://name/folder", None, PATIENCE)
     sent: list[dict[str, object]] = []
     monkeypatch.setattr(store._client, "head_object", lambda **asked: sent.append(asked) or {"ContentLength": 1, "ETag": "x"})
     store.size("file")

@@ -115,7 +115,8 @@ def test_a_bucket_that_goes_away_ends_the_run_and_the_same_command_goes_on(
 
     out = cloud.url("gone")
     command = soak.command(short.source, out, short.size, "--rank", "0")[3:]
-    monkeypatch.setattr(bucket, "RETRY_SECONDS", 2.0)
+    monkeypatch.setattr(open_store.__wrapped__, "__defaults__", (None, 2.0))  # seconds of patience
+    open_store.cache_clear()
 
     def end_the_server() -> None:
         wait_for(lambda: soak.done(out) >= 5)

@@ -1,0 +1,77 @@
+"""Datasets on Hugging Face's hub: hf://datasets/owner/name/folder, or name@revision. For reading only.
+
+Plain HTTP, as huggingface_hub asks for one file: HF_ENDPOINT is the server, HF_TOKEN the key to private datasets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from unitoken.streaming_data.bucket import NO_ANSWER, Bucket
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import StoreError
+
+
+class Hub(Bucket):
+    def __init__(self, url: str, kind: str, rest: str, endpoint: str | None, patience: float) -> None:
+        owner, _, rest = rest.partition("/")
+        name, _, folder = rest.partition("/")
+        name, _, revision = name.partition("@")
+        if kind != "datasets" or not owner or not name:
+            raise ConfigError(f"{url}: expected hf://datasets/owner/name or hf://datasets/owner/name/folder")
+        self._revision = quote(revision or "main", safe="")
+        super().__init__(url, f"datasets/{owner}/{name}", folder, endpoint, patience)
+
+    def _connect(self) -> Any:
+        from requests import Session
+
+        self._server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        session = Session()
+        if token := os.environ.get("HF_TOKEN"):
+            session.headers["Authorization"] = f"Bearer {token}"
+        session.headers["Accept-Encoding"] = "identity"  # ranges are of the file's own bytes
+        return session
+
+    def _ask(self, method: str, address: str, **options: Any) -> Any:
+        answer = self._client.request(method, address, timeout=self._timeouts, allow_redirects=True, **options)
+        answer.raise_for_status()
+        return answer
+
+    def _address(self, key: str) -> str:
+        return f"{self._server}/{self._bucket}/resolve/{self._revision}/{quote(key)}"
+
+    def _get(self, key: str, start: int, end: int | None) -> bytes:
+        headers = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
+        answer = self._ask("GET", self._address(key), headers=headers)
+        data: bytes = answer.content
+        return data if answer.status_code == 206 or end is None else data[start:end]
+
+    def _head(self, key: str) -> tuple[int, str]:
+        headers = self._ask("HEAD", self._address(key)).headers
+        return int(headers["Content-Length"]), str(headers.get("ETag", ""))
+
+    def _list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        folder = prefix.rpartition("/")[0]
+        address = f"{self._server}/api/{self._bucket}/tree/{self._revision}/{quote(folder)}?recursive=true"
+        while address:
+            answer = self._ask("GET", address)
+            for entry in answer.json():
+                if entry["type"] == "file" and entry["path"].startswith(prefix):
+                    yield entry["path"], int(entry["size"])
+            address = answer.links.get("next", {}).get("url", "")
+
+    def _put(self, key: str, file: BinaryIO) -> None:  # noqa: ARG002
+        raise StoreError(f"{self.url}: the hub is for reading only; upload a finished folder with its own tools")
+
+    def _remove(self, key: str) -> None:  # noqa: ARG002
+        raise StoreError(f"{self.url}: the hub is for reading only")
+
+    def _status(self, error: Exception) -> int | None:
+        from requests.exceptions import HTTPError, RequestException
+
+        if isinstance(error, HTTPError):
+            return int(error.response.status_code)
+        return NO_ANSWER if isinstance(error, RequestException) else None
