@@ -1,9 +1,12 @@
 import itertools
+import multiprocessing
+import os
+import re
 
 import numpy as np
 import pytest
 import torch
-from small_datasets import make_record, small_vocabulary, text_records, write_dataset
+from small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
 from torch.utils.data import DataLoader, IterableDataset
 
 from unitoken.streaming_data.config import ConfigError
@@ -117,3 +120,45 @@ def test_shares_are_reported_for_printing(make):
     table = make().dataset.plan.report.table()
     assert "images" in table
     assert "over-long" in table
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_one_rank_can_not_read_is_an_error_in_every_rank_that_names_it(tmp_path, workers):
+    """Each rank reads its own half of the shards, so only one of the two comes upon the lost one."""
+    folder = write_dataset(tmp_path / "text", text_records(300))
+    lost = shard_paths(folder)[-3]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_read_until_error, args=(rank, tmp_path, folder, lost, workers, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = dict(results.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    for words in found.values():
+        assert re.search(rf"a batch can not be read on rank [01]: .*stream 'text': the shard .*{lost.name}", words, re.DOTALL), (
+            words
+        )
+    assert found[0].count("rank ") == 1, "both came upon it: the test tests nothing"
+
+
+def _read_until_error(rank, tmp_path, folder, lost, workers, results):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2)
+    config = DataConfig(
+        streams={"text": {"local": str(folder)}}, packed_length=64, global_batch=4, canonical_nodes=2, shuffle=False,
+        continuous="none", cache=str(tmp_path / "cache"), workers=workers,
+    )  # fmt: skip
+    loader = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=2, compat=False)
+    torch.distributed.barrier()
+    if rank == 0:
+        flip_byte(lost)
+    torch.distributed.barrier()
+    try:
+        for _ in loader:
+            pass
+        results.put((rank, "no error"))
+    except RuntimeError as error:
+        results.put((rank, str(error)))
+    torch.distributed.destroy_process_group()

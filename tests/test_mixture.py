@@ -116,7 +116,7 @@ def test_a_remote_datasets_small_files_are_fetched_and_nothing_else(tmp_path, da
 def test_a_remote_dataset_that_is_not_there_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ConfigError, match=f"stream 'a': {tmp_path}/none/manifest.json: not there"):
         check_mixture(settings(tmp_path, {"a": {"remote": str(tmp_path / "none")}}))
-    with pytest.raises(ConfigError, match="Unsupported remote path"):
+    with pytest.raises(ConfigError, match="expected a path or a URL that begins with s3://"):
         check_mixture(settings(tmp_path, {"a": {"remote": "gopher://x/y"}}))
 
 
