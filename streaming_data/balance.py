@@ -6,13 +6,15 @@ lengths) and the vision tower's work (images). Which packs make up a batch is th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
 
-def balance(squares: npt.NDArray[np.floating], images: npt.NDArray[np.integer], ranks: int) -> Ids:
+def balance(squares: npt.NDArray[np.floating[Any]], images: npt.NDArray[np.integer[Any]], ranks: int) -> Ids:
     """Deal packs to ranks, equally many each, with squares and images spread as evenly as a greedy rule can.
 
     The heaviest pack first, each to the rank whose larger load, of the two, stays smallest with it. A rank's packs are

@@ -2,27 +2,33 @@
 
 input_ids, labels, position_ids  (P, L) int64    0, IGNORED, 0 in padding; labels are not shifted
 document_ids                     (P, L) int32    0, 1, ... inside a pack, -1 in padding
-pixel_values                     (N, 3, S, S) uint8
-image_rows                       (N,) int64      the pack an image belongs to, ascending
-feature_positions                (N, F) int64    where in its row an image's features go
+pixel_values                     (V, 3, S, S) uint8  the views of all images that bring features
+view_rows                        (V,) int64      the pack a view belongs to, ascending
+feature_rows, feature_columns    (M,) int64      the places of features
+feature_views, feature_patches   (M,) int64      which feature goes there: of which view, and which of its F
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from unitoken.streaming_data.images import ImageError, vision_pixels
+from unitoken.streaming_data.images import ImageError
 from unitoken.streaming_data.record import IGNORED, Record
+from unitoken.streaming_data.views import NEWLINE, Pixels, Views
 
 Batch = dict[str, torch.Tensor]
 Ids = npt.NDArray[np.int64]
-PER_IMAGE = ("pixel_values", "image_rows", "feature_positions")
+PER_VIEW = ("pixel_values", "view_rows")
+PER_FEATURE = ("feature_rows", "feature_columns", "feature_views", "feature_patches")
+NO_VIEWS = Views(image_size=1, patch_size=1)  # shapes of a batch for a model without vision tower
 
 
 def featured(labels: Ids, image_spans: npt.NDArray[np.uint32], continuous: str) -> list[int]:
@@ -32,105 +38,164 @@ def featured(labels: Ids, image_spans: npt.NDArray[np.uint32], continuous: str) 
     return [image for image, (first, *_) in enumerate(image_spans) if continuous == "all" or labels[first] == IGNORED]
 
 
-def insert_features(
-    tokens: npt.NDArray[Any],
-    labels: Ids,
-    image_spans: npt.NDArray[np.uint32],
-    features: int,
-    continuous: str,
-    separator: int,
-    compat: bool,
-) -> tuple[Ids, Ids, list[tuple[int, int]]]:
-    """Make room for the continuous features of a document's images: `[image_start ... separator, F places, image_end]`.
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A record with room for the features of its images."""
+
+    ids: Ids  # (T,) 0 where a feature goes
+    labels: Ids  # (T,)
+    blocks: Ids  # (N, 2) the images, features included: first token, end
+    places: tuple[tuple[int, int], ...]  # the images with features, by number, each with the position of its first feature
+
+    def cut(self, limit: int) -> Document:
+        """The first `limit` positions, or fewer where an image would be cut."""
+        if len(self.ids) <= limit:
+            return self
+        inside = (self.blocks[:, 0] < limit) & (self.blocks[:, 1] > limit)
+        end = int(self.blocks[inside, 0].min(initial=limit))
+        return Document(
+            self.ids[:end],
+            self.labels[:end],
+            self.blocks[self.blocks[:, 1] <= end],
+            tuple((image, start) for image, start in self.places if start < end),
+        )
+
+
+def insert_features(record: Record, counts: dict[int, int], separator: int, compat: bool = False) -> Document:
+    """Make room for continuous features: `[image_start ... separator, places of the features, image_end]`.
 
     Args:
-        tokens, labels: (T,) the document; labels are not shifted.
-        image_spans: (N, 4) as in the record: first token, end, height, width.
+        counts: positions for the features of each image that brings any, by its number.
         compat: the separator is trained on wherever it stands, as in the reference; otherwise never.
-
-    Returns:
-        ids, labels: (T + (1 + F) * images with features,). Places have id 0 and label IGNORED.
-        The images with features, by number, each with the position of its first feature.
     """
+    labels = record.labels()
     ids_parts: list[Any] = []
     label_parts: list[Any] = []
     places: list[tuple[int, int]] = []
+    blocks = record.image_spans[:, :2].astype(np.int64)
     separator_label = separator if compat else IGNORED
     copied = length = 0
-    for image in featured(labels, image_spans, "all" if compat and continuous != "none" else continuous):
-        end = int(image_spans[image][1]) - 1  # of image_end
-        ids_parts += [tokens[copied:end], [separator], np.zeros(features, np.int64)]
-        label_parts += [labels[copied:end], [separator_label], np.full(features, IGNORED)]
-        length += end - copied + 1 + features
-        places.append((image, length - features))
+    for image, count in counts.items():
+        end = int(record.image_spans[image][1]) - 1  # of image_end
+        ids_parts += [record.tokens[copied:end], [separator], np.zeros(count, np.int64)]
+        label_parts += [labels[copied:end], [separator_label], np.full(count, IGNORED)]
+        length += end - copied + 1 + count
+        places.append((image, length - count))
         copied = end
-    ids = np.concatenate([*ids_parts, tokens[copied:]]).astype(np.int64)
-    return ids, np.concatenate([*label_parts, labels[copied:]]).astype(np.int64), places
+        blocks[image, 1] += 1 + count
+        blocks[image + 1 :] += 1 + count
+    ids = np.concatenate([*ids_parts, record.tokens[copied:]]).astype(np.int64)
+    return Document(ids, np.concatenate([*label_parts, labels[copied:]]).astype(np.int64), blocks, tuple(places))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Collate:
     """Packs -> batch. An object, so that DataLoader workers can be started by fork or spawn."""
 
     length: int  # L
-    features: int  # F
-    image_size: int  # S, pixels
+    views: Views | None  # None: no image brings features
     continuous: str
     separator: int
+    newline: int
     compat: bool
+    limits: tuple[int, ...] | None = None  # by stream: longer documents are cut; None: they are an error
 
     def __call__(self, packs: Sequence[Sequence[Record]]) -> Batch:
-        shape = (len(packs), self.length)
+        views, shape = self.views or NO_VIEWS, (len(packs), self.length)
         input_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
         position_ids, document_ids = np.zeros(shape, np.int64), np.full(shape, -1, np.int32)
-        pixels: list[npt.NDArray[np.uint8]] = []
-        image_rows: list[int] = []
-        starts: list[int] = []
+        pixels: list[Pixels] = [np.zeros((0, 3, views.image_size, views.image_size), np.uint8)]
+        view_rows: list[int] = []
+        features: list[Ids] = [np.zeros((0, 4), np.int64)]  # row, column, view, patch
+        seen = self._look(packs)
         for row, records in enumerate(packs):
+            parts: list[Any] = []
             begin = 0
-            for document, record in enumerate(records):
-                ids, targets, places = insert_features(
-                    record.tokens, record.labels(), record.image_spans, self.features, self.continuous, self.separator, self.compat
-                )
-                end = begin + len(ids)
-                if end > self.length:
-                    raise ValueError(f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong")
-                targets[0] = IGNORED  # or the document before would predict it
-                input_ids[row, begin:end], labels[row, begin:end] = ids, targets
-                position_ids[row, begin:end], document_ids[row, begin:end] = np.arange(len(ids)), document
-                for image, start in places:
-                    pixels.append(self._pixels(record, image))
-                    image_rows.append(row)
-                    starts.append(begin + start)
-                begin = end
-        size = self.image_size
-        positions = np.array(starts, np.int64)[:, None] + np.arange(self.features)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(position_ids),
-            "document_ids": torch.from_numpy(document_ids),
-            "pixel_values": torch.from_numpy(np.stack(pixels)) if pixels else torch.empty((0, 3, size, size), dtype=torch.uint8),
-            "image_rows": torch.tensor(image_rows, dtype=torch.int64),
-            "feature_positions": torch.from_numpy(positions),
-        }
+            for record in records:
+                if not len(record.image_spans):
+                    ids = record.tokens if self.limits is None else record.tokens[: self.limits[record.stream]]
+                    self._fits(record, begin + len(ids))
+                    for start, end in record.target_spans.tolist():
+                        labels[row, begin + start : begin + min(end, len(ids))] = ids[start:end]
+                else:
+                    images = next(seen)
+                    document = self._document(record, {image: views.count(*size) for image, (_, size) in images.items()})
+                    ids = document.ids
+                    self._fits(record, begin + len(ids))
+                    labels[row, begin : begin + len(ids)] = document.labels
+                    for image, start in document.places:
+                        picture, size = images[image]
+                        layout = views.layout(*size)
+                        ids[start : start + len(layout)] = np.where(layout == NEWLINE, self.newline, 0)
+                        places = np.flatnonzero(layout != NEWLINE)
+                        view, patch = np.divmod(layout[places], views.features)
+                        features.append(
+                            np.stack([np.full(len(places), row), begin + start + places, view + len(view_rows), patch], 1)
+                        )
+                        pixels.append(picture)
+                        view_rows += [row] * len(picture)
+                labels[row, begin] = IGNORED  # or the document before would predict it
+                parts.append(ids)
+                begin += len(ids)
+            lengths = [len(part) for part in parts]
+            input_ids[row, :begin] = np.concatenate(parts)
+            position_ids[row, :begin] = np.arange(begin) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            document_ids[row, :begin] = np.repeat(np.arange(len(parts)), lengths)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}
+        batch |= {"pixel_values": np.concatenate(pixels), "view_rows": np.array(view_rows, np.int64)}
+        batch |= zip(PER_FEATURE, np.ascontiguousarray(np.concatenate(features).T), strict=True)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _pixels(self, record: Record, image: int) -> npt.NDArray[np.uint8]:
+    def _fits(self, record: Record, end: int) -> None:
+        if end > self.length:
+            raise ValueError(f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong")
+
+    def _document(self, record: Record, counts: dict[int, int]) -> Document:
+        document = insert_features(record, counts, self.separator, self.compat)
+        return document if self.limits is None else document.cut(self.limits[record.stream])
+
+    def _look(self, packs: Sequence[Sequence[Record]]) -> Iterator[dict[int, tuple[Pixels, tuple[int, int]]]]:
+        """For each record with images those that bring features, by number: views and size. Pictures are decoded by threads."""
+        continuous = "none" if self.views is None else "all" if self.compat and self.continuous != "none" else self.continuous
+        records = [record for pack in packs for record in pack if len(record.image_spans)]
+        wanted = [featured(record.labels(), record.image_spans, continuous) for record in records]
+        jobs = [(record, image) for record, images in zip(records, wanted, strict=True) for image in images]
+        if len(jobs) > 1 and (threads := _threads()) > 1:
+            with ThreadPoolExecutor(min(threads, len(jobs))) as pool:
+                seen = pool.map(self._pixels, *zip(*jobs, strict=True))
+                yield from [{image: next(seen) for image in images} for images in wanted]
+        else:
+            for record, images in zip(records, wanted, strict=True):
+                yield {image: self._pixels(record, image) for image in images}
+
+    def _pixels(self, record: Record, image: int) -> tuple[Pixels, tuple[int, int]]:
+        assert self.views is not None
         try:
-            return vision_pixels(record.images[image], self.image_size, self.compat)
+            return self.views.pixels(record.images[image], self.compat)
         except (ImageError, IndexError) as error:
             raise ValueError(f"sample '{record.id}', image {image}: {error}") from error
 
 
+def _threads() -> int:
+    """This process's share of the machine's cores."""
+    info = torch.utils.data.get_worker_info()
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (info.num_workers if info else 1)
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
+
+
 def split_batch(batch: Batch, microbatch_packs: int) -> list[Batch]:
-    """Cut a batch into microbatches of so many packs (the last may have fewer); images follow their rows."""
-    rows, packs = batch["image_rows"], num_packs(batch)
+    """Cut a batch into microbatches of so many packs (the last may have fewer); views and features follow their rows."""
+    packs = num_packs(batch)
     parts = []
     for begin in range(0, packs, microbatch_packs):
         end = min(begin + microbatch_packs, packs)
-        mine = (rows >= begin) & (rows < end)
-        part = {name: value[mine] if name in PER_IMAGE else value[begin:end] for name, value in batch.items()}
-        part["image_rows"] = part["image_rows"] - begin
+        borders = torch.tensor([begin, end], device=batch["view_rows"].device)
+        first_view, last_view = torch.searchsorted(batch["view_rows"], borders).tolist()
+        first, last = torch.searchsorted(batch["feature_rows"], borders).tolist()
+        cuts = dict.fromkeys(PER_VIEW, (first_view, last_view)) | dict.fromkeys(PER_FEATURE, (first, last))
+        part = {name: value[slice(*cuts.get(name, (begin, end)))] for name, value in batch.items()}
+        part |= {name: part[name] - begin for name in ("view_rows", "feature_rows")}
+        part["feature_views"] = part["feature_views"] - first_view
         parts.append(part)
     return parts
 

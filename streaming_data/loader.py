@@ -18,6 +18,7 @@ from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
+from unitoken.streaming_data.lengths import limit_of
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
@@ -90,11 +91,12 @@ def build_loader(
         num_workers=config.workers,
         collate_fn=Collate(
             length=config.packed_length,
-            features=views.features if views else 0,
-            image_size=views.image_size if views else 1,
+            views=views,
             continuous=dataset.recipe.continuous,
             separator=vocabulary.separator,
+            newline=vocabulary.newline,
             compat=compat,
+            limits=None if config.over_long == "reject" else tuple(limit_of(s.config, config.packed_length) for s in sources),
         ),
         pin_memory=torch.cuda.is_available(),
         # Workers get their seeds from it. Without one each epoch's start would draw from the global generator, which the

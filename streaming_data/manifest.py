@@ -51,6 +51,7 @@ def samples_schema() -> pyarrow.Schema:
             ("images", pa.uint16()),
             ("question_images", pa.uint16()),
             ("image_sizes", pa.list_(pa.uint32())),  # width, height, width, height, ... of the originals in pixels
+            ("generated", pa.list_(pa.bool_())),  # of each image: is it trained on
         ]
     )
 

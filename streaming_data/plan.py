@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,9 @@ class Share:
         """Batches of this worker."""
         return len(range(self.worker, (self.plan.packs - self.seen) // self.global_batch, self.workers))
 
+    def __iter__(self) -> Iterator[Ids]:
+        return (self[number] for number in range(len(self)))
+
     def __getitem__(self, number: int) -> Ids:
         """(batch_packs,) the packs of this worker's batch `number`, from heavy to light."""
         if not 0 <= number < len(self):
@@ -207,8 +210,8 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, packs: i
     del rows
     squares, images, shares = _weigh(streams, ids, offsets)
     asked = [amount / max(sum(wanted), 1e-9) for amount in wanted]
-    order = hashlib.sha256(np.ascontiguousarray(ids, "<u4"))
-    order.update(np.ascontiguousarray(offsets, "<u8"))
+    order = hashlib.sha256(np.ascontiguousarray(ids, "<u4").data)
+    order.update(np.ascontiguousarray(offsets, "<u8").data)
     report = Report(
         recipe=recipe.hash,
         order=order.hexdigest()[:16],
@@ -237,8 +240,8 @@ def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[]
                 _remove_unused(folder)
                 _save(build(recipe, streams(), epoch, packs), place)
     os.utime(place)
-    arrays = [np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
-    return Plan(*arrays, Report.model_validate_json((place / "report.json").read_bytes()))
+    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return Plan(report=Report.model_validate_json((place / "report.json").read_bytes()), **arrays)
 
 
 def _remove_unused(folder: Path) -> None:

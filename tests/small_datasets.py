@@ -94,16 +94,17 @@ def write_dataset(
         shard["raw_data"]["basename"] = f"{chunk.name}/{shard['raw_data']['basename']}"
     (folder / INDEX).write_text(json.dumps(index))
     labels = [record.labels() for record in records]
-    questions = [
-        sum(label[first] == IGNORED for first, *_ in record.image_spans) for record, label in zip(records, labels, strict=True)
+    generated = [
+        [bool(label[first] != IGNORED) for first, *_ in record.image_spans] for record, label in zip(records, labels, strict=True)
     ]
     rows = {
         "id": [record.id for record in records],
         "tokens": [len(record.tokens) for record in records],
         "target_tokens": [int((label != IGNORED).sum()) for label in labels],
         "images": [len(record.images) for record in records],
-        "question_images": questions,
+        "question_images": [flags.count(False) for flags in generated],
         "image_sizes": [[4, 4] * len(record.images) for record in records],
+        "generated": generated,
     }
     pyarrow.parquet.write_table(pyarrow.table(rows, schema=samples_schema()), folder / SIDECAR)
     (folder / REJECTS).write_bytes(b"")

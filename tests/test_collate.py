@@ -1,21 +1,35 @@
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from small_datasets import BLOCK, make_record, small_vocabulary
 
-from unitoken.streaming_data.collate import Collate, insert_features, num_packs, num_tokens, split_batch
+from unitoken.streaming_data.collate import (
+    PER_FEATURE,
+    PER_VIEW,
+    Collate,
+    featured,
+    insert_features,
+    num_packs,
+    num_tokens,
+    split_batch,
+)
 from unitoken.streaming_data.record import IGNORED, Record
+from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
-F = 3
+VIEWS = Views(image_size=8, patch_size=4)
+F = 4
 SEP = VOCABULARY.separator
 
 
 def collate(continuous: str = "questions", length: int = 80, compat: bool = False) -> Collate:
-    return Collate(length, 0 if continuous == "none" else F, 8, continuous, SEP, compat)
+    return Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, compat)
 
 
 def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Record:
@@ -23,15 +37,16 @@ def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Re
 
 
 def inserted(rec: Record, continuous: str, compat: bool = False):
-    return insert_features(rec.tokens, rec.labels(), rec.image_spans, F, continuous, SEP, compat)
+    document = insert_features(rec, dict.fromkeys(featured(rec.labels(), rec.image_spans, continuous), F), SEP, compat)
+    return document.ids, document.labels, list(document.places)
 
 
 def test_features_go_behind_a_separator_before_the_end_of_the_image():
     rec = record("a", questions=1)
     ids, labels, places = inserted(rec, "questions")
     end = 1 + BLOCK - 1  # bos, block without its last token
-    assert ids.tolist() == [*rec.tokens[:end], SEP, 0, 0, 0, VOCABULARY.image_end, *rec.tokens[end + 1 :]]
-    assert labels.tolist() == [*rec.labels()[:end], IGNORED, IGNORED, IGNORED, IGNORED, *rec.labels()[end:]]
+    assert ids.tolist() == [*rec.tokens[:end], SEP, 0, 0, 0, 0, VOCABULARY.image_end, *rec.tokens[end + 1 :]]
+    assert labels.tolist() == [*rec.labels()[:end], *[IGNORED] * 5, *rec.labels()[end:]]
     assert places == [(0, end + 1)]
 
 
@@ -50,7 +65,7 @@ def test_which_images_bring_features(continuous, images):
 
 def test_as_in_the_reference_every_image_brings_features_and_its_separator_is_trained_on():
     rec = record("a", questions=1, answers=1)
-    ids, labels, places = inserted(rec, "questions", compat=True)
+    ids, labels, places = inserted(rec, "all", compat=True)
     assert [image for image, _ in places] == [0, 1]
     assert [labels[start - 1] for _, start in places] == [SEP, SEP]
     assert (labels == SEP).sum() == 2
@@ -77,8 +92,11 @@ def test_a_batch_keeps_the_contract():
         "position_ids": ((2, 80), torch.int64),
         "document_ids": ((2, 80), torch.int32),
         "pixel_values": ((1, 3, 8, 8), torch.uint8),
-        "image_rows": ((1,), torch.int64),
-        "feature_positions": ((1, F), torch.int64),
+        "view_rows": ((1,), torch.int64),
+        "feature_rows": ((F,), torch.int64),
+        "feature_columns": ((F,), torch.int64),
+        "feature_views": ((F,), torch.int64),
+        "feature_patches": ((F,), torch.int64),
     }
     first, second = 1 + BLOCK + 6 + 1 + 1 + F, 1 + 9 + 1
     assert batch["document_ids"][0].tolist() == [0] * first + [1] * second + [-1] * (80 - first - second)
@@ -103,9 +121,12 @@ def test_no_document_predicts_the_next_ones_first_token():
 def test_feature_places_and_pixels_belong_to_their_image():
     packs = [[record("c", text=3)], [record("a", questions=2), record("b", questions=1)]]
     batch = collate(length=120)(packs)
-    assert batch["image_rows"].tolist() == [1, 1, 1]
+    assert batch["view_rows"].tolist() == [1, 1, 1]
+    assert batch["feature_rows"].tolist() == [1] * 3 * F
+    assert batch["feature_views"].view(3, F).tolist() == [[n] * F for n in range(3)]
+    assert batch["feature_patches"].view(3, F).tolist() == [list(range(F))] * 3
     images = [*packs[1][0].images, *packs[1][1].images]
-    for pixels, positions, data in zip(batch["pixel_values"], batch["feature_positions"], images, strict=True):
+    for pixels, positions, data in zip(batch["pixel_values"], batch["feature_columns"].view(3, F), images, strict=True):
         expected = Image.open(io.BytesIO(data)).getpixel((0, 0))
         assert (pixels == torch.tensor(expected, dtype=torch.uint8)[:, None, None]).all()
         ids = batch["input_ids"][1]
@@ -119,8 +140,9 @@ def test_feature_places_and_pixels_belong_to_their_image():
 def test_a_batch_without_images_keeps_its_shapes():
     batch = collate("none")([[record("a", questions=1)]])
     assert batch["pixel_values"].shape == (0, 3, 8, 8)
-    assert batch["feature_positions"].shape == (0, 0)
-    assert collate()([[record("a")]])["feature_positions"].shape == (0, F)
+    assert all(len(batch[name]) == 0 for name in (*PER_VIEW, *PER_FEATURE))
+    without = Collate(80, None, "none", SEP, VOCABULARY.newline, False)([[record("a", questions=1)]])
+    assert without["input_ids"].tolist() == batch["input_ids"].tolist()
 
 
 def test_a_pack_that_is_too_long_is_an_error_that_names_the_sample():
@@ -147,14 +169,15 @@ def test_microbatches_together_are_the_batch(size):
     batch = collate()(packs)
     parts = split_batch(batch, size)
     assert [num_packs(part) for part in parts] == [min(size, 5 - begin) for begin in range(0, 5, size)]
-    begin = 0
+    begin = views = 0
     for part in parts:
-        assert part["image_rows"].tolist() == sorted(part["image_rows"].tolist())
-        assert all(0 <= row < num_packs(part) for row in part["image_rows"])
-        for row, positions in zip(part["image_rows"], part["feature_positions"], strict=True):
-            assert part["input_ids"][row, positions[0] - 1] == SEP
-        part["image_rows"] = part["image_rows"] + begin
-        begin += num_packs(part)
+        assert all(0 <= row < num_packs(part) for row in part["view_rows"])
+        assert (part["feature_rows"] == part["view_rows"][part["feature_views"]]).all()
+        first = part["feature_patches"] == 0
+        assert (part["input_ids"][part["feature_rows"][first], part["feature_columns"][first] - 1] == SEP).all()
+        part["feature_views"] = part["feature_views"] + views
+        part["view_rows"], part["feature_rows"] = part["view_rows"] + begin, part["feature_rows"] + begin
+        begin, views = begin + num_packs(part), views + len(part["view_rows"])
     for name, value in batch.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), value), name
 
@@ -167,3 +190,69 @@ def test_tokens_are_counted_as_the_loss_counts_them():
     assert num_tokens(batch) == {"total": tokens, "loss_generating": trained}
     assert trained == int((batch["labels"][:, 1:] != IGNORED).sum())
     assert sum(num_tokens(part)["loss_generating"] for part in split_batch(batch, 1)) == trained
+
+
+@given(
+    text=st.integers(1, 30),
+    questions=st.integers(0, 3),
+    answers=st.integers(0, 3),
+    limit=st.integers(1, 120),
+    everything=st.booleans(),
+)
+def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(text, questions, answers, limit, everything):
+    rec = record("a", text, questions, answers)
+    images = featured(rec.labels(), rec.image_spans, "all" if everything else "questions")
+    whole = insert_features(rec, dict.fromkeys(images, F), SEP)
+    cut = whole.cut(limit)
+    assert len(cut.ids) <= limit
+    assert cut.ids.tolist() == whole.ids[: len(cut.ids)].tolist()
+    assert cut.labels.tolist() == whole.labels[: len(cut.ids)].tolist()
+    assert (cut.ids == VOCABULARY.image_start).sum() == (cut.ids == VOCABULARY.image_end).sum() == len(cut.blocks)
+    assert [image for image, _ in cut.places] == [image for image in images if image < len(cut.blocks)]
+    if len(whole.ids) <= limit:
+        assert cut is whole
+    elif len(cut.ids) < limit:
+        assert whole.ids[len(cut.ids)] == VOCABULARY.image_start, "cut short only where an image begins"
+
+
+def test_what_is_too_long_is_cut_to_its_streams_limit_where_that_is_the_rule():
+    cutting = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, limits=(80, 9))
+    packs = [[dataclasses.replace(record("a", text=20), stream=1), dataclasses.replace(record("b", 3, 1), stream=1), record("c")]]
+    batch = cutting(packs)
+    lengths = np.bincount(batch["document_ids"][0][batch["document_ids"][0] >= 0])
+    assert lengths.tolist() == [9, 1, len(record("c").tokens)]
+    assert len(batch["pixel_values"]) == 0
+    assert batch["input_ids"][0, :9].tolist() == packs[0][0].tokens[:9].tolist()
+
+
+def test_tiles_stand_line_by_line_behind_the_whole_picture():
+    """A wide picture: two tiles side by side with black above and below."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 15), (200, 0, 0)).save(buffer, "PNG")
+    rec = record("a", questions=1)
+    rec = dataclasses.replace(rec, images=(buffer.getvalue(),))
+    views = Views(image_size=8, patch_size=2, anyres=True)
+    layout = views.layout(40, 15)
+    batch = Collate(200, views, "questions", SEP, VOCABULARY.newline, False)([[rec]])
+    across, down = views.canvas(40, 15)
+    assert batch["pixel_values"].shape == (1 + across * down, 3, 8, 8)
+    places = batch["feature_columns"]
+    start = int(places[0])
+    newlines = [start + n for n in np.flatnonzero(layout < 0).tolist()]
+    assert len(newlines) > 1
+    assert (batch["input_ids"][0, newlines] == VOCABULARY.newline).all()
+    assert (batch["labels"][0, start : start + len(layout)] == IGNORED).all()
+    assert sorted([*places.tolist(), *newlines]) == list(range(start, start + len(layout)))
+    sources = batch["feature_views"] * 16 + batch["feature_patches"]
+    assert sources.tolist() == layout[layout >= 0].tolist()
+    assert batch["input_ids"][0, start + len(layout)] == VOCABULARY.image_end
+
+
+def test_threads_change_nothing(monkeypatch):
+    packs = [[record(f"{row}-{n}", questions=n) for n in range(3)] for row in range(3)]
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr("unitoken.streaming_data.collate._threads", lambda threads=threads: threads)
+        found.append(collate(length=120)(packs))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name

@@ -9,6 +9,7 @@ import torch
 from small_datasets import make_record, small_vocabulary
 
 from unitoken.streaming_data.collate import Collate
+from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.generate import answer, generate_images, prompt_of
@@ -85,9 +86,11 @@ def test_answers_are_the_likeliest_tokens_up_to_the_end_of_the_turn(model: UniTo
                 record.image_spans,
                 record.images,
             )
-            batch = Collate(len(longer.tokens) + features, 4, 8, "questions", vocabulary.separator, False)([[longer]])
+            batch = Collate(
+                len(longer.tokens) + features, Views(8, 4), "questions", vocabulary.separator, vocabulary.newline, False
+            )([[longer]])
             with torch.no_grad():
-                embeddings = model.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+                embeddings = model.embed(batch)
                 token = int(model.lm_head(model.model(embeddings, batch["position_ids"], None))[0, -1].argmax())
             if token == vocabulary.end_of_turn:
                 break

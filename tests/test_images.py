@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unitoken.streaming_data import images
-from unitoken.streaming_data.images import ImageError, choose_crop, crop_sizes, decode, fit, tokenizer_pixels, vision_pixels
+from unitoken.streaming_data.images import ImageError, choose_crop, crop_sizes, decode, fit, tokenizer_pixels
+from unitoken.streaming_data.views import Views
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -152,3 +153,8 @@ def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
         assert all(image.size == (64, 64) for image in pool.map(images.open_image, [data] * 500))
     assert list(warnings.filters) == before
+
+
+def vision_pixels(data: bytes, size: int, compat: bool = False):
+    """The whole picture as the vision tower sees it: (3, size, size)."""
+    return Views(size, size).pixels(data, compat)[0][0]

@@ -47,11 +47,12 @@ def test_the_plan_counts_the_features_that_the_batches_hold(make, continuous, co
     for batch in loader:
         tokens += int((batch["document_ids"] >= 0).sum())
         images += len(batch["pixel_values"])
-        assert torch.equal(batch["image_rows"], batch["image_rows"].sort().values)
-        assert (batch["input_ids"][batch["image_rows"][:, None], batch["feature_positions"]] == 0).all()
+        assert torch.equal(batch["view_rows"], batch["view_rows"].sort().values)
+        assert (batch["input_ids"][batch["feature_rows"], batch["feature_columns"]] == 0).all()
         if compat:
-            separators = batch["input_ids"][batch["image_rows"], batch["feature_positions"][:, 0] - 1]
-            assert torch.equal(batch["labels"][batch["image_rows"], batch["feature_positions"][:, 0] - 1], separators)
+            first = batch["feature_patches"] == 0
+            separators = batch["feature_rows"][first], batch["feature_columns"][first] - 1
+            assert torch.equal(batch["labels"][separators], batch["input_ids"][separators])
     report = loader.dataset.plan.report
     assert tokens == sum(share.tokens for share in report.streams)
     share = report.streams[0]

@@ -83,4 +83,4 @@ def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_the_sidecars_columns() -> None:
-    assert samples_schema().names == ["id", "tokens", "target_tokens", "images", "question_images", "image_sizes"]
+    assert samples_schema().names == ["id", "tokens", "target_tokens", "images", "question_images", "image_sizes", "generated"]

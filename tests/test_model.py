@@ -173,15 +173,18 @@ def batch_of(images: int) -> dict[str, Tensor]:
         "position_ids": torch.arange(20).expand(2, -1),
         "document_ids": torch.zeros(2, 20, dtype=torch.int32),
         "pixel_values": torch.randint(0, 256, (images, 3, 8, 8), dtype=torch.uint8, generator=generator),
-        "image_rows": torch.ones(images, dtype=torch.int64),
-        "feature_positions": torch.arange(images * 4).view(images, 4) + 3,
+        "view_rows": torch.ones(images, dtype=torch.int64),
+        "feature_rows": torch.ones(images * 4, dtype=torch.int64),
+        "feature_columns": torch.arange(images * 4) + 3,
+        "feature_views": torch.arange(images).repeat_interleave(4),
+        "feature_patches": torch.arange(4).repeat(images),
     }
 
 
 def test_features_stand_where_the_batch_says_and_nowhere_else() -> None:
     model = build()
     batch = batch_of(2)
-    embeddings = model.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+    embeddings = model.embed(batch)
     expected = model.model.embed_tokens(batch["input_ids"]).clone()
     expected[1, 3:11] = model.adapter(model.vit(batch["pixel_values"])).flatten(0, 1)
     torch.testing.assert_close(embeddings, expected)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unitoken.streaming_data.images import vision_pixels
+from unitoken.streaming_data.views import Views
 from unitoken.train.config import ModelConfig, OptimizerConfig, read_decoder, read_vision
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
@@ -44,7 +44,7 @@ def pixels_of(golden: Path, record: dict[str, Any]) -> Tensor | None:
     if image is None:
         return None
     path = golden / "assets" / (image if isinstance(image, str) else image[0])
-    return torch.from_numpy(vision_pixels(path.read_bytes(), 384, compat=True))
+    return torch.from_numpy(Views(384, 14).pixels(path.read_bytes(), compat=True)[0][0])
 
 
 def reference_batch(samples: Sequence[tuple[list[int], list[int], Tensor | None]], max_length: int = 4096) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def reference_batch(samples: Sequence[tuple[list[int], list[int], Tensor | None]
     before the end of the image, one document a row with positions over the padding too.
     """
     features = 729
-    rows, images, image_rows, positions = [], [], [], []
+    rows, images, view_rows, positions = [], [], [], []
     for row, (tokens, labels, pixels) in enumerate(samples):
         tokens, labels = tokens[:max_length], labels[:max_length]
         if IMAGE_END in tokens:
@@ -60,7 +60,7 @@ def reference_batch(samples: Sequence[tuple[list[int], list[int], Tensor | None]
             tokens = [*tokens[:at], SEPARATOR, *[0] * features, *tokens[at:]]
             labels = [*labels[:at], SEPARATOR, *[-100] * features, *labels[at:]]
             images.append(torch.zeros(3, 384, 384, dtype=torch.uint8) if pixels is None else pixels)
-            image_rows.append(row)
+            view_rows.append(row)
             positions.append(torch.arange(at + 1, at + 1 + features))
         rows.append((tokens, labels))
     # The reference pads to the longest before it inserts, and what has no image by as much as was inserted elsewhere.
@@ -74,8 +74,11 @@ def reference_batch(samples: Sequence[tuple[list[int], list[int], Tensor | None]
         "position_ids": torch.arange(longest).expand(len(rows), -1),
         "document_ids": torch.zeros_like(ids, dtype=torch.int32),
         "pixel_values": torch.stack(images) if images else torch.zeros(0, 3, 384, 384, dtype=torch.uint8),
-        "image_rows": torch.tensor(image_rows, dtype=torch.int64),
-        "feature_positions": torch.stack(positions) if positions else torch.zeros(0, features, dtype=torch.int64),
+        "view_rows": torch.tensor(view_rows, dtype=torch.int64),
+        "feature_rows": torch.tensor(view_rows, dtype=torch.int64).repeat_interleave(features),
+        "feature_columns": torch.cat([torch.zeros(0, dtype=torch.int64), *positions]),
+        "feature_views": torch.arange(len(images)).repeat_interleave(features),
+        "feature_patches": torch.arange(features).repeat(len(images)),
     }
 
 
@@ -104,7 +107,7 @@ def test_losses_logits_and_gradients_are_the_references(name: str, golden: Path,
     if case["config"]["mask_image_logits"]:
         model.masked_ids = range(4, 8196)  # IMGIMGAZ ... IMGIMGIBJBZ
     with torch.no_grad():
-        embeddings = model.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+        embeddings = model.embed(batch)
         hidden = model.model(embeddings, batch["position_ids"], None)
         strides = case["logits_stride"][0], case["logsumexp_stride"]
         logits, dense = (model.lm_head(hidden[:, ::stride]) for stride in strides)

@@ -319,7 +319,15 @@ def test_a_picture_on_its_side_by_exif_has_the_size_in_which_it_is_seen(out: Pat
         np.array([[1, 1 + len(block), 4, 4]], "u4"),
         (buffer.getvalue(),),
     )
-    row = {"id": "a", "tokens": len(tokens), "target_tokens": 1, "images": 1, "question_images": 1, "image_sizes": [10, 30]}
+    row = {
+        "id": "a",
+        "tokens": len(tokens),
+        "target_tokens": 1,
+        "images": 1,
+        "question_images": 1,
+        "image_sizes": [10, 30],
+        "generated": [False],
+    }
     assert list(wrong_with(record, row, rules)) == []
     assert list(wrong_with(record, row | {"image_sizes": [30, 10]}, rules)) == [
         "image 0: 10 x 30 pixels, samples.parquet has 30 x 10"

@@ -118,6 +118,7 @@ def _row(record: Record, row: Mapping[str, Any]) -> Iterator[str]:
         "target_tokens": int((targets[:, 1] - targets[:, 0]).sum()),
         "images": len(record.image_spans),
         "question_images": int((~trained).sum()),
+        "generated": trained.tolist(),
     }
     for name, value in found.items():
         if row[name] != value:
@@ -138,7 +139,7 @@ def _originals(record: Record, row: Mapping[str, Any], rules: Rules) -> Iterator
             yield f"image {number}: {problem}"
 
 
-def _unlike(data: bytes, size: tuple[int, int], compat: bool) -> str | None:
+def _unlike(data: bytes | memoryview, size: tuple[int, int], compat: bool) -> str | None:
     """Why the picture can not be one of (width, height), as far as its header says."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -148,5 +149,5 @@ def _unlike(data: bytes, size: tuple[int, int], compat: bool) -> str | None:
         if found != size:  # other formats keep their orientation anywhere: all of the picture is read for it
             found = images.decode(data, compat).size
     except Exception as error:  # Pillow's decoders raise all kinds
-        return f"no picture: {len(data)} bytes that begin with {data[:12]!r} ({type(error).__name__})"
+        return f"no picture: {len(data)} bytes that begin with {bytes(data[:12])!r} ({type(error).__name__})"
     return None if found == size else f"{found[0]} x {found[1]} pixels, {SIDECAR} has {size[0]} x {size[1]}"

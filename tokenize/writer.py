@@ -33,13 +33,15 @@ def write(
 
 def _row(record: Record, sizes: Sizes) -> dict[str, Any]:
     targets = record.labels() >= 0
+    generated = targets[record.image_spans[:, 0]]
     return {
         "id": record.id,
         "tokens": len(record.tokens),
         "target_tokens": int(targets.sum()),
         "images": len(sizes),
-        "question_images": int((~targets[record.image_spans[:, 0]]).sum()),
+        "question_images": int((~generated).sum()),
         "image_sizes": [side for size in sizes for side in size],
+        "generated": generated.tolist(),
     }
 
 

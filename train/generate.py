@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unitoken.streaming_data.collate import Collate, insert_features
+from unitoken.streaming_data.collate import Collate, featured, insert_features
 from unitoken.streaming_data.record import Record
+from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
 from unitoken.train.config import StageConfig, find_checkpoint, model_configs
@@ -99,19 +100,21 @@ def answer(
 
     Prompts are records without targets (`prompt_of`); their images bring features exactly as in training.
     """
-    features, size = (model.vision.features, model.vision.image_size) if model.vision else (0, 1)
-    lengths = [
-        len(insert_features(p.tokens, p.labels(), p.image_spans, features, continuous, vocabulary.separator, compat)[0])
-        for p in prompts
-    ]
+    views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
+    which = "none" if views is None else "all" if compat and continuous != "none" else continuous
+    lengths = []
+    for prompt in prompts:
+        images = featured(prompt.labels(), prompt.image_spans, which)
+        counts = dict.fromkeys(images, views.features) if views else {}
+        lengths.append(len(insert_features(prompt, counts, vocabulary.separator).ids))
     device = model.lm_head.weight.device
     answers: list[list[int]] = [[] for _ in prompts]
     for group in _of_equal_length(lengths):
         length = lengths[group[0]]
-        collate = Collate(length, features, size, continuous, vocabulary.separator, compat)
+        collate = Collate(length, views, continuous, vocabulary.separator, vocabulary.newline, compat)
         batch = {name: value.to(device) for name, value in collate([[prompts[number]] for number in group]).items()}
         past = KVCache(len(model.model.layers), length + max_tokens)
-        embeddings = model.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+        embeddings = model.embed(batch)
         running = torch.ones(len(group), dtype=torch.bool, device=device)
         for _ in range(max_tokens):
             chosen = _logits(model, _read(model, embeddings, past)).argmax(-1)

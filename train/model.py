@@ -46,21 +46,23 @@ class UniToken(nn.Module):
         self.masked_ids = masked_ids
 
     def forward(self, batch: Batch) -> Loss:
-        embeddings = self.embed(batch["input_ids"], batch["pixel_values"], batch["image_rows"], batch["feature_positions"])
+        embeddings = self.embed(batch)
         mask = document_mask(batch["document_ids"], self.attention)
         hidden = self.model(embeddings, batch["position_ids"], mask)
         masked = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
         return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss, masked)
 
-    def embed(self, input_ids: Tensor, pixels: Tensor, image_rows: Tensor, feature_positions: Tensor) -> Tensor:
-        """Ids (P, L) and N images -> embeddings (P, L, hidden), with F features an image in their places."""
-        embeddings: Tensor = self.model.embed_tokens(input_ids)
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeddings (P, L, hidden) of a batch's ids, with the features of its views in their places."""
+        embeddings: Tensor = self.model.embed_tokens(batch["input_ids"])
+        pixels = batch["pixel_values"]
         if self.vision is None:
             assert len(pixels) == 0, "images for a model without a vision tower"
             return embeddings
         if len(pixels):
-            features = self.adapter(self.vit(pixels)).to(embeddings.dtype)  # (N, F, hidden)
-            return embeddings.index_put((image_rows[:, None], feature_positions), features)
+            features = self.adapter(self.vit(pixels)).to(embeddings.dtype)  # (V, F, hidden)
+            features = features[batch["feature_views"], batch["feature_patches"]]  # (M, hidden)
+            return embeddings.index_put((batch["feature_rows"], batch["feature_columns"]), features)
         if self.training:
             # FSDP gathers and reduces the tower's shards on all ranks at once: one that has no image in its microbatch
             # and left the tower out would leave the others waiting for ever.
