@@ -10,7 +10,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-cloud chaos bench-tokenize lint typecheck tokenize merge clean
+.PHONY: help install demo test test-fast test-cloud chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items
 
 bench-tokenize: install ## How fast the tokenizer is, against the reference's loop; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.tokenizing $(ARGS)
+
+bench-stream: install ## How fast samples come from disk, and what a plan costs, against others; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.streaming $(ARGS)
 
 lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff check .

@@ -33,7 +33,8 @@ from unitoken.streaming_data.shards import Shard, Shards
 from unitoken.streaming_data.views import Views
 
 STATE_VERSION: Literal[1] = 1
-LOOK_AHEAD = 64  # packs that a worker reads together; the shards of the next so many are opened meanwhile
+LOCAL_RUN, REMOTE_RUN = 256, 16  # packs that a worker reads together: what can be done once for many samples is
+RUNS_AHEAD = 4  # of a remote dataset: their shards are downloaded meanwhile
 DOWNLOADS = 4  # at a time, in each worker
 
 
@@ -64,18 +65,15 @@ class Run:
 
     def packs(self) -> Iterator[list[Record]]:
         opened = map(self._dataset.open_shard, self._needed) if self._opened is None else (f.result() for f in self._opened)
-        begins = np.empty(len(self._places), np.int64)
-        shard_of: list[Any] = [None] * len(begins)
+        records: list[Any] = [None] * len(self._places)
         order = np.argsort(self._shards, kind="stable")
-        bounds = np.searchsorted(self._shards[order], [*self._needed, self._needed[-1] + 1])
+        bounds = np.searchsorted(self._shards[order], [*self._needed, self._needed[-1] + 1]).tolist()
         for (stream, shard), first, last in zip(opened, bounds, bounds[1:], strict=False):
             mine = order[first:last]
-            begins[mine] = shard.offsets[self._places[mine]]
-            for sample in mine.tolist():
-                shard_of[sample] = (shard.decode, shard.data, stream)
-        samples = zip(shard_of, begins.tolist(), strict=True)
+            for place, record in zip(mine.tolist(), shard.records(self._places[mine], stream), strict=True):
+                records[place] = record
         for begin, end in zip([0, *self._ends], self._ends, strict=False):
-            yield [decode(data, place, stream) for (decode, data, stream), place in itertools.islice(samples, end - begin)]
+            yield records[begin:end]
 
 
 class PackedDataset(StreamingDataset):  # type: ignore[misc]
@@ -191,27 +189,27 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         return self._packs(share)
 
     def _packs(self, share: Share) -> Iterator[list[Record]]:
-        """While the packs of one run are handed out, threads download and map the shards of the next."""
+        """While the packs of one run are handed out, threads download and map the shards of the next ones."""
         if not any(source.store for source in self.sources):
-            for run in self._runs(share):
+            for run in self._runs(share, LOCAL_RUN):
                 yield from run.packs()
             return
         pool = ThreadPoolExecutor(DOWNLOADS)
         try:
             ahead: deque[Run] = deque()
-            for run in self._runs(share):
+            for run in self._runs(share, REMOTE_RUN):
                 run.open(pool)
                 ahead.append(run)
-                if len(ahead) > 1:
+                if len(ahead) > RUNS_AHEAD:
                     yield from ahead.popleft().packs()
             for run in ahead:
                 yield from run.packs()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _runs(self, share: Share) -> Iterator[Run]:
+    def _runs(self, share: Share, size: int) -> Iterator[Run]:
         packs = (share.plan.pack(number) for batch in share for number in batch.tolist())
-        while some := list(itertools.islice(packs, LOOK_AHEAD)):
+        while some := list(itertools.islice(packs, size)):
             yield Run(self, some)
 
     def locate(self, ids: Any) -> tuple[Ids, Ids]:

@@ -159,7 +159,7 @@ class Share:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Ids:
-        """(batch_packs,) the packs of this worker's batch `number`, from heavy to light."""
+        """(batch_packs,) the packs of this worker's batch `number`; where there is a choice, from heavy to light."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         begin = self.seen + (self.worker + number * self.workers) * self.global_batch
@@ -168,6 +168,8 @@ class Share:
         if self.canonical_nodes % self.nodes == 0:
             node, rank = divmod(self.rank, self.ranks_per_node)
             packs, ranks = packs[node :: self.nodes], self.ranks_per_node
+        if ranks == 1:
+            return packs
         mine: Ids = packs[balance(self.plan.squares[packs], self.plan.images[packs], ranks)[rank]]
         return mine
 
@@ -240,7 +242,7 @@ def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[]
                 _remove_unused(folder)
                 _save(build(recipe, streams(), epoch, packs), place)
     os.utime(place)
-    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}  # memmap's own slices are slow
     return Plan(report=Report.model_validate_json((place / "report.json").read_bytes()), **arrays)
 
 

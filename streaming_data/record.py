@@ -36,7 +36,7 @@ def columns(vocabulary_size: int) -> dict[str, str]:
     return {"id": "str", "tokens": tokens, "target_spans": "ndarray:uint32", "image_spans": "bytes", "images": "bytes"}
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # frozen, it would take 1 us more to make
 class Record:
     """One conversation. `image_spans` and `images` are in the order in which the images stand in the text."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import struct
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from unitoken.streaming_data.stores import Store
 MOST_OPEN = 4096  # memory-maps a stream and process; Linux allows 65,530 a process
 MOST_OPEN_LIMITED = 64  # where evicted shards shall give their room back: a mapped file keeps its own
 
-_SIZES = struct.Struct("<5I")  # of a sample's columns, which stand in the order of their names
+_HEADER = np.arange(20)  # bytes: the sizes of a sample's five columns
 _NO_IMAGES = np.zeros((0, 4), np.uint32)
 
 
@@ -53,12 +52,20 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
+Ids = npt.NDArray[np.int64]
+Decoder = Callable[[mmap.mmap, Ids, int], list[Record]]  # (data, where samples begin, stream) -> the samples
+
+
 class Shard(NamedTuple):
     """A shard in memory."""
 
     data: mmap.mmap
     offsets: npt.NDArray[np.uint32]  # (samples + 1,) where each sample begins
-    decode: Callable[[mmap.mmap, int, int], Record]  # (data, where the sample begins, stream) -> the sample
+    decode: Decoder
+
+    def records(self, places: Ids, stream: int) -> list[Record]:
+        """The samples at `places` (n,)."""
+        return self.decode(self.data, self.offsets[places].astype(np.int64), stream)
 
 
 class Shards:
@@ -71,7 +78,7 @@ class Shards:
         self.cache = Cache(stream, self.entries, store, folder, stamps, limit)
         self._stream = stream
         self._most_open = MOST_OPEN if limit is None else MOST_OPEN_LIMITED
-        self._decoders: dict[str, Callable[[mmap.mmap, int, int], Record]] = {}
+        self._decoders: dict[str, Decoder] = {}
         self._decoder_of = [self._decoder(entry) for entry in self.entries]
         self._open: dict[int, Shard] = {}
         if store is None:  # what is missing is missing for good: say so before training begins
@@ -90,8 +97,7 @@ class Shards:
 
     def record(self, shard: int, index: int) -> Record:
         """Sample `index` of shard `shard`; downloads and verifies the shard first if that was not done yet."""
-        opened = self.open(shard)
-        return opened.decode(opened.data, int(opened.offsets[index]), 0)
+        return self.open(shard).records(np.array([index]), 0)[0]
 
     def open(self, shard: int) -> Shard:
         """A shard, mapped: there and verified. Raises ShardError, naming it, where it can't be had."""
@@ -108,7 +114,7 @@ class Shards:
             self._open.pop(next(iter(list(self._open))), None)  # threads may have been faster
         return self._open.setdefault(shard, Shard(data, np.frombuffer(data, "<u4", count + 1, 4), self._decoder_of[shard]))
 
-    def _decoder(self, entry: dict[str, Any]) -> Callable[[mmap.mmap, int, int], Record]:
+    def _decoder(self, entry: dict[str, Any]) -> Decoder:
         """Ours for our columns alone; upstream's where there are others besides. One for all shards with the same columns."""
         key = json.dumps([entry["column_names"], entry["column_encodings"], entry["column_sizes"]])
         if key not in self._decoders:
@@ -122,37 +128,53 @@ class Shards:
         return self._decoders[key]
 
 
-def _plain(token_type: str) -> Callable[[mmap.mmap, int, int], Record]:
-    """A decoder of samples with exactly our columns: 4 us a text sample, where upstream's takes 25. Arrays are views of the map.
+def _plain(token_type: str) -> Decoder:
+    """A decoder of samples with exactly our columns: 2 us a text sample, where upstream's takes 25. Tokens are views of the map.
 
-    A sample is the sizes of its five columns (uint32), then the columns. An array is a byte (dimensions, and the width of
-    each), its shape, its values.
+    A sample is the sizes of its five columns (uint32), then the columns in the order of their names. An array is a byte
+    (dimensions, and the width of each), its shape, its values. All that is arithmetic is done for many samples at once.
     """
     dtype = np.dtype(token_type).newbyteorder("<")
-    width = dtype.itemsize
 
-    def decode(data: mmap.mmap, begin: int, stream: int) -> Record:
-        id_size, spans_size, images_size, targets_size, tokens_size = _SIZES.unpack_from(data, begin)
-        name = begin + 20
-        spans = name + id_size
-        images = spans + spans_size
-        targets = images + images_size
-        tokens = targets + targets_size
-        targets_shape = 2 << (data[targets] & 3)  # bytes
-        tokens_shape = 1 << (data[tokens] & 3)
-        return Record(
-            str(data[name:spans], "utf-8"),
-            np.frombuffer(data, dtype, (tokens_size - 1 - tokens_shape) // width, tokens + 1 + tokens_shape),
-            np.frombuffer(data, "<u4", (targets_size - 1 - targets_shape) // 4, targets + 1 + targets_shape).reshape(-1, 2),
-            np.frombuffer(data, "<u4", spans_size // 4, spans).reshape(-1, 4) if spans_size else _NO_IMAGES,
-            unpack_bytes(memoryview(data)[images:targets]) if images_size > 4 else (),
-            stream,
-        )
+    def decode(data: mmap.mmap, begins: Ids, stream: int) -> list[Record]:
+        raw = np.frombuffer(data, np.uint8)
+        sizes = raw[begins[:, None] + _HEADER].view("<u4").astype(np.int64)  # (n, 5)
+        columns = np.cumsum(np.concatenate([begins[:, None] + _HEADER.size, sizes], axis=1), axis=1)  # (n, 6) their borders
+        names, images, targets, tokens = columns[:, 0], columns[:, 2], columns[:, 3], columns[:, 4]
+        first_span = targets + 1 + (2 << (raw[targets] & 3))
+        first_token = tokens + 1 + (1 << (raw[tokens] & 3))
+        counts = (columns[:, 5] - first_token) // dtype.itemsize
+        spans, borders = _gather(raw, first_span, (tokens - first_span) // 8)
+        records = [
+            Record(
+                str(data[name:end], "utf-8"),
+                np.frombuffer(data, dtype, count, token),
+                spans[span:next_span],
+                _NO_IMAGES,
+                (),
+                stream,
+            )
+            for name, end, count, token, span, next_span in zip(
+                names.tolist(), columns[:, 1].tolist(), counts.tolist(), first_token.tolist(), borders, borders[1:], strict=False
+            )
+        ]
+        for number in np.flatnonzero(sizes[:, 1]).tolist():
+            record, begin, end = records[number], int(images[number]), int(targets[number])
+            record.image_spans = np.frombuffer(data, "<u4", int(sizes[number, 1]) // 4, int(columns[number, 1])).reshape(-1, 4)
+            record.images = unpack_bytes(memoryview(data)[begin:end])
+        return records
 
     return decode
 
 
-def _general(folder: Path, entry: dict[str, Any]) -> Callable[[mmap.mmap, int, int], Record]:
+def _gather(raw: npt.NDArray[np.uint8], begins: Ids, counts: Ids) -> tuple[npt.NDArray[np.uint32], list[int]]:
+    """Pairs of uint32, `counts` of them from each of `begins`, one after the other; and where each one's begin and end."""
+    borders = np.concatenate([[0], np.cumsum(counts)])
+    places = np.arange(8 * borders[-1]) + np.repeat(begins - 8 * borders[:-1], 8 * counts)
+    return raw[places].view("<u4").reshape(-1, 2), borders.tolist()
+
+
+def _general(folder: Path, entry: dict[str, Any]) -> Decoder:
     """A decoder of samples with more columns than ours."""
     from streaming.base.format import reader_from_json
 
@@ -165,8 +187,11 @@ def _general(folder: Path, entry: dict[str, Any]) -> Callable[[mmap.mmap, int, i
     fixed = [size for size in entry["column_sizes"] if size]
     varying = len(entry["column_sizes"]) - len(fixed)
 
-    def decode(data: mmap.mmap, begin: int, stream: int) -> Record:
-        size = 4 * varying + sum(fixed) + int(np.frombuffer(data, "<u4", varying, begin).sum())
-        return Record.from_mds(reader.decode_sample(data[begin : begin + size]), stream)
+    def decode(data: mmap.mmap, begins: Ids, stream: int) -> list[Record]:
+        records = []
+        for begin in begins.tolist():
+            size = 4 * varying + sum(fixed) + int(np.frombuffer(data, "<u4", varying, begin).sum())
+            records.append(Record.from_mds(reader.decode_sample(data[begin : begin + size]), stream))
+        return records
 
     return decode

@@ -215,7 +215,7 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
     for plan in plans:
         assert samples_of(plan) == samples_of(expected)
         assert plan.report == expected.report
-        assert isinstance(plan.ids, np.memmap)
+        assert isinstance(plan.ids.base, np.memmap)
     assert [path.name for path in tmp_path.glob("**/.aside-*")] == []
 
 
