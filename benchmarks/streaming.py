@@ -2,7 +2,7 @@
 
     python -m benchmarks.streaming [--short] [--rounds 3]
 
-text       the same 30,000 text samples (1,300 tokens on average), shuffled, by ours, mosaicml-streaming's own iteration,
+text       the same 60,000 text samples (1,300 tokens on average), shuffled, by ours, mosaicml-streaming's own iteration,
            webdataset, LitData, the reference's pickle a sample, and a raw memory map as the limit: to arrays in one process,
            and to batches of tensors through a DataLoader with two workers (ours packed, the others padded)
 images     one 1024 x 768 JPEG to the vision tower's input on one core, against the reference's way
@@ -236,8 +236,8 @@ def run(short: bool, rounds: int) -> dict[str, Any]:
     rows = [1_000_000] if short else [1_000_000, 10_000_000, 100_000_000]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = show("text", text(folder, 2_000 if short else 30_000, rounds))
-        started = show("start", start(folder, rounds, 10 if short else 33))
+        texts = show("text", text(folder, 2_000 if short else 60_000, rounds))
+        started = show("start", start(folder, rounds, 10 if short else 17))
         prepared = show("images", images(rounds))
         filled = show("fill", fill(100_000 if short else 1_000_000))
         plans = {count: show(f"plan of {count:,}", plan(folder, count)) for count in rows}

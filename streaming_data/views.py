@@ -74,18 +74,17 @@ class Views:
         `compat`: what the reference saw, to the bit: no EXIF, colours behind transparency shown, resized by Pillow, which
         takes three to six times as long (see `resized`). Raises ImageError.
         """
-        image = opaque(decode(data, compat), compat)
-        size = self.image_size
-        views = [resized(image, (size, size), compat)]
-        if self.anyres:
-            across, down = self.canvas(*image.size)
-            canvas = np.zeros((down * size, across * size, 3), np.uint8)
-            width, height = _inside(image.size, (across * size, down * size))
-            left, upper = (across * size - width) // 2, (down * size - height) // 2
-            canvas[upper : upper + height, left : left + width] = resized(image, (width, height), compat)
-            tiles = canvas.reshape(down, size, across, size, 3).swapaxes(1, 2)
-            views += list(tiles.reshape(-1, size, size, 3))
-        return np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)), image.size
+        image, size = opaque(decode(data, compat), compat), self.image_size
+        if not self.anyres:
+            return np.ascontiguousarray(resized(image, [(size, size)], compat)[0])[None], image.size
+        across, down = self.canvas(*image.size)
+        width, height = _inside(image.size, (across * size, down * size))
+        left, upper = (across * size - width) // 2, (down * size - height) // 2
+        whole, inside = resized(image, [(size, size), (width, height)], compat)
+        canvas = np.zeros((3, down * size, across * size), np.uint8)
+        canvas[:, upper : upper + height, left : left + width] = inside
+        tiles = canvas.reshape(3, down, size, across, size).transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
+        return np.concatenate([whole[None], tiles]), image.size
 
 
 def _inside(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

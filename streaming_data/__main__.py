@@ -1,0 +1,120 @@
+"""What can be known and done before training.
+
+python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
+python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
+python -m unitoken.streaming_data export-webdataset data/cats s3://bucket/cats-tars
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import typer
+
+from unitoken.streaming_data.config import Config, load_config, one_line_errors
+
+HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+SWEEP = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: data.packed_length=8192")] = None,
+    sweep_length: Annotated[bool, typer.Option(help="also print how full packs of 1k to 16k tokens are")] = False,
+    epoch: Annotated[int, typer.Option(min=0)] = 0,
+    image_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 384,
+    patch_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 14,
+) -> None:
+    """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
+    with one_line_errors():
+        data = load_data(config, overrides or [])
+        from unitoken.streaming_data.lengths import read_lengths
+        from unitoken.streaming_data.mixture import open_sources
+        from unitoken.streaming_data.plan import Recipe, build, load_or_build
+        from unitoken.streaming_data.views import Views
+
+        sources, views = open_sources(data), Views(image_size, patch_size, data.anyres)
+        recipe = Recipe.of(data, sources, views)
+        samples = [read_lengths(source, recipe, views) for source in sources]
+        typer.echo(load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report.table())
+        if sweep_length:
+            rows = []
+            for length in SWEEP:
+                other = recipe.model_copy(update={"packed_length": length, "global_batch": 1})
+                try:
+                    some = [read_lengths(source, other, views) for source in sources]
+                    report = build(other, some, 0, None).report
+                except ValueError as error:  # all samples of a stream may be longer
+                    rows.append((length, None, str(error)))
+                    continue
+                rows.append((length, report.fill, f"{sum(share.over_long + share.cut for share in report.streams):,}"))
+            typer.echo(f"\n{sweep_table(rows)}")
+
+
+def load_data(path: Path, overrides: list[str]) -> Any:
+    """The settings under `data:`, or a file that is these settings."""
+    from unitoken.streaming_data.mixture import DataConfig
+
+    class Stage(Config):
+        model_config = pydantic.ConfigDict(extra="ignore")  # the rest of the stage is not for us
+        data: DataConfig
+
+    try:
+        alone = any(line.startswith("streams:") for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        alone = False  # reported by load_config
+    if alone:
+        return load_config(DataConfig, path, [override.removeprefix("data.") for override in overrides])
+    return load_config(Stage, path, overrides).data
+
+
+def sweep_table(rows: list[tuple[int, float | None, str]]) -> str:
+    best = max(rows, key=lambda row: row[1] or 0.0)[0]  # the shortest of the fullest
+    lines = ["packed_length    full  over-long samples"]
+    for length, fill, words in rows:
+        mark = "  <- best" if fill is not None and length == best else ""
+        full = f"{fill:.2%}" if fill is not None else "-"
+        lines.append(f"{length:>13,}  {full:>6}  {words}{mark}")
+    return "\n".join(lines)
+
+
+@app.command()
+def convert_config(
+    meta: Annotated[Path, typer.Argument(help="the reference's file: META, a list of path and ratio")],
+    out: Annotated[Path | None, typer.Option(help="a file to write; default: print")] = None,
+    datasets: Annotated[str, typer.Option(help="folder or URL where the tokenized datasets lie, or will")] = "data",
+) -> None:
+    """Turn the reference's data file into the `data:` part of a stage."""
+    with one_line_errors():
+        from unitoken.streaming_data.config import ConfigError
+        from unitoken.streaming_data.convert import convert
+        from unitoken.streaming_data.files import write_aside
+
+        text = convert(meta, datasets)
+        if out is None:
+            typer.echo(text, nl=False)
+        elif out.exists():
+            raise ConfigError(f"{out} is there already")
+        else:
+            write_aside(out, text.encode())
+
+
+@app.command()
+def export_webdataset(
+    dataset: Annotated[str, typer.Argument(help="a dataset folder, or its URL")],
+    out: Annotated[str, typer.Argument(help="an empty folder or URL")],
+    samples_per_tar: Annotated[int, typer.Option(min=1)] = 10_000,
+) -> None:
+    """Write a dataset as WebDataset tars, for those who train on that stack."""
+    with one_line_errors():
+        from unitoken.streaming_data.export import export
+
+        typer.echo(f"{export(dataset, out, samples_per_tar)} tars in {out}")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m unitoken.streaming_data")

@@ -1,0 +1,66 @@
+"""The reference's data file -> the `data:` part of a stage.
+
+META:
+  - path: /data/llava/record.json
+    ratio: 0.333
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+import yaml
+from pydantic import Field, NonNegativeFloat
+
+from unitoken.streaming_data.config import Config, ConfigError, load_config
+
+COMMON = {"record", "train", "data", "annotations", "json", "output", "tokens"}  # say nothing of what a dataset is
+
+
+class Meta(Config):
+    path: str
+    ratio: NonNegativeFloat = 1.0  # of the samples, drawn anew each epoch
+    type: str = "default"  # groups batches by kind; packing needs no groups
+
+
+class MetaFile(Config):
+    META: list[Meta] = Field(min_length=1)
+
+
+def convert(path: Path, datasets: str) -> str:
+    """A file of the reference -> YAML whose streams lie in the folder `datasets`. Raises ConfigError."""
+    entries = load_config(MetaFile, path).META
+    names = _names([entry.path for entry in entries])
+    lines = [
+        f"# From {path.name}. Each source becomes a dataset folder first, by `python -m unitoken.tokenize`:",
+        "# `run` for conversations, `migrate` for what the reference has tokenized.",
+        "data:",
+        "  streams:",
+    ]
+    for name, entry in zip(names, entries, strict=True):
+        weight = "" if entry.ratio == 1 else f", repeat: {entry.ratio:g}"
+        local = yaml.safe_dump(f"{datasets.rstrip('/')}/{name}", width=10_000).splitlines()[0]
+        lines.append(f"    {name}: {{local: {local}{weight}}} # {' '.join(entry.path.split())}")
+    lines += [
+        "  packed_length: 4096 # tokens a pack, image features included",
+        "  global_batch: 64 # packs a step, over all ranks: the reference's 128 samples at two a pack",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Short, and each its own: the last parts of the paths that say something, numbered where they are equal."""
+    names: list[str] = []
+    for path in paths:
+        parts = [part for part in PurePosixPath(path).with_suffix("").parts if part not in ("/", "..", ".")]
+        telling = [part for part in parts if part.lower() not in COMMON] or parts
+        if not telling:
+            raise ConfigError(f"META: the path {path!r} names no file")
+        base = re.sub(r"\W+", "_", telling[-1]).strip("_") or "stream"
+        base = base if base[0].isalpha() else f"d_{base}"
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    return names

@@ -1,0 +1,157 @@
+"""python -m unitoken.streaming_data: what is printed and written, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_datasets import make_record, small_vocabulary, text_records, write_dataset
+from typer.testing import CliRunner
+
+from unitoken.streaming_data.__main__ import app
+from unitoken.streaming_data.mixture import DataConfig
+
+VOCABULARY = small_vocabulary()
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "text", text_records(300))
+    write_dataset(tmp_path / "pictures", [make_record(f"p{n}", VOCABULARY, 5, 1) for n in range(80)])
+    data = {
+        "streams": {name: {"local": str(tmp_path / name), "proportion": 1} for name in ("text", "pictures")},
+        "unit": "tokens", "packed_length": 1024, "global_batch": 1, "cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    path = tmp_path / "stage.yaml"
+    path.write_text(yaml.safe_dump({"name": "any", "optimizer": {"lr": 1e-3}, "data": data}))
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize("file", ["stage.yaml", "data.yaml"])
+def test_plan_prints_the_mixture_of_a_stage_or_of_its_data_alone(stage, file):
+    code, out = run("plan", stage.parent / file, "data.seed=3", "--image-size", "16", "--patch-size", "4")
+    assert code == 0
+    assert "of tokens" in out
+    assert "50.00%" in out
+    assert "packs" in out.splitlines()[-1]
+
+
+def test_plan_sweeps_lengths_and_marks_the_best(stage):
+    code, out = run("plan", stage, "--sweep-length")
+    assert code == 0
+    table = out[out.index("packed_length") :].splitlines()
+    assert len(table) == 10
+    assert sum("<- best" in line for line in table) == 1
+    short = table[1]  # 729 features and the tokens of a picture go into 1,024
+    assert "1,024" in short
+    assert "%" in short
+
+
+def test_a_mistake_is_one_line_and_status_2(stage, tmp_path):
+    code, out = run("plan", stage, "data.unit=bytes")
+    assert (code, out.count("\n")) == (2, 1)
+    code, out = run("plan", tmp_path / "none.yaml")
+    assert code == 2
+    assert "cannot read the configuration" in out
+
+
+def test_the_references_data_file_becomes_streams(tmp_path):
+    meta = tmp_path / "META.yaml"
+    meta.write_text(
+        "META:\n- path: /data/llava/record.json\n- path: /data/mjv_10m/record.json\n  ratio: 0.333\n  type: default\n"
+        "- path: other/llava/record.json\n  ratio: 1.0\n"
+    )
+    code, _ = run("convert-config", meta, "--out", tmp_path / "data.yaml", "--datasets", "s3://bucket/sets")
+    assert code == 0
+    text = (tmp_path / "data.yaml").read_text()
+    data = yaml.safe_load(text)["data"]
+    assert {name: stream.get("repeat") for name, stream in data["streams"].items()} == {
+        "llava": None,
+        "mjv_10m": 0.333,
+        "llava_2": None,
+    }
+    assert "# /data/mjv_10m/record.json" in text
+    config = DataConfig.model_validate(data)
+    assert config.streams["llava_2"].local == "s3://bucket/sets/llava_2"
+    code, out = run("convert-config", meta, "--out", tmp_path / "data.yaml")
+    assert code == 2
+    assert "is there already" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("META: []", "at least 1 item"),
+        ("META:\n- ratio: 1", "'META.0.path' is missing"),
+        ("META:\n- path: a.json\n  ratoi: 1", "did you mean 'ratio'"),
+        ("META:\n- path: a.json\n  ratio: -1", "greater than or equal to 0"),
+        ("streams: {}", "unknown key 'streams'"),
+    ],
+)
+def test_a_data_file_that_is_none_is_refused(tmp_path, text, found):
+    (tmp_path / "META.yaml").write_text(text)
+    code, out = run("convert-config", tmp_path / "META.yaml")
+    assert code == 2
+    assert found in out
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; from unitoken.streaming_data.__main__ import app; app(['--help'], standalone_mode=False); "
+    code += "print({'torch', 'streaming', 'pyarrow', 'numpy'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == "set()"
+    assert all(command in out for command in ("plan", "convert-config", "export-webdataset"))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    records = [make_record(f"i/{n}.x", VOCABULARY, 3 + n % 7, n % 3, n % 2) for n in range(25)]
+    return write_dataset(tmp_path / "mixed", records)
+
+
+def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed):
+    import webdataset
+
+    from unitoken.streaming_data.shards import Shards
+
+    code, out = run("export-webdataset", mixed, tmp_path / "tars", "--samples-per-tar", 10)
+    assert (code, out) == (0, f"3 tars in {tmp_path / 'tars'}\n")
+    tars = sorted(map(str, (tmp_path / "tars").glob("*.tar")))
+    found = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
+    shards = Shards("data", mixed, None, tmp_path / "stamps")
+    records = [shards.record(shard, n) for shard, count in enumerate(shards.samples) for n in range(count)]
+    assert len(found) == len(records) == 25
+    for number, (sample, record) in enumerate(zip(found, records, strict=True)):
+        assert sample["__key__"] == f"{number:09}"
+        assert sample["tokens.npy"].dtype == record.tokens.dtype
+        assert sample["tokens.npy"].tolist() == record.tokens.tolist()
+        assert sample["json"]["id"] == record.id
+        assert sample["json"]["target_spans"] == record.target_spans.tolist()
+        assert sample["json"]["image_spans"] == record.image_spans.tolist()
+        pictures = sorted(name for name in sample if name.endswith(".png"))
+        assert pictures == [f"{n}.png" for n in range(len(record.images))]
+        assert all(sample[name].size == (4, 4) for name in pictures)
+    summary = json.loads((tmp_path / "tars" / "webdataset.json").read_text())
+    assert summary["samples"] == 25
+
+
+def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_place(tmp_path, mixed):
+    for out in ("one", "two"):
+        assert run("export-webdataset", mixed, tmp_path / out)[0] == 0
+    assert (tmp_path / "one" / "000000.tar").read_bytes() == (tmp_path / "two" / "000000.tar").read_bytes()
+    code, out = run("export-webdataset", mixed, tmp_path / "one")
+    assert code == 2
+    assert "expected an empty place, found webdataset.json" in out
+    (tmp_path / "one" / "webdataset.json").unlink()  # as if it had been killed
+    assert run("export-webdataset", mixed, tmp_path / "one")[0] == 0
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "thesis.doc").write_bytes(b"")
+    assert "found thesis.doc" in run("export-webdataset", mixed, tmp_path / "three")[1]
