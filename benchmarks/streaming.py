@@ -36,10 +36,9 @@ from PIL import Image
 
 from benchmarks import stream_sides
 from benchmarks.reference_views import processor, reference_pixels
-from unitoken.streaming_data.lengths import StreamSamples, read_lengths
+from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.manifest import INDEX, SIDECAR
-from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan import Recipe, StreamRecipe, build, load_or_build
+from unitoken.streaming_data.plan import Recipe, StreamRecipe, build
 from unitoken.streaming_data.views import Views
 
 PHOTOGRAPH = Path(__file__).parent.parent / "tests" / "data" / "golden" / "assets" / "images" / "d10_large.jpg"
@@ -59,7 +58,7 @@ def lengths_of(count: int, seed: int = 0) -> np.ndarray:
 
 def text(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     stream_sides.write_all(folder, count)
-    child("litdata", str(folder), str(count))
+    child("benchmarks.streaming", "--child", "litdata", str(folder), str(count))
     total = sum(len(tokens) for tokens, _ in stream_sides.samples(count))
     found: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds + 1):  # the first warms the page cache and is not counted
@@ -139,33 +138,9 @@ def plan(folder: Path, count: int) -> dict[str, float]:
     ]  # fmt: skip
     (data / INDEX).write_text(json.dumps({"version": 2, "shards": shards}))
     stream_sides.write_manifest(data, count)
-    found = child("plan", str(data))
+    found = child("benchmarks.plan_cost", str(data))
     (data / SIDECAR).unlink()
     return found
-
-
-def plan_here(data: str) -> dict[str, float]:
-    config = DataConfig.model_validate(
-        {"streams": {"a": {"local": data}}, "packed_length": 4096, "global_batch": 128, "continuous": "none"}
-    )
-    begun = time.perf_counter()
-    sources = open_sources(config)
-    recipe = Recipe.of(config, sources, None)
-    made = load_or_build(Path(data) / "plans", recipe, 0, lambda: [read_lengths(source, recipe, None) for source in sources])
-    seconds = time.perf_counter() - begun
-    disk = sum(path.stat().st_size for path in (Path(data) / "plans").rglob("*.npy"))
-    return {
-        "seconds": round(seconds, 2),
-        "gb": round(peak_bytes() / 1e9, 2),
-        "disk_gb": round(disk / 1e9, 2),
-        "fill": made.report.fill,
-    }
-
-
-def peak_bytes() -> int:
-    """Of this process alone, unlike ru_maxrss."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -173,10 +148,10 @@ def peak_bytes() -> int:
 
 def start(folder: Path, rounds: int, repeat: float) -> dict[str, float]:
     found: dict[str, list[float]] = {"0": [], "50": [], "99": []}
-    child("start", str(folder), str(repeat), "0")  # makes the plan
+    child("benchmarks.streaming", "--child", "start", str(folder), str(repeat), "0")  # makes the plan
     for _ in range(rounds):
         for percent, seconds in found.items():
-            seconds.append(child("start", str(folder), str(repeat), percent)["seconds"])
+            seconds.append(child("benchmarks.streaming", "--child", "start", str(folder), str(repeat), percent)["seconds"])
     return {f"at_{percent}_percent_s": round(statistics.median(seconds), 3) for percent, seconds in found.items()}
 
 
@@ -225,8 +200,8 @@ def fill(count: int) -> dict[str, Any]:
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def child(*arguments: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.streaming", "--child", *arguments]
+def child(module: str, *arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", module, *arguments]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(out.splitlines()[-1])
     return result
@@ -286,7 +261,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.child:
         part, *rest = arguments.child
-        print(json.dumps({"litdata": litdata_here, "plan": plan_here, "start": start_here}[part](*rest)))
+        print(json.dumps({"litdata": litdata_here, "start": start_here}[part](*rest)))
         return
     print(json.dumps(run(arguments.short, arguments.rounds or (1 if arguments.short else 3))))
 

@@ -42,7 +42,7 @@ def plan(
         samples = [read_lengths(source, recipe, views) for source in sources]
         typer.echo(load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report.table())
         if sweep_length:
-            rows = []
+            rows: list[tuple[int, float | None, str]] = []
             for length in SWEEP:
                 other = recipe.model_copy(update={"packed_length": length, "global_batch": 1})
                 try:

@@ -70,7 +70,8 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
         if shard_sizes.sum() != count:
             raise ConfigError(f"{path}: {count} samples, the shards of the index hold {shard_sizes.sum()}")
         lengths, target_tokens = np.empty(count, np.uint32), np.empty(count, np.uint32)
-        images = np.empty(count, np.uint16)
+        counted = recipe.continuous != "none" and views is not None
+        images = np.empty(count, np.uint16) if counted else np.broadcast_to(np.uint16(0), count)
         wanted = ["tokens", "target_tokens", "images", "question_images"]
         if stream.held_out:
             wanted.append("id")
@@ -83,7 +84,9 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
             rows = slice(begin, begin := begin + len(batch))
             candidates = _candidates(batch, stream, recipe.split)
             filtered += len(batch) - int(candidates.sum())
-            images[rows], features = _features(batch, recipe.continuous, views)
+            of_images, features = _features(batch, recipe.continuous, views)
+            if counted:
+                images[rows] = of_images
             lengths[rows] = (_numbers(batch, "tokens") + features) * candidates
             target_tokens[rows] = _numbers(batch, "target_tokens") * candidates
     limit = limit_of(stream, recipe.packed_length)

@@ -188,13 +188,13 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, packs: i
         raise ConfigError("the streams' weights choose no sample at all")
     rows: list[tuple[npt.NDArray[np.uint32], Ids]] = []
     for row in rows_of(chosen, nodes, recipe.window):
-        all_ids, all_sizes = [], []
+        row_ids = np.empty(sum(end - begin for begin, end in row.stretches), np.uint32)
+        filled, all_sizes = 0, []
         for number, (ids, lengths) in enumerate(windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle)):
-            ids, sizes = _pack_window(ids, lengths, recipe, epoch, row.number, number)
-            all_ids.append(ids)
+            row_ids[filled : filled + len(ids)], sizes = _pack_window(ids, lengths, recipe, epoch, row.number, number)
+            filled += len(ids)
             all_sizes.append(sizes)
-        rows.append((np.concatenate(all_ids), np.concatenate(all_sizes)))
-        del all_ids, all_sizes
+        rows.append((row_ids, np.concatenate(all_sizes)))
     found = sum(len(sizes) for _, sizes in rows)
     packs = packs or found // group * group
     if packs == 0:

@@ -1,5 +1,6 @@
 """python -m unitoken.streaming_data: what is printed and written, and what is refused."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def mixed(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "mixed", records)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
 def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed):
     import webdataset
 
@@ -139,6 +141,7 @@ def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed)
         pictures = sorted(name for name in sample if name.endswith(".png"))
         assert pictures == [f"{n}.png" for n in range(len(record.images))]
         assert all(sample[name].size == (4, 4) for name in pictures)
+    gc.collect()
     summary = json.loads((tmp_path / "tars" / "webdataset.json").read_text())
     assert summary["samples"] == 25
 

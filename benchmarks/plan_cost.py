@@ -1,0 +1,42 @@
+"""What the plan of a dataset costs: python -m benchmarks.plan_cost FOLDER
+
+In a process of its own, without torch, so that its peak of memory is the plan's. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from unitoken.streaming_data.lengths import read_lengths
+from unitoken.streaming_data.mixture import DataConfig, open_sources
+from unitoken.streaming_data.plan import Recipe, load_or_build
+
+
+def cost(folder: Path) -> dict[str, float]:
+    data = {"streams": {"a": {"local": str(folder)}}, "packed_length": 4096, "global_batch": 128, "continuous": "none"}
+    config = DataConfig.model_validate(data)
+    begun = time.perf_counter()
+    sources = open_sources(config)
+    recipe = Recipe.of(config, sources, None)
+    made = load_or_build(folder / "plans", recipe, 0, lambda: [read_lengths(source, recipe, None) for source in sources])
+    seconds = time.perf_counter() - begun
+    disk = sum(path.stat().st_size for path in (folder / "plans").rglob("*.npy"))
+    return {
+        "seconds": round(seconds, 2),
+        "gb": round(peak_bytes() / 1e9, 2),
+        "disk_gb": round(disk / 1e9, 2),
+        "fill": made.report.fill,
+    }
+
+
+def peak_bytes() -> int:
+    """Of this process alone, unlike ru_maxrss."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(cost(Path(sys.argv[1]))))
