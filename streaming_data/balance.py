@@ -33,10 +33,14 @@ def balance(squares: npt.NDArray[np.floating[Any]], images: npt.NDArray[np.integ
     heaviest_first = np.argsort(-loads.max(axis=1), kind="stable")
     if each == 1 or ranks == 1:
         return heaviest_first.reshape(ranks, each)
-    sums = np.zeros((ranks, 2))
+    first, second = np.zeros(ranks), np.zeros(ranks)  # sums of either load; two arrays, as a maximum over pairs is slow
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for pack in heaviest_first.tolist():
-        rank = int((sums + loads[pack]).max(axis=1).argmin())
+    for pack, (square, image) in zip(heaviest_first.tolist(), loads[heaviest_first].tolist(), strict=True):
+        rank = int(np.maximum(first + square, second + image).argmin())
         dealt[rank].append(pack)
-        sums[rank] += loads[pack] if len(dealt[rank]) < each else np.inf  # full
+        if len(dealt[rank]) < each:
+            first[rank] += square
+            second[rank] += image
+        else:
+            first[rank] = np.inf  # full
     return np.array(dealt, np.int64)
