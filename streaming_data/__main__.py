@@ -1,12 +1,14 @@
 """What can be known and done before training.
 
 python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
+python -m unitoken.streaming_data simulate yamls/stage1.yaml --tokens-per-second 200000 --bandwidth 10gbit
 python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
 python -m unitoken.streaming_data export-webdataset data/cats s3://bucket/cats-tars
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +82,41 @@ def sweep_table(rows: list[tuple[int, float | None, str]]) -> str:
         full = f"{fill:.2%}" if fill is not None else "-"
         lines.append(f"{length:>13,}  {full:>6}  {words}{mark}")
     return "\n".join(lines)
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: data.global_batch=8192")] = None,
+    nodes: Annotated[str, typer.Option(help="numbers of nodes")] = ",".join(str(1 << n) for n in range(11)),
+    ranks_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    batch_seconds: Annotated[float | None, typer.Option(help="that a step takes; or give --tokens-per-second")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="that a node trains on")] = None,
+    bandwidth: Annotated[str, typer.Option(help="of a node: 500mbit, 10gbit")] = "1gbit",
+    cache_limit: Annotated[str | None, typer.Option(help="of a node: 100gb; default: the settings' cache_limit")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    image_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 384,
+    patch_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 14,
+) -> None:
+    """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
+    with one_line_errors():
+        data = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
+        from unitoken.streaming_data.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
+
+        counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
+        demands, impossible = simulate_nodes(
+            data, counts, ranks_per_node, (image_size, patch_size), bits, batch_seconds, tokens_per_second
+        )
+        if as_json:
+            typer.echo(json.dumps({"nodes": [demand.model_dump() for demand in demands], "not_possible": impossible}))
+            return
+        typer.echo(table(demands, data.cache_limit))
+        if impossible:
+            ranks = impossible[-1] * ranks_per_node
+            typer.echo(
+                f"{', '.join(map(str, impossible))} nodes of {ranks_per_node} ranks can not share a global_batch of "
+                f"{data.global_batch} packs evenly; {ranks:,} ranks need a multiple of {ranks:,}"
+            )
 
 
 @app.command()
