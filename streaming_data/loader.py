@@ -23,6 +23,8 @@ from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_s
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 
+MOST_SAID = 4096  # bytes of a rank's error that the others hear: its end, as a worker's begins with a traceback
+
 
 class PackedLoader(DataLoader[Any]):
     """Tells the dataset when an epoch begins, and counts what was handed out; workers can do neither.
@@ -34,12 +36,19 @@ class PackedLoader(DataLoader[Any]):
 
     dataset: PackedDataset
     _group: Any = None
+    _failed: torch.Tensor
+    _said: torch.Tensor  # what each rank could not read, UTF-8 and zeros
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         dataset = self.dataset
         together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         if together and self._group is None:
+            # In this order. A thread of the group's may hold tensors a moment longer than the collective lasts, and frees
+            # them under the GIL if it is the last; the group's destructor waits for that thread, with the GIL. So the
+            # tensors live longer than the group: those of `all_gather_object` hung 3 of 150 pairs of ranks at their end.
             self._group = distributed.new_group(backend="gloo")
+            self._failed = torch.zeros(1, dtype=torch.int32)
+            self._said = torch.zeros(distributed.get_world_size(), MOST_SAID, dtype=torch.uint8)
         if self.num_workers:  # without workers the dataset sees it itself
             dataset.start_epoch()
         batches = super().__iter__()
@@ -59,11 +68,14 @@ class PackedLoader(DataLoader[Any]):
             yield batch  # type: ignore[misc]
 
     def _agree(self, failure: Exception | None) -> None:
-        failed = torch.tensor([failure is not None], dtype=torch.int32)
-        distributed.all_reduce(failed, distributed.ReduceOp.MAX, group=self._group)
-        if failed.item():
-            said: list[str | None] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(said, None if failure is None else str(failure), group=self._group)
+        self._failed[0] = failure is not None
+        distributed.all_reduce(self._failed, distributed.ReduceOp.MAX, group=self._group)
+        if self._failed.item():
+            words = b"" if failure is None else str(failure).encode(errors="replace")[-MOST_SAID:] or b"?"
+            self._said.zero_()
+            self._said[distributed.get_rank(), : len(words)] = torch.tensor(list(words), dtype=torch.uint8)
+            distributed.all_reduce(self._said, group=self._group)  # each rank's row is zero in all others
+            said = [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in self._said]
             heard = "; ".join(f"rank {rank}: {words}" for rank, words in enumerate(said) if words)
             raise ShardError(f"a batch can not be read on {heard}") from failure
 
