@@ -103,9 +103,9 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
         assert others.read_bytes() == b"1"
     finally:
         others.unlink()
-    left = list((root / "tmp").iterdir())  # torch makes an empty folder when it is imported: that of a killed rank stays
+    left = list((root / "tmp").iterdir())  # `import torch.distributed` makes a folder for one template: a killed rank's stays
     assert len(left) <= 2 * jobs * cycles
-    assert not [path for path in left if path.is_file() or any(path.iterdir())]
+    assert set().union(*map(files, left)) <= {"_remote_module_non_scriptable.py", "__pycache__"}
     assert not list((root / "cache").glob("**/.aside-*"))
     shards = list((root / "cache").glob("datasets/*/chunk-*/*.mds"))
     assert len(shards) == len(list((root / "data").glob("chunk-*/*.mds"))), "all were read, none twice"
