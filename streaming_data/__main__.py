@@ -1,14 +1,19 @@
-"""What can be known and done before training.
+"""What can be known and done before training, and a way out of it.
 
-python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
-python -m unitoken.streaming_data simulate yamls/stage1.yaml --tokens-per-second 200000 --bandwidth 10gbit
-python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
-python -m unitoken.streaming_data export-webdataset data/cats s3://bucket/cats-tars
+    python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
+    python -m unitoken.streaming_data simulate yamls/stage1.yaml --tokens-per-second 100000
+    python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
+    python -m unitoken.streaming_data export-webdataset data/cats s3://bucket/cats-tars
+
+A stage's YAML file, or its `data:` part alone, with settings as in training (data.packed_length=8192) behind it.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +24,6 @@ from unitoken.streaming_data.config import Config, load_config, one_line_errors
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-SWEEP = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 
 @app.command()
@@ -32,11 +36,11 @@ def plan(
     patch_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 14,
 ) -> None:
     """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
-    with one_line_errors():
+    with _errors():
         data = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
         from unitoken.streaming_data.mixture import open_sources
-        from unitoken.streaming_data.plan import Recipe, build, load_or_build
+        from unitoken.streaming_data.plan import Recipe, load_or_build
         from unitoken.streaming_data.views import Views
 
         sources, views = open_sources(data), Views(image_size, patch_size, data.anyres)
@@ -44,17 +48,9 @@ def plan(
         samples = [read_lengths(source, recipe, views) for source in sources]
         typer.echo(load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report.table())
         if sweep_length:
-            rows: list[tuple[int, float | None, str]] = []
-            for length in SWEEP:
-                other = recipe.model_copy(update={"packed_length": length, "global_batch": 1})
-                try:
-                    some = [read_lengths(source, other, views) for source in sources]
-                    report = build(other, some, 0, None).report
-                except ValueError as error:  # all samples of a stream may be longer
-                    rows.append((length, None, str(error)))
-                    continue
-                rows.append((length, report.fill, f"{sum(share.over_long + share.cut for share in report.streams):,}"))
-            typer.echo(f"\n{sweep_table(rows)}")
+            from unitoken.streaming_data.sweep import sweep, table
+
+            typer.echo(f"\n{table(sweep(recipe, sources, views))}")
 
 
 def load_data(path: Path, overrides: list[str]) -> Any:
@@ -74,16 +70,6 @@ def load_data(path: Path, overrides: list[str]) -> Any:
     return load_config(Stage, path, overrides).data
 
 
-def sweep_table(rows: list[tuple[int, float | None, str]]) -> str:
-    best = max(rows, key=lambda row: row[1] or 0.0)[0]  # the shortest of the fullest
-    lines = ["packed_length    full  over-long samples"]
-    for length, fill, words in rows:
-        mark = "  <- best" if fill is not None and length == best else ""
-        full = f"{fill:.2%}" if fill is not None else "-"
-        lines.append(f"{length:>13,}  {full:>6}  {words}{mark}")
-    return "\n".join(lines)
-
-
 @app.command()
 def simulate(
     config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
@@ -99,7 +85,7 @@ def simulate(
     patch_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 14,
 ) -> None:
     """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
-    with one_line_errors():
+    with _errors():
         data = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
         from unitoken.streaming_data.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
 
@@ -126,7 +112,7 @@ def convert_config(
     datasets: Annotated[str, typer.Option(help="folder or URL where the tokenized datasets lie, or will")] = "data",
 ) -> None:
     """Turn the reference's data file into the `data:` part of a stage."""
-    with one_line_errors():
+    with _errors():
         from unitoken.streaming_data.config import ConfigError
         from unitoken.streaming_data.convert import convert
         from unitoken.streaming_data.files import write_aside
@@ -147,10 +133,23 @@ def export_webdataset(
     samples_per_tar: Annotated[int, typer.Option(min=1)] = 10_000,
 ) -> None:
     """Write a dataset as WebDataset tars, for those who train on that stack."""
-    with one_line_errors():
+    with _errors():
         from unitoken.streaming_data.export import export
 
         typer.echo(f"{export(dataset, out, samples_per_tar)} tars in {out}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A mistake of the user's ends with status 2, a disk, store or shard that fails with 1; both with one line."""
+    from unitoken.streaming_data.cache import ShardError
+
+    try:
+        with one_line_errors():
+            yield
+    except (OSError, ShardError) as error:  # a StoreError is an OSError
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

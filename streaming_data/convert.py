@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat
 
 from unitoken.streaming_data.config import Config, ConfigError, load_config
+from unitoken.streaming_data.stores import is_url
 
 COMMON = {"record", "train", "data", "annotations", "json", "output", "tokens"}  # say nothing of what a dataset is
 
@@ -39,14 +40,21 @@ def convert(path: Path, datasets: str) -> str:
         "  streams:",
     ]
     for name, entry in zip(names, entries, strict=True):
-        weight = "" if entry.ratio == 1 else f", repeat: {entry.ratio:g}"
-        local = yaml.safe_dump(f"{datasets.rstrip('/')}/{name}", width=10_000).splitlines()[0]
-        lines.append(f"    {name}: {{local: {local}{weight}}} # {' '.join(entry.path.split())}")
+        stream: dict[str, str | float] = {"remote" if is_url(datasets) else "local": f"{datasets.rstrip('/')}/{name}"}
+        if entry.ratio != 1:
+            stream["repeat"] = entry.ratio
+        comment = " ".join(entry.path.split()) + ("" if entry.type == "default" else f"; its type {entry.type!r} has no equivalent")
+        lines.append(f"    {name}: {_flow(stream)} # {comment}")
     lines += [
         "  packed_length: 4096 # tokens a pack, image features included",
         "  global_batch: 64 # packs a step, over all ranks: the reference's 128 samples at two a pack",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _flow(stream: dict[str, str | float]) -> str:
+    """`{local: data/llava, repeat: 0.333}`, with quotes where YAML needs them."""
+    return yaml.safe_dump(stream, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).strip()
 
 
 def _names(paths: list[str]) -> list[str]:

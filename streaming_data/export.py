@@ -5,7 +5,8 @@
     000000123.0.jpg ...    the images' encoded originals, each with the ending of its kind
 
 beside vocabulary.json and, last, webdataset.json. Stock webdataset reads them by its own decoders; nothing is pickled. Keys are
-the samples' numbers, since an id may hold dots, slashes, or what stands elsewhere, too. The same dataset gives the same bytes.
+the samples' numbers in index order, since an id may hold dots, slashes, or what stands elsewhere, too. The same dataset gives the
+same bytes, and an export that was killed goes on with the tar it was at.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.files import remove_abandoned
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.mixture import DataConfig, Source, open_sources
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shards
-from unitoken.streaming_data.stores import Store, StoreError, is_url, open_store
+from unitoken.streaming_data.stores import Store, is_url, open_store
 
-LIST = "webdataset.json"
+LIST, BEGUN = "webdataset.json", "webdataset.begun.json"
 CACHE_BYTES = 1 << 30  # of a remote dataset's shards, at a time
+AT_ONCE = 256  # samples
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # others are called as Pillow calls them
 
 
@@ -36,61 +39,84 @@ def export(dataset: str, out: str, samples_per_tar: int) -> int:
     """Write `dataset` (a folder or URL) to `out` (a folder or URL); returns the number of tars.
 
     Raises:
-        ConfigError: `dataset` is none, `out` holds something already.
+        ConfigError: `dataset` is none, or `out` holds something else already.
         ShardError, StoreError: what can not be read or written.
     """
     target = open_store(out)
-    try:
-        found = list(target.sizes())
-    except StoreError as error:
-        raise ConfigError(str(error)) from None
-    foreign = [name for name in found if not (name.endswith(".tar") or name == VOCABULARY)]
-    if LIST in found or foreign:
-        raise ConfigError(f"{out}: expected an empty place, found {LIST if LIST in found else foreign[0]}")
     with tempfile.TemporaryDirectory() as temporary:
         place = {"remote" if is_url(dataset) else "local": dataset}
         config = DataConfig.model_validate({"streams": {"data": place}, "packed_length": 1, "global_batch": 1, "cache": temporary})
         (source,) = open_sources(config)
+        if not is_url(out) and Path(out).is_dir():
+            remove_abandoned(Path(out))
+        begun = {"dataset": source.fingerprint, "vocabulary": source.manifest.vocabulary, "samples_per_tar": samples_per_tar}
+        done = _begin(target, json.dumps(begun).encode() + b"\n")
         shards = Shards("data", source.folder, source.store, Path(temporary) / "shards", CACHE_BYTES if source.store else None)
-        return _write(source, shards, target, Path(temporary), samples_per_tar)
+        return _write(source, shards, target, done, Path(temporary), samples_per_tar)
 
 
-def _write(source: Source, shards: Shards, target: Store, temporary: Path, samples_per_tar: int) -> int:
-    records = (record for shard in range(len(shards.samples)) for record in _records(shards, shard))
+def _begin(target: Store, begun: bytes) -> set[str]:
+    """Say in an empty place what will be written there; or go on with the same. Returns what is there."""
+    found = set(target.sizes())
+    if found and (LIST in found or BEGUN not in found or target.read(BEGUN) != begun):
+        other = next((name for name in (LIST, BEGUN) if name in found), min(found))
+        raise ConfigError(f"{target.url}: expected an empty place, or this export begun, found {other}")
+    if not found:
+        target.write(BEGUN, begun)
+    return found
+
+
+def _write(source: Source, shards: Shards, target: Store, done: set[str], temporary: Path, samples_per_tar: int) -> int:
+    samples = source.manifest.samples
     names: list[str] = []
-    written = 0
-    while written < source.manifest.samples:
+    for begin in range(0, samples, samples_per_tar):
         name = f"{len(names):06}.tar"
-        count = min(samples_per_tar, source.manifest.samples - written)
+        names.append(name)
+        if name in done:
+            continue
         with tarfile.open(temporary / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number in range(written, written + count):
-                for ending, data in _members(next(records), source.manifest.vocabulary):
-                    member = tarfile.TarInfo(f"{number:09}.{ending}")
+            for number, record in _records(shards, begin, min(begin + samples_per_tar, samples)):
+                for ending, data in _members(record, source.manifest.vocabulary):
+                    member = tarfile.TarInfo(f"{number:09}.{ending}")  # its time is 0, its owner is nobody
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         target.upload(temporary / name, name)
         (temporary / name).unlink()
-        names.append(name)
-        written += count
     target.upload(source.folder / VOCABULARY, VOCABULARY)
-    summary = {"samples": written, "tars": names, "vocabulary": source.manifest.vocabulary}
+    summary = {"samples": samples, "samples_per_tar": samples_per_tar, "tars": names, "dataset": source.manifest.model_dump()}
     target.write(LIST, json.dumps(summary, indent=1).encode() + b"\n")
+    target.delete(BEGUN)
     return len(names)
 
 
-def _records(shards: Shards, shard: int) -> Iterator[Record]:
-    for place in range(int(shards.samples[shard])):
-        yield shards.record(shard, place)
+def _records(shards: Shards, begin: int, end: int) -> Iterator[tuple[int, Record]]:
+    """Samples [begin, end) with their numbers."""
+    borders = np.cumsum([0, *shards.samples])
+    while begin < end:
+        shard = int(np.searchsorted(borders, begin, side="right")) - 1
+        stop = min(end, int(borders[shard + 1]), begin + AT_ONCE)
+        records = shards.open(shard).records(np.arange(begin, stop) - borders[shard], 0)
+        yield from zip(range(begin, stop), records, strict=True)
+        begin = stop
 
 
 def _members(record: Record, vocabulary: str) -> Iterator[tuple[str, bytes]]:
     spans = {"target_spans": record.target_spans.tolist(), "image_spans": record.image_spans.tolist()}
     yield "json", json.dumps({"id": record.id, **spans, "vocabulary": vocabulary}).encode()
     tokens = io.BytesIO()
-    np.save(tokens, record.tokens)
+    np.save(tokens, record.tokens, allow_pickle=False)
     yield "tokens.npy", tokens.getvalue()
     for number, image in enumerate(record.images):
         if len(image):  # a dataset may be kept without its pictures
-            with Image.open(io.BytesIO(image)) as picture:
-                kind = picture.format or "bin"
-            yield f"{number}.{ENDINGS.get(kind, kind.lower())}", bytes(image)
+            data = bytes(image)
+            yield f"{number}.{_kind(data)}", data
+
+
+def _kind(image: bytes) -> str:
+    """The ending of an encoded picture. Nothing is decoded: that was done when it was tokenized."""
+    try:
+        with Image.open(io.BytesIO(image)) as picture:
+            kind = picture.format or "bin"
+    except UnidentifiedImageError:
+        return "bin"
+    return ENDINGS.get(kind, kind.lower())

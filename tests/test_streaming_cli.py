@@ -1,18 +1,24 @@
 """python -m unitoken.streaming_data: what is printed and written, and what is refused."""
 
 import gc
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
-from small_datasets import make_record, small_vocabulary, text_records, write_dataset
+from PIL import Image
+from small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
 from typer.testing import CliRunner
 
+from unitoken.streaming_data import mixture, stores
 from unitoken.streaming_data.__main__ import app
 from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.stores import Folder, StoreError
+from unitoken.streaming_data.sweep import Row, table
 
 VOCABULARY = small_vocabulary()
 
@@ -81,7 +87,7 @@ def test_the_references_data_file_becomes_streams(tmp_path):
     }
     assert "# /data/mjv_10m/record.json" in text
     config = DataConfig.model_validate(data)
-    assert config.streams["llava_2"].local == "s3://bucket/sets/llava_2"
+    assert config.streams["llava_2"].remote == "s3://bucket/sets/llava_2"
     code, out = run("convert-config", meta, "--out", tmp_path / "data.yaml")
     assert code == 2
     assert "is there already" in out
@@ -152,9 +158,108 @@ def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_plac
     assert (tmp_path / "one" / "000000.tar").read_bytes() == (tmp_path / "two" / "000000.tar").read_bytes()
     code, out = run("export-webdataset", mixed, tmp_path / "one")
     assert code == 2
-    assert "expected an empty place, found webdataset.json" in out
-    (tmp_path / "one" / "webdataset.json").unlink()  # as if it had been killed
-    assert run("export-webdataset", mixed, tmp_path / "one")[0] == 0
+    assert "found webdataset.json" in out
     (tmp_path / "three").mkdir()
     (tmp_path / "three" / "thesis.doc").write_bytes(b"")
     assert "found thesis.doc" in run("export-webdataset", mixed, tmp_path / "three")[1]
+
+
+def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(tmp_path, mixed, monkeypatch):
+    command = ("export-webdataset", mixed, tmp_path / "out", "--samples-per-tar", 10)
+    upload, uploaded = Folder.upload, []
+
+    def dies_at_the_second(self, path, name):
+        uploaded.append(name)
+        if len(uploaded) == 2:
+            raise StoreError("the disk is full")
+        upload(self, path, name)
+
+    monkeypatch.setattr(Folder, "upload", dies_at_the_second)
+    assert run(*command) == (1, "error: the disk is full\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.tar", "webdataset.begun.json"]
+    code, out = run(*command[:-1], 5)  # other tars would lie beside the first
+    assert code == 2
+    assert "this export begun, found webdataset.begun.json" in out
+    first = (tmp_path / "out" / "000000.tar").stat()
+    assert run(*command)[0] == 0
+    assert uploaded[2:] == ["000001.tar", "000002.tar", "vocabulary.json"]
+    assert (tmp_path / "out" / "000000.tar").stat() == first
+    assert run(*command[:2], tmp_path / "whole", *command[3:])[0] == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    assert sorted(files) == ["000000.tar", "000001.tar", "000002.tar", "vocabulary.json", "webdataset.json"]
+
+
+def test_tars_that_are_not_an_export_are_left_alone(tmp_path, mixed):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000000.tar").write_bytes(b"mine")
+    code, out = run("export-webdataset", mixed, tmp_path / "out")
+    assert code == 2
+    assert "found 000000.tar" in out
+    assert (tmp_path / "out" / "000000.tar").read_bytes() == b"mine"
+    assert run("export-webdataset", mixed, mixed)[0] == 2
+
+
+def test_pictures_are_called_by_what_they_are(tmp_path):
+    record = make_record("a", VOCABULARY, 4, 7)
+    kinds = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]
+    pictures = []
+    for kind in kinds:
+        buffer = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(buffer, kind)
+        pictures.append(buffer.getvalue())
+    record.images = (*pictures, b"")  # one that was not kept
+    write_dataset(tmp_path / "data", [record])
+    assert run("export-webdataset", tmp_path / "data", tmp_path / "out")[0] == 0
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        names = tar.getnames()
+        assert all((member.mtime, member.uid, member.uname) == (0, 0, "") for member in tar)
+        assert [tar.extractfile(name).read() for name in names[2:]] == pictures
+    endings = ["jpg", "png", "gif", "bmp", "tif", "webp"]
+    assert names == ["000000000.json", "000000000.tokens.npy", *(f"000000000.{n}.{e}" for n, e in enumerate(endings))]
+
+
+def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed):
+    code, out = run("export-webdataset", tmp_path / "none", tmp_path / "out")
+    assert (code, out.count("\n")) == (2, 1)
+    flip_byte(shard_paths(mixed)[0])
+    code, out = run("export-webdataset", mixed, tmp_path / "out")
+    assert (code, out.count("\n")) == (1, 1)
+    assert "corrupt" in out
+    assert not (tmp_path / "out" / "webdataset.json").exists()
+
+
+def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatch):
+    real = stores.open_store
+    monkeypatch.setattr(mixture, "open_store", lambda url, *args: real(str(mixed) if url == "s3://bucket/mixed" else url))
+    assert run("export-webdataset", "s3://bucket/mixed", tmp_path / "remote")[0] == 0
+    assert run("export-webdataset", mixed, tmp_path / "local")[0] == 0
+    assert (tmp_path / "remote" / "000000.tar").read_bytes() == (tmp_path / "local" / "000000.tar").read_bytes()
+
+
+def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
+    """Paths as in the reference's own files, and worse ones."""
+    paths = [
+        "/home/meta_data/pretokenization/records_ureader_1.1m/record.json",
+        "/home/meta_data/pretokenization/records_en_synthdog@col1_200k/record.json",
+        "path/to/record1.json",
+        "s3://bucket/3d, {scans}/train.jsonl",
+        "/data/../x # y: z/record.json",
+    ]
+    (tmp_path / "META.yaml").write_text(yaml.safe_dump({"META": [{"path": p, "ratio": 1 / 3, "type": "image"} for p in paths]}))
+    code, out = run("convert-config", tmp_path / "META.yaml", "--datasets", "my, {data}")
+    assert code == 0
+    config = DataConfig.model_validate(yaml.safe_load(out)["data"])
+    assert list(config.streams) == ["records_ureader_1_1m", "records_en_synthdog_col1_200k", "record1", "d_3d_scans", "x_y_z"]
+    assert [s.local for s in config.streams.values()] == [f"my, {{data}}/{name}" for name in config.streams]
+    assert {s.repeat for s in config.streams.values()} == {1 / 3}
+    assert out.count("its type 'image' has no equivalent") == 5
+    assert "tokenize" in out
+    assert "migrate" in out
+
+
+def test_the_best_length_is_no_short_one_that_leaves_samples_out():
+    rows = [Row(1024, 0.999, 900, 0.4), Row(2048, 0.9, 0, 1.0), Row(4096, 0.97, 0, 1.0), Row(8192, 0.9703, 0, 1.0)]
+    text = table([*rows, Row(16384, 0.0, 0, 0.0, "each is longer")])
+    assert [line.split()[0] for line in text.splitlines() if "<- best" in line] == ["4,096"]
+    assert "16,384       -  each is longer" in text
