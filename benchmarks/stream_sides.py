@@ -5,6 +5,7 @@ Each side is tuned as its documentation advises for small samples: large shards,
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -40,6 +41,7 @@ LENGTH, BATCH = 4096, 8
 Sample = tuple[Any, Any]  # tokens (T,), spans (S, 2)
 
 
+@functools.cache  # the model's: no part of reading
 def vocabulary() -> Vocabulary:
     return Vocabulary.from_tokens({f"t{n}": n for n in range(50_000)}, codebook_size=8)
 

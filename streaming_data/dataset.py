@@ -65,15 +65,14 @@ class Run:
 
     def packs(self) -> Iterator[list[Record]]:
         opened = map(self._dataset.open_shard, self._needed) if self._opened is None else (f.result() for f in self._opened)
-        records: list[Any] = [None] * len(self._places)
         order = np.argsort(self._shards, kind="stable")
         bounds = np.searchsorted(self._shards[order], [*self._needed, self._needed[-1] + 1]).tolist()
-        for (stream, shard), first, last in zip(opened, bounds, bounds[1:], strict=False):
-            mine = order[first:last]
-            for place, record in zip(mine.tolist(), shard.records(self._places[mine], stream), strict=True):
-                records[place] = record
+        of_shard: dict[int, Iterator[Record]] = {}  # in the order in which the packs ask for them
+        for shard, (stream, data), first, last in zip(self._needed, opened, bounds, bounds[1:], strict=False):
+            of_shard[shard] = data.records(self._places[order[first:last]], stream)
+        records = [of_shard[shard] for shard in self._shards.tolist()]
         for begin, end in zip([0, *self._ends], self._ends, strict=False):
-            yield records[begin:end]
+            yield list(map(next, records[begin:end]))
 
 
 class PackedDataset(StreamingDataset):  # type: ignore[misc]
