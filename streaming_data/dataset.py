@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pydantic
 import torch
 from pydantic import NonNegativeInt
@@ -52,10 +51,10 @@ class State(Config):
 class Run:
     """Some packs that are read together: where their samples lie is looked up once for all of them."""
 
-    def __init__(self, dataset: PackedDataset, packs: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
-        self._dataset = dataset
-        self._ends = np.cumsum([len(pack) for pack in packs]).tolist()
-        self._shards, self._places = dataset.locate(np.concatenate(packs).astype(np.int64))
+    def __init__(self, dataset: PackedDataset, ids: Ids, ends: list[int]) -> None:
+        """Read the samples `ids` (n,), of which a pack ends at each of `ends`."""
+        self._dataset, self._ends = dataset, ends
+        self._shards, self._places = dataset.locate(ids)
         self._needed: list[int] = np.unique(self._shards).tolist()
         self._opened: list[Future[tuple[int, Shard]]] | None = None
 
@@ -207,9 +206,9 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _runs(self, share: Share, size: int) -> Iterator[Run]:
-        packs = (share.plan.pack(number) for batch in share for number in batch.tolist())
+        packs = itertools.chain.from_iterable(batch.tolist() for batch in share)
         while some := list(itertools.islice(packs, size)):
-            yield Run(self, some)
+            yield Run(self, *share.plan.samples_of(np.array(some)))
 
     def locate(self, ids: Any) -> tuple[Ids, Ids]:
         """Samples (n,), numbered through all streams -> their shards (n,), also numbered so, and places in the shards (n,)."""
@@ -225,7 +224,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         """Sample `sample_id`, numbered through all streams. What `dataset[i]` calls."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        (record,) = next(Run(self, [np.array([sample_id])]).packs())
+        (record,) = next(Run(self, np.array([sample_id]), [1]).packs())
         return record
 
     # The plan ---------------------------------------------------------------------------------------------------------

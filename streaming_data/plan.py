@@ -120,8 +120,12 @@ class Plan:
     def packs(self) -> int:
         return len(self.offsets) - 1
 
-    def pack(self, number: int) -> npt.NDArray[np.uint32]:
-        return self.ids[int(self.offsets[number]) : int(self.offsets[number + 1])]
+    def samples_of(self, packs: Ids) -> tuple[Ids, list[int]]:
+        """The samples of `packs` (n,) one after the other, and where each pack ends among them."""
+        begins, ends = self.offsets[packs].astype(np.int64), self.offsets[packs + 1].astype(np.int64)
+        borders = np.cumsum(ends - begins)
+        places = np.arange(borders[-1]) + np.repeat(ends - borders, ends - begins)
+        return self.ids[places].astype(np.int64), borders.tolist()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -133,7 +133,7 @@ def _plain(token_type: str) -> Decoder:
 
     A sample is the sizes of its five columns (uint32), then the columns in the order of their names. An array is a byte
     (dimensions, and the width of each), its shape, its values. All that is arithmetic is done for many samples at once; the
-    records are made one by one, since hundreds that wait for their turn would set off the garbage collector (a quarter of the time).
+    records are made one by one, since hundreds that wait for their turn would set off the garbage collector: a quarter of the time.
     """
     dtype = np.dtype(token_type).newbyteorder("<")
 

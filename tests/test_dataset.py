@@ -96,7 +96,11 @@ def test_an_epoch_holds_the_packs_of_its_plan_and_the_next_epoch_others(make_loa
         for number, batch in enumerate(batches):
             packs = []
             for pack in range(number * GROUP, (number + 1) * GROUP):
-                tokens = [token for sample in plan.pack(pack) for token in dataset[int(sample)].tokens.tolist()]
+                tokens = [
+                    token
+                    for sample in plan.ids[plan.offsets[pack] : plan.offsets[pack + 1]]
+                    for token in dataset[int(sample)].tokens.tolist()
+                ]
                 packs.append((*tokens, *[0] * (64 - len(tokens))))
             assert sorted(batch) == sorted(packs)
         epochs.append(batches)
