@@ -92,7 +92,7 @@ def decode(data: bytes | memoryview, compat: bool = False) -> Image.Image:
         if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip 16 bits to white
             depth = np.asarray(image).astype(np.int64)
             image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8))
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies where there is nothing to turn
         if image.mode == "RGB" and "transparency" in image.info:  # a PNG may name one colour that is transparent
             image = image.convert("RGBA")
         return on_white(image)
