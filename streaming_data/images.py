@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
@@ -178,6 +179,15 @@ def resized(image: Image.Image, sizes: Sequence[tuple[int, int]], compat: bool) 
         return [pixels.transpose(2, 0, 1) for pixels in of_pillow]
     import torch  # tokenizing has no use for it here
 
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    with _QUIET:  # torch warns of memory that it must not write to, and nothing here does
+        pixels = torch.from_numpy(_as_it_lies(image)).permute(2, 0, 1)[None]
     resize = functools.partial(torch.nn.functional.interpolate, pixels, mode="bicubic", antialias=True)
-    return [(pixels if size == image.size else resize(size=size[::-1]))[0].numpy() for size in sizes]
+    return [(pixels if size == image.size else resize(size=size[::-1]))[0, :3].numpy() for size in sizes]
+
+
+def _as_it_lies(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """(height, width, 4): where Pillow keeps an RGB picture, with a byte to spare a pixel; or (height, width, 3), copied."""
+    try:
+        return np.asarray(pyarrow.array(image).flatten()).reshape(image.height, image.width, 4)
+    except (TypeError, ValueError):  # Pillow before 11.2; a picture that it keeps in several pieces
+        return np.asarray(image)
