@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> None:
     with one_line_errors():
         if "=" in arguments[0]:
             raise ConfigError(f"'{arguments[0]}': the first argument is the YAML file, overrides come after it")
-        from unitoken.train.config import StageConfig, check
+        from unitoken.train.check import check
+        from unitoken.train.config import StageConfig
 
         config = load_config(StageConfig, arguments[0], arguments[1:])
         checked = check(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unitoken.codec.text import load_tokenizer
+from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import prepare
-from unitoken.tokenize.text import load_tokenizer
-from unitoken.tokenize.vision import load_vision
 from unitoken.tokenize.worker import keep_freed_memory, run_chunks
 
 

@@ -40,9 +40,10 @@ from PIL import Image
 from benchmarks import source_memory
 from benchmarks.sides import Setting, baseline, ours
 from demo.digits import picture
+from unitoken.codec.config import VisionConfig
+from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
-from unitoken.tokenize.config import TokenizeConfig, VisionConfig
-from unitoken.tokenize.vision import load_vision
+from unitoken.tokenize.config import TokenizeConfig
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden" / "assets"
@@ -121,8 +122,8 @@ def write_items(folder: Path, pictures: list[Image.Image], suffix: str, items: i
 def random_weights(folder: Path) -> Path:
     from safetensors.torch import save_file
 
-    from unitoken.tokenize.chameleon import VQGAN, meta_name
-    from unitoken.tokenize.weights import read_parameters
+    from unitoken.codec.chameleon import VQGAN, meta_name
+    from unitoken.codec.weights import read_parameters
 
     folder.mkdir()
     (folder / "vqgan.yaml").write_text(FULL_SIZE)

@@ -12,18 +12,19 @@ from sklearn.svm import SVC
 
 from demo.digits import REQUESTS, WORDS, small, split
 from demo.report import Answer, Drawing
+from unitoken.codec.config import VisionConfig
+from unitoken.codec.conversations import parse
+from unitoken.codec.sequence import assemble
+from unitoken.codec.text import TextEncoder, load_tokenizer
+from unitoken.codec.vision import load_vision
 from unitoken.streaming_data.config import load_config
 from unitoken.streaming_data.images import decode, tokenizer_pixels
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.manifest import load_vocabulary
 from unitoken.streaming_data.report import Report
 from unitoken.streaming_data.views import Views
-from unitoken.tokenize.config import VisionConfig
-from unitoken.tokenize.conversations import parse
-from unitoken.tokenize.sequence import assemble
-from unitoken.tokenize.text import TextEncoder, load_tokenizer
-from unitoken.tokenize.vision import load_vision
-from unitoken.train.config import StageConfig, check
+from unitoken.train.check import check
+from unitoken.train.config import StageConfig
 from unitoken.train.generate import answer, generate_images, load_model, prompt_of
 
 ROOT = Path(__file__).parent.parent

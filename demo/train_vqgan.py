@@ -18,11 +18,11 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from demo.digits import picture, small, split
+from unitoken.codec.chameleon import VQGAN, meta_name
+from unitoken.codec.config import VisionConfig
+from unitoken.codec.vision import load_vision
+from unitoken.codec.weights import Parameters
 from unitoken.streaming_data.images import tokenizer_pixels
-from unitoken.tokenize.chameleon import VQGAN, meta_name
-from unitoken.tokenize.config import VisionConfig
-from unitoken.tokenize.vision import load_vision
-from unitoken.tokenize.weights import Parameters
 
 FOLDER = Path(__file__).parent / "assets" / "vqgan"
 SIZE = 16  # target_size in yamls/tokenize/digits.yaml

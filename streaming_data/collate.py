@@ -2,6 +2,8 @@
 
 input_ids, labels, position_ids  (P, L) int64    0, IGNORED, 0 in padding; labels are not shifted
 document_ids                     (P, L) int32    0, 1, ... inside a pack, -1 in padding
+kinds                            (P, L) int8     2 * kind of the document (KINDS) + 1 inside an image; -1 in padding
+stream_tokens                    (P, S) int64    tokens of each stream of the mixture
 pixel_values                     (V, 3, S, S) uint8  the views of all images that bring features
 view_rows                        (V,) int64      the pack a view belongs to, ascending
 feature_rows, feature_columns    (M,) int64      the places of features
@@ -28,6 +30,7 @@ Batch = dict[str, torch.Tensor]
 Ids = npt.NDArray[np.int64]
 PER_VIEW = ("pixel_values", "view_rows")
 PER_FEATURE = ("feature_rows", "feature_columns", "feature_views", "feature_patches")
+KINDS = ("text", "understanding", "generation")  # no image; all are asked about; one at least is drawn
 NO_VIEWS = Views(image_size=1, patch_size=1)  # shapes of a batch for a model without vision tower
 
 
@@ -98,12 +101,14 @@ class Collate:
     separator: int
     newline: int
     compat: bool
+    streams: int = 1  # S
     limits: tuple[int, ...] | None = None  # by stream: longer documents are cut; None: they are an error
 
     def __call__(self, packs: Sequence[Sequence[Record]]) -> Batch:
         views, shape = self.views or NO_VIEWS, (len(packs), self.length)
         input_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
         position_ids, document_ids = np.zeros(shape, np.int64), np.full(shape, -1, np.int32)
+        kinds, stream_tokens = np.full(shape, -1, np.int8), np.zeros((len(packs), self.streams), np.int64)
         pixels: list[Pixels] = [np.zeros((0, 3, views.image_size, views.image_size), np.uint8)]
         view_rows: list[int] = []
         features: list[Ids] = [np.zeros((0, 4), np.int64)]  # row, column, view, patch
@@ -117,12 +122,17 @@ class Collate:
                     self._fits(record, begin + len(ids))
                     for start, end in record.target_spans.tolist():
                         labels[row, begin + start : begin + min(end, len(ids))] = ids[start:end]
+                    kinds[row, begin : begin + len(ids)] = 0
                 else:
                     images = next(seen)
                     document = self._document(record, {image: views.count(*size) for image, (_, size) in images.items()})
                     ids = document.ids
                     self._fits(record, begin + len(ids))
                     labels[row, begin : begin + len(ids)] = document.labels
+                    kind = 4 if (document.labels[document.blocks[:, 0]] != IGNORED).any() else 2
+                    kinds[row, begin : begin + len(ids)] = kind
+                    for first, end in document.blocks.tolist():
+                        kinds[row, begin + first : begin + end] = kind + 1
                     for image, start in document.places:
                         picture, size = images[image]
                         layout = views.layout(*size)
@@ -135,13 +145,20 @@ class Collate:
                         pixels.append(picture)
                         view_rows += [row] * len(picture)
                 labels[row, begin] = IGNORED  # or the document before would predict it
+                stream_tokens[row, record.stream] += len(ids)
                 parts.append(ids)
                 begin += len(ids)
             lengths = [len(part) for part in parts]
             input_ids[row, :begin] = np.concatenate(parts)
             position_ids[row, :begin] = np.arange(begin) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             document_ids[row, :begin] = np.repeat(np.arange(len(parts)), lengths)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}
+        batch: dict[str, npt.NDArray[Any]] = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "document_ids": document_ids,
+        }
+        batch |= {"kinds": kinds, "stream_tokens": stream_tokens}
         batch |= {"pixel_values": np.concatenate(pixels), "view_rows": np.array(view_rows, np.int64)}
         batch |= zip(PER_FEATURE, np.ascontiguousarray(np.concatenate(features).T), strict=True)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -108,6 +108,7 @@ def build_loader(
             separator=vocabulary.separator,
             newline=vocabulary.newline,
             compat=compat,
+            streams=len(sources),
             limits=None if config.over_long == "reject" else tuple(limit_of(s.config, config.packed_length) for s in sources),
         ),
         pin_memory=torch.cuda.is_available(),

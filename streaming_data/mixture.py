@@ -17,9 +17,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -85,7 +86,7 @@ class DataConfig(Config):
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
     packed_length: PositiveInt  # tokens a pack, image features included
-    global_batch: PositiveInt  # packs a step, over all ranks
+    global_batch: PositiveInt  # packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096
     seed: NonNegativeInt = 0
     unit: Unit = "samples"  # what proportion and choose count
     epoch_samples: PositiveInt | None = None  # an epoch's size, where the streams have proportions or no weights at all
@@ -102,6 +103,19 @@ class DataConfig(Config):
     timeout: PositiveInt = 600  # seconds without a batch from a worker until that is an error
     cache_limit: Bytes | None = None  # that downloaded shards may take in each cache folder: 500gb
     cache: str | None = None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _tokens_a_batch(cls, settings: Any) -> Any:
+        """`global_batch: 524288tok` -> packs."""
+        batch = settings.get("global_batch") if isinstance(settings, dict) else None
+        match = re.fullmatch(r"([1-9]\d*) *tok", batch) if isinstance(batch, str) else None
+        if match is None or not isinstance(settings["packed_length"], int) or settings["packed_length"] <= 0:
+            return settings
+        packs, rest = divmod(int(match[1]), settings["packed_length"])
+        if not packs or rest:
+            raise ValueError(f"global_batch: {batch} are no whole number of packs of packed_length: {settings['packed_length']}")
+        return {**settings, "global_batch": packs}
 
     @pydantic.model_validator(mode="after")
     def _weights_fit(self) -> DataConfig:

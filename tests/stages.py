@@ -33,8 +33,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "model": {"decoder": DECODER, "vision": VISION, "dropout": 0.2},
         "trainable": ALL,
-        "optimizer": {"lr": 3e-3},
-        "warmup_epochs": 0.1,
+        "optimizer": {"lr": 3e-3, "warmup": "0.1ep"},
         "max_duration": "1ep",
         "data": {
             "streams": {"all": {"local": str(folder / "data")}},

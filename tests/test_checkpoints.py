@@ -11,7 +11,7 @@ import torch
 from unitoken.streaming_data.config import ConfigError
 from unitoken.train import checkpoints
 from unitoken.train.checkpoints import check_resumable, clean_up, path_of, publish, read, source_of, step_of
-from unitoken.train.config import LATEST, find_checkpoint, latest_checkpoint
+from unitoken.train.folders import LATEST, find_checkpoint, latest_checkpoint
 
 STAGE = {"name": "one", "trainable": ["vit"]}
 

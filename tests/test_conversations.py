@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizing import turns
 
-from unitoken.tokenize.conversations import ItemError, brief, parse, refuse_empty
+from unitoken.codec.conversations import ItemError, brief, parse, refuse_empty
 
 
 def segments(item: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from demo import digits, report
+from unitoken.codec.config import VisionConfig
+from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import load_config
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.config import VisionConfig
-from unitoken.tokenize.weights import find_weights
-from unitoken.train.config import StageConfig, model_configs
+from unitoken.train.config import StageConfig
+from unitoken.train.folders import model_configs
 
 ROOT = Path(__file__).parent.parent
 

@@ -118,7 +118,7 @@ def test_a_prompt_ends_where_training_begins(vocabulary: Vocabulary) -> None:
 def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> None:
     from stages import stage, write_data
 
-    from unitoken.train.config import check
+    from unitoken.train.check import check
     from unitoken.train.generate import load_model
     from unitoken.train.stage import run
 

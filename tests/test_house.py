@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("streaming_data", "tokenize", "train")
+ROOMS = ("streaming_data", "codec", "tokenize", "train")
 
 
 def test_the_readme_names_every_module_of_the_house() -> None:

@@ -14,12 +14,12 @@ import pytest
 from streaming import StreamingDataset
 from tokenizing import TOKENIZER, content, png
 
+from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import Manifest, load_vocabulary
 from unitoken.streaming_data.record import Record
 from unitoken.tokenize import migrate as module
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.conversations import ItemError
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.migrate import load_plain, migrate
 from unitoken.tokenize.verify import verify

@@ -6,7 +6,7 @@ import torch
 from unitoken.streaming_data.config import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionConfig
 from unitoken.train.model import UniToken, build_model
-from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
+from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
 DECODER = DecoderConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2)
 VISION = VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
@@ -46,9 +46,9 @@ def test_a_name_that_trains_nothing_is_an_error(name: str, model: UniToken) -> N
         freeze(model, ["adapter", name])
 
 
-def test_groups_are_the_tower_and_the_rest_with_decay_on_everything(model: UniToken) -> None:
+def test_groups_are_the_tower_and_the_rest_and_the_reference_decays_everything(model: UniToken) -> None:
     freeze(model, ["vit", "adapter", "model", "lm_head"])
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, vit_lr_scale=0.01))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"vit": 0.01}), compat=True)
     set_learning_rate(optimizer, 2.0)
     vit, rest = optimizer.param_groups
     assert (vit["lr"], rest["lr"]) == (0.02, 2.0)
@@ -58,3 +58,37 @@ def test_groups_are_the_tower_and_the_rest_with_decay_on_everything(model: UniTo
     assert type(optimizer) is torch.optim.AdamW
     freeze(model, ["lm_head"])
     assert len(build_optimizer(model, OptimizerConfig(lr=1.0)).param_groups) == 1
+
+
+def test_norms_and_biases_are_not_decayed(model: UniToken) -> None:
+    """The reference pulls them to zero (bug 29)."""
+    freeze(model, ["vit", "adapter", "model", "lm_head"])
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"vit": 0.01}))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+def test_the_longest_name_decides_the_learning_rate(model: UniToken) -> None:
+    freeze(model, ["vit", "adapter", "model", "lm_head"])
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"model": 0.5, "model.embed_tokens": 0.1}))
+    set_learning_rate(optimizer, 1.0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(model.model.embed_tokens.weight)] == 0.1
+    assert rate[id(model.model.norm.weight)] == 0.5
+    assert rate[id(model.lm_head.weight)] == 1.0
+
+
+def test_a_learning_rate_for_what_is_not_trained_is_an_error(model: UniToken) -> None:
+    freeze(model, ["lm_head"])
+    with pytest.raises(ConfigError, match=r"optimizer.lr_scales: 'vit' names no parameter that is trained"):
+        build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"vit": 0.01}))
+
+
+def test_schedules() -> None:
+    rates = {s: [learning_rate(n, OptimizerConfig(lr=1.0, min_lr=0.2, schedule=s), 2, 10) for n in (0, 1, 2, 6, 10)]
+             for s in ("cosine", "linear", "constant")}  # fmt: skip
+    assert rates["cosine"] == pytest.approx([0, 0.5, 1.0, 0.6, 0.2])
+    assert rates["linear"] == pytest.approx([0, 0.5, 1.0, 0.6, 0.2])
+    assert rates["constant"] == pytest.approx([0, 0.5, 1.0, 1.0, 1.0])

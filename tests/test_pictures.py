@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from served import Server, served  # noqa: F401 - a fixture
 
+from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.stores import MissingError, StoreError
 from unitoken.tokenize import pictures, web
-from unitoken.tokenize.conversations import ItemError
 from unitoken.tokenize.pictures import Pictures
 
 ROOM = 1000

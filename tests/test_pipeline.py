@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from unitoken.codec.conversations import Conversation
 from unitoken.tokenize import pipeline
-from unitoken.tokenize.conversations import Conversation
 from unitoken.tokenize.pipeline import Closed, Group, Room, ahead, encode
 from unitoken.tokenize.stages import Picture, Place
 from unitoken.tokenize.times import Times, timed

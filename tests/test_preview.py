@@ -7,6 +7,7 @@ import pytest
 from tokenizing import TOKENIZER, run_here, settings, some_items, write_items
 from typer.testing import CliRunner
 
+from unitoken.codec.text import load_tokenizer
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import open_store
@@ -14,7 +15,6 @@ from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.tokenize.__main__ import app
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.preview import describe, records, show
-from unitoken.tokenize.text import load_tokenizer
 
 
 @pytest.fixture(scope="module")

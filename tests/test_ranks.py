@@ -12,7 +12,8 @@ import pytest
 from stages import curve, metrics, stage, write_data, write_stage
 
 from unitoken.train import checkpoints
-from unitoken.train.config import check, latest_checkpoint
+from unitoken.train.check import check
+from unitoken.train.folders import latest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unitoken.streaming_data.views import Views
-from unitoken.train.config import ModelConfig, OptimizerConfig, read_decoder, read_vision
+from unitoken.train.config import ModelConfig, OptimizerConfig
+from unitoken.train.folders import read_decoder, read_vision
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
@@ -136,13 +137,13 @@ def test_losses_logits_and_gradients_are_the_references(name: str, golden: Path,
 def test_learning_rates_are_the_references(run: str, golden: Path) -> None:
     case = json.loads((golden / "dev/E_lr.json").read_text())[run]
     hyper = case["hyper"]
-    config = OptimizerConfig(lr=hyper["lr"], min_lr=hyper["min_lr"], vit_lr_scale=hyper.get("vit_lr_scale", 1.0))
+    config = OptimizerConfig(lr=hyper["lr"], min_lr=hyper["min_lr"], lr_scales={"vit": hyper.get("vit_lr_scale", 1.0)})
     assert len(case["rows"]) > 20
     for row in case["rows"]:
         rate = learning_rate(row["iter"] / hyper["iters_per_epoch"], config, hyper["warmup_epochs"], hyper["epochs"])
         assert rate == pytest.approx(row["lr_returned"], rel=1e-12)
         if "lr_vit" in row:
-            assert rate * config.vit_lr_scale == pytest.approx(row["lr_vit"], rel=1e-12)
+            assert rate * config.lr_scales["vit"] == pytest.approx(row["lr_vit"], rel=1e-12)
 
 
 @pytest.mark.slow
@@ -153,12 +154,12 @@ def test_ten_steps_are_the_references(run: str, golden: Path, records: dict[str,
     )
     hyper = case["hyper"]
     config = OptimizerConfig(
-        lr=hyper["lr"], min_lr=hyper["min_lr"], vit_lr_scale=hyper["vit_lr_scale"], weight_decay=hyper["weight_decay"],
+        lr=hyper["lr"], min_lr=hyper["min_lr"], lr_scales={"vit": hyper["vit_lr_scale"]}, weight_decay=hyper["weight_decay"],
         betas=hyper["betas"], eps=hyper["eps"], clip_norm=hyper["clip_grad"],
     )  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     assert set(freeze(model, hyper["trainable_params"].split(","))) == set(case["trainable"])
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, compat=True)
     every = hyper["accum_iter"]
     for step, micro in enumerate(case["micro_steps"]):
         samples = []

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 from tokenizing import vision_config
 
+from unitoken.codec.conversations import ItemError, parse
+from unitoken.codec.sequence import assemble
+from unitoken.codec.text import TextEncoder, load_tokenizer
+from unitoken.codec.vision import VisionCodec, load_vision
 from unitoken.streaming_data import images
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.conversations import ItemError, parse
-from unitoken.tokenize.sequence import assemble
-from unitoken.tokenize.text import TextEncoder, load_tokenizer
-from unitoken.tokenize.vision import VisionCodec, load_vision
 
 Codes = npt.NDArray[np.int64]
 MARGIN = 1e-3  # of squared distances: below it, rounding decides between the two nearest codes

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizing import GOLDEN, turns
 
+from unitoken.codec.conversations import ItemError, parse
+from unitoken.codec.sequence import assemble, check_length, image_tokens
+from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.conversations import ItemError, parse
-from unitoken.tokenize.sequence import assemble, check_length, image_tokens
-from unitoken.tokenize.text import TextEncoder, load_tokenizer
 
 TOKENIZER = load_tokenizer(str(GOLDEN / "assets" / "tokenizer"))
 VOCABULARY = Vocabulary.from_tokens(TOKENIZER.get_vocab(), 8192)

@@ -11,7 +11,9 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.views import Views
 from unitoken.train import callbacks, checkpoints
-from unitoken.train.config import StageConfig, check, find_checkpoint, latest_checkpoint
+from unitoken.train.check import check
+from unitoken.train.config import StageConfig
+from unitoken.train.folders import find_checkpoint, latest_checkpoint
 from unitoken.train.model import UniToken, build_model, load_weights
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from unitoken.train.stage import run
@@ -127,7 +129,7 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
     """Learning rates of both groups, clipping, microbatches: against a loop written out."""
     config = stage(
         folder, f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "optimizer.clip_norm=0.3",
-        "optimizer.vit_lr_scale=0.5", "optimizer.min_lr=1e-3", "microbatch=2",
+        "optimizer.lr_scales={vit: 0.5}", "optimizer.min_lr=1e-3", "microbatch=2",
     )  # fmt: skip
     checked = check(config, 1)
     trained = weights(train(config))
@@ -142,13 +144,13 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
     optimizer = build_optimizer(model, config.optimizer)
     clipped = 0
     for step, (batch, line) in enumerate(zip(loader, metrics(tmp_path / "run"), strict=False)):
-        set_learning_rate(optimizer, learning_rate(step / 9, config.optimizer, config.warmup_epochs, 6 / 9))
+        set_learning_rate(optimizer, learning_rate(step / 9, config.optimizer, 0.1, 6 / 9))
         loss = model.train()(batch).total
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         clipped += int(norm > 0.3)
         assert (loss.item(), norm.item()) == pytest.approx((line["loss"], line["grad_norm"]), rel=1e-5)
-        assert line["lr"] == optimizer.param_groups[1]["lr"] == 2 * optimizer.param_groups[0]["lr"]
+        assert line["lr"] == optimizer.param_groups[-1]["lr"] == 2 * optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
     assert clipped == 6

@@ -10,7 +10,9 @@ from small_datasets import make_record, small_vocabulary, write_dataset
 from stages import DECODER, stage, write_data, write_stage
 
 from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.train.config import StageConfig, check, checkpoint_folder, read_decoder, read_vision
+from unitoken.train.check import check
+from unitoken.train.config import StageConfig
+from unitoken.train.folders import checkpoint_folder, read_decoder, read_vision
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,10 +31,10 @@ def test_the_real_stages_hold_the_references_settings(name: str) -> None:
     config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
     one = name == "stage1"
     assert config.optimizer.lr == (1e-3 if one else 1e-5)
-    assert config.optimizer.vit_lr_scale == (1e-2 if one else 1.0)
+    assert config.optimizer.lr_scales == ({"vit": 1e-2} if one else {"vit": 1.0})
     assert config.trainable == (["vit", "adapter"] if one else ["vit", "adapter", "model", "lm_head"])
     assert (config.optimizer.min_lr, config.optimizer.weight_decay, config.optimizer.betas) == (0.0, 0.1, (0.9, 0.95))
-    assert (config.optimizer.clip_norm, config.optimizer.eps, config.warmup_epochs) == (4.0, 1e-8, 0.01)
+    assert (config.optimizer.clip_norm, config.optimizer.eps, config.optimizer.warmup) == (4.0, 1e-8, "0.01ep")
     assert (config.model.dropout, config.model.z_loss, config.max_duration) == (0.05, 1e-5, "1ep")
     assert config.init_from == (None if one else "runs/stage1")
     assert config.data.packed_length > 1790 + 256  # a sample with an image, and its text
@@ -49,7 +51,10 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
         ("data.global_batch=5", r"data\.global_batch: 5 packs can not be shared evenly by 2 ranks"),
         ("data.packed_length=5", r"data\.packed_length: 5 is too short: an image alone has 4 features"),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
-        ("compat=unitoken", r"data\.continuous: compat 'unitoken' gives features to all images, found 'questions'"),
+        (
+            ("compat=unitoken", "data.continuous=questions"),
+            r"data\.continuous: compat 'unitoken' gives features to all images, found 'questions'",
+        ),
         ("trainable=[vit, adaptor]", r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter"),
         ("trainable=[]", r"`trainable`: List should have at least 1 item"),
         ("model.decoder.vocab_size=150", r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163"),
@@ -62,9 +67,9 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
         ("optimizer.learning_rate=1", r"unknown key 'optimizer\.learning_rate'"),
     ],
 )
-def test_a_wrong_setting_is_named(override: str, message: str, folder: Path) -> None:
+def test_a_wrong_setting_is_named(override: str | tuple[str, ...], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        check(stage(folder, override), 2)
+        check(stage(folder, *([override] if isinstance(override, str) else override)), 2)
     assert "\n" not in str(caught.value)
 
 
@@ -75,7 +80,8 @@ def test_streams_of_different_vocabularies_are_refused(folder: Path) -> None:
 
 def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> None:
     code = (
-        "import sys; from unitoken.streaming_data.config import load_config; from unitoken.train.config import StageConfig, check; "
+        "import sys; from unitoken.streaming_data.config import load_config; from unitoken.train.config import StageConfig; "
+        "from unitoken.train.check import check; "
         f"check(load_config(StageConfig, {str(write_stage(folder))!r}), 1); "
         "assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)"
     )

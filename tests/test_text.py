@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizing import GOLDEN
 
+from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.text import TextEncoder, load_tokenizer
 
 STYLES = ("tokenizer", "tokenizer_llama_style")
 

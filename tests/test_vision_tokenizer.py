@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizing import tiny_model, tiny_transformers, vision_config
 
+from unitoken.codec.networks import load_network
+from unitoken.codec.vision import VisionCodec, load_vision, nearest
+from unitoken.codec.weights import find_weights
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
-from unitoken.tokenize.networks import load_network
-from unitoken.tokenize.vision import VisionCodec, load_vision, nearest
-from unitoken.tokenize.weights import find_weights
 
 KINDS = ("emu3", "janus")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu")
@@ -194,7 +194,7 @@ def test_many_distances_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     latents, codebook = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(64, 4, generator=generator)
     expected = nearest(latents, codebook)
-    monkeypatch.setattr("unitoken.tokenize.vision.DISTANCES", 640)
+    monkeypatch.setattr("unitoken.codec.vision.DISTANCES", 640)
     assert (nearest(latents, codebook) == expected).all()
 
 

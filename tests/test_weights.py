@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizing import tiny_transformers, tiny_vqgan, vision_config
 
+from unitoken.codec.vision import VisionCodec, load_vision
+from unitoken.codec.weights import Weights
+from unitoken.codec.weights import find_weights as find
 from unitoken.streaming_data.config import ConfigError
-from unitoken.tokenize.vision import VisionCodec, load_vision
-from unitoken.tokenize.weights import Weights
-from unitoken.tokenize.weights import find_weights as find
 
 
 def load_vision_of(folder: Path) -> VisionCodec:

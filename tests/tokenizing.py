@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unitoken.tokenize.config import TokenizeConfig, VisionConfig
+from unitoken.codec.config import VisionConfig
+from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import Job, prepare
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -31,8 +32,8 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from unitoken.tokenize.chameleon import VQGAN, meta_name
-    from unitoken.tokenize.weights import read_parameters
+    from unitoken.codec.chameleon import VQGAN, meta_name
+    from unitoken.codec.weights import read_parameters
 
     folder.mkdir(parents=True)
     (folder / "vqgan.yaml").write_text(TINY)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unitoken.codec.conversations import ItemError, brief
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
-from unitoken.tokenize.conversations import ItemError, brief
 
 Raw = dict[str, Any]
 Adapter = Callable[[Raw], Raw]

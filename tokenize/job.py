@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from unitoken.codec.text import load_tokenizer
+from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.files import ASIDE
 from unitoken.streaming_data.manifest import VOCABULARY, VisionTokenizer
@@ -25,8 +27,6 @@ from unitoken.tokenize.adapters import adapter_fingerprint
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.sources import Input, InputFile, cut, find_files
-from unitoken.tokenize.text import load_tokenizer
-from unitoken.tokenize.weights import find_weights
 
 JOB, INPUT = "job.json", "input.json"
 ConfigT = TypeVar("ConfigT", bound=Config)

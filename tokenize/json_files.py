@@ -10,8 +10,8 @@ import json
 import re
 from collections.abc import Collection, Iterator
 
+from unitoken.codec.conversations import ItemError, brief
 from unitoken.streaming_data.config import ConfigError
-from unitoken.tokenize.conversations import ItemError, brief
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES
 

@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from unitoken.codec.conversations import ItemError, brief, item_id
+from unitoken.codec.sequence import check_length
+from unitoken.codec.text import load_tokenizer
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import REJECTS, VisionTokenizer
@@ -28,14 +31,11 @@ from unitoken.streaming_data.stores import split
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.tokenize import sources
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.conversations import ItemError, brief, item_id
 from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_folder, pieces_of
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
 from unitoken.tokenize.progress import progress, share_of
-from unitoken.tokenize.sequence import check_length
 from unitoken.tokenize.stages import Place, Rejects
-from unitoken.tokenize.text import load_tokenizer
 from unitoken.tokenize.verify_records import MIGRATED, WITHOUT_IMAGES, crop_latents
 from unitoken.tokenize.writer import Sizes, write
 

@@ -6,9 +6,9 @@ import base64
 import binascii
 from pathlib import Path
 
+from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError, is_url, join, open_store
-from unitoken.tokenize.conversations import ItemError
 from unitoken.tokenize.web import TooLargeError, Web, is_web
 
 MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB

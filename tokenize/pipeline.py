@@ -18,10 +18,10 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from unitoken.tokenize.conversations import Conversation
+from unitoken.codec.conversations import Conversation
+from unitoken.codec.vision import Pending, VisionCodec
 from unitoken.tokenize.stages import NO_PIXELS, Picture, Place
 from unitoken.tokenize.times import Times
-from unitoken.tokenize.vision import Pending, VisionCodec
 
 A = TypeVar("A")
 

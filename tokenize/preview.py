@@ -49,7 +49,7 @@ def show(out: str, tokenizer_name: str, count: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from unitoken.tokenize.text import load_tokenizer
+    from unitoken.codec.text import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_name)
     found = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids)).fingerprint

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.stores import Folder, MissingError, Store, StoreError, is_url, join, open_store, split
 from unitoken.tokenize import json_files, tables, tars
-from unitoken.tokenize.conversations import ItemError
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.web import Web, is_web
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from unitoken.tokenize.conversations import ItemError
-from unitoken.tokenize.vision import Codes, Pixels
+from unitoken.codec.conversations import ItemError
+from unitoken.codec.vision import Codes, Pixels
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import Folder, StoreError
-from unitoken.tokenize.conversations import ItemError
 from unitoken.tokenize.formats import SourceFile, Span
 
 BATCH_ROWS = 32  # of Parquet are decoded at once: a row may hold pictures

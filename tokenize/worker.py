@@ -18,6 +18,10 @@ from typing import Any
 
 import torch
 
+from unitoken.codec.conversations import Conversation, ItemError, item_id, parse, refuse_empty
+from unitoken.codec.sequence import assemble, check_length, image_tokens
+from unitoken.codec.text import TextEncoder, load_tokenizer
+from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
 from unitoken.streaming_data.manifest import REJECTS
 from unitoken.streaming_data.record import Record
@@ -25,15 +29,11 @@ from unitoken.streaming_data.stores import is_url, split
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT
 from unitoken.tokenize import pipeline, sources
 from unitoken.tokenize.adapters import find_adapter
-from unitoken.tokenize.conversations import Conversation, ItemError, item_id, parse, refuse_empty
 from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
 from unitoken.tokenize.pipeline import Group, Room
-from unitoken.tokenize.sequence import assemble, check_length, image_tokens
 from unitoken.tokenize.stages import Picture, Place, Rejects
-from unitoken.tokenize.text import TextEncoder, load_tokenizer
 from unitoken.tokenize.times import Times, timed
-from unitoken.tokenize.vision import load_vision
 from unitoken.tokenize.writer import write
 
 GROUP_ITEMS, GROUP_IMAGES = 64, 8  # that travel together; a thread decodes the images of a group

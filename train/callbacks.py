@@ -21,12 +21,13 @@ METRICS = "metrics.jsonl"
 class Optimisation(Callback):  # type: ignore[misc]
     """Sets the learning rate of each step, a function of how far the run is and nothing else; clips the gradients."""
 
-    def __init__(self, config: OptimizerConfig, warmup_epochs: float, epochs: float, epoch_batches: int) -> None:
-        self.config, self.warmup_epochs, self.epochs, self.epoch_batches = config, warmup_epochs, epochs, epoch_batches
+    def __init__(self, config: OptimizerConfig, warmup_steps: float, total_steps: float, epoch_steps: int) -> None:
+        self.config, self.epoch_steps = config, epoch_steps
+        self.warmup_epochs, self.epochs = warmup_steps / epoch_steps, total_steps / epoch_steps
         self.rate = self.norm = 0.0
 
     def batch_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        epoch = state.timestamp.epoch.value + state.timestamp.batch_in_epoch.value / self.epoch_batches
+        epoch = state.timestamp.epoch.value + state.timestamp.batch_in_epoch.value / self.epoch_steps
         self.rate = learning_rate(epoch, self.config, self.warmup_epochs, self.epochs)
         set_learning_rate(state.optimizers[0], self.rate)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside
-from unitoken.train.config import LATEST
+from unitoken.train.folders import LATEST
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes
 
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint

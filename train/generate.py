@@ -21,8 +21,9 @@ from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
-from unitoken.train.config import StageConfig, find_checkpoint, model_configs
+from unitoken.train.config import StageConfig
 from unitoken.train.decoder import KVCache
+from unitoken.train.folders import find_checkpoint, model_configs
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
 from unitoken.train.weights import check_shapes
 

@@ -76,7 +76,7 @@ def build_model(
     decoder: DecoderConfig,
     vision: VisionConfig | None,
     config: ModelConfig,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str | int = "none",
     image_ids: Sequence[int] = (),
 ) -> UniToken:
     """The model on the `meta` device: names and shapes, no memory. `image_ids` are those of the codes, for mask_image_logits."""
@@ -86,7 +86,7 @@ def build_model(
             decoder, vision, dropout=config.dropout, z_loss=config.z_loss, attention=config.attention, masked_ids=masked
         )
     for layer in model.model.layers:
-        layer.checkpointing = activation_checkpointing
+        layer.checkpointing = activation_checkpointing == "full"
     return model
 
 

@@ -102,6 +102,7 @@ def build_trainer(
     loader: Any,
     callbacks: Sequence[Callback],
     resume: Path | None,
+    max_duration: str,
 ) -> Trainer:
     """Shard the model if there are several ranks, and load `resume` if there is one."""
     sharded = world_size() > 1
@@ -119,7 +120,7 @@ def build_trainer(
                 get_num_samples_in_batch=num_packs,
                 get_num_tokens_in_batch=num_tokens,
             ),
-            max_duration=config.max_duration,
+            max_duration=max_duration,
             device_train_microbatch_size=config.microbatch,
             # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
             accumulate_train_batch_on_tokens=config.compat != "unitoken",

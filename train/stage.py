@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.views import Views
 from unitoken.train import checkpoints, parallel
 from unitoken.train.callbacks import Metrics, Optimisation, Saver
-from unitoken.train.config import Checked, StageConfig, find_checkpoint, latest_checkpoint
+from unitoken.train.check import Checked
+from unitoken.train.config import StageConfig
+from unitoken.train.folders import find_checkpoint, latest_checkpoint
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 
@@ -25,10 +30,10 @@ def run(config: StageConfig, checked: Checked) -> None:
         batch_packs=config.data.global_batch // ranks,
         compat=config.compat == "unitoken",
     )
-    epoch_batches = loader.dataset.packs_per_epoch // config.data.global_batch
-    count, unit = int(config.max_duration[:-2]), config.max_duration[-2:]
-    total_steps = count if unit == "ba" else count * epoch_batches
-    say(loader.dataset.plan.report.table())
+    report = loader.dataset.plan.report
+    length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
+    total_steps = math.ceil(length.steps(config.max_duration))
+    say(report.table())
 
     network = build_model(
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
@@ -52,18 +57,34 @@ def run(config: StageConfig, checked: Checked) -> None:
     say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
 
     folder.mkdir(parents=True, exist_ok=True)
-    optimisation = Optimisation(config.optimizer, config.warmup_epochs, total_steps / epoch_batches, epoch_batches)
+    optimisation = Optimisation(config.optimizer, length.steps(config.optimizer.warmup), total_steps, length.epoch_steps)
     metrics = Metrics(folder, config.log.every, optimisation, config.data.global_batch * config.data.packed_length, total_steps)
     trainer = parallel.build_trainer(
         config,
         network,
-        build_optimizer(network, config.optimizer),
+        build_optimizer(network, config.optimizer, compat=config.compat == "unitoken"),
         loader,
         [optimisation, metrics, Saver(config.save, stage_identity(config))],
         resume,
+        # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
+        f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
     )
     trainer.fit()
     trainer.close()
+
+
+class Lengths(NamedTuple):
+    """What an epoch of the plan holds, so that epochs, batches and tokens can be told in steps."""
+
+    epoch_steps: int
+    epoch_tokens: float
+
+    def steps(self, duration: str) -> float:
+        """`2ep`, `500ba` or `1000000tok`, these by the plan's mean of tokens a batch."""
+        match = re.fullmatch(r"([\d.]+)(ep|ba|tok)", duration)
+        assert match is not None, "checked by the settings"
+        of_one = {"ba": 1.0, "ep": self.epoch_steps, "tok": self.epoch_steps / self.epoch_tokens}
+        return float(match[1]) * of_one[match[2]]
 
 
 def stage_identity(config: StageConfig) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.train.config import checkpoint_folder, tensor_files, tensor_shapes
+from unitoken.train.folders import checkpoint_folder, tensor_files, tensor_shapes
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]

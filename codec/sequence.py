@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unitoken.codec.conversations import Conversation, ItemError
+from unitoken.codec.text import TextEncoder
 from unitoken.streaming_data.record import Record, spans_of, token_type
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.conversations import Conversation, ItemError
-from unitoken.tokenize.text import TextEncoder
 
 
 def assemble(

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unitoken.codec.conversations import ItemError, brief
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.tokenize.conversations import ItemError, brief
 
 # Characters that rarely merge with what follows, so that a text can be encoded behind one of them and it be dropped:
 # this keeps the tokenizer from putting a space before the text.

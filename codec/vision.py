@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unitoken.tokenize.config import VisionConfig
-from unitoken.tokenize.networks import load_network
-from unitoken.tokenize.weights import Weights, find_weights
+from unitoken.codec.config import VisionConfig
+from unitoken.codec.networks import load_network
+from unitoken.codec.weights import Weights, find_weights
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 Codes = npt.NDArray[np.int64]  # (h, w)

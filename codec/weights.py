@@ -17,9 +17,9 @@ from typing import Any
 import pydantic
 import yaml
 
+from unitoken.codec.config import VisionConfig
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import VisionTokenizer, sha256_file
-from unitoken.tokenize.config import VisionConfig
 
 SUFFIXES = (".safetensors", ".ckpt")  # in the order of preference
 PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # of the image tokenizer's tensors in transformers' files

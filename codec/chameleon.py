@@ -14,7 +14,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAEEncod
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
-from unitoken.tokenize.weights import Parameters
+from unitoken.codec.weights import Parameters
 
 
 class VQGAN(nn.Module):

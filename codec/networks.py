@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 
+from unitoken.codec.chameleon import VQGAN, meta_name
+from unitoken.codec.emu3_janus import Emu3, Janus
+from unitoken.codec.weights import Parameters, Weights
 from unitoken.streaming_data.config import ConfigError
-from unitoken.tokenize.chameleon import VQGAN, meta_name
-from unitoken.tokenize.emu3_janus import Emu3, Janus
-from unitoken.tokenize.weights import Parameters, Weights
 
 
 def load_network(kind: str, weights: Weights) -> Any:

@@ -1,0 +1,20 @@
+"""Which tokenizers turn text and pictures into ids, and back."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from unitoken.streaming_data.config import Config
+
+
+class VisionConfig(Config):
+    kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
+    weights: str  # folder, file or hub id
+    batch_size: int = Field(default=8, ge=1)  # images encoded at once
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # changes codes; tf32 is what the reference runs with on a GPU
+    compile: bool = False
+
+
+class CodecConfig(Config):
+    tokenizer: str  # folder or hub id of the text tokenizer
+    vision: VisionConfig  # the image tokenizer

@@ -1,0 +1,147 @@
+"""Checkpoints on disk before any tensor is read: where they are, which sizes they have. Neither torch nor Composer is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from unitoken.streaming_data.config import ConfigError, ConfigT
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+
+LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
+
+
+def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
+    """The model's sizes, read from the checkpoints where folders or hub ids are given. Raises ConfigError."""
+    decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
+    vision = read_vision(config.vision) if isinstance(config.vision, str) else config.vision
+    return decoder, vision
+
+
+def find_checkpoint(source: str) -> Path:
+    """A checkpoint file, or the newest in the folder of a run. Raises ConfigError."""
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is None:
+            raise ConfigError(f"{path}: no checkpoint in it (`{LATEST}`): did that stage run?")
+        return checkpoint
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint")
+    return path.resolve()  # a link may move on while we read
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from; None in a folder where nothing was saved yet."""
+    link = folder / LATEST
+    if not link.is_symlink():
+        return None
+    checkpoint = folder / link.readlink()
+    if not checkpoint.is_file():
+        raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
+    return checkpoint
+
+
+def checkpoint_folder(source: str) -> Path:
+    """A local folder as it is; anything that looks like a hub id is downloaded first."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ConfigError(f"{source}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub's client raises a dozen kinds: offline, unknown, gated, disk full
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{source}: no such folder, and the hub did not give it: {first}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def _fixed(path: Path, fields: dict[str, Any], key: str, expected: Any) -> None:
+    if fields.get(key, expected) != expected:
+        raise ConfigError(f"{path}: `{key}` is {fields[key]!r}; only {expected!r} is supported")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, from the headers of its safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in tensor_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no iterator
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: not readable as safetensors: {error}") from None
+    return shapes
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise ConfigError(f"{index}: it names files outside its folder")
+        paths = [folder / name for name in names]
+    else:
+        paths = [folder / "model.safetensors"]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise ConfigError(f"{folder}: it has no {', '.join(missing) or 'tensors'}")
+    return paths
+
+
+def read_decoder(source: str) -> DecoderConfig:
+    """The sizes of a Chameleon checkpoint (transformers' `save_pretrained`, Lumina-mGPT, UniToken)."""
+    folder = checkpoint_folder(source)
+    path = folder / "config.json"
+    fields = _read_json(path)
+    _fixed(path, fields, "hidden_act", "silu")
+    for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        _fixed(path, fields, key, False)
+    rope = fields.get("rope_parameters") or {}  # transformers 5 keeps theta here
+    if fields.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"{path}: scaled rotary embeddings are not supported")
+    known = {key: fields[key] for key in DecoderConfig.model_fields if fields.get(key) is not None}
+    if "rope_theta" in rope:
+        known["rope_theta"] = rope["rope_theta"]
+    shapes = tensor_shapes(folder)
+    norm = next((shape for name, shape in sorted(shapes.items()) if name.endswith("layers.0.self_attn.q_norm.weight")), None)
+    if norm is None:
+        raise ConfigError(f"{folder}: no Chameleon decoder: the tensor 'model.layers.0.self_attn.q_norm.weight' is missing")
+    known["qk_norm"] = "shared" if len(norm) == 1 or norm[0] == 1 else "per_head"
+    return _validated(DecoderConfig, known, path)
+
+
+def read_vision(source: str) -> VisionConfig:
+    """The sizes of a SigLIP checkpoint: a vision tower, or a whole SigLIP of which only the tower is used."""
+    path = checkpoint_folder(source) / "config.json"
+    fields = _read_json(path)
+    fields = fields.get("vision_config", fields)
+    _fixed(path, fields, "hidden_act", "gelu_pytorch_tanh")
+    _fixed(path, fields, "num_channels", 3)
+    return _validated(VisionConfig, {key: fields[key] for key in VisionConfig.model_fields if key in fields}, path)
+
+
+def _validated(model: type[ConfigT], fields: dict[str, Any], path: Path) -> ConfigT:
+    try:
+        return model.model_validate(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
