@@ -1,5 +1,6 @@
 """Fixtures that every test file may use."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from pathlib import Path
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
+
+
+def pytest_sessionfinish() -> None:
+    """A process that a failed test left hanging: at its exit the interpreter would wait for it for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @pytest.fixture(scope="session")

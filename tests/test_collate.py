@@ -91,6 +91,8 @@ def test_a_batch_keeps_the_contract():
         "labels": ((2, 80), torch.int64),
         "position_ids": ((2, 80), torch.int64),
         "document_ids": ((2, 80), torch.int32),
+        "kinds": ((2, 80), torch.int8),
+        "stream_tokens": ((2, 1), torch.int64),
         "pixel_values": ((1, 3, 8, 8), torch.uint8),
         "view_rows": ((1,), torch.int64),
         "feature_rows": ((F,), torch.int64),
@@ -106,6 +108,22 @@ def test_a_batch_keeps_the_contract():
     assert (batch["labels"][0, used:] == IGNORED).all()
     assert batch["input_ids"][0, first : first + second].tolist() == packs[0][1].tokens.tolist()
     assert batch["labels"][0, first : first + second].tolist() == packs[0][1].labels().tolist(), "not shifted"
+
+
+def test_each_token_knows_its_documents_kind_and_whether_it_is_inside_an_image():
+    packs = [[record("t", text=9), record("q", questions=1), record("a", questions=1, answers=1)]]
+    batch = dataclasses.replace(collate(length=200), streams=2)(packs)
+    kinds, ids = batch["kinds"][0].numpy(), batch["input_ids"][0].numpy()
+    document = batch["document_ids"][0].numpy()
+    assert (kinds[document < 0] == -1).all()
+    assert [set(kinds[document == n].tolist()) for n in range(3)] == [{0}, {2, 3}, {4, 5}]
+    inside = np.zeros(len(ids), int)
+    for first, end in zip(
+        np.flatnonzero(ids == VOCABULARY.image_start), np.flatnonzero(ids == VOCABULARY.image_end) + 1, strict=True
+    ):
+        inside[first:end] = 1
+    assert (kinds[document >= 0] % 2 == inside[document >= 0]).all()
+    assert batch["stream_tokens"].tolist() == [[int((document >= 0).sum()), 0]]
 
 
 def test_no_document_predicts_the_next_ones_first_token():
@@ -216,7 +234,7 @@ def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(text
 
 
 def test_what_is_too_long_is_cut_to_its_streams_limit_where_that_is_the_rule():
-    cutting = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, limits=(80, 9))
+    cutting = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, streams=2, limits=(80, 9))
     packs = [[dataclasses.replace(record("a", text=20), stream=1), dataclasses.replace(record("b", 3, 1), stream=1), record("c")]]
     batch = cutting(packs)
     lengths = np.bincount(batch["document_ids"][0][batch["document_ids"][0] >= 0])
