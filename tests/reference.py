@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unitoken.streaming_data.record import IGNORED, Record, spans_of
 from unitoken.streaming_data.views import NEWLINE, Pixels, Views
 from unitoken.train.config import ModelConfig
 from unitoken.train.folders import read_decoder, read_vision
@@ -21,7 +22,7 @@ from unitoken.train.model import UniToken, build_model, find_weights, load_weigh
 Variant = Literal["base", "anyres"]
 VARIANTS: tuple[Variant, ...] = ("base", "anyres")
 VIEWS = {"base": Views(384, 14), "anyres": Views(384, 14, anyres=True)}
-IMAGE_END, SEPARATOR, NEWLINE_ID = 8196, 8198, 8803
+IMAGE_END, IMAGE_START, SEPARATOR, NEWLINE_ID = 8196, 8197, 8198, 8803
 IMAGE_IDS = range(4, 8196)  # IMGIMGAZ ... IMGIMGIBJBZ
 
 
@@ -54,7 +55,7 @@ def sample(golden: Path, record: dict[str, Any], variant: Variant, failed: bool 
     """A record with its first image. Without one, or with one that `failed`, the reference takes one black view, and masks
     all labels of the latter."""
     image = record["record"].get("image")
-    labels = [-100] * len(record["labels"]) if failed else record["labels"]
+    labels = [IGNORED] * len(record["labels"]) if failed else record["labels"]
     if image is None or failed:
         # One view has a single row in AnyRes, so one newline.
         layout = np.arange(729) if variant == "base" else np.append(np.arange(729), NEWLINE)
@@ -87,7 +88,7 @@ def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[s
     # It pads to the longest before it inserts, and what has no image by as much as the longest of the images takes.
     longest = max(min(len(one.tokens), max_length) for one in samples) + max(len(one.layout) for one in samples) + 1
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
-    targets = torch.full((len(samples), longest), -100)
+    targets = torch.full((len(samples), longest), IGNORED)
     pixels: list[Pixels] = [np.zeros((0, 3, 384, 384), np.uint8)]
     view_rows: list[int] = []
     features: list[np.ndarray] = [np.zeros((0, 4), np.int64)]  # row, column, view, patch
@@ -102,7 +103,7 @@ def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[s
             view_rows += [row] * len(one.pixels)
             inserted = np.where(one.layout == NEWLINE, NEWLINE_ID, 0).tolist()
             tokens = [*tokens[:at], SEPARATOR, *inserted, *tokens[at:]]
-            labels = [*labels[:at], SEPARATOR, *[-100] * len(inserted), *labels[at:]]
+            labels = [*labels[:at], SEPARATOR, *[IGNORED] * len(inserted), *labels[at:]]
         ids[row, : len(tokens)], targets[row, : len(labels)] = torch.tensor(tokens), torch.tensor(labels)
     row, column, view, patch = torch.from_numpy(np.concatenate(features)).T
     return {
@@ -117,3 +118,14 @@ def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[s
         "feature_views": view,
         "feature_patches": patch,
     }
+
+
+def record_of(golden: Path, record: dict[str, Any]) -> Record:
+    """As `tokenize` would write it, with its image as encoded bytes."""
+    tokens, image = np.array(record["tokens"], np.uint16), record["record"].get("image")
+    starts = np.flatnonzero(tokens == IMAGE_START)
+    ends = np.flatnonzero(tokens == IMAGE_END) + 1
+    spans = np.stack([starts, ends, np.full(len(starts), 32), np.full(len(starts), 32)], axis=1).astype(np.uint32)
+    paths = [image] if isinstance(image, str) else image or []
+    originals = tuple((golden / "assets" / path).read_bytes() for path in paths)
+    return Record(record["id"], tokens, spans_of(np.array(record["labels"]) != IGNORED), spans, originals)

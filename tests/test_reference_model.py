@@ -9,8 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import IMAGE_IDS, VARIANTS, Variant, read_model, read_records, reference_batch, sample, samples_of
+from reference import (
+    IMAGE_IDS,
+    NEWLINE_ID,
+    SEPARATOR,
+    VARIANTS,
+    VIEWS,
+    Variant,
+    read_model,
+    read_records,
+    record_of,
+    reference_batch,
+    sample,
+    samples_of,
+    sha256_of,
+)
 
+from unitoken.streaming_data.collate import Collate
+from unitoken.streaming_data.images import ImageError
 from unitoken.train.config import OptimizerConfig
 from unitoken.train.model import UniToken
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
@@ -73,6 +89,59 @@ def test_losses_logits_and_gradients_are_the_references(
             assert found < 1e-6, parameter
         else:
             assert found == pytest.approx(norm, rel=1e-4), parameter
+
+
+@pytest.mark.parametrize("name", [name for name in BATCHES if name != "failed_image"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_compat_our_own_packs_give_the_references_losses_and_gradients(
+    variant: Variant, name: str, golden: Path, records: dict[str, Any], model: UniToken
+) -> None:
+    """All samples of a recorded batch in one pack, through the real collate function. What failed to decode is no sample of
+    ours; and nothing is cut in the middle, so the batches cut by the reference are left out."""
+    (case,) = cases(golden, "D_model.json", variant=variant, batch=name)
+    pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
+    length = sum(len(record.tokens) + (731 if variant == "base" else 2300) * len(record.images) for record in pack)
+    batch = Collate(length, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack])
+    trained = [int((batch["labels"][batch["document_ids"] == number] >= 0).sum()) for number in range(len(pack))]
+    assert trained == case["n_label_positions"]
+    model.masked_ids = IMAGE_IDS if case["config"]["mask_image_logits"] else ()
+    loss = model(batch)
+    assert loss.ce.item() == pytest.approx(case["c_loss"], abs=5e-6)
+    assert loss.z.item() == pytest.approx(case["z_loss"], abs=5e-5)
+    loss.total.backward()
+    norms = {
+        part: torch.stack([p.grad.double().norm() for p in module.parameters() if p.grad is not None]).norm().item()
+        for part, module in model.named_children()
+    }
+    assert norms == pytest.approx(case["grad_norm_groups"], rel=1e-4, abs=1e-6)
+
+
+def item_cases(golden: Path, *names: str) -> list[dict[str, Any]]:
+    return [case for case in json.loads((golden / "dev/C_item_processor.json").read_text()) if case["case"] in names]
+
+
+def test_a_samples_pixels_are_those_of_the_references_item_processor(golden: Path) -> None:
+    """Of several images the reference took the first alone (bug 1)."""
+    found = item_cases(golden, "image", "image_transparent", "image_third", "two_images_first_is_used")
+    assert len(found) == 8
+    for case in found:
+        assert (case["tokens_out"], case["labels_out"]) == (case["tokens_in"], case["labels_in"])
+        pixels, size = VIEWS[case["variant"]].pixels((golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True)
+        assert list(pixels.shape) == case["pixel_shape"]
+        assert sha256_of(pixels) == case["pixel_float32_sha256"]
+        assert case["variant"] == "base" or list(size) == case["third"]
+
+
+def test_what_the_reference_showed_as_a_black_picture_is_an_error(golden: Path) -> None:
+    """Bug 2: a picture that can not be read became a black one with all labels masked, the separator's alone trained on."""
+    for case in item_cases(golden, "not_an_image", "truncated"):
+        assert set(case["labels_out"]) == {-100}
+        assert (
+            sha256_of(sample(golden, {"tokens": [], "labels": [], "record": {}}, case["variant"]).pixels)
+            == (case["pixel_float32_sha256"])
+        )
+        with pytest.raises(ImageError):
+            VIEWS[case["variant"]].pixels((golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True)
 
 
 @pytest.mark.parametrize("run", ["stage_I", "stage_II", "other"])
