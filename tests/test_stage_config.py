@@ -47,6 +47,26 @@ def test_the_real_stages_hold_the_references_settings(name: str) -> None:
     assert config.data.global_batch == 128 // 2  # the reference's samples, two a pack
 
 
+@pytest.mark.parametrize("variant", ["", "-anyres"])
+def test_stage_two_begins_where_stage_one_saves_with_data_of_its_own(variant: str) -> None:
+    """The reference's scripts of Stage II named a variable that is nowhere set, a folder that nobody writes, and Stage I's data
+    (bug 25)."""
+    one, two = (load_config(StageConfig, ROOT / f"yamls/stage{n}{variant}.yaml") for n in (1, 2))
+    assert two.init_from == one.save.folder != two.save.folder
+    assert not {stream.local for stream in two.data.streams.values()} & {stream.local for stream in one.data.streams.values()}
+    assert (two.model.decoder, two.model.vision) == (one.model.decoder, one.model.vision)
+
+
+def test_compat_alone_is_the_reference(folder: Path) -> None:
+    """Of what is left to say nothing else is needed: all images bring their features."""
+    assert stage(folder).data.continuous == "questions"
+    config = stage(folder, "compat=unitoken")
+    assert config.data.continuous == "all"
+    check(config, 1)
+    assert stage(folder, "compat=unitoken", "data.continuous=all") == config
+    check(stage(folder, "compat=unitoken", "model.vision=null", "data.continuous=none", "trainable=[model]"), 1)
+
+
 def test_the_longest_image_of_anyres_takes_as_much_as_the_references_and_fits_the_stages_pack() -> None:
     """Over all shapes up to six to one; the reference's own sweep found 3,699 features at most."""
     config = load_config(StageConfig, ROOT / "yamls/stage1-anyres.yaml")
