@@ -2,16 +2,23 @@
 
 import dataclasses
 import io
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
-from small_datasets import make_record, small_vocabulary
+from small_datasets import make_record, small_vocabulary, write_dataset, write_manifest
 from torch import Tensor
 
-from unitoken.streaming_data.collate import Collate, num_tokens
+from unitoken.streaming_data.collate import Collate, num_tokens, split_batch
+from unitoken.streaming_data.lengths import read_lengths
+from unitoken.streaming_data.manifest import SIDECAR
+from unitoken.streaming_data.mixture import DataConfig, open_sources
+from unitoken.streaming_data.plan import Recipe
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.views import Views
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
@@ -94,9 +101,34 @@ def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(
     every = documents()
     lengths = [int((collate(999, [document])["document_ids"] >= 0).sum()) for document in every]
     model = build(attention)
-    packed = learn(model, [collate(max(sum(lengths[:4]), sum(lengths[4:])) + 9, every[:4], every[4:])])
+    batch = collate(max(sum(lengths[:4]), sum(lengths[4:])) + 9, every[:4], every[4:])
     alone = learn(model, [collate(length, [document]) for length, document in zip(lengths, every, strict=True)])
-    assert packed[0] == pytest.approx(alone[0], rel=1e-5)
-    difference, name = worst(packed[1], alone[1])
-    assert difference < 1e-5, name
-    assert len(packed[1]) == len(list(model.parameters()))
+    assert len(alone[1]) == len(list(model.parameters()))
+    for batches in ([batch], split_batch(batch, 1)):  # whole, and in microbatches of one pack
+        packed = learn(model, batches)
+        assert packed[0] == pytest.approx(alone[0], rel=1e-5)
+        difference, name = worst(packed[1], alone[1])
+        assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("anyres", [False, True], ids=["base", "anyres"])
+@pytest.mark.parametrize("continuous", ["questions", "all", "none"])
+def test_the_plan_knows_how_long_each_document_becomes(continuous: str, anyres: bool, tmp_path: Path) -> None:
+    """From the sidecar alone, before any picture is opened; else a pack would not hold what was planned for it."""
+    every, views = documents(), Views(8, 4, anyres)
+    write_dataset(tmp_path, every, VOCABULARY)
+    sizes = [[side for data in record.images for side in Image.open(io.BytesIO(data)).size] for record in every]
+    table = pyarrow.parquet.read_table(tmp_path / SIDECAR)
+    column = pyarrow.array(sizes, pyarrow.list_(pyarrow.uint32()))
+    pyarrow.parquet.write_table(
+        table.set_column(table.column_names.index("image_sizes"), "image_sizes", column), tmp_path / SIDECAR
+    )
+    write_manifest(tmp_path, every, VOCABULARY)
+    config = DataConfig.model_validate(
+        {"streams": {"a": {"local": str(tmp_path)}}, "packed_length": 999, "global_batch": 1, "continuous": continuous,
+         "anyres": anyres}
+    )  # fmt: skip
+    sources = open_sources(config)
+    planned = read_lengths(sources[0], Recipe.of(config, sources, views), views).lengths.tolist()
+    collate = Collate(999, views, continuous, VOCABULARY.separator, VOCABULARY.newline, compat=False)
+    assert planned == [int((collate([[document]])["document_ids"] >= 0).sum()) for document in every]
