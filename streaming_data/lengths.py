@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.limits import limit_of
 from unitoken.streaming_data.manifest import SIDECAR
 from unitoken.streaming_data.mixture import Kind, Source, StreamConfig
 from unitoken.streaming_data.shards import read_index
@@ -47,11 +48,6 @@ class StreamSamples:
         if unit == "samples":
             return int(np.count_nonzero(self.lengths))
         return int((self.lengths if unit == "tokens" else self.target_tokens).sum(dtype=np.int64))
-
-
-def limit_of(stream: StreamConfig, packed_length: int) -> int:
-    """The most positions that a sample of the stream may take in a pack."""
-    return min(stream.max_tokens or packed_length, packed_length)
 
 
 def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamSamples:

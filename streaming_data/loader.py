@@ -18,7 +18,7 @@ from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
-from unitoken.streaming_data.lengths import limit_of
+from unitoken.streaming_data.limits import limit_of
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary

@@ -28,6 +28,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from unitoken.streaming_data.cache import PATIENCE, ShardError, fetch
 from unitoken.streaming_data.config import Bytes, Config, ConfigError
 from unitoken.streaming_data.files import locked, write_aside
+from unitoken.streaming_data.limits import check_images_fit
 from unitoken.streaming_data.manifest import (
     INDEX,
     MANIFEST,
@@ -44,6 +45,8 @@ from unitoken.streaming_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import streaming
+
+    from unitoken.streaming_data.views import Views
 
 
 Unit = Literal["samples", "tokens", "target_tokens"]
@@ -194,10 +197,12 @@ def open_sources(config: DataConfig) -> list[Source]:
     return sources
 
 
-def check_mixture(config: DataConfig) -> Vocabulary:
+def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
     """Everything that can be said of the data without loading it; returns the streams' one vocabulary. Raises ConfigError."""
     sources = open_sources(config)
     _warn_of_other_codes(sources)
+    for source in sources:
+        check_images_fit(source, config, views)
     return load_vocabulary(sources[0].folder)
 
 

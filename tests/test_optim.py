@@ -34,6 +34,7 @@ def test_the_towers_embeddings_train_where_they_are_named(model: UniToken) -> No
 
 
 def test_a_name_is_a_whole_name_not_a_substring(model: UniToken) -> None:
+    """In the reference it was: `vit` would have trained all that has it anywhere in its name (bug 30)."""
     names = freeze(model, ["model.layers.1"])
     assert names
     assert all(name.startswith("model.layers.1.") for name in names)  # and not model.layers.10

@@ -106,6 +106,29 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
     assert curve(tmp_path) == curve(uninterrupted)
 
 
+@pytest.mark.parametrize("compat", [None, "unitoken"])
+def test_a_stage_with_anyres_learns(compat: str | None, folder: Path, tmp_path: Path) -> None:
+    """A picture of 4 x 4 pixels has 4 features as one view, and 10 with its tiles."""
+    lines = {}
+    for anyres in (False, True):
+        config = stage(
+            folder, f"save.folder={tmp_path}/{anyres}", f"data.anyres={anyres}", "data.packed_length=80", compat=compat
+        )  # fmt: skip
+        lines[anyres] = metrics(train(config))
+    assert lines[True][-1]["loss"] < lines[True][0]["loss"] - 0.1
+    assert sum(line["tokens"] for line in lines[True]) > sum(line["tokens"] for line in lines[False])
+
+
+def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> None:
+    """The reference resumed from weights rounded to bfloat16 under float32 moments (bug 24)."""
+    state = checkpoints.read(latest_checkpoint(uninterrupted))
+    tensors = {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
+    moments = [tensor for one in next(iter(state["optimizers"].values()))["state"].values() for tensor in one.values()]
+    assert {tensor.dtype for tensor in [*tensors.values(), *moments]} == {torch.float32}
+    trained = [tensor for name, tensor in tensors.items() if "vit.embeddings" not in name]
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained)
+
+
 def test_a_finished_stage_is_left_as_it_is(folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_datasets import make_record, small_vocabulary, write_dataset
 from stages import DECODER, stage, write_data, write_stage
 
 from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.streaming_data.views import Views
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import checkpoint_folder, read_decoder, read_vision
@@ -26,18 +28,52 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage1-anyres", "stage2-anyres"])
 def test_the_real_stages_hold_the_references_settings(name: str) -> None:
     config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
-    one = name == "stage1"
+    one, anyres = name.startswith("stage1"), name.endswith("anyres")
     assert config.optimizer.lr == (1e-3 if one else 1e-5)
     assert config.optimizer.lr_scales == ({"vit": 1e-2} if one else {"vit": 1.0})
     assert config.trainable == (["vit", "adapter"] if one else ["vit", "adapter", "model", "lm_head"])
     assert (config.optimizer.min_lr, config.optimizer.weight_decay, config.optimizer.betas) == (0.0, 0.1, (0.9, 0.95))
     assert (config.optimizer.clip_norm, config.optimizer.eps, config.optimizer.warmup) == (4.0, 1e-8, "0.01ep")
+    assert (config.optimizer.schedule, config.precision, config.fsdp.reduce) == ("cosine", "bf16", "fp32")
     assert (config.model.dropout, config.model.z_loss, config.max_duration) == (0.05, 1e-5, "1ep")
-    assert config.init_from == (None if one else "runs/stage1")
-    assert config.data.packed_length > 1790 + 256  # a sample with an image, and its text
+    assert not config.model.mask_image_logits
+    assert config.init_from == (None if one else f"runs/{name.replace('2', '1')}")
+    assert config.save.folder == f"runs/{name}"
+    assert config.data.anyres == anyres
+    assert config.data.packed_length > (4760 if anyres else 1790) + 256  # the longest sample with an image, and its text
+    assert config.data.global_batch == 128 // 2  # the reference's samples, two a pack
+
+
+@pytest.mark.parametrize("variant", ["", "-anyres"])
+def test_stage_two_begins_where_stage_one_saves_with_data_of_its_own(variant: str) -> None:
+    """The reference's scripts of Stage II named a variable that is nowhere set, a folder that nobody writes, and Stage I's data
+    (bug 25)."""
+    one, two = (load_config(StageConfig, ROOT / f"yamls/stage{n}{variant}.yaml") for n in (1, 2))
+    assert two.init_from == one.save.folder != two.save.folder
+    assert not {stream.local for stream in two.data.streams.values()} & {stream.local for stream in one.data.streams.values()}
+    assert (two.model.decoder, two.model.vision) == (one.model.decoder, one.model.vision)
+
+
+def test_compat_alone_is_the_reference(folder: Path) -> None:
+    """Of what is left to say nothing else is needed: all images bring their features."""
+    assert stage(folder).data.continuous == "questions"
+    config = stage(folder, "compat=unitoken")
+    assert config.data.continuous == "all"
+    check(config, 1)
+    assert stage(folder, "compat=unitoken", "data.continuous=all") == config
+    check(stage(folder, "compat=unitoken", "model.vision=null", "data.continuous=none", "trainable=[model]"), 1)
+
+
+def test_the_longest_image_of_anyres_takes_as_much_as_the_references_and_fits_the_stages_pack() -> None:
+    """Over all shapes up to six to one; the reference's own sweep found 3,699 features at most."""
+    config = load_config(StageConfig, ROOT / "yamls/stage1-anyres.yaml")
+    sizes = np.array([(width, height) for width in range(128, 1300, 32) for height in range(128, 1300, 32)])
+    longest = 1060 + 1 + int(Views(384, 14, anyres=True).counts(sizes).max())
+    assert longest == 4760
+    assert config.data.packed_length > longest + 1024
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda p: p.stem)
@@ -49,7 +85,24 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
     ("override", "message"),
     [
         ("data.global_batch=5", r"data\.global_batch: 5 packs can not be shared evenly by 2 ranks"),
-        ("data.packed_length=5", r"data\.packed_length: 5 is too short: an image alone has 4 features"),
+        (
+            "data.packed_length=14",
+            r"data\.packed_length: 14 is too short for any image of stream 'all' that is asked about: "
+            r"the smallest takes 15 \(10 tokens, a separator and 4 features\)",
+        ),
+        (
+            ("data.packed_length=14", "compat=unitoken", "data.streams.all.kinds=[generation]"),
+            r"14 is too short for any image of stream 'all' that is drawn: the smallest takes 15",
+        ),
+        (
+            ("data.packed_length=9", "data.streams.all.kinds=[generation]"),
+            r"9 is too short for any image of stream 'all' that is drawn: the smallest takes 10 \(10 tokens\)",
+        ),
+        (
+            ("data.anyres=true", "data.packed_length=48", "data.streams.all.max_tokens=20"),
+            r"data\.streams\.all\.max_tokens: 20 is too short for any image of stream 'all' that is asked about: "
+            r"the smallest takes 21 \(10 tokens, a separator and 10 features\)",
+        ),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
         (
             ("compat=unitoken", "data.continuous=questions"),
@@ -98,7 +151,6 @@ def test_help_is_the_docstring(arguments: list[str]) -> None:
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Path:
     import json
 
-    import numpy as np
     from safetensors.numpy import save_file
 
     folder.mkdir()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.mixture import check_mixture
+from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
 from unitoken.train.folders import LATEST, find_checkpoint, model_configs
@@ -30,7 +31,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
     resumes = (Path(config.save.folder) / LATEST).is_symlink()
     if config.init_from is not None and not resumes:  # a run that resumes needs it no more
         find_checkpoint(config.init_from)
-    vocabulary = check_mixture(config.data)
+    vocabulary = check_mixture(config.data, Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
@@ -46,8 +47,6 @@ def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: in
         raise ConfigError(f"data.continuous: '{data.continuous}' needs model.vision; without a vision tower it is 'none'")
     if config.compat == "unitoken" and vision is not None and data.continuous != "all":
         raise ConfigError(f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'")
-    if vision is not None and data.continuous != "none" and data.packed_length <= vision.features + 1:
-        raise ConfigError(f"data.packed_length: {data.packed_length} is too short: an image alone has {vision.features} features")
 
 
 def _check_trainable(trainable: list[str], has_vision: bool) -> None:
