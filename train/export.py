@@ -26,7 +26,7 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
-from unitoken.train import checkpoints, parallel
+from unitoken.train import checkpoints
 from unitoken.train.about import STAGE, Sizes, check_target, dump_stage, is_export, read_whole
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
@@ -40,8 +40,8 @@ IMAGE_NAMES = ("<image>", "<reserved08707>")  # what transformers writes where a
 
 
 def export_at_end(config: StageConfig) -> None:
-    """What `save.export` asks for; where a run was killed before it was written, the same command again writes it."""
-    if config.save.export is None or not parallel.is_first_rank():
+    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it."""
+    if config.save.export is None:
         return
     checkpoint = latest_checkpoint(Path(config.save.folder))
     assert checkpoint is not None, "a run that ends has saved"

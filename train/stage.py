@@ -46,7 +46,8 @@ def run(config: StageConfig, checked: Checked) -> None:
         checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
         if checkpoints.step_of(resume) >= total_steps:
             say(f"{config.name}: finished, {resume} is its last checkpoint")
-            export_at_end(config)
+            if parallel.is_first_rank():
+                export_at_end(config)
             return
         say(f"{config.name}: goes on from {resume}")
         if parallel.is_first_rank():
@@ -76,7 +77,8 @@ def run(config: StageConfig, checked: Checked) -> None:
     )
     trainer.fit()
     trainer.close()
-    export_at_end(config)
+    if parallel.is_first_rank():
+        export_at_end(config)
 
 
 class Lengths(NamedTuple):
