@@ -184,6 +184,15 @@ def convert_vqgan(
         print(f"{out}: converted, fingerprint {convert(source, out)} as before")
 
 
+@app.command()
+def schema(out: Annotated[Path | None, typer.Argument(help="The file to write; without it the schema is printed.")] = None) -> None:
+    """Write the JSON Schema of the settings' YAML file, for editors."""
+    with _errors():
+        from unitoken.streaming_data.schema import write_schema
+
+        write_schema(TokenizeConfig, "A tokenization", out)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """A mistake of the user's ends with status 2, a disk or store that fails with 1; both with one line."""
