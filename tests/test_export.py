@@ -144,7 +144,8 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizer")
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), 8192)
     codec = CodecConfig(tokenizer=str(assets / "tokenizer"), vision=ImageTokenizer(weights=str(assets / "vqgan"), precision="fp32"))
-    decoder = DecoderConfig(**{**DECODER, "vocab_size": vocabulary.size})
+    unusual = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3}
+    decoder = DecoderConfig(**{**DECODER, "vocab_size": vocabulary.size, **unusual})
     config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
     model = write_run(tmp_path / "run", config, vocabulary)
     export(str(tmp_path / "run"), tmp_path / "out")
@@ -157,12 +158,13 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     pictures = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255 * 2 - 1
     expected = load_vision(codec.vision).encode(pictures)
-    vq = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).model.vqmodel
+    theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
-        found = vq.encode(pixels.float())[2].view(1, 4, 4)
-    assert (found.numpy() == expected).all()
-    found_again = load(str(tmp_path / "out"), None)
-    assert torch.equal(found_again.lm_head.weight, model.lm_head.weight.bfloat16().float())
+        assert (theirs.model.vqmodel.encode(pixels.float())[2].view(1, 4, 4).numpy() == expected).all()
+        text = theirs(input_ids=IDS).logits[..., 9300:]
+    again = load(str(tmp_path / "out"), None)
+    torch.testing.assert_close(text, logits(again)[..., 9300:], rtol=1e-5, atol=1e-5)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16().float())
 
     other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
     with pytest.raises(
