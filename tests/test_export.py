@@ -173,7 +173,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
         export(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish"])
+@pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
 def test_a_killed_export_leaves_what_was_there(
     call: str, folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +182,7 @@ def test_a_killed_export_leaves_what_was_there(
 
     for before in ([], ["model"]):
         with monkeypatch.context() as patch:
-            patch.setattr(exporting, call, killed)
+            patch.setattr(f"unitoken.train.export.{call}", killed)
             with pytest.raises(KeyboardInterrupt):
                 export(str(folder / "run"), tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir()] == before

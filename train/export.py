@@ -97,10 +97,16 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
 
 
 def _publish(folder: AsideFolder, out: Path) -> None:
+    """Give the folder its name; a model that bears it steps aside, and comes back if that fails."""
     before = aside(out)
     if out.exists():
         out.rename(before)
-    folder.publish()
+    try:
+        folder.publish()
+    except BaseException:
+        if before.exists():
+            before.rename(out)
+        raise
     shutil.rmtree(before, ignore_errors=True)
 
 
