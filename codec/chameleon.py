@@ -17,26 +17,34 @@ from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 from unitoken.codec.weights import Parameters
 
 
+def shape_of(parameters: Parameters) -> dict[str, Any]:
+    """Meta's YAML in the words of transformers' ChameleonVQVAEConfig."""
+    d = parameters.ddconfig
+    return {
+        "embed_dim": parameters.embed_dim,
+        "num_embeddings": parameters.n_embed,
+        "double_latent": d.double_z,
+        "latent_channels": d.z_channels,
+        "resolution": d.resolution,
+        "in_channels": d.in_channels,
+        "base_channels": d.ch,
+        "channel_multiplier": d.ch_mult,
+        "num_res_blocks": d.num_res_blocks,
+        "dropout": d.dropout,
+    }
+
+
 class VQGAN(nn.Module):
     """Parameters are named as Meta names them, but for `decoder.up`, which transformers counts the other way."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__()
         d = parameters.ddconfig
-        shape: dict[str, Any] = {
-            "embed_dim": parameters.embed_dim,
-            "num_embeddings": parameters.n_embed,
-            "double_latent": d.double_z,
-            "latent_channels": d.z_channels,
-            "in_channels": d.in_channels,
-            "base_channels": d.ch,
-            "channel_multiplier": d.ch_mult,
-            "num_res_blocks": d.num_res_blocks,
-            "dropout": d.dropout,
-        }
-        encoder = ChameleonVQVAEConfig(**shape, resolution=d.resolution, attn_resolutions=[])
+        shape = shape_of(parameters)
+        encoder = ChameleonVQVAEConfig(**shape, attn_resolutions=[])
         self.encoder = ChameleonVQVAEEncoder(encoder)
         self.quantize = ChameleonVQVAEVectorQuantizer(encoder)
+        shape.pop("resolution")  # Janus has none
         self.decoder = JanusVQVAEDecoder(JanusVQVAEConfig(**shape, out_channels=d.out_ch))
         self.decoder.up[0].attn = nn.ModuleList()
         self.quant_conv = nn.Conv2d(d.z_channels * (2 if d.double_z else 1), parameters.embed_dim, 1)

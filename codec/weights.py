@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pydantic
 import yaml
@@ -24,6 +24,8 @@ from unitoken.streaming_data.manifest import VisionTokenizer, sha256_file
 SUFFIXES = (".safetensors", ".ckpt")  # in the order of preference
 PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # of the image tokenizer's tensors in transformers' files
 CODEBOOK = "quantize.embedding.weight"
+# In the header of a file that `convert-vqgan` wrote: the fingerprint of what it was made of, and the hash of its own tensors.
+CONVERTED_FROM, CONVERTED_TO = "converted_from", "converted_to"
 
 
 class Encoder(pydantic.BaseModel):
@@ -135,7 +137,38 @@ def _find_chameleon(name: str, path: Path) -> Weights:
         raise ConfigError(f"vision.weights: {name}: expected a file that ends in {' or '.join(SUFFIXES)}")
     parameters = read_parameters(path.with_suffix(".yaml"))
     downsampling = 1 << (len(parameters.ddconfig.ch_mult) - 1)
-    return Weights(path, parameters, {}, parameters.n_embed, downsampling, sha256_file(path)[:16])
+    return Weights(path, parameters, {}, parameters.n_embed, downsampling, _file_fingerprint(path))
+
+
+def _file_fingerprint(path: Path) -> str:
+    """Of the file; where it was converted and not changed since, of the file it was converted from."""
+    if path.suffix == ".safetensors":
+        try:
+            with open(path, "rb") as stream:
+                metadata = read_header(stream)[0].get("__metadata__", {})
+            if CONVERTED_FROM in metadata and metadata.get(CONVERTED_TO) == data_sha256(path):
+                return str(metadata[CONVERTED_FROM])
+        except (OSError, ValueError, AttributeError):
+            pass  # no such file: said with its reason when it is read
+    return sha256_file(path)[:16]
+
+
+def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where the tensors begin. Raises ValueError."""
+    size = int.from_bytes(stream.read(8), "little")
+    if size > os.fstat(stream.fileno()).st_size:
+        raise ValueError("its header is longer than the file")
+    header = json.loads(stream.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, 8 + size
+
+
+def data_sha256(path: Path) -> str:
+    """Over a safetensors file's tensors, without its header."""
+    with open(path, "rb") as stream:
+        stream.seek(read_header(stream)[1])
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_parameters(path: Path) -> Parameters:
@@ -213,13 +246,10 @@ def _tensor_spans(folder: Path) -> dict[str, _Span]:
     for file in files:
         try:
             with open(file, "rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                if size > os.fstat(stream.fileno()).st_size:
-                    raise ValueError("its header is longer than the file")
-                header = json.loads(stream.read(size))
+                header, begin = read_header(stream)
             for name, entry in header.items():
                 if name != "__metadata__":
-                    start, end = (8 + size + offset for offset in entry["data_offsets"])
+                    start, end = (begin + offset for offset in entry["data_offsets"])
                     spans[name] = _Span(file, start, end, f"{entry['dtype']} {entry['shape']}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"vision.weights: {file}: cannot be read as safetensors: {error}") from None

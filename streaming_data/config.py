@@ -32,6 +32,12 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def also_text(pattern: str) -> pydantic.WithJsonSchema:
+    """For the JSON Schema of a number that may be written as text, too, which a validator turns into the number."""
+    number = {"type": "integer", "exclusiveMinimum": 0}
+    return pydantic.WithJsonSchema({"anyOf": [number, {"type": "string", "pattern": pattern}]})
+
+
 _BYTES = {"kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 
 
@@ -45,7 +51,12 @@ def _bytes(value: Any) -> Any:
     return value
 
 
-Bytes = Annotated[int, pydantic.BeforeValidator(_bytes), pydantic.Field(gt=0)]
+Bytes = Annotated[
+    int,
+    pydantic.BeforeValidator(_bytes),
+    pydantic.Field(gt=0),
+    also_text(r"^[0-9.]+ *[kKmMgGtT][bB]$"),
+]
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

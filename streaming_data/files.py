@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import time
@@ -73,9 +74,9 @@ class AsideFolder:
         self._lock.close()
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left aside in `folder`, and leave alone what is being written."""
-    for path in sorted(folder.glob(f"{ASIDE}*")):  # a folder before its lock
+def remove_abandoned(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left aside in `folder` (of `name` only), and leave alone what is being written."""
+    for path in sorted(folder.glob(f"{ASIDE}{f'{glob.escape(name)}-' if name else ''}*")):  # a folder before its lock
         if _is_abandoned(path):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

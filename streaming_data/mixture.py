@@ -26,7 +26,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from unitoken.streaming_data.cache import PATIENCE, ShardError, fetch
-from unitoken.streaming_data.config import Bytes, Config, ConfigError
+from unitoken.streaming_data.config import Bytes, Config, ConfigError, also_text
 from unitoken.streaming_data.files import locked, write_aside
 from unitoken.streaming_data.limits import check_images_fit
 from unitoken.streaming_data.manifest import (
@@ -89,7 +89,9 @@ class DataConfig(Config):
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
     packed_length: PositiveInt  # tokens a pack, image features included
-    global_batch: PositiveInt  # packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096
+    global_batch: Annotated[
+        PositiveInt, also_text("^[1-9][0-9]* *tok$")
+    ]  # packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096
     seed: NonNegativeInt = 0
     unit: Unit = "samples"  # what proportion and choose count
     epoch_samples: PositiveInt | None = None  # an epoch's size, where the streams have proportions or no weights at all

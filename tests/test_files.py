@@ -82,3 +82,12 @@ def test_what_was_just_made_may_not_be_locked_yet(tmp_path: Path) -> None:
     (tmp_path / ".aside-x-0123").write_text("half")
     remove_abandoned(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_what_was_left_of_one_name_is_removed_where_that_is_asked(tmp_path: Path) -> None:
+    """A run writes its checkpoints aside, unlocked, in the folder into which a model may be exported."""
+    for name in (".aside-model-0123", ".aside-step-00000010.pt"):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - 5, time.time() - 5))
+    remove_abandoned(tmp_path, "model")
+    assert [path.name for path in tmp_path.iterdir()] == [".aside-step-00000010.pt"]

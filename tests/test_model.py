@@ -129,7 +129,11 @@ def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(spoil: Any, messag
 
 def from_model(model: UniToken, *parts: str) -> Source:
     state = {name: tensor for name, tensor in model.state_dict().items() if not parts or name.split(".")[0] in parts}
-    return Source("init_from", {name: tuple(tensor.shape) for name, tensor in state.items()}, lambda: state)
+    return Source(
+        "init_from",
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        lambda names: {name: state[name] for name in names},
+    )
 
 
 def test_an_earlier_stage_without_a_tower_leaves_tower_and_adapter_as_without_it(siglip: Path) -> None:

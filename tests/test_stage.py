@@ -13,7 +13,8 @@ from unitoken.streaming_data.views import Views
 from unitoken.train import callbacks, checkpoints
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import find_checkpoint, latest_checkpoint
+from unitoken.train.export import export
+from unitoken.train.folders import find_checkpoint, find_origin, latest_checkpoint
 from unitoken.train.model import UniToken, build_model, load_weights
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from unitoken.train.stage import run
@@ -67,7 +68,9 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
     for line in lines:
         assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
         assert line["useful"] == line["tokens"] / (4 * 64)
-    assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", "latest", "step-00000016.pt", "step-00000018.pt"}
+    checkpoints_kept = {"latest", "step-00000016.pt", "step-00000018.pt"}
+    about = {"stage.yaml", "model.json", "vocabulary.json"}
+    assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", *checkpoints_kept, *about}
     assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
 
 
@@ -231,12 +234,86 @@ def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_p
         assert torch.equal(tensor, seen[name]), name
 
 
+def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage I -> export -> init_from -> Stage II -> export, each stage killed and resumed; the reference's bug 23 lost the tower.
+
+    Each stage begins with exactly what the one before it ended with, also where the run that began was killed and another ends it.
+    """
+    starts: list[dict[str, torch.Tensor]] = []  # the weights at the first forward pass of each
+
+    def forward(self: UniToken, batch: Any, real: Any = UniToken.forward) -> Any:
+        if not starts[-1]:
+            starts[-1].update({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
+        return real(self, batch)
+
+    def start(config: StageConfig) -> dict[str, torch.Tensor]:
+        starts.append({})
+        return weights(train(config))
+
+    def killed_then_resumed(config: StageConfig) -> dict[str, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            kill_at(5, patch)
+            with pytest.raises(KilledError):
+                start(config)
+        saved = weights(Path(config.save.folder))  # of step 4
+        trained = start(config)
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, starts[-1][name]), f"{name} was lost when {config.name} resumed"
+        return trained
+
+    monkeypatch.setattr(UniToken, "forward", forward)
+    one = stage(folder, f"save.folder={tmp_path}/one", "name=one", "max_duration=6ba", "trainable=[vit, adapter]")
+    after_one = killed_then_resumed(one)
+    export(str(tmp_path / "one"), tmp_path / "exported", "fp32")
+    two = stage(folder, f"save.folder={tmp_path}/two", "name=two", "max_duration=6ba", f"init_from={tmp_path}/exported")
+    after_two = killed_then_resumed(two)
+    began = starts[-2]
+    for name, tensor in after_one.items():
+        assert torch.equal(tensor, began[name]), f"{name} was lost between the stages"
+        if name.startswith(("vit.encoder", "adapter", "model", "lm_head")):
+            assert not torch.equal(tensor, after_two[name]), f"{name} trains in Stage II"
+    export(str(tmp_path / "two"), tmp_path / "exported", "fp32")  # in the place of the first
+    again = checkpoints.open_source(find_origin(str(tmp_path / "exported"))).load()
+    for name, tensor in after_two.items():
+        assert torch.equal(tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]), name
+
+
+def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/run/model")
+
+    def killed(*args: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unitoken.train.export._write_json", killed)  # its weights are on the disk, half of it is not
+        with pytest.raises(KilledError):
+            train(config)
+    assert not (tmp_path / "run/model").exists()
+    train(config)
+    assert "finished" in (said := capsys.readouterr().out)
+    assert "exported to" in said
+    source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
+    assert torch.equal(source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
+    train(config)
+    assert "exported to" not in capsys.readouterr().out
+    train(config.model_copy(update={"max_duration": "4ba"}))  # longer: a newer model in its place
+    assert "exported to" in capsys.readouterr().out
+    exported = checkpoints.open_source(tmp_path / "run/model").load()
+    assert torch.equal(weights(tmp_path / "run")["lm_head.weight"].bfloat16().float(), exported["lm_head.weight"])
+
+
 def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:
     with pytest.raises(ConfigError, match="give each stage a folder of its own"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "name=other"))
-    smaller = {"decoder.hidden_size": 16}
+    smaller = stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "model.decoder.hidden_size=16")
+    with pytest.raises(ConfigError, match="another architecture: its decoder and this stage's have hidden_size 32 and 16"):
+        train(smaller)
+    (uninterrupted / "model.json").rename(uninterrupted / "away")  # a run of before there was one
     with pytest.raises(ConfigError, match="tensors do not fit"):
-        train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", *(f"model.{k}={v}" for k, v in smaller.items())))
+        train(smaller)
+    (uninterrupted / "away").rename(uninterrupted / "model.json")
 
 
 def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) -> None:

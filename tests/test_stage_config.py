@@ -110,6 +110,18 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
         ),
         ("trainable=[vit, adaptor]", r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter"),
         ("trainable=[]", r"`trainable`: List should have at least 1 item"),
+        (
+            ("data.continuous=none", "trainable=[vit, adapter.0]"),
+            r"trainable: \[vit, adapter\.0\] would train nothing: with data\.continuous 'none' no image reaches them",
+        ),
+        (
+            "optimizer.lr_scales={vit: 0, adapter: 0, model: 0, lm_head: 0}",
+            r"would train nothing: optimizer\.lr_scales gives all of it 0",
+        ),
+        (
+            ("trainable=[vit.encoder, adapter.0]", "optimizer.lr_scales={vit: 0, adapter: 0, model: 1}"),
+            r"trainable: \[vit\.encoder, adapter\.0\] would train nothing",
+        ),
         ("model.decoder.vocab_size=150", r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163"),
         ("model.decoder.hiden_size=1", r"unknown key 'model\.decoder\.hiden_size'; did you mean 'hidden_size'"),
         ("model.decoder.num_attention_heads=3", r"`model\.decoder`: hidden_size 32 is not an even number times 3 heads"),
@@ -124,6 +136,20 @@ def test_a_wrong_setting_is_named(override: str | tuple[str, ...], message: str,
     with pytest.raises(ConfigError, match=message) as caught:
         check(stage(folder, *([override] if isinstance(override, str) else override)), 2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainable=[vit, adapter]", "optimizer.lr_scales={vit: 0}"),
+        ("trainable=[vit]", "optimizer.lr_scales={vit: 0, vit.encoder: 1}"),
+        ("trainable=[vit.encoder]", "optimizer.lr_scales={vit: 0, vit.encoder: 0.1}"),
+        ("trainable=[model]", "optimizer.lr_scales={model: 0, model.layers.1: 0.1}"),
+        ("trainable=[model, adapter]", "data.continuous=none"),
+    ],
+)
+def test_a_stage_that_trains_a_part_of_what_it_names_is_one(overrides: tuple[str, ...], folder: Path) -> None:
+    check(stage(folder, *overrides), 2)
 
 
 def test_streams_of_different_vocabularies_are_refused(folder: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizing import tiny_transformers, tiny_vqgan, vision_config
+from typer.testing import CliRunner
 
+from unitoken.codec.convert import convert_vqgan
 from unitoken.codec.vision import VisionCodec, load_vision
 from unitoken.codec.weights import Weights
 from unitoken.codec.weights import find_weights as find
 from unitoken.streaming_data.config import ConfigError
+from unitoken.tokenize.__main__ import app
 
 
 def load_vision_of(folder: Path) -> VisionCodec:
@@ -43,6 +47,52 @@ def test_other_weights_have_another_fingerprint(vqgan: Path, tmp_path: Path) -> 
     other = tiny_vqgan(tmp_path / "other", seed=1)
     assert find_weights(vqgan).fingerprint != find_weights(other).fingerprint
     assert find_weights(vqgan).fingerprint == find_weights(vqgan / "vqgan.safetensors").fingerprint
+
+
+def taming(vqgan: Path, folder: Path, **more: Any) -> Path:
+    """Meta's own layout: vqgan.ckpt, with the tensors of its training in it."""
+    folder.mkdir()
+    (folder / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    state = load_file(vqgan / "vqgan.safetensors") | {"loss.discriminator.weight": torch.zeros(3)}
+    torch.save({"state_dict": state | more, "epoch": 3}, folder / "vqgan.ckpt")
+    return folder
+
+
+def test_a_converted_checkpoint_gives_the_same_codes_and_is_the_same_weights(vqgan: Path, tmp_path: Path) -> None:
+    folder, out = taming(vqgan, tmp_path / "meta"), tmp_path / "new" / "converted"
+    done = CliRunner().invoke(app, ["convert-vqgan", str(folder), str(out)])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} == {"vqgan.yaml", "vqgan.safetensors"}
+    pickled, converted = load_vision_of(folder), load_vision_of(out)
+    assert (converted.encode(pixels(2)) == pickled.encode(pixels(2))).all()
+    codes = pickled.encode(pixels(2))
+    assert (converted.decode(codes) == pickled.decode(codes)).all()
+    assert find_weights(out).fingerprint == find_weights(folder).fingerprint
+    assert converted.fingerprint in done.output
+
+
+def test_a_converted_file_that_was_changed_has_a_fingerprint_of_its_own(vqgan: Path, tmp_path: Path) -> None:
+    folder = taming(vqgan, tmp_path / "meta")
+    convert_vqgan(folder, tmp_path / "out")
+    path = tmp_path / "out" / "vqgan.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert find_weights(tmp_path / "out").fingerprint != find_weights(folder).fingerprint
+
+
+def test_what_can_not_be_converted_is_one_line_and_leaves_nothing(vqgan: Path, tmp_path: Path) -> None:
+    folder = taming(vqgan, tmp_path / "meta")
+    with pytest.raises(ConfigError, match="it is there already"):
+        convert_vqgan(folder, folder)
+    with pytest.raises(ConfigError, match=r"no vqgan\.ckpt in it"):
+        convert_vqgan(vqgan, tmp_path / "out")
+    (folder / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": _Evil()}))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        convert_vqgan(folder, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"unknown encoder\.new"):
+        convert_vqgan(taming(vqgan, tmp_path / "more", **{"encoder.new": torch.zeros(1)}), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta", "more"]
 
 
 def changed(vqgan: Path, folder: Path, **changes: torch.Tensor | None) -> str:

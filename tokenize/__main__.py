@@ -172,6 +172,27 @@ def migrate(
         _finish(out_dir, settings.max_reject_fraction, [])
 
 
+@app.command("convert-vqgan")
+def convert_vqgan(
+    source: Annotated[Path, typer.Argument(help="The folder with Meta's vqgan.yaml and vqgan.ckpt.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make: vqgan.yaml and vqgan.safetensors, for vision.weights.")],
+) -> None:
+    """Make safetensors of Meta's image tokenizer, once. No code in vqgan.ckpt is run; codes and fingerprint stay as they are."""
+    with _errors():
+        from unitoken.codec.convert import convert_vqgan as convert
+
+        print(f"{out}: converted, fingerprint {convert(source, out)} as before")
+
+
+@app.command()
+def schema(out: Annotated[Path | None, typer.Argument(help="The file to write; without it the schema is printed.")] = None) -> None:
+    """Write the JSON Schema of the settings' YAML file, for editors."""
+    with _errors():
+        from unitoken.streaming_data.schema import write_schema
+
+        write_schema(TokenizeConfig, "A tokenization", out)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """A mistake of the user's ends with status 2, a disk or store that fails with 1; both with one line."""

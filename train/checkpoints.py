@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside
 from unitoken.train.folders import LATEST
-from unitoken.train.weights import Shapes, Source, Tensors, check_shapes
+from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source
 
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
 SAFE_TYPES = [
@@ -71,7 +72,16 @@ def _network(state: dict[str, Any]) -> Tensors:
 def source_of(checkpoint: Path) -> Source:
     """The model's weights in a checkpoint."""
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in _network(read(checkpoint)).items()}
-    return Source(str(checkpoint), shapes, lambda: {name: t.clone() for name, t in _network(read(checkpoint)).items()})
+    return Source(str(checkpoint), shapes, lambda names: _copies(_network(read(checkpoint)), names))
+
+
+def _copies(tensors: Tensors, names: Collection[str]) -> Tensors:
+    return {name: tensors[name].clone() for name in names}
+
+
+def open_source(origin: Path) -> Source:
+    """The weights that `find_origin` found, whichever form they are in."""
+    return decoder_source(str(origin)) if origin.is_dir() else source_of(origin)
 
 
 def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
@@ -104,4 +114,5 @@ def publish(written: Path, checkpoint: Path, keep: int) -> None:
 def clean_up(folder: Path) -> None:
     """Remove what a killed run was writing."""
     for left in folder.glob(".aside-*"):
-        left.unlink()
+        if not left.is_dir():  # an export into this folder, and its own to remove
+            left.unlink()

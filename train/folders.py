@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
@@ -13,6 +13,8 @@ from unitoken.streaming_data.config import ConfigError, ConfigT
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 
 LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
+CONFIG = "config.json"  # in a folder of Hugging Face's layout
+FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 
 def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
@@ -22,17 +24,35 @@ def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | No
     return decoder, vision
 
 
-def find_checkpoint(source: str) -> Path:
-    """A checkpoint file, or the newest in the folder of a run. Raises ConfigError."""
-    path = Path(source)
+def find_origin(source: str) -> Path:
+    """Where trained weights are: a checkpoint file (step-*.pt), the newest one where `source` is a run's folder, or a folder of
+    Hugging Face's layout, downloaded where `source` is a hub id.
+
+    Raises:
+        ConfigError: there is nothing of that name, or it is none of these.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.resolve()  # a link may move on while we read
     if path.is_dir():
-        checkpoint = latest_checkpoint(path)
-        if checkpoint is None:
-            raise ConfigError(f"{path}: no checkpoint in it (`{LATEST}`): did that stage run?")
-        return checkpoint
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such checkpoint")
-    return path.resolve()  # a link may move on while we read
+        if (checkpoint := latest_checkpoint(path)) is not None:
+            return checkpoint
+        if not (path / CONFIG).is_file():
+            raise ConfigError(
+                f"{path}: no checkpoint in it, neither a run's `{LATEST}` (did that stage run?) nor a model's {CONFIG}"
+            )
+        return path
+    if path.parent.is_dir() and path.parent != Path():  # runs/stage1 looks like a hub id; where there is runs/, it is none
+        raise ConfigError(f"{source}: no such checkpoint")
+    return checkpoint_folder(source)
+
+
+def find_checkpoint(source: str) -> Path:
+    """As `find_origin`, of a run only. Raises ConfigError."""
+    path = find_origin(source)
+    if path.is_dir():
+        raise ConfigError(f"{source}: a model of Hugging Face's layout, expected a run's folder or its step-*.pt")
+    return path
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -77,18 +97,25 @@ def _fixed(path: Path, fields: dict[str, Any], key: str, expected: Any) -> None:
         raise ConfigError(f"{path}: `{key}` is {fields[key]!r}; only {expected!r} is supported")
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors, from the headers of its safetensors files."""
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """A checkpoint's tensors by name, from the headers of its safetensors files."""
     from safetensors import SafetensorError, safe_open
 
-    shapes: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, Stored] = {}
     for path in tensor_files(folder):
         try:
             with safe_open(path, framework="np") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no iterator
+                stored |= {key: Stored(path, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118 - no iterator
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not readable as safetensors: {error}") from None
-    return shapes
+    return stored
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -110,7 +137,7 @@ def tensor_files(folder: Path) -> list[Path]:
 def read_decoder(source: str) -> DecoderConfig:
     """The sizes of a Chameleon checkpoint (transformers' `save_pretrained`, Lumina-mGPT, UniToken)."""
     folder = checkpoint_folder(source)
-    path = folder / "config.json"
+    path = folder / CONFIG
     fields = _read_json(path)
     _fixed(path, fields, "hidden_act", "silu")
     for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
@@ -121,22 +148,29 @@ def read_decoder(source: str) -> DecoderConfig:
     known = {key: fields[key] for key in DecoderConfig.model_fields if fields.get(key) is not None}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
-    shapes = tensor_shapes(folder)
-    norm = next((shape for name, shape in sorted(shapes.items()) if name.endswith("layers.0.self_attn.q_norm.weight")), None)
+    norm = stored_tensors(folder).get(FIRST_NORM)
     if norm is None:
-        raise ConfigError(f"{folder}: no Chameleon decoder: the tensor 'model.layers.0.self_attn.q_norm.weight' is missing")
-    known["qk_norm"] = "shared" if len(norm) == 1 or norm[0] == 1 else "per_head"
+        raise ConfigError(f"{folder}: no Chameleon decoder: the tensor '{FIRST_NORM}' is missing")
+    if "qk_norm" not in known:  # an exported folder says it: there the file has a row a head also where they are one
+        known["qk_norm"] = "shared" if norm.shape[0] == 1 else "per_head"
     return _validated(DecoderConfig, known, path)
 
 
 def read_vision(source: str) -> VisionConfig:
     """The sizes of a SigLIP checkpoint: a vision tower, or a whole SigLIP of which only the tower is used."""
-    path = checkpoint_folder(source) / "config.json"
+    path = checkpoint_folder(source) / CONFIG
     fields = _read_json(path)
+    if fields.get("model_type") == "chameleon" and "vision_config" not in fields:
+        raise ConfigError(f"{path}: the sizes of a Chameleon decoder and of no vision tower")
     fields = fields.get("vision_config", fields)
     _fixed(path, fields, "hidden_act", "gelu_pytorch_tanh")
     _fixed(path, fields, "num_channels", 3)
     return _validated(VisionConfig, {key: fields[key] for key in VisionConfig.model_fields if key in fields}, path)
+
+
+def has_vision(folder: Path) -> bool:
+    """Whether a decoder's folder also says the sizes of its vision tower: exported ones do, UniToken's do not."""
+    return "vision_config" in _read_json(folder / CONFIG)
 
 
 def _validated(model: type[ConfigT], fields: dict[str, Any], path: Path) -> ConfigT:

@@ -18,7 +18,7 @@ from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.decoder import Decoder, document_mask
 from unitoken.train.loss import Loss, token_loss
 from unitoken.train.vision import VisionTower, adapter
-from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source, vision_source
+from unitoken.train.weights import Shapes, Source, check_shapes, decoder_source, fit_norms, vision_source
 
 Batch = Mapping[str, Tensor]  # see streaming_data/collate.py
 
@@ -108,23 +108,21 @@ def find_weights(model: UniToken, config: ModelConfig, trained: Source | None) -
         parts = _by_part(decoder_source(config.decoder)) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
         parts |= _by_part(vision_source(config.vision))
-    expected = _by_part(Source("", shapes_of(model), dict))
+    expected = _by_part(Source("", shapes_of(model), lambda _: {}))
     for part, source in parts.items():
-        check_shapes(source.shapes, expected[part].shapes if part in expected else {}, source.where)
+        needed = expected[part].shapes if part in expected else {}
+        parts[part] = fit_norms(source, needed)
+        check_shapes(parts[part].shapes, needed, source.where)
     return parts
 
 
 def load_weights(model: UniToken, parts: Mapping[str, Source], seed: int) -> list[str]:
     """Give a `meta` model what `find_weights` found, and new weights to the rest. Says where from, a line a part."""
     lines = []
-    loaded: dict[str, Tensors] = {}
     for part, module in model.named_children():
         if part in parts:
-            source = parts[part]
-            tensors = loaded.setdefault(source.where, {}) or source.load()
-            loaded[source.where] = tensors
-            mine = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
-            module.load_state_dict(mine, assign=True)
+            tensors = parts[part].read([name for name in parts[part].shapes if name.startswith(f"{part}.")])
+            module.load_state_dict({name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}, assign=True)
         else:
             module.to_empty(device="cpu")
             _new_weights(module, part, seed)

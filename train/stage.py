@@ -10,10 +10,12 @@ from typing import NamedTuple
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.views import Views
 from unitoken.train import checkpoints, parallel
+from unitoken.train.about import Sizes, write_about
 from unitoken.train.callbacks import Metrics, Optimisation, Saver
 from unitoken.train.check import Checked
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import find_checkpoint, latest_checkpoint
+from unitoken.train.export import export_at_end
+from unitoken.train.folders import find_origin, latest_checkpoint
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 
@@ -44,12 +46,14 @@ def run(config: StageConfig, checked: Checked) -> None:
         checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
         if checkpoints.step_of(resume) >= total_steps:
             say(f"{config.name}: finished, {resume} is its last checkpoint")
+            if parallel.is_first_rank():
+                export_at_end(config)
             return
         say(f"{config.name}: goes on from {resume}")
         if parallel.is_first_rank():
             nan_weights(network)
     else:
-        earlier = checkpoints.source_of(find_checkpoint(config.init_from)) if config.init_from else None
+        earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
         parts = find_weights(network, config.model, earlier)
         if parallel.is_first_rank():  # the other ranks get their shards from it
             say("\n".join(load_weights(network, parts, config.seed)))
@@ -57,6 +61,8 @@ def run(config: StageConfig, checked: Checked) -> None:
     say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
 
     folder.mkdir(parents=True, exist_ok=True)
+    if parallel.is_first_rank():
+        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
     optimisation = Optimisation(config.optimizer, length.steps(config.optimizer.warmup), total_steps, length.epoch_steps)
     metrics = Metrics(folder, config.log.every, optimisation, config.data.global_batch * config.data.packed_length, total_steps)
     trainer = parallel.build_trainer(
@@ -71,6 +77,8 @@ def run(config: StageConfig, checked: Checked) -> None:
     )
     trainer.fit()
     trainer.close()
+    if parallel.is_first_rank():
+        export_at_end(config)
 
 
 class Lengths(NamedTuple):

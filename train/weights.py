@@ -1,23 +1,25 @@
 """Checkpoint folders as tensors under our names: safetensors only, nothing is unpickled.
 
 Names and shapes are read from the files' headers first, on every rank, so that what does not fit is an error before
-anything is loaded, and before ranks wait for each other.
+anything is loaded, and before ranks wait for each other. Tensors are then read one by one: loading takes the model's own
+memory in float32 and one tensor more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.train.folders import checkpoint_folder, tensor_files, tensor_shapes
+from unitoken.train.folders import Stored, checkpoint_folder, stored_tensors
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
-V = TypeVar("V")
+
+_HEAD_NORM = re.compile(r"\.[qk]_norm\.(weight|bias)$")
 
 
 class Source(NamedTuple):
@@ -25,45 +27,89 @@ class Source(NamedTuple):
 
     where: str
     shapes: Shapes
-    load: Callable[[], Tensors]
+    read: Callable[[Collection[str]], Tensors]  # the tensors of these names, in float32
+
+    def load(self) -> Tensors:
+        return self.read(self.shapes)
 
 
 def decoder_source(source: str) -> Source:
-    """A Chameleon checkpoint: `model.*` and `lm_head.*`; `vit.*` and `adapter.*` too where it is UniToken's."""
-    folder = checkpoint_folder(source)
-    return Source(source, _decoder_names(tensor_shapes(folder)), lambda: _decoder_names(load_folder(folder)))
+    """A Chameleon checkpoint: `model.*` and `lm_head.*`; `vit.*` and `adapter.*` too where it is UniToken's, or exported here.
+
+    Without the VQ-VAE that transformers keeps in `model.vqmodel`, which has no part in training, and without the tower's
+    pooling head, which UniToken's checkpoints carry along.
+    """
+    return _folder_source(
+        source, lambda names: {name: name for name in names if not name.startswith(("model.vqmodel.", "vit.head."))}
+    )
 
 
 def vision_source(source: str) -> Source:
-    """A SigLIP checkpoint: `vit.*`."""
-    folder = checkpoint_folder(source)
-    return Source(source, _vision_names(tensor_shapes(folder)), lambda: _vision_names(load_folder(folder)))
+    """A SigLIP checkpoint as `vit.*`: its vision tower, or a whole SigLIP, or a UniToken folder; without the pooling head."""
+    return _folder_source(source, _vision_names)
 
 
-def _decoder_names(named: Mapping[str, V]) -> dict[str, V]:
-    """Without the VQ-VAE that transformers keeps in `model.vqmodel`: it has no part in training."""
-    return {name: value for name, value in named.items() if not name.startswith("model.vqmodel.")}
+def _vision_names(names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    prefix = next((prefix for prefix in ("vit.", "vision_model.") if any(name.startswith(prefix) for name in names)), "")
+    towers = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    return {f"vit.{ours}": name for ours, name in towers.items() if not ours.startswith("head.")}
 
 
-def _vision_names(named: Mapping[str, V]) -> dict[str, V]:
-    """Without the pooling head, and without the text tower of a whole SigLIP."""
-    if any(name.startswith("vision_model.") for name in named):
-        named = {name.removeprefix("vision_model."): value for name, value in named.items() if name.startswith("vision_model.")}
-    return {f"vit.{name}": value for name, value in named.items() if not name.startswith("head.")}
+def _folder_source(source: str, rename: Callable[[Iterable[str]], dict[str, str]]) -> Source:
+    """`rename`: the names in the files -> ours: theirs, of those that are wanted."""
+    stored = stored_tensors(checkpoint_folder(source))
+    theirs = rename(stored)
+    return Source(
+        source,
+        {ours: stored[name].shape for ours, name in theirs.items()},
+        lambda names: _read({ours: (stored[theirs[ours]], theirs[ours]) for ours in names}),
+    )
 
 
-def load_folder(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint folder, in float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read(wanted: Mapping[str, tuple[Stored, str]]) -> Tensors:
+    """Our name -> (where it is stored, its name there); gives copies, as a file may be replaced while a run goes on."""
+    import torch
+    from safetensors import SafetensorError, safe_open
 
     tensors: Tensors = {}
-    for path in tensor_files(folder):
+    for path in sorted({stored.path for stored, _ in wanted.values()}):
         try:
-            tensors |= {name: tensor.float() for name, tensor in load_file(path).items()}
+            with safe_open(path, framework="pt") as file:
+                for ours, (stored, name) in wanted.items():
+                    if stored.path == path:
+                        tensors[ours] = file.get_tensor(name).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not readable as safetensors: {error}") from None
     return tensors
+
+
+def fit_norms(source: Source, expected: Shapes) -> Source:
+    """Gains and biases of queries' and keys' norms in the layout that is expected: one for all heads, or one a head.
+
+    One for all is repeated for each head, which gives the same numbers. The way back needs equal rows.
+
+    Raises:
+        ConfigError: rows that differ where one is expected. Read now, as only the first rank loads the rest.
+    """
+    rows: dict[str, int] = {}  # name -> how many are expected
+    for name, shape in source.shapes.items():
+        other = expected.get(name, shape)
+        if _HEAD_NORM.search(name) and shape != other and (other[0] == 1 or other[0] % shape[0] == 0):
+            rows[name] = other[0]  # where a row has another length, the shapes say so
+    for name, tensor in source.read([name for name in rows if rows[name] == 1]).items():
+        if not (tensor == tensor[:1]).all():
+            raise ConfigError(f"{source.where}: {name} differs from head to head, the model has one for all (qk_norm: shared)")
+
+    def read(names: Collection[str]) -> Tensors:
+        tensors = source.read(names)
+        for name in rows.keys() & tensors.keys():
+            tensor = tensors[name]
+            tensors[name] = tensor[:1].clone() if rows[name] == 1 else tensor.repeat_interleave(rows[name] // len(tensor), dim=0)
+        return tensors
+
+    shapes = {name: (rows[name], *shape[1:]) if name in rows else shape for name, shape in source.shapes.items()}
+    return Source(source.where, shapes, read)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -1,0 +1,328 @@
+"""A trained model as a folder of Hugging Face's layout: whole or not there, and the same logits for whoever loads it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_datasets import make_record, small_vocabulary, write_dataset
+from stages import DECODER, VISION, stage, write_data, write_stage
+from torch import Tensor
+
+from unitoken.codec.config import CodecConfig
+from unitoken.codec.config import VisionConfig as ImageTokenizer
+from unitoken.codec.vision import load_vision
+from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.train import checkpoints
+from unitoken.train import export as exporting
+from unitoken.train.about import Sizes, read_about, read_stage, read_whole, write_about
+from unitoken.train.check import check
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.export import export
+from unitoken.train.folders import find_origin, model_configs
+from unitoken.train.model import UniToken, build_model, find_weights, load_weights
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+
+def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: int = 0) -> UniToken:
+    """A run's folder as a stage leaves it, with random weights."""
+    decoder, vision = model_configs(config.model)
+    torch.manual_seed(seed)
+    model = UniToken(decoder, vision).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_norm" in name:  # else a mix-up of gains would not be seen
+                parameter.normal_(0.8, 0.3)
+    folder.mkdir(parents=True)
+    state = {f"{checkpoints.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
+    checkpoints.publish(folder / ".aside-7.pt", checkpoints.path_of(folder, 7), keep=1)
+    write_about(folder, config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> UniToken:
+    return write_run(folder / "run", stage(folder), small_vocabulary())
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, model: UniToken) -> Path:
+    export(str(folder / "run"), folder / "model", "fp32")
+    return folder / "model"
+
+
+def load(model: str, vision: str | None) -> UniToken:
+    config = ModelConfig(decoder=model, vision=vision, dropout=0.0)
+    network = build_model(*model_configs(config), config)
+    load_weights(network, find_weights(network, config, None), seed=0)
+    return network.eval()
+
+
+IDS = torch.randint(0, 50, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: UniToken) -> Tensor:
+    positions = torch.arange(IDS.shape[1]).expand(2, -1)
+    return model.lm_head(model.model(model.model.embed_tokens(IDS), positions, None))
+
+
+def test_an_export_gives_the_same_logits_and_features_here(model: UniToken, exported: Path) -> None:
+    """To the bit: as the base model of a new stage, sizes and tower included."""
+    again = load(str(exported), str(exported))
+    assert torch.equal(logits(again), logits(model))
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.adapter(again.vit(pixels)), model.adapter(model.vit(pixels)))
+    assert again.model.layers[0].self_attn.q_norm.weight.shape == (1, 16)  # one gain for all heads stays one
+    for (name, tensor), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, exported: Path) -> None:
+    from transformers import AutoImageProcessor, ChameleonForConditionalGeneration
+
+    theirs, report = ChameleonForConditionalGeneration.from_pretrained(exported, output_loading_info=True)
+    assert {name.split(".")[0] for name in report["unexpected_keys"]} == {"vit", "adapter"}
+    assert all(name.startswith("model.vqmodel.") for name in report["missing_keys"])  # no codec in this stage: a random one
+    with torch.no_grad():
+        found = theirs.eval()(input_ids=IDS).logits
+    text = [token for token in range(170) if token not in small_vocabulary().image_ids]  # transformers masks image codes
+    torch.testing.assert_close(found[..., text], logits(model)[..., text], rtol=1e-5, atol=1e-5)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (small_vocabulary().bos, small_vocabulary().end_of_turn)
+    processor = AutoImageProcessor.from_pretrained(exported)
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0], (torch.from_numpy(picture).permute(2, 0, 1).float() / 255 - 0.5) / 0.5)
+
+
+def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
+    whole = read_whole(find_origin(str(exported)))
+    assert whole.vocabulary == small_vocabulary()
+    assert whole.stage == stage(folder)
+    assert whole.sizes.vision == VisionConfig(**VISION)
+    assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
+    fields = json.loads((exported / "config.json").read_bytes())
+    assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7}
+    assert fields["dtype"] == "float32"
+
+
+def test_bf16_is_half_of_it_and_several_files_are_the_same(
+    folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 20_000)
+    export(str(folder / "run" / "step-00000007.pt"), tmp_path / "half")
+    files = sorted(tmp_path.glob("half/model-*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert max(path.stat().st_size for path in files) < 24_000
+    again = load(str(tmp_path / "half"), str(tmp_path / "half"))
+    for (name, tensor), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(tensor.bfloat16().float(), other), name
+
+
+def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Path) -> None:
+    """With `codec` transformers' own image tokenizer gives the codes that the data was made of."""
+    from transformers import AutoTokenizer, ChameleonForConditionalGeneration
+
+    assets = golden / "assets"
+    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizer")
+    vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), 8192)
+    codec = CodecConfig(tokenizer=str(assets / "tokenizer"), vision=ImageTokenizer(weights=str(assets / "vqgan"), precision="fp32"))
+    unusual = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3}
+    decoder = DecoderConfig(**{**DECODER, "vocab_size": vocabulary.size, **unusual})
+    config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
+    model = write_run(tmp_path / "run", config, vocabulary)
+    export(str(tmp_path / "run"), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+    theirs, report = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert theirs.config.image_token_id == 8711
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255 * 2 - 1
+    expected = load_vision(codec.vision).encode(pictures)
+    theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (theirs.model.vqmodel.encode(pixels.float())[2].view(1, 4, 4).numpy() == expected).all()
+        text = theirs(input_ids=IDS).logits[..., 9300:]
+    again = load(str(tmp_path / "out"), None)
+    torch.testing.assert_close(text, logits(again)[..., 9300:], rtol=1e-5, atol=1e-5)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16().float())
+
+    other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
+    with pytest.raises(
+        ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the model was trained in {vocabulary.fingerprint}"
+    ):
+        export(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
+
+
+@pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
+def test_a_killed_export_leaves_what_was_there(
+    call: str, folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for before in ([], ["model"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"unitoken.train.export.{call}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                export(str(folder / "run"), tmp_path / "model")
+        assert [path.name for path in tmp_path.iterdir()] == before
+        export(str(folder / "run"), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert torch.equal(
+        load(str(tmp_path / "model"), None if not VISION else str(tmp_path / "model")).lm_head.weight,
+        model.lm_head.weight.bfloat16().float(),
+    )
+
+
+def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("mine")
+    for out in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.txt", folder / "run"):
+        with pytest.raises(ConfigError, match="it is there and is no exported model"):
+            export(str(folder / "run"), out)
+        with pytest.raises(ConfigError, match="it is there and is no exported model"):
+            check(stage(folder, f"save.folder={tmp_path}/new", f"save.export={out}"), 1)
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "mine"
+
+
+def test_a_run_of_before_it_said_what_it_is_needs_its_stage(folder: Path, model: UniToken, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(folder / "run" / "step-00000007.pt", run)
+    with pytest.raises(ConfigError, match=r"step-00000007\.pt: no vocabulary\.json beside it; name the stage .* --config"):
+        export(str(run / "step-00000007.pt"), tmp_path / "out")
+    export(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder))
+    assert read_about(tmp_path / "out").vocabulary == small_vocabulary()
+    with pytest.raises(ConfigError, match=r"step-00000007\.pt: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)"):
+        export(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder, "model.decoder.vocab_size=180"))
+
+
+def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "unitoken.train", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+
+    done = call("export", str(folder / "run"), str(tmp_path / "out"), "--config", str(write_stage(folder)), "--dtype", "fp32")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/out: exported from {folder}/run\n"), done.stderr
+    assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
+    refused = call("export", str(tmp_path), str(tmp_path / "out"))
+    assert refused.returncode == 2
+    why = "no checkpoint in it, neither a run's `latest` (did that stage run?) nor a model's config.json"
+    assert refused.stderr == f"error: {tmp_path}: {why}\n"
+
+
+# --- init_from, before torch is there ---------------------------------------------------------------------------------
+
+
+def test_init_from_takes_every_form(folder: Path, model: UniToken, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(exported) if name == "me/model" else None)
+    for form in (folder / "run", folder / "run" / "latest", folder / "run" / "step-00000007.pt", exported, "me/model"):
+        config = stage(folder, f"init_from={form}", f"save.folder={folder}/new")
+        check(config, 1)
+        network = build_model(*model_configs(config.model), config.model)
+        source = checkpoints.open_source(find_origin(config.init_from))
+        load_weights(network, find_weights(network, config.model, source), seed=1)
+        assert torch.equal(logits(network.eval()), logits(model)), form
+
+
+@pytest.mark.parametrize("form", ["run", "model"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.decoder.hidden_size=64", "another architecture: its decoder and this stage's have hidden_size 32 and 64"),
+        ("model.decoder.num_hidden_layers=3", "its decoder and this stage's have num_hidden_layers 2 and 3"),
+        ("model.decoder.vocab_size=180", "its decoder and this stage's have vocab_size 170 and 180"),
+        ("model.vision.image_size=12", "its vision tower and this stage's have image_size 8 and 12"),
+        (("model.vision=null", "data.continuous=none", "trainable=[model]"), "it has a vision tower, this stage's model has none"),
+        (
+            ("data.streams.all.local={folder}/other", "data.cache={folder}/cache2"),
+            r"it was trained in a vocabulary with fingerprint \w{16} \(163 tokens\), the datasets have \w{16} \(164 tokens\)",
+        ),
+    ],
+)
+def test_init_from_another_model_is_refused_with_both_sides(
+    form: str, override: str | tuple[str, ...], message: str, folder: Path, exported: Path
+) -> None:
+    if not (folder / "other").exists():
+        other = small_vocabulary(text_tokens=51)
+        write_dataset(folder / "other", [make_record("x", other, 9)], other)
+    overrides = [text.format(folder=folder) for text in ([override] if isinstance(override, str) else override)]
+    config = stage(folder, *overrides, f"init_from={folder / form}", f"save.folder={folder}/new")
+    with pytest.raises(ConfigError, match=f"init_from: {folder / form}: .*{message}") as caught:
+        check(config, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_not_resumed_with_data_of_another_vocabulary(folder: Path, model: UniToken) -> None:
+    other = small_vocabulary(text_tokens=49)
+    write_dataset(folder / "fewer", [make_record("x", small_vocabulary(40), 9)], other)
+    with pytest.raises(
+        ConfigError, match=r"save\.folder: .* in a vocabulary with fingerprint \w{16} \(163 tokens\), .* \(162 tokens\)"
+    ):
+        check(stage(folder, f"data.streams.all.local={folder}/fewer"), 1)
+
+
+def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: Path) -> None:
+    other = small_vocabulary(text_tokens=45)
+    write_dataset(folder / "few", [make_record("x", small_vocabulary(40), 9)], other)
+    config = stage(folder, f"data.streams.all.local={folder}/few", f"save.folder={folder}/new", f"model.decoder={exported}")
+    with pytest.raises(ConfigError, match=rf"model\.decoder: {exported}: it was trained in a vocabulary .* \(163 tokens\)"):
+        check(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such checkpoint"),
+        (lambda path: path.mkdir(), "no checkpoint in it, neither a run's `latest`"),
+        (lambda path: path.mkdir() or (path / "config.json").write_text("{}"), "it has no model.safetensors"),
+        (lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"), "which is not there"),
+    ],
+)
+def test_init_from_what_is_no_checkpoint_is_refused(make: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(stage(folder, f"init_from={tmp_path}/x", f"save.folder={folder}/new"), 1)
+    assert str(tmp_path / "x") in str(caught.value)
+
+
+def test_the_hub_is_not_asked_for_a_folder_that_is_missing_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """runs/stage1 is a good name for a repository, too."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    (folder / "runs").mkdir()
+    with pytest.raises(ConfigError, match=r"^runs/stage1: no such checkpoint$"):
+        find_origin("runs/stage1")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda path: path.stem
+)
+def test_a_stages_settings_come_back_from_its_folder(path: Path, tmp_path: Path) -> None:
+    config = load_config(StageConfig, path, ["optimizer.lr=5e-4", "data.cache_limit=1gb", "data.global_batch=8"])
+    write_about(tmp_path, config, Sizes(decoder=DecoderConfig(**DECODER), vision=None), small_vocabulary())
+    assert read_stage(tmp_path / "step-00000001.pt") == config
+    sizes = read_about(tmp_path / "step-00000001.pt").sizes
+    assert sizes is not None
+    assert sizes.decoder == DecoderConfig(**DECODER)

@@ -1,0 +1,144 @@
+"""What a run's folder, and a model exported from it, say of themselves, so that using them needs nothing else. Torch is not needed.
+
+stage.yaml        the stage's settings, overrides included: `train.py runs/stage1/stage.yaml` is the same run
+model.json        the model's sizes, also where the stage took them from a folder that is elsewhere (exported: config.json)
+vocabulary.json   the datasets'
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pydantic
+import yaml
+
+from unitoken.streaming_data.config import Config, ConfigError, load_config
+from unitoken.streaming_data.files import write_aside
+from unitoken.streaming_data.manifest import VOCABULARY
+from unitoken.streaming_data.mixture import check_mixture
+from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
+from unitoken.train.folders import CONFIG, has_vision, model_configs, read_decoder, read_vision
+
+STAGE = "stage.yaml"
+MODEL = "model.json"
+
+
+class Sizes(Config):
+    """`model.json`."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig | None
+
+
+class About(NamedTuple):
+    """What is known of trained weights; None where the folder is older, or another program's."""
+
+    sizes: Sizes | None
+    vocabulary: Vocabulary | None
+
+
+def write_about(folder: Path, stage: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:
+    write_aside(folder / STAGE, dump_stage(stage))
+    write_aside(folder / MODEL, sizes.model_dump_json(indent=2).encode() + b"\n")
+    vocabulary.save(folder / VOCABULARY)
+
+
+def dump_stage(stage: StageConfig) -> bytes:
+    """A YAML file that loads to the same settings, defaults of today included."""
+    return yaml.safe_dump(stage.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True).encode()
+
+
+def read_about(origin: Path) -> About:
+    """Of what `find_origin` found. Raises ConfigError for files that are there and can not be read."""
+    folder = origin if origin.is_dir() else origin.parent
+    told = is_export(folder) if origin.is_dir() else True
+    vocabulary = Vocabulary.load(folder / VOCABULARY) if told and (folder / VOCABULARY).is_file() else None
+    if origin.is_dir():
+        vision = read_vision(str(folder)) if has_vision(folder) else None
+        return About(Sizes(decoder=read_decoder(str(folder)), vision=vision), vocabulary)
+    return About(_read_sizes(folder / MODEL) if (folder / MODEL).is_file() else None, vocabulary)
+
+
+def read_stage(origin: Path) -> StageConfig | None:
+    """The settings of the stage that made it. Raises ConfigError where a newer program can not read them any more."""
+    path = (origin if origin.is_dir() else origin.parent) / STAGE
+    return load_config(StageConfig, path) if path.is_file() else None
+
+
+def _read_sizes(path: Path) -> Sizes:
+    try:
+        return Sizes.model_validate_json(path.read_bytes())
+    except (OSError, pydantic.ValidationError) as error:
+        raise ConfigError(f"{path}: not the sizes of a model: {' '.join(str(error).split())[:200]}") from None
+
+
+class Whole(NamedTuple):
+    """`About` with nothing missing that a model needs."""
+
+    stage: StageConfig | None
+    sizes: Sizes
+    vocabulary: Vocabulary
+
+
+def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
+    """What `origin` says of itself; what it does not say, `stage` says. Raises ConfigError where neither does."""
+    about, stage = read_about(origin), stage or read_stage(origin)
+    if stage is None and (about.sizes is None or about.vocabulary is None):
+        missing = VOCABULARY if about.vocabulary is None else MODEL
+        raise ConfigError(f"{origin}: no {missing} beside it; name the stage that made it: --config yamls/stage1.yaml")
+    sizes, vocabulary = about.sizes, about.vocabulary
+    if sizes is None:
+        assert stage is not None
+        decoder, vision = model_configs(stage.model)
+        sizes = Sizes(decoder=decoder, vision=vision)
+    if vocabulary is None:
+        assert stage is not None
+        vocabulary = check_mixture(stage.data)
+    return Whole(stage, sizes, vocabulary)
+
+
+# What gives tensors their shapes and layers their order; the rest (rope_theta, eps) may be changed from stage to stage.
+_DECODER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_heads", "swin_norm")
+_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
+
+def check_fits(about: About, sizes: Sizes, vocabulary: Vocabulary, where: str) -> None:
+    """Raises ConfigError where weights are of another architecture, or were trained in another vocabulary, than is needed."""
+    if about.sizes is not None:
+        _same(about.sizes.decoder, sizes.decoder, _DECODER, where, "decoder")
+        if about.sizes.vision is not None and sizes.vision is None:
+            raise ConfigError(f"{where}: it has a vision tower, this stage's model has none (model.vision)")
+        if about.sizes.vision is not None and sizes.vision is not None:
+            _same(about.sizes.vision, sizes.vision, _VISION, where, "vision tower")
+    if about.vocabulary is not None and about.vocabulary.fingerprint != vocabulary.fingerprint:
+        raise ConfigError(
+            f"{where}: it was trained in a vocabulary with fingerprint {about.vocabulary.fingerprint} "
+            f"({about.vocabulary.size} tokens), the datasets have {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+        )
+
+
+def _same(found: Config, needed: Config, fields: tuple[str, ...], where: str, part: str) -> None:
+    differences = [
+        f"{field} {getattr(found, field)} and {getattr(needed, field)}"
+        for field in fields
+        if getattr(found, field) != getattr(needed, field)
+    ]
+    if differences:
+        raise ConfigError(f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}")
+
+
+def check_target(out: Path) -> None:
+    """Raises ConfigError where an export would replace something that is none."""
+    if not out.exists() or is_export(out):
+        return
+    raise ConfigError(f"{out}: it is there and is no exported model, so it is not replaced")
+
+
+def is_export(folder: Path) -> bool:
+    try:
+        return "unitoken" in json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False

@@ -1,0 +1,227 @@
+"""A trained model as a folder of Hugging Face's layout, which transformers' Chameleon and this program load to the same logits.
+
+config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
+model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; and model.vqmodel.* where the stage's `codec` names a Chameleon VQGAN
+tokenizer*.json        where `codec` names a tokenizer; preprocessor_config.json is the tower's
+vocabulary.json, stage.yaml
+
+The folder is written aside and renamed: what bears its name is whole. Weights pass one file at a time, so that a model of any
+size takes 15 GB of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from unitoken.codec.config import CodecConfig
+from unitoken.codec.weights import Parameters, Weights, find_weights
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
+from unitoken.streaming_data.manifest import VOCABULARY
+from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
+from unitoken.train import checkpoints
+from unitoken.train.about import STAGE, Sizes, check_target, dump_stage, is_export, read_whole
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
+from unitoken.train.model import build_model, shapes_of
+from unitoken.train.weights import Source, Tensors, check_shapes, fit_norms
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARD_BYTES = 5_000_000_000
+VQ = "model.vqmodel."
+IMAGE_NAMES = ("<image>", "<reserved08707>")  # what transformers writes where an image will be: its name there, and Chameleon's
+
+
+def export_at_end(config: StageConfig) -> None:
+    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it."""
+    if config.save.export is None:
+        return
+    checkpoint = latest_checkpoint(Path(config.save.folder))
+    assert checkpoint is not None, "a run that ends has saved"
+    out = Path(config.save.export)
+    if not is_export(out) or _mark(out).get("step") != checkpoints.step_of(checkpoint):
+        export(str(checkpoint), out, stage=config)
+        print(f"{config.name}: exported to {out}", flush=True)
+
+
+def _mark(folder: Path) -> dict[str, Any]:
+    mark: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())["unitoken"]
+    return mark
+
+
+def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None) -> None:
+    """Write the model in `source` (anything that `init_from` takes) to the folder `out`, or in the place of an exported one there.
+
+    `stage` says what the source's folder does not say itself, and where the tokenizers are.
+
+    Raises:
+        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is something else.
+    """
+    check_target(out)
+    origin = find_origin(source)
+    whole = read_whole(origin, stage)
+    weights = _in_transformers_layout(checkpoints.open_source(origin), whole.sizes)
+    codec = whole.stage.codec if whole.stage else None
+    image_tokenizer = find_weights(codec.vision) if codec and codec.vision.kind == "chameleon" else None
+    if image_tokenizer is not None:
+        weights = _with_image_tokenizer(weights, image_tokenizer)
+    tokenizer = _tokenizer(codec, whole.vocabulary) if codec else None
+    step = {} if origin.is_dir() else {"step": checkpoints.step_of(origin)}
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out.parent, out.name)
+    with AsideFolder(out) as folder:
+        _write_tensors(folder.path, weights, DTYPES[dtype])
+        fields = {
+            **_config(whole.sizes, whole.vocabulary, tokenizer),
+            **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
+            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **step},
+        }
+        _write_json(folder.path / CONFIG, fields)
+        if whole.sizes.vision is not None:
+            _write_json(folder.path / "preprocessor_config.json", _preprocessor(whole.sizes.vision))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder.path)
+        if whole.stage is not None:
+            (folder.path / STAGE).write_bytes(dump_stage(whole.stage))
+        whole.vocabulary.save(folder.path / VOCABULARY)
+        _publish(folder, out)
+
+
+def _publish(folder: AsideFolder, out: Path) -> None:
+    """Give the folder its name; a model that bears it steps aside, and comes back if that fails."""
+    before = aside(out)
+    if out.exists():
+        out.rename(before)
+    try:
+        folder.publish()
+    except BaseException:
+        if before.exists():
+            before.rename(out)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _in_transformers_layout(source: Source, sizes: Sizes) -> Source:
+    """With a row a head in the norms of queries and keys, as transformers builds them; checked against the model's sizes."""
+    decoder = sizes.decoder.model_copy(update={"qk_norm": "per_head"})
+    expected = shapes_of(build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision)))
+    fitted = fit_norms(source, expected)
+    check_shapes(fitted.shapes, expected, source.where)
+    return fitted
+
+
+def _with_image_tokenizer(source: Source, found: Weights) -> Source:
+    """And encoder and codebook of the VQGAN, which transformers keeps inside its Chameleon; its decoder has no place there."""
+    from unitoken.codec.networks import load_network
+
+    state: Tensors = load_network("chameleon", found).state_dict()
+    kept = {f"{VQ}{name}": tensor for name, tensor in state.items() if not name.startswith("decoder.")}
+
+    def read(names: Collection[str]) -> Tensors:
+        return source.read([name for name in names if name not in kept]) | {name: kept[name] for name in names if name in kept}
+
+    return Source(source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read)
+
+
+def _tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
+    from unitoken.codec.text import load_tokenizer
+
+    tokenizer = load_tokenizer(codec.tokenizer)
+    theirs = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
+    if theirs.fingerprint != vocabulary.fingerprint:
+        raise ConfigError(
+            f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint {theirs.fingerprint} ({theirs.size} tokens), "
+            f"the model was trained in {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+        )
+    return tokenizer
+
+
+def _write_tensors(folder: Path, source: Source, dtype: torch.dtype) -> None:
+    """`model.safetensors`, or several files and their index. The image tokenizer stays in float32: less precision, other codes."""
+    dtypes = {name: torch.float32 if name.startswith(VQ) else dtype for name in source.shapes}
+    sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in source.shapes.items()}
+    files: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > SHARD_BYTES:
+            files.append([])
+        files[-1].append(name)
+    paths = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    if len(files) == 1:
+        paths = ["model.safetensors"]
+    for path, names in zip(paths, files, strict=True):
+        tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in source.read(names).items()}
+        save_file(tensors, folder / path, metadata={"format": "pt"})
+    if len(files) > 1:
+        places = {name: path for path, names in zip(paths, files, strict=True) for name in names}
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        )
+
+
+def _config(sizes: Sizes, vocabulary: Vocabulary, tokenizer: Any) -> dict[str, Any]:
+    """Transformers' ChameleonConfig. It keeps `qk_norm`, which says that the rows of a norm are one, and `vision_config` unread."""
+    names = {image_code_name(code): token for code, token in enumerate(vocabulary.image_ids)}
+    ids = tokenizer.get_vocab() if tokenizer is not None else {}
+    image = next((ids[name] for name in IMAGE_NAMES if name in ids), None)
+    return {
+        "architectures": ["ChameleonForConditionalGeneration"],
+        "model_type": "chameleon",
+        **_decoder_fields(sizes.decoder),
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": vocabulary.end_of_turn,
+        "vocabulary_map": names | ({} if image is None else {"<image>": image}),
+        "vq_config": {"num_embeddings": len(vocabulary.image_ids)},  # where nobody names the image tokenizer, it is a random one
+        **({} if sizes.vision is None else {"vision_config": _vision_fields(sizes.vision)}),
+    }
+
+
+def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
+    fixed = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    return {**decoder.model_dump(), "num_key_value_heads": decoder.kv_heads, **fixed}
+
+
+def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
+    fixed = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    return {**fixed, **vision.model_dump()}
+
+
+def _vq_config(weights: Weights) -> dict[str, Any]:
+    """A VQGAN's YAML in transformers' words."""
+    from unitoken.codec.chameleon import shape_of
+
+    assert isinstance(weights.shape, Parameters), "asked for a VQGAN of Chameleon's only"
+    return shape_of(weights.shape)
+
+
+def _preprocessor(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
