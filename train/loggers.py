@@ -70,22 +70,18 @@ class TensorBoard(LoggerDestination):  # type: ignore[misc]
         mask_class_labels: Any = None,  # noqa: ARG002
         use_table: bool = True,  # noqa: ARG002
     ) -> None:
-        """One image (3, H, W) or several of them, or (H, W, 3) with `channels_last`; uint8, or 0.0 to 1.0."""
+        """One image (3, H, W), or several that are shown as one; (H, W, 3) with `channels_last`; uint8, or 0.0 to 1.0."""
         if self.writer is not None:
-            stacked = np.stack([np.asarray(image) for image in images]) if isinstance(images, Sequence) else np.asarray(images)
-            form = ("N" if stacked.ndim == 4 else "") + ("HWC" if channels_last else "CHW")
-            self.writer.add_images(name, stacked, step, dataformats=form) if stacked.ndim == 4 else self.writer.add_image(  # type: ignore[no-untyped-call]
-                name, stacked, step, dataformats=form
-            )
+            pixels = np.stack([np.asarray(image) for image in images]) if isinstance(images, Sequence) else np.asarray(images)
+            add, form = (self.writer.add_images, "N") if pixels.ndim == 4 else (self.writer.add_image, "")
+            add(name, pixels, step, dataformats=form + ("HWC" if channels_last else "CHW"))  # type: ignore[no-untyped-call]
             self.writer.flush()  # type: ignore[no-untyped-call]
 
     def log_table(self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None) -> None:
         """A table as text in Markdown."""
         if self.writer is not None:
-            lines = [columns, ["---"] * len(columns), *rows]
-            text = "\n".join(
-                "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-            )
+            cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in [columns, *rows]]
+            text = "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(columns), *cells[1:]])
             self.writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
             self.writer.flush()  # type: ignore[no-untyped-call]
 
