@@ -6,6 +6,7 @@ are left out.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,11 @@ class OursOnly:
 
 
 class WandB(OursOnly, WandBLogger):  # type: ignore[misc]
-    pass
+    """Composer asks for wandb below 0.19, which fails beside protobuf 6 and later; its `init` fails with newer ones."""
+
+    def init(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        if self._enabled:
+            importlib.import_module("wandb").init(name=state.run_name, **self._init_kwargs)
 
 
 class MLflow(OursOnly, MLFlowLogger):  # type: ignore[misc]

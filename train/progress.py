@@ -8,6 +8,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+FORMS = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "grad {:.3f}",
+    "lr": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "useful": "{:.0%} useful",
+    "mfu": "{:.0%} MFU",
+    "skipped": "{} skipped",
+}
+NARROW = ("loss", "tokens_per_second", "useful", "skipped")  # what leaves room for a bar in 80 columns
+
 
 class Lines:
     """A line every `every` steps and at the end."""
@@ -21,12 +32,11 @@ class Lines:
     def step(self, line: Mapping[str, Any]) -> None:
         """`line` is one of metrics.jsonl."""
         if line["step"] % self.every == 0 or line["step"] == self.total:
-            print(f"step {line['step']}/{self.total}  {self.words(line)}", flush=True)
+            print(f"step {line['step']}/{self.total}  {self.words(line, *FORMS)}", flush=True)
 
-    def words(self, line: Mapping[str, Any]) -> str:
-        found = {"loss": "{:.4f}", "grad_norm": "grad {:.3f}", "lr": "lr {:.2e}", "tokens_per_second": "{:,.0f} tokens/s"}
-        found = {**found, "loss": "loss {:.4f}", "useful": "{:.0%} useful", "mfu": "{:.0%} MFU", "skipped": "{} skipped"}
-        shown = [text.format(line[key]) for key, text in found.items() if line.get(key)]  # not finite: null, and left out
+    def words(self, line: Mapping[str, Any], *keys: str) -> str:
+        """What is known and not 0 of `keys`, and the time left."""
+        shown = [FORMS[key].format(line[key]) for key in keys if line.get(key)]
         return "  ".join([*shown, f"{self.left(line['step'])} left"])
 
     def left(self, step: int) -> datetime.timedelta:
@@ -46,15 +56,17 @@ class Bar(Lines):
 
     def start(self, done: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
 
         super().start(done)
         name, words = TextColumn("{task.description}"), TextColumn("{task.fields[words]}")
-        self.bar = Progress(name, BarColumn(bar_width=None), MofNCompleteColumn(), words, expand=True, refresh_per_second=4)
+        bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # it takes what the others leave
+        self.bar = Progress(name, bar, MofNCompleteColumn(), words, expand=True, refresh_per_second=4)
         self.task = self.bar.add_task(self.name, total=self.total, completed=done, words="")
         self.bar.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        self.bar.update(self.task, completed=line["step"], words=self.words(line))
+        self.bar.update(self.task, completed=line["step"], words=self.words(line, *NARROW))
 
     def close(self) -> None:
         self.bar.stop()
