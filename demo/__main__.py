@@ -58,13 +58,13 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 def losses(run: str) -> list[float]:
     """The loss of every step, from the run's own log."""
-    lines = (RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    lines = map(json.loads, (RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if "eval" not in line]
 
 
 def steps_logged(run: str) -> int:
     log = RUNS / run / "metrics.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return log.read_bytes().count(b'"grad_norm"') if log.exists() else 0
 
 
 def kill_halfway(process: subprocess.Popen[bytes], run: str, steps: int) -> int:

@@ -44,7 +44,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "microbatch": 1,
         "precision": "fp32",
         "save": {"folder": str(folder / "run"), "interval": "2ba", "keep": 2},
-        "log": {"every": 100},
+        "log": {"every": 100, "tensorboard": False},
         **changes,
     }
 
@@ -60,7 +60,13 @@ def stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The steps."""
+    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "eval" not in line]
+
+
+def evaluations(run: Path) -> dict[int, dict[str, float]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["eval"] for line in lines if "eval" in line}
 
 
 def curve(run: Path) -> list[tuple[int, float]]:

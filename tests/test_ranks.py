@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ranks_of(yaml: Path, *overrides: str) -> list[subprocess.Popen[bytes]]:
+def ranks_of(
+    yaml: Path, *overrides: str, program: Sequence[str | Path] = (ROOT / "train.py",), stderr: int | None = None
+) -> list[subprocess.Popen[bytes]]:
     """Two ranks as `composer -n 2` starts them, but without the ten seconds that it takes itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -34,15 +37,16 @@ def ranks_of(yaml: Path, *overrides: str) -> list[subprocess.Popen[bytes]]:
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
     return [
         subprocess.Popen(
-            [sys.executable, ROOT / "train.py", yaml, *overrides],
+            [sys.executable, *program, yaml, *overrides],
             env={**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stderr=stderr,
         )
         for rank in "01"
     ]
 
 
-def launch(yaml: Path, *overrides: str) -> None:
-    assert [rank.wait(timeout=240) for rank in ranks_of(yaml, *overrides)] == [0, 0]
+def launch(yaml: Path, *overrides: str, program: Sequence[str | Path] = (ROOT / "train.py",)) -> None:
+    assert [rank.wait(timeout=240) for rank in ranks_of(yaml, *overrides, program=program)] == [0, 0]
 
 
 def kill_after(step: int, run: Path, ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -1,107 +1,73 @@
-"""What happens around each step: learning rate, clipping, the metrics file, checkpoints."""
+"""What happens around each step: learning rate, clipping, skipping, checkpoints."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.streaming_data.files import write_aside
 from unitoken.train import checkpoints, parallel
 from unitoken.train.config import OptimizerConfig, SaveConfig
+from unitoken.train.measures import Measured, Measures
 from unitoken.train.optim import learning_rate, set_learning_rate
-
-METRICS = "metrics.jsonl"
 
 
 class Optimisation(Callback):  # type: ignore[misc]
-    """Sets the learning rate of each step, a function of how far the run is and nothing else; clips the gradients."""
+    """Sets the learning rate of each step, a function of how far the run is and nothing else; clips the gradients.
 
-    def __init__(self, config: OptimizerConfig, warmup_steps: float, total_steps: float, epoch_steps: int) -> None:
+    A step whose loss or gradient is not finite is skipped, on all ranks since they see the same sums: without gradients AdamW
+    leaves weights and moments as they are, the decay of weights included. The schedule goes on. Comes before `Saver` in the
+    list of callbacks, so that a run that gives up does not save.
+
+    Args:
+        by_packs: how the loss is averaged over microbatches, see `Measures`.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, warmup_steps: float, total_steps: float, epoch_steps: int, by_packs: bool = False
+    ) -> None:
         self.config, self.epoch_steps = config, epoch_steps
         self.warmup_epochs, self.epochs = warmup_steps / epoch_steps, total_steps / epoch_steps
-        self.rate = self.norm = 0.0
+        self.rate = 0.0
+        self.measures = Measures(by_packs)
+        self.measured: Measured  # of the last step
+        self.skipped = self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def batch_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         epoch = state.timestamp.epoch.value + state.timestamp.batch_in_epoch.value / self.epoch_steps
         self.rate = learning_rate(epoch, self.config, self.warmup_epochs, self.epochs)
         set_learning_rate(state.optimizers[0], self.rate)
 
+    def after_loss(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        self.measures.add(state.outputs, state.batch)
+
     def after_train_batch(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         norm = parallel.gradient_norm(parameters)
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
-        self.norm = norm.item()
+        self.measured = self.measures.take(norm)
+        if self.measured.finite:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+            self.in_a_row = 0
+        else:
+            state.optimizers[0].zero_grad(set_to_none=True)
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
 
-
-class Metrics(Callback):  # type: ignore[misc]
-    """Writes a line a step to `metrics.jsonl`, and one every `every` steps to the console. First rank only.
-
-    A run that resumes at step s first drops the lines after s, so that no step is there twice.
-    """
-
-    def __init__(self, folder: Path, every: int, optimisation: Optimisation, batch_positions: int, total_steps: int) -> None:
-        self.path, self.every, self.total_steps = folder / METRICS, every, total_steps
-        self.optimisation = optimisation
-        self.batch_positions = batch_positions  # tokens and padding in a global batch
-        self.file: TextIO | None = None
-
-    def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        if parallel.is_first_rank():
-            done = state.timestamp.batch.value
-            kept = [line for line in read_metrics(self.path) if line["step"] <= done] if self.path.exists() else []
-            write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-
-    def batch_end(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        loss = {name.removeprefix("loss/train/"): value for name, value in state.total_loss_dict.items()}
-        step = state.timestamp.batch.value
-        if not math.isfinite(loss["total"]):  # the same number on all ranks, so all of them stop
-            raise FloatingPointError(f"the loss of step {step} is {loss['total']}; the last checkpoint is from before it")
-        if self.file is None:
-            return
-        tokens = state.timestamp.token.value - state.previous_timestamp.token.value
-        seconds = state.timestamp.batch_wct.total_seconds()
-        line = {
-            "step": step,
-            "loss": loss["total"],
-            "ce": loss["ce"],
-            "z": loss["z"],
-            "grad_norm": self.optimisation.norm,
-            "lr": self.optimisation.rate,
-            "tokens": tokens,
-            "useful": tokens / self.batch_positions,  # the rest is padding
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-        }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        if step % self.every == 0 or step == self.total_steps:
-            print(
-                f"step {step}/{self.total_steps}  loss {line['loss']:.4f}  grad {line['grad_norm']:.3f}  lr {line['lr']:.2e}  "
-                f"{line['tokens_per_second']:,.0f} tokens/s  {line['useful']:.0%} useful",
-                flush=True,
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        if self.in_a_row > self.config.max_skipped:
+            step, loss, norm = state.timestamp.batch.value, self.measured.loss, self.measured.norm
+            raise FloatingPointError(
+                f"loss {loss} and gradient norm {norm} at step {step}: the last {self.in_a_row} steps were not finite and skipped, "
+                f"optimizer.max_skipped is {self.config.max_skipped}; the weights are those after step "
+                f"{step - self.in_a_row}"
             )
-
-    def close(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a killed run left half written is dropped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
 
 
 class Saver(Callback):  # type: ignore[misc]

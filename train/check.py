@@ -6,11 +6,14 @@ checked = check(config, world_size=8)
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
+import pydantic
+
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.mixture import check_mixture
+from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.about import Sizes, check_fits, check_target, read_about
@@ -22,6 +25,7 @@ class Checked(NamedTuple):
     decoder: DecoderConfig
     vision: VisionConfig | None
     vocabulary: Vocabulary
+    evaluation: DataConfig | None = None  # what is evaluated on
 
 
 def check(config: StageConfig, world_size: int) -> Checked:
@@ -29,6 +33,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
     decoder, vision = model_configs(config.model)
     _check_data(config, vision, world_size)
     _check_trainable(config, vision is not None)
+    _check_loggers(config)
     if config.save.export is not None:
         check_target(Path(config.save.export))
     vocabulary = check_mixture(config.data, Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None)
@@ -37,7 +42,10 @@ def check(config: StageConfig, world_size: int) -> Checked:
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
     _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
-    return Checked(decoder, vision, vocabulary)
+    evaluation = _evaluation_data(config)
+    if evaluation is not None:
+        check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
+    return Checked(decoder, vision, vocabulary, evaluation)
 
 
 def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:
@@ -87,3 +95,41 @@ def _learns(name: str, scales: dict[str, float]) -> bool:
     if not above or scales[max(above, key=len)] > 0:
         return True
     return any(scale > 0 for entry, scale in scales.items() if entry.startswith(f"{name}."))
+
+
+def _check_loggers(config: StageConfig) -> None:
+    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb, "mlflow": config.log.mlflow}
+    for package, setting in wanted.items():
+        spec = importlib.util.find_spec(package) if setting else None
+        if setting and (spec is None or spec.origin is None):  # without an origin it is a mere folder, such as wandb's of logs
+            raise ConfigError(f"log.{package}: the package {package} is not installed; pip install {package}, or leave it out")
+
+
+def _evaluation_data(config: StageConfig) -> DataConfig | None:
+    """`eval.streams`, with what `held_out` keeps back where they say so; or what it keeps back of the training streams, all of it.
+
+    Packed as in training and into the same global batches: those that fill none are left out, for any number of ranks.
+    """
+    if config.eval is None:
+        return None
+    if config.eval.streams is not None:
+        streams = config.eval.streams
+        held_out = any(stream.held_out for stream in streams.values())
+    else:
+        whole = {"proportion": None, "repeat": None, "choose": None}
+        streams = {name: s.model_copy(update=whole) for name, s in config.data.streams.items() if s.held_out}
+        held_out = True
+        if not streams:
+            raise ConfigError("eval: no stream of data.streams has `held_out`, the share to evaluate on; or name eval.streams")
+    settings = config.data.model_dump() | {
+        "streams": {name: stream.model_dump() for name, stream in streams.items()},
+        "split": "held_out" if held_out else "train",
+        "epoch_samples": None,
+        "epoch_tokens": None,
+        "canonical_nodes": 1,
+        "workers": min(config.data.workers, 1),
+    }
+    try:
+        return DataConfig.model_validate(settings)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"eval.streams: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

@@ -131,8 +131,8 @@ class LogConfig(Config):
 class EvalConfig(Config):
     """The loss by kind on samples that are not trained on."""
 
-    interval: Interval = "1000ba"
-    streams: dict[str, StreamConfig] | None = None  # default: what `held_out` keeps back of the training streams
+    interval: Interval = "1000ba"  # and after the last step
+    streams: dict[str, StreamConfig] | None = None  # default: what `held_out` keeps back of the training streams, all of it
     batches: Positive | None = None  # global batches an evaluation; default all
 
 

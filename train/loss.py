@@ -18,11 +18,13 @@ CHUNK = 2048  # rows of logits that exist at once: 0.5 GB in float32 for 65,536 
 
 
 class Loss(NamedTuple):
-    """Means over the supervised tokens; 0 where there are none. `total` = ce + weight * z."""
+    """Means over the n supervised tokens; 0 where there are none. `total` = ce + weight * z."""
 
     total: Tensor
     ce: Tensor
     z: Tensor
+    tokens: Tensor  # (n,) float32, cross-entropy of each supervised token, without gradient
+    places: tuple[Tensor, Tensor]  # (n,) rows and (n,) columns of their labels
 
 
 def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: float, masked: Tensor | None = None) -> Loss:
@@ -35,9 +37,9 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
         z_weight: weight of the mean of logsumexp squared.
         masked: ids that get no probability (the reference's `mask_image_logits`), or None.
     """
-    targets = labels[:, 1:]
-    supervised = targets >= 0
-    rows, targets = hidden[:, :-1][supervised], targets[supervised]  # (n, hidden), (n,)
+    row, column = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the one place that waits for a GPU
+    rows, targets = hidden[row, column], labels[row, column + 1]  # (n, hidden), (n,)
+    tokens: list[Tensor] = []
     ce = z = rows.sum(dtype=torch.float64) * 0.0  # keeps the graph whole where there is nothing to train on
     chunks = list(zip(torch.split(rows, CHUNK), torch.split(targets, CHUNK), strict=True))
     for chunk_rows, chunk_targets in chunks:
@@ -46,16 +48,18 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
         else:
             sums = _sums(chunk_rows, chunk_targets, output_weight, masked)
         ce, z = ce + sums[0], z + sums[1]
+        tokens.append(sums[2])
     count = max(len(targets), 1)
     ce, z = (ce / count).float(), (z / count).float()
-    return Loss(ce + z_weight * z, ce, z)
+    return Loss(ce + z_weight * z, ce, z, torch.cat(tokens), (row, column + 1))
 
 
-def _sums(rows: Tensor, targets: Tensor, output_weight: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sums(rows: Tensor, targets: Tensor, output_weight: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     logits = F.linear(rows, output_weight).float()
     if masked is not None:
         logits = logits.index_fill(-1, masked, torch.finfo(logits.dtype).min)
     normaliser = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
+    tokens = normaliser - chosen
     # A z of 100 a row: float32 sums of some thousand rows are off by 1e-5 in the mean.
-    return (normaliser - chosen).sum(dtype=torch.float64), normaliser.square().sum(dtype=torch.float64)
+    return tokens.sum(dtype=torch.float64), normaliser.square().sum(dtype=torch.float64), tokens.detach()

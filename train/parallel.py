@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
+from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
@@ -41,11 +42,12 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
         network.fsdp_wrap_fn = lambda module: isinstance(module, DecoderLayer | VisionTower)  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        loss: dict[str, Tensor] = self.network(batch)._asdict()
+        loss: dict[str, Any] = self.network(batch)._asdict()
         return loss
 
-    def loss(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - Composer's signature
-        return outputs
+    def loss(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - Composer's signature
+        """What is trained on, alone: Composer reduces over the ranks, and waits for the GPU, once for each entry."""
+        return {"total": outputs["total"]}
 
 
 class RestoreRandomState(Callback):  # type: ignore[misc]
@@ -91,8 +93,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def build_trainer(
@@ -101,6 +107,7 @@ def build_trainer(
     optimizer: torch.optim.Optimizer,
     loader: Any,
     callbacks: Sequence[Callback],
+    loggers: Sequence[LoggerDestination],
     resume: Path | None,
     max_duration: str,
 ) -> Trainer:
@@ -131,6 +138,7 @@ def build_trainer(
             if sharded
             else None,
             callbacks=[restore, average, *callbacks],
+            loggers=list(loggers),
             load_path=str(resume) if resume else None,
             load_progress_bar=False,
             progress_bar=False,
@@ -155,6 +163,12 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients together, over all shards."""
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The same on all ranks."""
+    dist.all_reduce(values)
+    return values
 
 
 def write_checkpoint(state: State, path: Path) -> None:

@@ -7,15 +7,21 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from composer import Callback
+
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.views import Views
 from unitoken.train import checkpoints, parallel
 from unitoken.train.about import Sizes, write_about
-from unitoken.train.callbacks import Metrics, Optimisation, Saver
+from unitoken.train.callbacks import Optimisation, Saver
 from unitoken.train.check import Checked
 from unitoken.train.config import StageConfig
+from unitoken.train.evaluation import Evaluation, evaluation_loader
 from unitoken.train.export import export_at_end
+from unitoken.train.flops import step_flops
 from unitoken.train.folders import find_origin, latest_checkpoint
+from unitoken.train.loggers import build_loggers
+from unitoken.train.metrics import Metrics
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 
@@ -25,9 +31,11 @@ def run(config: StageConfig, checked: Checked) -> None:
     parallel.check_precision(config)
     ranks = parallel.world_size()
     folder = Path(config.save.folder)
+    views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
+    held_out = evaluation_loader(config, checked, views)
     loader = build_loader(
         config.data,
-        views=Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None,
+        views=views,
         vocabulary=checked.vocabulary,
         batch_packs=config.data.global_batch // ranks,
         compat=config.compat == "unitoken",
@@ -63,14 +71,19 @@ def run(config: StageConfig, checked: Checked) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if parallel.is_first_rank():
         write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
-    optimisation = Optimisation(config.optimizer, length.steps(config.optimizer.warmup), total_steps, length.epoch_steps)
-    metrics = Metrics(folder, config.log.every, optimisation, config.data.global_batch * config.data.packed_length, total_steps)
+    warmup, compat = length.steps(config.optimizer.warmup), config.compat == "unitoken"
+    optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
+    metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
+    callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config)), metrics]
+    if held_out is not None:
+        callbacks.append(Evaluation(config, held_out, metrics, length.epoch_steps))
     trainer = parallel.build_trainer(
         config,
         network,
-        build_optimizer(network, config.optimizer, compat=config.compat == "unitoken"),
+        build_optimizer(network, config.optimizer, compat=compat),
         loader,
-        [optimisation, metrics, Saver(config.save, stage_identity(config))],
+        callbacks,
+        build_loggers(config, resume is not None),
         resume,
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,

@@ -1,0 +1,84 @@
+"""FLOPs by the model's sizes, against those that torch counts while it computes."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from unitoken.streaming_data.record import IGNORED
+from unitoken.train.config import DecoderConfig, VisionConfig
+from unitoken.train.flops import peak, step_flops
+from unitoken.train.model import UniToken
+from unitoken.train.optim import freeze
+
+DECODER = DecoderConfig(
+    vocab_size=90, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+)
+VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2)
+PACKS, LENGTH, VIEWS = 2, 40, 3
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Each pack is one document, so that torch counts no attention that a document does not need."""
+    rows, columns = torch.tensor([[0] * 32 + [1] * 16, [*range(32), *range(16)]])
+    labels = torch.full((PACKS, LENGTH), IGNORED)
+    labels[:, 30:] = 5
+    return {
+        "input_ids": torch.zeros(PACKS, LENGTH, dtype=torch.int64),
+        "labels": labels,
+        "position_ids": torch.arange(LENGTH).expand(PACKS, LENGTH),
+        "document_ids": torch.zeros(PACKS, LENGTH, dtype=torch.int32),
+        "pixel_values": torch.zeros(VIEWS, 3, 8, 8, dtype=torch.uint8),
+        "feature_rows": rows,
+        "feature_columns": columns,
+        "feature_views": torch.arange(48) // 16,
+        "feature_patches": torch.arange(48) % 16,
+    }
+
+
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ["vit", "adapter"],  # Stage I
+        ["vit", "adapter", "model", "lm_head"],  # Stage II
+        ["adapter"],
+        ["vit.embeddings", "lm_head"],
+        ["lm_head"],
+        ["model.layers.1.mlp", "model.layers.2.self_attn.q_norm"],
+    ],
+    ids=",".join,
+)
+def test_the_flops_of_a_step_are_those_that_torch_counts(trainable: list[str]) -> None:
+    model = UniToken(DECODER, VISION)
+    trained = freeze(model, trainable)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted on a CPU
+        model(batch()).total.backward()
+    flops = step_flops(DECODER, VISION, trained).of(PACKS * LENGTH, PACKS * LENGTH**2, VIEWS, targets=20)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_7b_model_needs_six_flops_a_weight_and_token_where_all_is_trained_and_four_where_it_is_frozen() -> None:
+    decoder = DecoderConfig(
+        vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    both = [step_flops(decoder, None, names) for names in (["model.embed_tokens.weight"], ["lm_head.weight"])]
+    assert (both[0].token, both[1].token) == (4 * weights, 2 * weights)
+    everything = [f"model.layers.{n}.{m}.weight" for n in range(32) for m in ("self_attn.q_proj", "mlp.up_proj")]
+    assert 4 * weights < step_flops(decoder, None, ["model.embed_tokens.weight", *everything]).token < 6 * weights
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_that_of_the_data_sheet_and_an_unknown_device_has_none(name: str, flops: float | None) -> None:
+    assert peak(name) == flops

@@ -1,0 +1,77 @@
+"""How far a run is, for whoever looks at its terminal or reads what it printed: a bar, or a line every so many steps."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+FORMS = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "grad {:.3f}",
+    "lr": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "useful": "{:.0%} useful",
+    "mfu": "{:.0%} MFU",
+    "skipped": "{} skipped",
+}
+NARROW = ("loss", "tokens_per_second", "useful", "skipped")  # what leaves room for a bar in 80 columns
+
+
+class Lines:
+    """A line every `every` steps and at the end."""
+
+    def __init__(self, name: str, total_steps: int, every: int) -> None:
+        self.name, self.total, self.every = name, total_steps, every
+
+    def start(self, done: int) -> None:
+        self.done, self.begun = done, time.monotonic()
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """`line` is one of metrics.jsonl."""
+        if line["step"] % self.every == 0 or line["step"] == self.total:
+            print(f"step {line['step']}/{self.total}  {self.words(line, *FORMS)}", flush=True)
+
+    def words(self, line: Mapping[str, Any], *keys: str) -> str:
+        """What is known and not 0 of `keys`, and the time left."""
+        shown = [FORMS[key].format(line[key]) for key in keys if line.get(key)]
+        return "  ".join([*shown, f"{self.left(line['step'])} left"])
+
+    def left(self, step: int) -> datetime.timedelta:
+        """Time to the end at the pace since the run started, with all that it paused for."""
+        pace = (time.monotonic() - self.begun) / max(step - self.done, 1)
+        return datetime.timedelta(seconds=round(pace * (self.total - step)))
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Bar(Lines):
+    """A bar that is redrawn each step; whatever is printed meanwhile appears above it."""
+
+    def start(self, done: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        super().start(done)
+        name, words = TextColumn("{task.description}"), TextColumn("{task.fields[words]}")
+        bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # it takes what the others leave
+        self.bar = Progress(name, bar, MofNCompleteColumn(), words, expand=True, refresh_per_second=4)
+        self.task = self.bar.add_task(self.name, total=self.total, completed=done, words="")
+        self.bar.start()
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        self.bar.update(self.task, completed=line["step"], words=self.words(line, *NARROW))
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def progress_of(name: str, total_steps: int, every: int, bar: bool) -> Lines:
+    """A bar where one is wanted and there is a terminal to draw it on."""
+    return (Bar if bar and sys.stdout.isatty() else Lines)(name, total_steps, every)
