@@ -26,6 +26,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
     """Everything that can be found wrong before anything large is loaded. Raises ConfigError."""
     decoder, vision = model_configs(config.model)
     _check_data(config, vision, world_size)
+    _check_ranks(config, world_size)
     _check_trainable(config.trainable, vision is not None)
     resumes = (Path(config.save.folder) / LATEST).is_symlink()
     if config.init_from is not None and not resumes:  # a run that resumes needs it no more
@@ -48,6 +49,20 @@ def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: in
         raise ConfigError(f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'")
     if vision is not None and data.continuous != "none" and data.packed_length <= vision.features + 1:
         raise ConfigError(f"data.packed_length: {data.packed_length} is too short: an image alone has {vision.features} features")
+
+
+def _check_ranks(config: StageConfig, world_size: int) -> None:
+    replicas = config.fsdp.replicas
+    if world_size % replicas:
+        raise ConfigError(f"fsdp.replicas: {world_size} ranks can not be shared evenly by {replicas} copies of the model")
+    if replicas > 1 and replicas == world_size:
+        raise ConfigError(f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; nothing would be sharded")
+    if config.fsdp.reduce == "bf16" and config.precision == "fp32":
+        raise ConfigError("fsdp.reduce: bf16 is for `precision: bf16`; gradients of fp32 are summed in fp32")
+    if config.activation_checkpointing == "selective" and config.model.attention == "flex" and not config.model.compile:
+        raise ConfigError(  # torch ignores what is compiled inside of a selective region, and flex attention must be
+            "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; or take 'full', or 'sdpa'"
+        )
 
 
 def _check_trainable(trainable: list[str], has_vision: bool) -> None:

@@ -5,19 +5,21 @@ The model, the data and the loss know nothing of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
-from composer.utils import dist, reproducibility
+from composer.utils import dist, get_device, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from unitoken.streaming_data.collate import Batch, num_packs, num_tokens, split_batch
@@ -73,17 +75,80 @@ class AverageGradients(Callback):  # type: ignore[misc]
                     parameter.grad.mul_(self.scale)
 
 
-def gradient_scale(device: torch.device) -> float:
+def gradient_scale(device: torch.device, mesh: DeviceMesh) -> float:
     """What FSDP2's gradients are to be multiplied by to be the mean over ranks: found out by trying.
 
     FSDP2 asks for the mean; NCCL gives it, and gloo (torch 2.7) gives the sum without a word.
     """
-    ranks = dist.get_world_size()
-    probe = nn.Linear(1, ranks, bias=False, device=device)
-    fully_shard(probe)
+    probe = nn.Linear(1, dist.get_world_size(), bias=False, device=device)
+    fully_shard(probe, mesh=mesh)
+    if mesh.ndim > 1:
+        _sum_on_gloo(probe)
     probe(torch.ones(1, 1, device=device)).sum().backward()  # the gradient is 1 on every rank
     assert isinstance(probe.weight.grad, DTensor)
     return float(1.0 / probe.weight.grad.full_tensor()[0, 0].item())
+
+
+def _sum_on_gloo(network: nn.Module) -> None:
+    """With replicas FSDP2 takes a second mean, over them, which gloo does refuse: it is asked for sums, which are then divided."""
+    if torch.distributed.get_backend() != "gloo":
+        return
+    for module in network.modules():
+        if isinstance(module, FSDPModule) and hasattr(module, "set_force_sum_reduction_for_comms"):  # newer than torch 2.7
+            module.set_force_sum_reduction_for_comms(True)
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+
+        def factors(shards: Any, replicas: Any, *_: Any) -> tuple[float, float]:  # before and after; `replicas` None: no HSDP
+            return 1.0, float(shards.size() * (replicas.size() if replicas is not None else 1))
+
+        _fsdp_collectives._get_gradient_divide_factors = factors  # type: ignore[assignment]
+
+
+def connect() -> None:
+    """Meet the other ranks, if there are any."""
+    if world_size() > 1:
+        os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name of what Composer asks for
+        dist.initialize_dist(get_device(None), timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong in this block on one rank ends all of them, and none waits for one that is gone."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said = _of_all_ranks(str(failure) or type(failure).__name__ if failure is not None else None)
+    if failure is not None:
+        raise failure
+    for rank, words in enumerate(said):
+        if words is not None:
+            raise ConfigError(f"rank {rank}: {words}")
+
+
+def check_alike(where: str, found: str) -> None:
+    """Raises ConfigError on all ranks where they found different things: two machines whose folders are not the same one."""
+    for rank, other in enumerate(everywhere := _of_all_ranks(found)):
+        if other != everywhere[0]:
+            raise ConfigError(
+                f"{where}: rank 0 finds {everywhere[0]} and rank {rank} finds {other}; it must be the same on all machines"
+            )
+
+
+def _of_all_ranks(mine: str | None) -> list[str | None]:
+    return list(dist.all_gather_object(mine)) if world_size() > 1 else [mine]
+
+
+def _mesh(config: StageConfig) -> DeviceMesh:
+    """Ranks as (replicas, shards): neighbours, the GPUs of a machine first, share a copy of the model. One replica: (shards,)."""
+    ranks, replicas, kind = dist.get_world_size(), config.fsdp.replicas, get_device(None).name
+    kind = "cuda" if kind == "gpu" else kind
+    if replicas == 1:
+        return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def world_size() -> int:
@@ -105,12 +170,21 @@ def build_trainer(
     max_duration: str,
 ) -> Trainer:
     """Shard the model if there are several ranks, and load `resume` if there is one."""
-    sharded = world_size() > 1
+    mesh = _mesh(config) if world_size() > 1 else None
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # Composer 0.32 would unpickle whatever a checkpoint holds
     allow_safe_types()
     restore, average = RestoreRandomState(), AverageGradients()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
+        fsdp2 = FSDP2Config(
+            device_mesh=mesh,
+            reshard_after_forward=config.fsdp.reshard,
+            # Under bf16 layers compute in it either way; PURE also sums their gradients in it.
+            mixed_precision="PURE" if config.fsdp.reduce == "bf16" else "DEFAULT",
+            # Whole checkpoints are read by the first rank, which hands out the shards: 84 GB for the 7B model, not once a rank.
+            state_dict_type="full",
+            load_monolith_rank0_only=True,
+        )
         trainer = Trainer(
             model=TrainingModel(network),
             optimizers=optimizer,
@@ -125,11 +199,8 @@ def build_trainer(
             # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
             accumulate_train_batch_on_tokens=config.compat != "unitoken",
             precision="amp_bf16" if config.precision == "bf16" else "fp32",
-            # Only this form selects FSDP2; a dict would give DDP without a word. Whole checkpoints are read by the first rank,
-            # which hands out the shards: 84 GB once for the 7B model, not once a rank.
-            parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", load_monolith_rank0_only=True))
-            if sharded
-            else None,
+            # Only this form selects FSDP2; a dict would give DDP without a word.
+            parallelism_config=ParallelismConfig(fsdp2=fsdp2) if mesh is not None else None,
             callbacks=[restore, average, *callbacks],
             load_path=str(resume) if resume else None,
             load_progress_bar=False,
@@ -139,10 +210,12 @@ def build_trainer(
             dist_timeout=TIMEOUT,
         )
     restore.trainer = trainer
-    if sharded:
+    if mesh is not None:
         unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
         assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
-        average.scale = gradient_scale(next(network.parameters()).device)
+        if config.fsdp.replicas > 1:
+            _sum_on_gloo(network)
+        average.scale = gradient_scale(next(network.parameters()).device, mesh)
     return trainer
 
 

@@ -21,15 +21,20 @@ from unitoken.train.optim import build_optimizer, freeze
 def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     parallel.check_precision(config)
+    parallel.connect()
     ranks = parallel.world_size()
     folder = Path(config.save.folder)
-    loader = build_loader(
-        config.data,
-        views=Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None,
-        vocabulary=checked.vocabulary,
-        batch_packs=config.data.global_batch // ranks,
-        compat=config.compat == "unitoken",
-    )
+    with parallel.together():
+        loader = build_loader(
+            config.data,
+            views=Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None,
+            vocabulary=checked.vocabulary,
+            batch_packs=config.data.global_batch // ranks,
+            compat=config.compat == "unitoken",
+        )
+        resume = latest_checkpoint(folder)
+    parallel.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
+    parallel.check_alike("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
@@ -39,9 +44,12 @@ def run(config: StageConfig, checked: Checked) -> None:
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
     )
     trained = freeze(network, config.trainable)
-    resume = latest_checkpoint(folder)
+    if config.model.compile:
+        for layer in network.model.layers:
+            layer.compile()
     if resume is not None:
-        checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
+        with parallel.together():
+            checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
         if checkpoints.step_of(resume) >= total_steps:
             say(f"{config.name}: finished, {resume} is its last checkpoint")
             return
@@ -49,10 +57,11 @@ def run(config: StageConfig, checked: Checked) -> None:
         if parallel.is_first_rank():
             nan_weights(network)
     else:
-        earlier = checkpoints.source_of(find_checkpoint(config.init_from)) if config.init_from else None
-        parts = find_weights(network, config.model, earlier)
-        if parallel.is_first_rank():  # the other ranks get their shards from it
-            say("\n".join(load_weights(network, parts, config.seed)))
+        with parallel.together():
+            earlier = checkpoints.source_of(find_checkpoint(config.init_from)) if config.init_from else None
+            parts = find_weights(network, config.model, earlier)
+            if parallel.is_first_rank():  # the other ranks get their shards from it
+                say("\n".join(load_weights(network, parts, config.seed)))
     total = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
 
