@@ -83,27 +83,31 @@ def gradient_scale(device: torch.device, mesh: DeviceMesh) -> float:
     probe = nn.Linear(1, dist.get_world_size(), bias=False, device=device)
     fully_shard(probe, mesh=mesh)
     if mesh.ndim > 1:
-        _sum_on_gloo(probe)
+        _let_cpus_replicate(probe)
     probe(torch.ones(1, 1, device=device)).sum().backward()  # the gradient is 1 on every rank
     assert isinstance(probe.weight.grad, DTensor)
     return float(1.0 / probe.weight.grad.full_tensor()[0, 0].item())
 
 
-def _sum_on_gloo(network: nn.Module) -> None:
-    """With replicas FSDP2 takes a second mean, over them, which gloo does refuse: it is asked for sums, which are then divided."""
-    if torch.distributed.get_backend() != "gloo":
+def _let_cpus_replicate(network: nn.Module) -> None:
+    """With replicas FSDP2 takes a second mean, over them, in a way of GPUs only: gloo refuses means, and CPUs have no events."""
+    if torch.cuda.is_available():
         return
-    for module in network.modules():
-        if isinstance(module, FSDPModule) and hasattr(module, "set_force_sum_reduction_for_comms"):  # newer than torch 2.7
-            module.set_force_sum_reduction_for_comms(True)
-    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+    if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # newer than torch 2.7
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
-    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+    def reduce(*arguments: Any) -> Any:
+        given, (replicas, hook) = list(arguments), (8, 12)
+        group, given[replicas] = given[replicas], None
+        if group is not None:
+            given[hook] = lambda gradients: torch.distributed.all_reduce(gradients, group=group)
+        return _fsdp_collectives.foreach_reduce(*given)
 
-        def factors(shards: Any, replicas: Any, *_: Any) -> tuple[float, float]:  # before and after; `replicas` None: no HSDP
-            return 1.0, float(shards.size() * (replicas.size() if replicas is not None else 1))
-
-        _fsdp_collectives._get_gradient_divide_factors = factors  # type: ignore[assignment]
+    _fsdp_param_group.foreach_reduce = reduce  # type: ignore[attr-defined]
 
 
 def connect() -> None:
@@ -214,7 +218,7 @@ def build_trainer(
         unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
         assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
         if config.fsdp.replicas > 1:
-            _sum_on_gloo(network)
+            _let_cpus_replicate(network)
         average.scale = gradient_scale(next(network.parameters()).device, mesh)
     return trainer
 
