@@ -49,6 +49,15 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
     ("override", "message"),
     [
         ("data.global_batch=5", r"data\.global_batch: 5 packs can not be shared evenly by 2 ranks"),
+        ("fsdp.replicas=3", r"fsdp\.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
+        ("fsdp.replicas=2", r"fsdp\.replicas: 2 of 2 ranks leaves one rank a copy; nothing would be sharded"),
+        ("fsdp.reduce=bf16", r"fsdp\.reduce: bf16 is for `precision: bf16`"),
+        (
+            ("activation_checkpointing=selective", "model.attention=flex"),
+            r"'selective' with model\.attention 'flex' needs model\.compile",
+        ),
+        ("activation_checkpointing=some", r"activation_checkpointing"),
+        ("activation_checkpointing=0", r"activation_checkpointing"),
         ("data.packed_length=5", r"data\.packed_length: 5 is too short: an image alone has 4 features"),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
         (

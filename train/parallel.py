@@ -96,7 +96,7 @@ def _let_cpus_replicate(network: nn.Module) -> None:
     if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # newer than torch 2.7
         for module in network.modules():
             if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
+                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
         return
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
@@ -107,7 +107,7 @@ def _let_cpus_replicate(network: nn.Module) -> None:
             given[hook] = lambda gradients: torch.distributed.all_reduce(gradients, group=group)
         return _fsdp_collectives.foreach_reduce(*given)
 
-    _fsdp_param_group.foreach_reduce = reduce  # type: ignore[attr-defined]
+    _fsdp_param_group.foreach_reduce = reduce  # type: ignore[assignment,attr-defined]
 
 
 def connect() -> None:
@@ -158,6 +158,10 @@ def _mesh(config: StageConfig) -> DeviceMesh:
 def world_size() -> int:
     """As the launcher says, before anything is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def is_first_rank() -> bool:

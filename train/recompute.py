@@ -1,7 +1,7 @@
-"""What the backward pass computes again instead of keeping it: activation checkpointing, inside the layers themselves.
+"""What the backward pass computes again instead of keeping it: activation checkpointing.
 
-Not by a wrapper around a layer: inside, under FSDP2, the recomputation happens within the unit of sharding. Parameters are
-gathered once, inputs are already cast, and parameter names stay as they are.
+It is done inside the layers' forward, not by wrappers around them, so that under FSDP2 the recomputation happens within the
+unit of sharding: parameters are gathered once, inputs are already cast, and parameter names stay as they are.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def run(forward: Callable[..., Tensor], mode: Mode, *inputs: Any) -> Tensor:
     """`forward(*inputs)`, its activations kept as `mode` says. Random numbers are drawn the same the second time."""
     if mode == "none":
         return forward(*inputs)
-    extra = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
-    return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False, **extra))
+    if mode == "full":
+        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False))
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts))
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001 - torch's signature

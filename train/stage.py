@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.views import Views
+from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel
 from unitoken.train.callbacks import Metrics, Optimisation, Saver
 from unitoken.train.check import Checked
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import find_checkpoint, latest_checkpoint
+from unitoken.train.memory import needs
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 
@@ -63,6 +64,14 @@ def run(config: StageConfig, checked: Checked) -> None:
             if parallel.is_first_rank():  # the other ranks get their shards from it
                 say("\n".join(load_weights(network, parts, config.seed)))
     total = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    if parallel.has_gpu():
+        most = (
+            config.microbatch
+            * int(loader.dataset.plan.images.max())
+            * (1 + max(a * d for a, d in CANVASES) if config.data.anyres else 1)
+        )
+        need = needs(config, checked.decoder, checked.vision, ranks=ranks, trained=total, views=most)
+        say(f"{config.name}: needs {need.line()}")
     say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
 
     folder.mkdir(parents=True, exist_ok=True)
