@@ -18,6 +18,6 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # Each launcher asks Slurm for its own number. One that fails ends the job, or the others would wait for it.
-srun --kill-on-bad-exit=1 bash -c 'exec .venv/bin/composer -n "$SLURM_GPUS_ON_NODE" \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'exec .venv/bin/composer -n "$SLURM_GPUS_ON_NODE" \
     --world_size "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --node_rank "$SLURM_NODEID" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" train.py "$@"' composer "$@"

@@ -260,7 +260,10 @@ def test_the_slurm_example_starts_a_launcher_on_each_machine(folder: Path, by_tw
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": free_port(), "SLURM_GPUS_ON_NODE": "1"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": free_port(), "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+    }  # fmt: skip
     subprocess.run(
         ["bash", ROOT / "examples/slurm-train.sh", folder / "dry.yaml", *dry(folder, "slurm")["overrides"]],
         env={**os.environ, **slurm, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},

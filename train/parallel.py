@@ -155,6 +155,18 @@ def _mesh(config: StageConfig) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
+def fsdp2_config(config: StageConfig, mesh: DeviceMesh) -> FSDP2Config:
+    return FSDP2Config(
+        device_mesh=mesh,
+        reshard_after_forward=config.fsdp.reshard,
+        # Under bf16 layers compute in it either way; PURE sums their gradients in it, too.
+        mixed_precision="PURE" if config.fsdp.reduce == "bf16" else "DEFAULT",
+        # Whole checkpoints are read by the first rank, which hands out the shards: 84 GB for the 7B model, not once a rank.
+        state_dict_type="full",
+        load_monolith_rank0_only=True,
+    )
+
+
 def world_size() -> int:
     """As the launcher says, before anything is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -184,15 +196,6 @@ def build_trainer(
     restore, average = RestoreRandomState(), AverageGradients()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
-        fsdp2 = FSDP2Config(
-            device_mesh=mesh,
-            reshard_after_forward=config.fsdp.reshard,
-            # Under bf16 layers compute in it either way; PURE also sums their gradients in it.
-            mixed_precision="PURE" if config.fsdp.reduce == "bf16" else "DEFAULT",
-            # Whole checkpoints are read by the first rank, which hands out the shards: 84 GB for the 7B model, not once a rank.
-            state_dict_type="full",
-            load_monolith_rank0_only=True,
-        )
         trainer = Trainer(
             model=TrainingModel(network),
             optimizers=optimizer,
@@ -208,7 +211,7 @@ def build_trainer(
             accumulate_train_batch_on_tokens=config.compat != "unitoken",
             precision="amp_bf16" if config.precision == "bf16" else "fp32",
             # Only this form selects FSDP2; a dict would give DDP without a word.
-            parallelism_config=ParallelismConfig(fsdp2=fsdp2) if mesh is not None else None,
+            parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None,
             callbacks=[restore, average, *callbacks],
             load_path=str(resume) if resume else None,
             load_progress_bar=False,
