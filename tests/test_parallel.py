@@ -45,7 +45,7 @@ def test_what_goes_wrong_on_another_rank_goes_wrong_here(monkeypatch: pytest.Mon
 def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "order a", "order b")
     with pytest.raises(
-        ConfigError, match="^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$"
+        ConfigError, match=r"^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$"
     ):
         parallel.check_alike("data", "order a")
     say(monkeypatch, "order a", "order a")
