@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import finish, start
 from stages import curve, evaluations, metrics, stage, write_data, write_stage
-from test_ranks import launch
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import _is_held_out
@@ -20,6 +20,7 @@ from unitoken.train.model import build_model, load_weights
 from unitoken.train.stage import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
+TRAIN = Path(__file__).parent.parent / "train.py"
 HELD_OUT = "data.streams.all.held_out=0.4"
 
 
@@ -131,7 +132,7 @@ def test_what_can_not_be_evaluated_on_is_an_error_before_anything_is_loaded(fold
 def test_two_ranks_evaluate_as_one_and_do_not_notice_either(folder: Path, tmp_path: Path) -> None:
     """One rank has batches without an image in which the other has some; checkpoints are saved right after an evaluation."""
     shape = [HELD_OUT, "model.dropout=0", "max_duration=4ba", "eval.interval=2ba", "microbatch=1"]
-    launch(write_stage(folder), f"save.folder={tmp_path}/two", *shape)
+    assert finish(start(2, [TRAIN, write_stage(folder), f"save.folder={tmp_path}/two", *shape])) == [0, 0]
     one = train(stage(folder, f"save.folder={tmp_path}/one", *shape))
     assert dict(curve(tmp_path / "two")) == pytest.approx(dict(curve(one)), rel=1e-5)
     ours, theirs = evaluations(one), evaluations(tmp_path / "two")
@@ -146,5 +147,5 @@ def test_two_ranks_evaluate_as_one_and_do_not_notice_either(folder: Path, tmp_pa
     assert evaluations(after)[6] == pytest.approx(evaluations(alone)[6], rel=1e-5)
     assert metrics(after)[-1]["tokens_seen"] == metrics(alone)[-1]["tokens_seen"]
     plain = [change for change in shape if not change.startswith("eval")]
-    launch(write_stage(folder), f"save.folder={tmp_path}/plain", *plain)
+    assert finish(start(2, [TRAIN, write_stage(folder), f"save.folder={tmp_path}/plain", *plain])) == [0, 0]
     assert curve(tmp_path / "plain") == curve(tmp_path / "two")[:4]

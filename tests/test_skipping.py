@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from poisoned import poisoned
+from ranks import finish, start
 from stages import metrics, stage, write_data, write_stage
-from test_ranks import launch, ranks_of
 
 from unitoken.train import checkpoints
 from unitoken.train.check import check
@@ -134,7 +134,8 @@ def test_a_loss_that_is_not_a_number_on_one_of_two_ranks_skips_the_step_on_both_
 ) -> None:
     """All other steps are those of one rank that skipped the same ones."""
     overrides = ["model.dropout=0", "max_duration=6ba", "optimizer.max_skipped=2"]
-    launch(write_stage(folder), f"save.folder={tmp_path}/two", *overrides, program=(POISONED, "3,4", "1"))
+    command = [POISONED, "3,4", "1", write_stage(folder), f"save.folder={tmp_path}/two", *overrides]
+    assert finish(start(2, command)) == [0, 0]
     monkeypatch.setattr(UniToken, "forward", poisoned([3, 4], microbatches=4))
     ours = train(stage(folder, f"save.folder={tmp_path}/one", *overrides))
     theirs = metrics(tmp_path / "two")
@@ -148,10 +149,8 @@ def test_a_loss_that_is_not_a_number_on_one_of_two_ranks_skips_the_step_on_both_
 
 @pytest.mark.slow
 def test_both_ranks_end_where_one_of_them_has_no_loss_any_more(folder: Path, tmp_path: Path) -> None:
-    ranks = ranks_of(
-        write_stage(folder), f"save.folder={tmp_path}", "optimizer.max_skipped=1", program=(POISONED, "2,3,4,5", "1"),
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command = [POISONED, "2,3,4,5", "1", write_stage(folder), f"save.folder={tmp_path}", "optimizer.max_skipped=1"]
+    ranks = start(2, command, stderr=subprocess.PIPE)
     said = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
     assert all(rank.returncode not in (0, None) for rank in ranks)
     assert all("FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in words for words in said)

@@ -103,6 +103,15 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
             r"data\.streams\.all\.max_tokens: 20 is too short for any image of stream 'all' that is asked about: "
             r"the smallest takes 21 \(10 tokens, a separator and 10 features\)",
         ),
+        ("fsdp.replicas=3", r"fsdp\.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
+        ("fsdp.replicas=2", r"fsdp\.replicas: 2 of 2 ranks leaves one rank a copy; nothing would be sharded"),
+        ("fsdp.reduce=bf16", r"fsdp\.reduce: bf16 is for `precision: bf16`"),
+        (
+            ("activation_checkpointing=selective", "model.attention=flex"),
+            r"'selective' with model\.attention 'flex' needs model\.compile",
+        ),
+        ("activation_checkpointing=some", r"activation_checkpointing"),
+        ("activation_checkpointing=0", r"activation_checkpointing"),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
         (
             ("compat=unitoken", "data.continuous=questions"),

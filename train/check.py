@@ -32,6 +32,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
     """Everything that can be found wrong before anything large is loaded. Raises ConfigError."""
     decoder, vision = model_configs(config.model)
     _check_data(config, vision, world_size)
+    _check_ranks(config, world_size)
     _check_trainable(config, vision is not None)
     _check_loggers(config)
     if config.save.export is not None:
@@ -73,6 +74,20 @@ def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: in
         raise ConfigError(f"data.continuous: '{data.continuous}' needs model.vision; without a vision tower it is 'none'")
     if config.compat == "unitoken" and vision is not None and data.continuous != "all":
         raise ConfigError(f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'")
+
+
+def _check_ranks(config: StageConfig, world_size: int) -> None:
+    replicas = config.fsdp.replicas
+    if world_size % replicas:
+        raise ConfigError(f"fsdp.replicas: {world_size} ranks can not be shared evenly by {replicas} copies of the model")
+    if replicas > 1 and replicas == world_size:
+        raise ConfigError(f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; nothing would be sharded")
+    if config.fsdp.reduce == "bf16" and config.precision == "fp32":
+        raise ConfigError("fsdp.reduce: bf16 is for `precision: bf16`; gradients of fp32 are summed in fp32")
+    if config.activation_checkpointing == "selective" and config.model.attention == "flex" and not config.model.compile:
+        raise ConfigError(  # torch ignores what is compiled inside of a selective region, and flex attention must be
+            "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; or take 'full', or 'sdpa'"
+        )
 
 
 def _check_trainable(config: StageConfig, has_vision: bool) -> None:

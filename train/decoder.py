@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from unitoken.train import recompute
 from unitoken.train.config import DecoderConfig
 
 if TYPE_CHECKING:  # three seconds to import; sdpa does without
@@ -76,6 +76,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
+    if torch.compiler.is_compiling():  # with the layer around it
+        return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
     if query.is_cuda:
         return cast(Tensor, _compiled(flex_attention)(query, key, value, block_mask=mask))
     with warnings.catch_warnings():  # newer versions of torch warn that eager is slow; on the CPU it is for tests
@@ -167,11 +169,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer. `checkpointing` recomputes it in the backward pass instead of keeping its activations.
-
-    It is done in here, not by a wrapper, so that under FSDP2 the recomputation happens inside the unit: parameters
-    are gathered once, inputs are already cast, and parameter names stay as they are.
-    """
+    """One layer. `recompute` says what of it the backward pass computes again instead of keeping it."""
 
     def __init__(self, config: DecoderConfig, layer: int, dropout: float) -> None:
         super().__init__()
@@ -181,12 +179,19 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.swin_norm = config.swin_norm
         self.dropout = dropout
-        self.checkpointing = False
+        self.recompute: recompute.Mode = "none"
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None = None) -> Tensor:
-        if self.checkpointing and self.training:
-            return cast(Tensor, checkpoint(self._forward, hidden, cos, sin, mask, None, use_reentrant=False))
+        if self.training and past is None:
+            return self._train(hidden, cos, sin, mask)
         return self._forward(hidden, cos, sin, mask, past)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """For training. Of the module its method, so that FSDP's hooks stay outside, and one compilation serves all layers."""
+        self._train = torch.compile(self._train, *args, **kwargs)  # type: ignore[method-assign]
+
+    def _train(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        return recompute.run(self._forward, self.recompute, hidden, cos, sin, mask, None)
 
     def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
         if self.swin_norm:  # the 34B model norms what a branch gives, not what it takes

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.decoder import Decoder, document_mask
 from unitoken.train.loss import Loss, token_loss
+from unitoken.train.recompute import Mode, set_recompute
 from unitoken.train.vision import VisionTower, adapter
 from unitoken.train.weights import Shapes, Source, check_shapes, decoder_source, fit_norms, vision_source
 
@@ -76,7 +77,7 @@ def build_model(
     decoder: DecoderConfig,
     vision: VisionConfig | None,
     config: ModelConfig,
-    activation_checkpointing: str | int = "none",
+    activation_checkpointing: Mode | int = "none",
     image_ids: Sequence[int] = (),
 ) -> UniToken:
     """The model on the `meta` device: names and shapes, no memory. `image_ids` are those of the codes, for mask_image_logits."""
@@ -85,8 +86,8 @@ def build_model(
         model = UniToken(
             decoder, vision, dropout=config.dropout, z_loss=config.z_loss, attention=config.attention, masked_ids=masked
         )
-    for layer in model.model.layers:
-        layer.checkpointing = activation_checkpointing == "full"
+    for layers in (model.model.layers, model.vit.encoder.layers) if vision is not None else (model.model.layers,):
+        set_recompute(layers, activation_checkpointing)
     return model
 
 

@@ -5,20 +5,22 @@ The model, the data and the loss know nothing of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
 from composer.loggers import LoggerDestination
-from composer.utils import dist, reproducibility
+from composer.utils import dist, get_device, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from unitoken.streaming_data.collate import Batch, num_packs, num_tokens, split_batch
@@ -75,17 +77,96 @@ class AverageGradients(Callback):  # type: ignore[misc]
                     parameter.grad.mul_(self.scale)
 
 
-def gradient_scale(device: torch.device) -> float:
+def gradient_scale(device: torch.device, mesh: DeviceMesh) -> float:
     """What FSDP2's gradients are to be multiplied by to be the mean over ranks: found out by trying.
 
     FSDP2 asks for the mean; NCCL gives it, and gloo (torch 2.7) gives the sum without a word.
     """
-    ranks = dist.get_world_size()
-    probe = nn.Linear(1, ranks, bias=False, device=device)
-    fully_shard(probe)
+    probe = nn.Linear(1, dist.get_world_size(), bias=False, device=device)
+    fully_shard(probe, mesh=mesh)
+    if mesh.ndim > 1:
+        _let_cpus_replicate(probe)
     probe(torch.ones(1, 1, device=device)).sum().backward()  # the gradient is 1 on every rank
     assert isinstance(probe.weight.grad, DTensor)
     return float(1.0 / probe.weight.grad.full_tensor()[0, 0].item())
+
+
+def _let_cpus_replicate(network: nn.Module) -> None:
+    """With replicas FSDP2 takes a second mean, over them, in a way of GPUs only: gloo refuses means, and CPUs have no events."""
+    if torch.cuda.is_available():
+        return
+    if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # newer than torch 2.7
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+
+    def reduce(*arguments: Any) -> Any:
+        given, (replicas, hook) = list(arguments), (8, 12)
+        group, given[replicas] = given[replicas], None
+        if group is not None:
+            given[hook] = lambda gradients: torch.distributed.all_reduce(gradients, group=group)
+        return _fsdp_collectives.foreach_reduce(*given)
+
+    _fsdp_param_group.foreach_reduce = reduce  # type: ignore[assignment,attr-defined]
+
+
+def connect() -> None:
+    """Meet the other ranks, if there are any."""
+    if world_size() > 1:
+        os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name of what Composer asks for
+        dist.initialize_dist(get_device(None), timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong in this block on one rank ends all of them, and none waits for one that is gone."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said = _of_all_ranks(str(failure) or type(failure).__name__ if failure is not None else None)
+    if failure is not None:
+        raise failure
+    for rank, words in enumerate(said):
+        if words is not None:
+            raise ConfigError(f"rank {rank}: {words}")
+
+
+def check_alike(where: str, found: str) -> None:
+    """Raises ConfigError on all ranks where they found different things: two machines whose folders are not the same one."""
+    for rank, other in enumerate(everywhere := _of_all_ranks(found)):
+        if other != everywhere[0]:
+            raise ConfigError(
+                f"{where}: rank 0 finds {everywhere[0]} and rank {rank} finds {other}; it must be the same on all machines"
+            )
+
+
+def _of_all_ranks(mine: str | None) -> list[str | None]:
+    return list(dist.all_gather_object(mine)) if world_size() > 1 else [mine]
+
+
+def _mesh(config: StageConfig) -> DeviceMesh:
+    """Ranks as (replicas, shards): neighbours, the GPUs of a machine first, share a copy of the model. One replica: (shards,)."""
+    ranks, replicas, kind = dist.get_world_size(), config.fsdp.replicas, get_device(None).name
+    kind = "cuda" if kind == "gpu" else kind
+    if replicas == 1:
+        return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def fsdp2_config(config: StageConfig, mesh: DeviceMesh) -> FSDP2Config:
+    return FSDP2Config(
+        device_mesh=mesh,
+        reshard_after_forward=config.fsdp.reshard,
+        # Under bf16 layers compute in it either way; PURE sums their gradients in it, too.
+        mixed_precision="PURE" if config.fsdp.reduce == "bf16" else "DEFAULT",
+        # Whole checkpoints are read by the first rank, which hands out the shards: 84 GB for the 7B model, not once a rank.
+        state_dict_type="full",
+        load_monolith_rank0_only=True,
+    )
 
 
 def world_size() -> int:
@@ -95,6 +176,10 @@ def world_size() -> int:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def is_first_rank() -> bool:
@@ -112,7 +197,7 @@ def build_trainer(
     max_duration: str,
 ) -> Trainer:
     """Shard the model if there are several ranks, and load `resume` if there is one."""
-    sharded = world_size() > 1
+    mesh = _mesh(config) if world_size() > 1 else None
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # Composer 0.32 would unpickle whatever a checkpoint holds
     allow_safe_types()
     restore, average = RestoreRandomState(), AverageGradients()
@@ -132,11 +217,8 @@ def build_trainer(
             # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
             accumulate_train_batch_on_tokens=config.compat != "unitoken",
             precision="amp_bf16" if config.precision == "bf16" else "fp32",
-            # Only this form selects FSDP2; a dict would give DDP without a word. Whole checkpoints are read by the first rank,
-            # which hands out the shards: 84 GB once for the 7B model, not once a rank.
-            parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", load_monolith_rank0_only=True))
-            if sharded
-            else None,
+            # Only this form selects FSDP2; a dict would give DDP without a word.
+            parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
             load_path=str(resume) if resume else None,
@@ -147,10 +229,12 @@ def build_trainer(
             dist_timeout=TIMEOUT,
         )
     restore.trainer = trainer
-    if sharded:
+    if mesh is not None:
         unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
         assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
-        average.scale = gradient_scale(next(network.parameters()).device)
+        if config.fsdp.replicas > 1:
+            _let_cpus_replicate(network)
+        average.scale = gradient_scale(next(network.parameters()).device, mesh)
     return trainer
 
 

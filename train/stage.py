@@ -10,7 +10,7 @@ from typing import NamedTuple
 from composer import Callback
 
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.views import Views
+from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel
 from unitoken.train.about import Sizes, write_about
 from unitoken.train.callbacks import Optimisation, Saver
@@ -21,6 +21,7 @@ from unitoken.train.export import export_at_end
 from unitoken.train.flops import step_flops
 from unitoken.train.folders import find_origin, latest_checkpoint
 from unitoken.train.loggers import build_loggers
+from unitoken.train.memory import needs
 from unitoken.train.metrics import Metrics
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
@@ -29,17 +30,22 @@ from unitoken.train.optim import build_optimizer, freeze
 def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     parallel.check_precision(config)
+    parallel.connect()
     ranks = parallel.world_size()
     folder = Path(config.save.folder)
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
-    held_out = evaluation_loader(config, checked, views)
-    loader = build_loader(
-        config.data,
-        views=views,
-        vocabulary=checked.vocabulary,
-        batch_packs=config.data.global_batch // ranks,
-        compat=config.compat == "unitoken",
-    )
+    with parallel.together():
+        held_out = evaluation_loader(config, checked, views)
+        loader = build_loader(
+            config.data,
+            views=views,
+            vocabulary=checked.vocabulary,
+            batch_packs=config.data.global_batch // ranks,
+            compat=config.compat == "unitoken",
+        )
+        resume = latest_checkpoint(folder)
+    parallel.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
+    parallel.check_alike("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
@@ -49,9 +55,12 @@ def run(config: StageConfig, checked: Checked) -> None:
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
     )
     trained = freeze(network, config.trainable)
-    resume = latest_checkpoint(folder)
+    if config.model.compile:
+        for layer in network.model.layers:
+            layer.compile()
     if resume is not None:
-        checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
+        with parallel.together():
+            checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
         if checkpoints.step_of(resume) >= total_steps:
             say(f"{config.name}: finished, {resume} is its last checkpoint")
             if parallel.is_first_rank():
@@ -61,11 +70,20 @@ def run(config: StageConfig, checked: Checked) -> None:
         if parallel.is_first_rank():
             nan_weights(network)
     else:
-        earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
-        parts = find_weights(network, config.model, earlier)
-        if parallel.is_first_rank():  # the other ranks get their shards from it
-            say("\n".join(load_weights(network, parts, config.seed)))
+        with parallel.together():
+            earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
+            parts = find_weights(network, config.model, earlier)
+            if parallel.is_first_rank():  # the other ranks get their shards from it
+                say("\n".join(load_weights(network, parts, config.seed)))
     total = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    if parallel.has_gpu():
+        most = (
+            config.microbatch
+            * int(loader.dataset.plan.images.max())
+            * (1 + max(a * d for a, d in CANVASES) if config.data.anyres else 1)
+        )
+        need = needs(config, checked.decoder, checked.vision, ranks=ranks, trained=total, views=most)
+        say(f"{config.name}: needs {need.line()}")
     say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
 
     folder.mkdir(parents=True, exist_ok=True)

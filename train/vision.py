@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unitoken.train import recompute
 from unitoken.train.config import VisionConfig
 
 
@@ -60,8 +61,12 @@ class EncoderLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.recompute: recompute.Mode = "none"
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return recompute.run(self._forward, self.recompute if self.training else "none", hidden)
+
+    def _forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
         out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
         return out

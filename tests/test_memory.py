@@ -1,0 +1,188 @@
+"""What a stage is said to take of memory is what it takes."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from stages import DECODER, VISION
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unitoken.streaming_data.config import load_config
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.decoder import Decoder, document_mask
+from unitoken.train.memory import Mode, counts, decoder_token, kept, needs, tower_token
+from unitoken.train.model import build_model
+from unitoken.train.recompute import set_recompute
+from unitoken.train.vision import Encoder
+
+SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
+TOKENS = 96
+MODES: tuple[Mode, ...] = ("none", "selective", "full")
+
+
+class Made(TorchDispatchMode):
+    """Every storage that an operation gave back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+
+def bytes_kept(module: nn.Module, *inputs: Any) -> int:
+    """What operations made and is still there after the forward pass: kept by autograd, or beside it by selective checkpointing."""
+    with Made() as made:
+        out = module(*inputs)
+    known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *inputs) if isinstance(tensor, Tensor)}
+    alive = {key: size for key, (reference, size) in made.storages.items() if not reference.expired()}
+    out.sum().backward()
+    return sum(size for key, size in alive.items() if key not in known)
+
+
+def kept_by_decoder(setting: Mode | int, learns: bool, dropout: float, dtype: torch.dtype = torch.float32, **changes: Any) -> float:
+    """Bytes of a token that its layers keep."""
+    config = DecoderConfig.model_validate({**SIZES, **changes})
+    decoder = Decoder(config, dropout).to(dtype)
+    decoder.layers.requires_grad_(learns)
+    set_recompute(decoder.layers, setting)
+    documents = (torch.arange(TOKENS) // 30)[None].int()
+    hidden = torch.randn(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
+    inputs = hidden, torch.arange(TOKENS)[None], document_mask(documents, "sdpa")
+    everything = bytes_kept(decoder, *inputs)
+    decoder.layers = nn.ModuleList()
+    return (everything - bytes_kept(decoder, *inputs)) / TOKENS
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "qk_norm": "per_head"}])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("setting", [*MODES, 2, 4])
+def test_a_decoder_keeps_what_is_said(setting: Mode | int, learns: bool, changes: dict[str, Any]) -> None:
+    config = DecoderConfig.model_validate({**SIZES, **changes})
+    each = {mode: decoder_token(config, mode, width=4, learns=learns, mask=4 * TOKENS, dropout=4) for mode in MODES}
+    found = kept_by_decoder(setting, learns, dropout=0.1, **changes)
+    assert kept(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=0.08)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoder_keeps_what_is_said_in_bfloat16(mode: Mode, learns: bool) -> None:
+    """On the CPU autocast leaves the head norms in bfloat16, on a GPU they are in float32."""
+    each = decoder_token(DecoderConfig.model_validate(SIZES), mode, width=2, learns=learns, mask=2 * TOKENS, dropout=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kept_by_decoder(mode, learns, dropout=0.1, dtype=torch.bfloat16)
+    assert 6 * each == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("setting", MODES)
+def test_a_tower_keeps_what_is_said(setting: Mode) -> None:
+    config = VisionConfig.model_validate({**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6})
+    encoder = Encoder(config)
+    set_recompute(encoder.layers, setting)
+    features = torch.randn(3, config.features, config.hidden_size, requires_grad=True)
+    found = bytes_kept(encoder, features) / (3 * config.features)
+    assert 6 * tower_token(config, setting, width=4) == pytest.approx(found, rel=0.02)
+
+
+def test_recomputing_more_keeps_less() -> None:
+    none, selective, full = (kept_by_decoder(setting, learns=True, dropout=0.1) for setting in MODES)
+    assert none > 1.5 * selective > 2 * full
+    assert none > kept_by_decoder(2, True, 0.1) > full
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"qk_norm": "per_head"}])
+def test_parameters_are_counted_right(changes: dict[str, Any]) -> None:
+    decoder, vision = DecoderConfig.model_validate({**DECODER, **changes}), VisionConfig.model_validate(VISION)
+    model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
+    assert counts(decoder, vision).total == sum(parameter.numel() for parameter in model.parameters())
+    assert counts(decoder, vision).tower == sum(parameter.numel() for parameter in model.vit.parameters())
+
+
+SEVEN_B = DecoderConfig(
+    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)  # fmt: skip
+SIGLIP = VisionConfig(
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
+)  # fmt: skip
+
+
+def test_the_real_models_are_counted_as_the_reference_counts_them() -> None:
+    assert counts(SEVEN_B, None).total == 7_013_158_912
+    assert counts(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248  # the tower without its head
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("stage1", 33), ("stage2", 47)])
+def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, gigabytes: int) -> None:
+    """The README's figures: two pictures a pack."""
+    config = load_config(StageConfig, f"yamls/{name}.yaml")
+    trained = 434_000_000 if name == "stage1" else 7_447_000_000
+    need = needs(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=2 * config.microbatch)
+    assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
+    assert need.line().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
+
+
+def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
+    config = load_config(StageConfig, "yamls/stage2.yaml")
+
+    def parts(ranks: int, **fsdp: Any) -> dict[str, float]:
+        changed = config.model_copy(update={"fsdp": config.fsdp.model_copy(update=fsdp)})
+        return needs(changed, SEVEN_B, SIGLIP, ranks=ranks, trained=7_447_000_000, views=16).parts
+
+    assert parts(16)["parameters"] == parts(8)["parameters"] / 2
+    assert parts(16, replicas=2) == parts(8)
+    assert parts(8, reshard=False)["gathered units"] > 14e9 > parts(8)["gathered units"]
+    assert parts(8, reduce="bf16")["gathered units"] < parts(8)["gathered units"]
+    assert parts(8)["Adam's moments"] == 2 * parts(8)["their gradients"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("setting", "attention"), [("full", "flex"), ("full", "sdpa"), ("selective", "sdpa"), ("none", "sdpa")])
+def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", "flex"]) -> None:
+    """Two layers of the 7B model's size, sharded over one rank as FSDP2 shards them over many."""
+    from torch import distributed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
+        overrides = ["microbatch=2", f"activation_checkpointing={setting}", f"model.attention={attention}"]
+        config = load_config(StageConfig, "yamls/stage2.yaml", overrides)
+        model_config = ModelConfig(decoder=sizes, dropout=0.05, attention=attention)
+        network = build_model(sizes, None, model_config, setting).to_empty(device="cuda")
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, 0.0, 0.02)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in (*network.model.layers, network):
+            fully_shard(module, mp_policy=policy)
+        optimizer = torch.optim.AdamW(network.parameters())
+        rows, length = config.microbatch, config.data.packed_length
+        ids = torch.randint(0, sizes.vocab_size, (rows, length), device="cuda")
+        batch = {
+            "input_ids": ids,
+            "labels": ids,
+            "position_ids": torch.arange(length, device="cuda").expand(rows, -1) % 1800,
+            "document_ids": (torch.arange(length, device="cuda").expand(rows, -1) // 1800).int(),
+            "pixel_values": torch.zeros(0, 3, 384, 384, dtype=torch.uint8, device="cuda"),
+        }
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = network(batch).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained = counts(sizes, None).total
+        need = needs(config, sizes, None, ranks=2, trained=trained, views=0)
+        said = need.total - need.parts["runtime"] + 16 * trained / 2  # two ranks would share what this one has alone
+        assert said == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    finally:
+        distributed.destroy_process_group()

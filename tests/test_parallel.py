@@ -1,0 +1,73 @@
+"""What Composer is told of the ranks, and what they tell each other; test_ranks.py has several of them."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from composer.core import Precision
+from composer.distributed.fsdp2 import create_mixed_precision_policy
+from stages import stage
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.train import parallel
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
+
+
+@pytest.mark.parametrize("reduce", ["bf16", "fp32"])
+def test_gradients_are_summed_in_what_the_settings_say(reduce: Literal["bf16", "fp32"], tmp_path: Path) -> None:
+    """And layers compute in bf16 either way."""
+    mesh: Any = object()
+    config = parallel.fsdp2_config(stage(tmp_path, "precision=bf16", f"fsdp.reduce={reduce}", "fsdp.reshard=false"), mesh)
+    policy = create_mixed_precision_policy(Precision.AMP_BF16, config.mixed_precision)
+    assert policy.param_dtype == torch.bfloat16
+    assert policy.reduce_dtype == (torch.bfloat16 if reduce == "bf16" else torch.float32)
+    assert (config.device_mesh, config.reshard_after_forward) == (mesh, False)
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *others: str | None) -> None:
+    """This is the first of several ranks; the others say that."""
+    monkeypatch.setattr(parallel, "_of_all_ranks", lambda mine: [mine, *others])
+
+
+def test_what_goes_wrong_on_another_rank_goes_wrong_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, None, "no such folder")
+    with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), parallel.together():
+        pass
+    with pytest.raises(KeyError, match="mine"), parallel.together():  # its own comes first
+        raise KeyError("mine")
+    say(monkeypatch, None, None)
+    with parallel.together():
+        pass
+
+
+def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, "order a", "order b")
+    with pytest.raises(
+        ConfigError, match=r"^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$"
+    ):
+        parallel.check_alike("data", "order a")
+    say(monkeypatch, "order a", "order a")
+    parallel.check_alike("data", "order a")
+
+
+@pytest.mark.parametrize(
+    ("environment", "node"), [({"GROUP_RANK": "1"}, "1"), ({"NODE_RANK": "2", "GROUP_RANK": "1"}, "2"), ({}, "0")]
+)
+def test_torchrun_says_which_machine_it_is_by_another_name(
+    environment: dict[str, str], node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    met: list[float] = []
+    monkeypatch.setattr(parallel.dist, "initialize_dist", lambda device, timeout: met.append(timeout))
+    for name in ("NODE_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    parallel.connect()
+    assert not met  # alone
+    for name, value in {**environment, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    parallel.connect()
+    assert (os.environ["NODE_RANK"], met) == (node, [parallel.TIMEOUT])
+    monkeypatch.delenv("NODE_RANK")

@@ -1,0 +1,58 @@
+"""What the backward pass computes again instead of keeping it: activation checkpointing.
+
+It is done inside the layers' forward, not by wrappers around them, so that under FSDP2 the recomputation happens within the
+unit of sharding: parameters are gathered once, inputs are already cast, and parameter names stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "full", "selective"]
+
+
+class Recomputed(Protocol):
+    recompute: Mode
+
+
+def set_recompute(layers: Iterable[Recomputed], setting: Mode | int) -> None:
+    """`activation_checkpointing` of the settings, for a stack of layers; a number k: every k-th of them, from the first on."""
+    for number, layer in enumerate(layers):
+        layer.recompute = setting if isinstance(setting, str) else "none" if number % setting else "full"
+
+
+def run(forward: Callable[..., Tensor], mode: Mode, *inputs: Any) -> Tensor:
+    """`forward(*inputs)`, its activations kept as `mode` says. Random numbers are drawn the same the second time."""
+    if mode == "none":
+        return forward(*inputs)
+    if mode == "full":
+        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False))
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts))
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001 - torch's signature
+    return CheckpointPolicy.MUST_SAVE if operation in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _kept() -> frozenset[Any]:
+    """Operations whose outputs are kept: what takes most of the time, matrix products and attention."""
+    from torch.nn.attention import flex_attention  # noqa: F401 - so that its operation exists; three seconds
+
+    aten = torch.ops.aten
+    return frozenset({
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,
+    })  # fmt: skip
