@@ -5,19 +5,21 @@ The model, the data and the loss know nothing of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
+from composer.core.precision import get_precision_context
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from unitoken.streaming_data.collate import Batch, num_packs, num_tokens, split_batch
@@ -143,6 +145,7 @@ def build_trainer(
         unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
         assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
         average.scale = gradient_scale(next(network.parameters()).device)
+        register_fsdp_forward_method(network, "predict")
     return trainer
 
 
@@ -160,6 +163,33 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 def write_checkpoint(state: State, path: Path) -> None:
     """Called on all ranks; the first one writes."""
     save_checkpoint(state, str(path))
+
+
+@contextlib.contextmanager
+def paused(state: State) -> Iterator[UniToken]:
+    """The network, to be asked something between two steps. Modes, random numbers and shards are then what they were."""
+    network: UniToken = state.model.network
+    modes = [(module, module.training) for module in network.modules()]
+    device = network.lm_head.weight.device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        get_precision_context(state.precision, state.precision_config),
+        torch.compiler.set_stance("force_eager"),  # each new length would be compiled anew
+    ):
+        network.eval()
+        try:
+            yield network
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            if isinstance(network, FSDPModule):
+                network.reshard()  # the root keeps what it gathered until a backward pass
+
+
+def first_ranks(tensor: Tensor) -> Tensor:
+    """The first rank's, on all ranks: they must go the same way where they gather shards together."""
+    dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def barrier() -> None:

@@ -16,6 +16,7 @@ from unitoken.train.config import StageConfig
 from unitoken.train.folders import find_checkpoint, latest_checkpoint
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
+from unitoken.train.samples import samples_of
 
 
 def run(config: StageConfig, checked: Checked) -> None:
@@ -64,7 +65,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         network,
         build_optimizer(network, config.optimizer, compat=config.compat == "unitoken"),
         loader,
-        [optimisation, metrics, Saver(config.save, stage_identity(config))],
+        [optimisation, metrics, *samples_of(config, checked.vocabulary), Saver(config.save, stage_identity(config))],
         resume,
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
