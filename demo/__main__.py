@@ -121,7 +121,7 @@ def main() -> None:
     from demo import report
     from demo.evaluate import Evaluation
 
-    evaluation = Evaluation("stage2", RUNS / "stage2-resumed", DATA)
+    evaluation = Evaluation("stage2", RUNS / "stage2-resumed")
     answers = evaluation.read(DATA / "heldout.json")
     drawings = evaluation.draw()
     manifests = [json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8")) for name in ("captions", "drawings")]

@@ -64,15 +64,21 @@ def read_prompts(path: Path) -> list[Conversation]:
             raise ConfigError(f"{name}: not JSON: {error}") from None
         if isinstance(item, dict) and isinstance(prompt := item.get("prompt"), str):
             item = {"conversations": [{"from": "human", "value": prompt}], "image": item.get("image")}
-        found.append(_beside(conversation_of(item, name), path.parent))
+        found.append(conversation_of(beside(item, path.parent), name))
     if not found:
         raise ConfigError(f"{path}: it holds no prompt")
     return found
 
 
-def _beside(conversation: Conversation, folder: Path) -> Conversation:
-    images = tuple(str(folder / image) if isinstance(image, str) else image for image in conversation.images)
-    return Conversation(conversation.id, conversation.turns, images)
+def beside(item: Any, folder: Path) -> Any:
+    """An item whose images are named as seen from `folder`."""
+    if not isinstance(item, dict):
+        return item
+    found = {}
+    for key in {"image", IMAGE_PLACEHOLDER} & set(item):
+        images = item[key] if isinstance(item[key], list) else [item[key]]
+        found[key] = [str(folder / image) if isinstance(image, str) else image for image in images if image is not None]
+    return {**item, **found}
 
 
 def prompt_text(conversation: Conversation) -> str:
