@@ -157,13 +157,16 @@ def test_guidance_changes_drawings(model: UniToken, vocabulary: Vocabulary) -> N
     assert nothing == [nothing[0]] * len(texts), "without the prompt's text all are one"
 
 
-def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(model: UniToken, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(
+    model: UniToken, vocabulary: Vocabulary, guidance: float
+) -> None:
     """Words until the model begins an image by itself; its block; words again; the end of the turn. With guidance."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
     begins, ends = words[0][2], None
     drawn = dataclasses.replace(vocabulary, image_start=begins)
-    sampling = Sampling(temperature=0.0, guidance=2.5)
+    sampling = Sampling(temperature=0.0, guidance=guidance)
     open_ended = generate(model, drawn, several, sampling, sizes=[(2, 2)], max_tokens=30)
     parts = parts_of(drawn, open_ended[0])
     assert isinstance(parts[0], list)
@@ -173,7 +176,7 @@ def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(mod
     ends = next(token for token in after if token not in said_before)
     vocabulary = dataclasses.replace(drawn, end_of_turn=ends)
     found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], max_tokens=30)
-    assert found == [plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=2.5, max_tokens=30) for p in several]
+    assert found == [plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=guidance, max_tokens=30) for p in several]
     assert len(found[0]) < len(open_ended[0])
     assert any(isinstance(part, np.ndarray) for part in parts_of(vocabulary, found[0]))
 
