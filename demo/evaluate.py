@@ -27,7 +27,8 @@ from unitoken.train.sampling import Sampling
 ROOT = Path(__file__).parent.parent
 EACH = 10  # drawings of each digit
 SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents
-DRAWING = Sampling(temperature=0.8, guidance=2.0)
+# Of the digits drawn with guidance 1 (none) 85 to 93 % are read as asked, with 2 96 to 99 %, with 3 98 to 100 % (three seeds).
+DRAWING = Sampling(temperature=0.8, guidance=3.0)
 READING = Sampling(temperature=0.0)
 
 

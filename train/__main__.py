@@ -19,9 +19,9 @@ HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.callback(help=HELP)
+@app.callback()
 def main() -> None:
-    """With it `generate` is named also where it is the only command."""
+    """A command is named, however many there are."""
 
 
 @app.command()

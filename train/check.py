@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.mixture import check_mixture
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
 from unitoken.train.folders import LATEST, find_checkpoint, model_configs
-from unitoken.train.questions import asked, latents
+from unitoken.train.questions import check_samples
 
 
 class Checked(NamedTuple):
@@ -29,7 +28,6 @@ def check(config: StageConfig, world_size: int) -> Checked:
     decoder, vision = model_configs(config.model)
     _check_data(config, vision, world_size)
     _check_trainable(config.trainable, vision is not None)
-    _check_samples(config)
     resumes = (Path(config.save.folder) / LATEST).is_symlink()
     if config.init_from is not None and not resumes:  # a run that resumes needs it no more
         find_checkpoint(config.init_from)
@@ -38,6 +36,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
         raise ConfigError(
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
+    check_samples(config)
     return Checked(decoder, vision, vocabulary)
 
 
@@ -58,20 +57,3 @@ def _check_trainable(trainable: list[str], has_vision: bool) -> None:
     for name in trainable:
         if name.split(".")[0] not in parts:
             raise ConfigError(f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}")
-
-
-def _check_samples(config: StageConfig) -> None:
-    samples, codec = config.samples, config.codec
-    if samples is None:
-        return
-    if codec is None:
-        raise ConfigError("samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights")
-    if not samples.draw and not samples.answer:
-        raise ConfigError("samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer")
-    latents(samples.size, find_weights(codec.vision).downsampling, "samples.size")
-    for picture, question in samples.answer.items():
-        if not Path(picture).is_file():
-            raise ConfigError(f"samples.answer: {picture}: no such picture")
-        asked(question, [picture], f"samples.answer: {picture}")
-    for text in samples.draw:
-        asked(text, (), f"samples.draw: '{text}'")

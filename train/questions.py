@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from unitoken.codec.conversations import Conversation, ItemError, parse
+from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER, LATENTS_PER_GRID_UNIT, MAX_GRID
+from unitoken.train.config import StageConfig
 
 
 def asked(text: str, images: Sequence[str] = (), name: str = "prompt") -> Conversation:
@@ -122,3 +124,21 @@ def latents(pixels: tuple[int, int], downsampling: int, key: str = "size") -> tu
                 f"up to {unit * MAX_GRID}"
             )
     return pixels[0] // downsampling, pixels[1] // downsampling
+
+
+def check_samples(config: StageConfig) -> None:
+    """What a stage asks its model while it trains. Raises ConfigError."""
+    samples, codec = config.samples, config.codec
+    if samples is None:
+        return
+    if codec is None:
+        raise ConfigError("samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights")
+    if not samples.draw and not samples.answer:
+        raise ConfigError("samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer")
+    latents(samples.size, find_weights(codec.vision).downsampling, "samples.size")
+    for picture, question in samples.answer.items():
+        if not Path(picture).is_file():
+            raise ConfigError(f"samples.answer: {picture}: no such picture")
+        asked(question, [picture], f"samples.answer: {picture}")
+    for text in samples.draw:
+        asked(text, (), f"samples.draw: '{text}'")
