@@ -26,6 +26,20 @@ def assemble(
     vocabulary: Vocabulary,
 ) -> Record:
     """`codes` (h, w) and `originals` (encoded bytes) stand in the order of the conversation's images."""
+    record = lay_out(conversation, codes, originals, text, vocabulary)
+    if not len(record.target_spans):
+        raise ItemError("nothing to train on: no assistant turn has a text")
+    return record
+
+
+def lay_out(
+    conversation: Conversation,
+    codes: Sequence[npt.NDArray[np.integer[Any]]],
+    originals: Sequence[bytes],
+    text: TextEncoder,
+    vocabulary: Vocabulary,
+) -> Record:
+    """The same for a conversation that may end with a question, and so have nothing to train on: a prompt."""
     pieces: list[npt.NDArray[np.int64]] = [np.array([vocabulary.bos])]
     trained = [False]
     image_spans: list[tuple[int, int, int, int]] = []
@@ -50,8 +64,6 @@ def assemble(
     assert next(remaining, None) is None, "an image that stands nowhere in the text"
 
     target_spans = spans_of(np.repeat(trained, [len(piece) for piece in pieces]))
-    if not len(target_spans):
-        raise ItemError("nothing to train on: no assistant turn has a text")
     return Record(
         id=conversation.id,
         tokens=np.concatenate(pieces).astype(token_type(vocabulary.size)),

@@ -2,7 +2,8 @@
 
 Handwritten digits -> conversations -> two datasets (2 workers each) -> one packed, mixed stream -> a small UniToken model
 on 2 ranks: base training, Stage I, Stage II (killed halfway, resumed, and compared with an uninterrupted run) -> reading
-held-out digits, drawing all ten -> demo/out/report.html. The last line on stdout is one JSON object of measured figures.
+held-out digits, drawing all ten with guidance -> demo/out/report.html. The last line on stdout is one JSON object of
+measured figures.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def main() -> None:
     from demo import report
     from demo.evaluate import Evaluation
 
-    evaluation = Evaluation("stage2", RUNS / "stage2-resumed", DATA)
+    evaluation = Evaluation("stage2", RUNS / "stage2-resumed")
     answers = evaluation.read(DATA / "heldout.json")
     drawings = evaluation.draw()
     manifests = [json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8")) for name in ("captions", "drawings")]

@@ -12,70 +12,58 @@ from sklearn.svm import SVC
 
 from demo.digits import REQUESTS, WORDS, small, split
 from demo.report import Answer, Drawing
-from unitoken.codec.config import VisionConfig
-from unitoken.codec.conversations import parse
-from unitoken.codec.sequence import assemble
-from unitoken.codec.text import TextEncoder, load_tokenizer
-from unitoken.codec.vision import load_vision
 from unitoken.streaming_data.config import load_config
-from unitoken.streaming_data.images import decode, tokenizer_pixels
+from unitoken.streaming_data.images import decode
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.manifest import load_vocabulary
 from unitoken.streaming_data.report import Report
 from unitoken.streaming_data.views import Views
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
-from unitoken.train.generate import answer, generate_images, load_model, prompt_of
+from unitoken.train.dialogue import Dialogue
+from unitoken.train.generate import Reading, generate, load_model
+from unitoken.train.questions import asked, beside, conversation_of
+from unitoken.train.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
-ASSETS = ROOT / "demo" / "assets"
-SIDE = 4  # latents each way of the demo's pictures
 EACH = 10  # drawings of each digit
-TEMPERATURE = 0.8
+SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents
+# Of the digits drawn with guidance 1 (none) 85 to 93 % are read as asked, with 2 96 to 99 %, with 3 98 to 100 % (three seeds).
+DRAWING = Sampling(temperature=0.8, guidance=3.0)
+READING = Sampling(temperature=0.0)
 
 
 class Evaluation:
     """The model of a finished run, and what it takes to ask it something."""
 
-    def __init__(self, stage: str, run: Path, data: Path) -> None:
+    def __init__(self, stage: str, run: Path) -> None:
         self.config = load_config(StageConfig, ROOT / "yamls" / "demo" / f"{stage}.yaml")
+        assert self.config.codec is not None
         self.model = load_model(self.config, run)
-        self.vocabulary = load_vocabulary(data / "captions")
-        self.tokenizer = load_tokenizer(str(ASSETS / "tokenizer"))
-        self.text = TextEncoder(self.tokenizer, self.vocabulary)
-        self.vision = load_vision(VisionConfig(weights=str(ASSETS / "vqgan")))
+        self.dialogue = Dialogue(self.config.codec)
 
     def read(self, file: Path) -> list[Answer]:
         """Ask for each item of `file` what digit it is; the item's own answer is kept from the model."""
         items = json.loads(file.read_text(encoding="utf-8"))
-        conversations = [parse(item, str(position)) for position, item in enumerate(items)]
-        originals = [(file.parent / conversation.images[0]).read_bytes() for conversation in conversations]
-        side = SIDE * self.vision.downsampling
-        pixels = np.stack([tokenizer_pixels(decode(original), (side, side)) for original in originals])
-        prompts = [
-            prompt_of(assemble(conversation, [codes], [original], self.text, self.vocabulary))
-            for conversation, codes, original in zip(conversations, self.vision.encode(pixels), originals, strict=True)
-        ]
-        said = [self.tokenizer.decode(ids) for ids in answer(self.model, self.vocabulary, prompts, max_tokens=8)]
+        conversations = [conversation_of(beside(item, file.parent), str(number)) for number, item in enumerate(items)]
+        prompts = self.dialogue.prompts(conversations, SIZE)
+        reading = Reading.of(self.config, self.model)
+        replies = generate(self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, reading=reading)
         return [
-            Answer(np.asarray(decode(original)), item["conversations"][1]["value"], words)
-            for original, item, words in zip(originals, items, said, strict=True)
+            Answer(np.asarray(decode(prompt.images[0])), item["conversations"][1]["value"], said.text)
+            for prompt, item, said in zip(prompts, items, self.dialogue.said(replies), strict=True)
         ]
 
-    def draw(self) -> list[Drawing]:
+    def draw(self, sampling: Sampling = DRAWING) -> list[Drawing]:
         """EACH drawings of every digit, and what an ordinary classifier, trained on the real digits, reads in them."""
-        asked = [word for word in WORDS for _ in range(EACH)]
-        prompts = [
-            np.array([self.vocabulary.bos, *self.text.encode(REQUESTS[0].format(word), start=True), self.vocabulary.end_of_turn])
-            for word in asked
-        ]
-        pictures = self.vision.decode(
-            generate_images(self.model, self.vocabulary, prompts, SIDE, SIDE, temperature=TEMPERATURE, seed=0)
-        )
+        words = [word for word in WORDS for _ in range(EACH)]
+        prompts = self.dialogue.prompts([asked(REQUESTS[0].format(word)) for word in words], SIZE)
+        sizes = [self.dialogue.latents(SIZE)]
+        replies = generate(self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True)
+        pictures = [said.pictures[0] for said in self.dialogue.said(replies)]
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
         read = classifier.predict(np.stack([small(picture) for picture in pictures]))
-        return [Drawing(*drawing) for drawing in zip(pictures, asked, (WORDS[digit] for digit in read), strict=True)]
+        return [Drawing(*drawing) for drawing in zip(pictures, words, (WORDS[digit] for digit in read), strict=True)]
 
     def plan(self) -> Report:
         """The plan that the stage was trained by."""

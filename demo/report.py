@@ -166,7 +166,8 @@ ranks with FSDP2: base training on text and image tokens, Stage I (vision tower 
 <section><h2>Loss</h2><p>Cross-entropy + z-loss over the tokens that are trained on, each step and smoothed. Stage II was killed
 with SIGKILL halfway and resumed by the same command.</p>{curves(losses, resumed_at)}</section>
 <div class="columns">
-<section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token. A red frame: an ordinary
+<section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token, guided away from what is drawn
+without a caption. A red frame: an ordinary
 classifier, trained on the real digits, reads another digit.</p>{_drawings(drawings)}</section>
 <section><h2>“What digit is this?”</h2><p>Digits that were held out of training, with the model's answer. Wrong ones are red.</p>
 <div class="answers">{_answers(answers)}</div></section>

@@ -26,6 +26,7 @@ from torch.utils.data import get_worker_info
 from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, to_streams
+from unitoken.streaming_data.null_prompts import drop_captions
 from unitoken.streaming_data.plan import Ids, Plan, Recipe, Share, load_or_build
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shard, Shards
@@ -184,7 +185,10 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             worker=info.id if info else 0,
             workers=info.num_workers if info else 1,
         )
-        return self._packs(share)
+        packs = self._packs(share)
+        if self.recipe.null_prompt_fraction and self.recipe.split == "train":  # what is held out is read as it is
+            return drop_captions(packs, self.recipe.null_prompt_fraction, self.recipe.seed, epoch)
+        return packs
 
     def _packs(self, share: Share) -> Iterator[list[Record]]:
         """While the packs of one run are handed out, threads download and map the shards of the next ones."""

@@ -103,6 +103,7 @@ class DataConfig(Config):
     shuffle: bool = True
     window: PositiveInt = 131072  # samples that are packed together
     over_long: OverLong = "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
+    null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the drawings are trained on without their prompt's text
     workers: NonNegativeInt = 0  # processes a rank; 0 loads in the training process
     prefetch: PositiveInt = 2  # batches that each worker prepares ahead
     timeout: PositiveInt = 600  # seconds without a batch from a worker until that is an error

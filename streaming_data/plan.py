@@ -67,6 +67,7 @@ class Recipe(Config):
     epoch_samples: int | None = None
     epoch_tokens: int | None = None
     over_long: OverLong = "reject"
+    null_prompt_fraction: float = 0.0  # decides nothing here, but what is trained on
     split: str = "train"
     continuous: Continuous  # which images bring features
     views: dict[str, Any] | None  # and how many; None where none does

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.config import load_config, one_line_errors
+from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -44,6 +44,44 @@ def export(
 
         write(checkpoint, out, dtype, stage)
         print(f"{out}: exported from {checkpoint}")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="a run's folder, a checkpoint file, or an exported folder")],
+    out: Annotated[Path, typer.Option(help="folder for pictures, texts and results.jsonl")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: codec.tokenizer=my/tokenizer")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to ask; may be given often")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a .txt with a prompt a line, or a .jsonl")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="a picture of every --prompt, where it says <|image|>")] = None,
+    draw: Annotated[bool, typer.Option("--draw", help="a reply is one picture; else text and pictures as the model likes")] = False,
+    size: Annotated[str | None, typer.Option(help="of pictures, across x down  [default: samples.size, or 512x512]")] = None,
+    guidance: Annotated[float, typer.Option(min=0, help="of pictures, away from the null prompt; 1: none")] = 4.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest")] = 1.0,
+    top_k_text: Annotated[int, typer.Option(min=0, help="draw text from so many tokens; 0: from all")] = 10,
+    top_k_image: Annotated[int, typer.Option(min=0, help="draw images from so many codes; 0: from all")] = 2000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    count: Annotated[int, typer.Option(min=1, help="replies to each prompt")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of a reply with text; a picture that has begun is finished")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="replies at a time")] = 8,
+    config: Annotated[Path | None, typer.Option(help="the stage's YAML file  [default: stage.yaml beside the checkpoint]")] = None,
+) -> None:
+    """Answer and draw. The defaults for pictures are those that Chameleon's family is used with."""
+    from unitoken.train import ask
+    from unitoken.train.questions import asked, read_prompts
+
+    with one_line_errors():
+        if image and not prompt:
+            raise ConfigError("--image: it belongs to a --prompt, and there is none")
+        conversations = [asked(text, image or []) for text in prompt or []] + (read_prompts(prompts) if prompts else [])
+        if not conversations:
+            raise ConfigError("nothing to generate from: give --prompt or --prompts")
+        repeated = [conversation for conversation in conversations for _ in range(count)]
+        settings = ask.settings(checkpoint, config, overrides or [])
+        request = ask.check(ask.Request(settings, checkpoint, repeated, ask.SIZE, out, draw, max_tokens, batch), size)
+        from unitoken.train.sampling import Sampling  # torch
+
+        ask.reply(request, Sampling(temperature, top_k_text or None, top_k_image or None, guidance, seed))
 
 
 if __name__ == "__main__":

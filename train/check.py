@@ -19,6 +19,7 @@ from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.about import Sizes, check_fits, check_target, read_about
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
 from unitoken.train.folders import LATEST, checkpoint_folder, find_origin, model_configs
+from unitoken.train.questions import check_samples
 
 
 class Checked(NamedTuple):
@@ -43,6 +44,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
     _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    check_samples(config)
     evaluation = _evaluation_data(config)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
@@ -141,6 +143,7 @@ def _evaluation_data(config: StageConfig) -> DataConfig | None:
         "split": "held_out" if held_out else "train",
         "epoch_samples": None,
         "epoch_tokens": None,
+        "null_prompt_fraction": 0.0,
         "canonical_nodes": 1,
         "workers": min(config.data.workers, 1),
     }

@@ -141,12 +141,15 @@ class SamplesConfig(Config):
 
     interval: Interval = "1000ba"
     draw: list[str] = Field(default=[])  # what to draw
-    size: tuple[Positive, Positive] = (512, 512)  # pixels of a drawing: height, width
+    size: tuple[Positive, Positive] = (
+        512,
+        512,
+    )  # pixels, height and width, of drawings and of pictures as the image tokenizer sees them
     answer: dict[str, str] = Field(default={})  # picture file -> question; `<|image|>` is put before it where it has none
     max_tokens: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: Positive | None = None
-    guidance: Annotated[float, Field(ge=0)] = 3.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # of drawings; answers are the likeliest
+    top_k: Positive | None = None  # image codes that drawings are made of at each place
+    guidance: Annotated[float, Field(ge=0)] = 3.0  # away from the null prompt (data.null_prompt_fraction); 1: none
 
 
 class StageConfig(Config):

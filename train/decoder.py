@@ -28,7 +28,7 @@ Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causa
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for generation; room for `length` tokens is taken at the first use."""
+    """Keys and values of the tokens seen so far, for generation; `length` tokens at most. Room is doubled as it is needed."""
 
     def __init__(self, layers: int, length: int) -> None:
         self.length = length
@@ -40,9 +40,13 @@ class KVCache:
         end = self.seen + key.shape[2]
         assert end <= self.length, f"a cache for {self.length} tokens, asked to hold {end}"
         room = self.stored[layer]
-        if room is None:
-            shape = (*key.shape[:2], self.length, key.shape[3])
-            room = self.stored[layer] = (key.new_empty(shape), value.new_empty(shape))
+        if room is None or room[0].shape[2] < end:
+            taken = min(self.length, end if room is None else 2 * end)
+            shape = (*key.shape[:2], taken, key.shape[3])
+            larger = (key.new_empty(shape), value.new_empty(shape))
+            for new, old in zip(larger, room or (), strict=False):
+                new[:, :, : self.seen] = old[:, :, : self.seen]
+            room = self.stored[layer] = larger
         room[0][:, :, self.seen : end] = key
         room[1][:, :, self.seen : end] = value
         return room[0][:, :, :end], room[1][:, :, :end]
@@ -53,10 +57,9 @@ def document_mask(document_ids: Tensor, kind: Literal["sdpa", "flex"]) -> Tensor
 
     Padding (-1) sees padding, so that no row of the softmax is empty (an empty one gives NaN).
     """
-    rows, length = document_ids.shape
     if kind == "sdpa":
-        causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-        return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal  # (P, 1, L, L)
+        return causal_mask(document_ids)
+    rows, length = document_ids.shape
 
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -66,6 +69,13 @@ def document_mask(document_ids: Tensor, kind: Literal["sdpa", "flex"]) -> Tensor
     make = _compiled(create_block_mask) if document_ids.is_cuda else create_block_mask
     mask: BlockMask = make(allowed, rows, None, length, length, device=str(document_ids.device))
     return mask
+
+
+def causal_mask(document_ids: Tensor) -> Tensor:
+    """The same as a tensor (P, 1, L, L), for sdpa."""
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
 
 
 @cache
@@ -150,7 +160,7 @@ class Attention(nn.Module):
             key, value = (states.repeat_interleave(self.heads // self.kv_heads, dim=1) for states in (key, value))
         if mask is not None and not isinstance(mask, Tensor):
             mixed = _flex(query, key, value, mask)
-        else:  # one new token behind a cache sees everything; several at once only come where it is empty
+        else:  # without a mask one new token behind a cache sees everything; several at once only come where it is empty
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and length > 1)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         return out

@@ -1,38 +1,48 @@
-"""Drawing and answering with a trained model, on one process.
+"""Replies of a trained model: text and images, token by token, for many prompts at once.
 
-model = load_model(config)                       # of a stage: its last checkpoint
-codes = generate_images(model, vocabulary, prompts, height=32, width=32)
-texts = answer(model, vocabulary, [prompt_of(record) for record in held_out])
+model = load_model(config)                                               # of a stage: its last checkpoint
+replies = generate(model, vocabulary, prompts, Sampling(guidance=4.0), sizes=[(32, 32)])
+
+Prompts are records (`prompt_of`, `Dialogue.prompts`), so their pictures are read as in training. Those of several lengths
+go through the model side by side, padded at their left; with guidance each has a second row that reads its null prompt
+and, of the reply, the images alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unitoken.streaming_data.collate import Collate, featured, insert_features
+from unitoken.streaming_data.collate import Batch, Collate, featured, insert_features
+from unitoken.streaming_data.images import decode
+from unitoken.streaming_data.null_prompts import without_text
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
 from unitoken.train.config import StageConfig
-from unitoken.train.decoder import KVCache
+from unitoken.train.decoder import KVCache, causal_mask
 from unitoken.train.folders import find_checkpoint, model_configs
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
-from unitoken.train.weights import check_shapes
+from unitoken.train.sampling import Grammar, Sampling, draw, generator_of
+from unitoken.train.weights import check_shapes, decoder_source
 
-BATCH = 64  # prompts of one length that are generated together
+PLAIN = Sampling()
+NO_TARGETS = np.zeros((0, 2), np.uint32)
+READ = ("input_ids", "position_ids", "pixel_values", "feature_rows", "feature_columns", "feature_views", "feature_patches")
 
 
 def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
     """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
-    source = checkpoints.source_of(find_checkpoint(str(checkpoint or config.save.folder)))
+    path = Path(checkpoint or config.save.folder)
+    exported = (path / "config.json").is_file()
+    source = decoder_source(str(path)) if exported else checkpoints.source_of(find_checkpoint(str(path)))
     model = build_model(*model_configs(config.model), config.model)
     check_shapes(source.shapes, shapes_of(model), source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
@@ -43,124 +53,147 @@ def prompt_of(record: Record) -> Record:
     """A record up to the first token that is trained on: what a model is asked."""
     end = int(record.target_spans[0][0])
     images = int((record.image_spans[:, 1] <= end).sum())
-    no_targets = np.zeros((0, 2), np.uint32)
-    return Record(record.id, record.tokens[:end], no_targets, record.image_spans[:images], record.images[:images])
+    return Record(record.id, record.tokens[:end], NO_TARGETS, record.image_spans[:images], record.images[:images])
+
+
+def null_prompt(prompt: Record) -> Record:
+    return without_text(prompt, len(prompt.tokens))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the pictures of a prompt are read: as in training."""
+
+    views: Views | None = None  # None: no features
+    continuous: str = "questions"
+    compat: bool = False
+
+    @classmethod
+    def of(cls, config: StageConfig, model: UniToken) -> Reading:
+        vision, compat = model.vision, config.compat == "unitoken"
+        views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
+        return cls(views, config.data.continuous, compat)
+
+    def length(self, prompt: Record) -> int:
+        """Positions of a prompt, features included."""
+        if self.views is None or self.continuous == "none":
+            return len(prompt.tokens)
+        images = featured(prompt.labels(), prompt.image_spans, "all" if self.compat else self.continuous)
+        sizes = {image: decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1) for image in images}
+        return len(insert_features(prompt, {image: self.views.count(*size) for image, size in sizes.items()}, 0).ids)
+
+    def batch(self, prompts: Sequence[Record], lengths: Sequence[int], vocabulary: Vocabulary) -> Batch:
+        """A prompt a row, of `lengths` positions each, and all end together: what is missing is at the left."""
+        longest = max(lengths)
+        collate = Collate(longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat)
+        batch = collate([[prompt] for prompt in prompts])
+        shift = longest - torch.tensor(lengths)
+        places = (torch.arange(longest) - shift[:, None]) % longest  # the padding comes round to the left
+        for name in ("input_ids", "position_ids", "document_ids"):
+            batch[name] = batch[name].gather(1, places)
+        batch["feature_columns"] = batch["feature_columns"] + shift[batch["feature_rows"]]
+        return batch
 
 
 @torch.no_grad()
-def generate_images(
-    model: UniToken,
-    vocabulary: Vocabulary,
-    prompts: Sequence[npt.NDArray[Any]],
-    height: int,
-    width: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> npt.NDArray[np.int64]:
-    """Draw an image of `height` x `width` latents after each prompt (ids, up to where the image begins): codes (N, height, width).
-
-    Only what an image may hold at a place is drawn from, so every result is a whole image. A prompt's random numbers
-    depend on (seed, its number), not on the prompts beside it. `temperature` 0 takes the likeliest code.
-    """
-    grammar = list(vocabulary.image_grammar(height, width))
-    device = model.lm_head.weight.device
-    blocks = np.zeros((len(prompts), len(grammar)), np.int64)
-    for group in _of_equal_length([len(prompt) for prompt in prompts]):
-        generators = [_generator(seed, number) for number in group]
-        fixed = next(place for place, allowed in enumerate(grammar) if len(allowed) > 1)  # start of image and its size
-        head = np.array([allowed[0] for allowed in grammar[:fixed]])
-        ids = np.stack([np.concatenate([prompts[number], head]) for number in group]).astype(np.int64)
-        past = KVCache(len(model.model.layers), ids.shape[1] + len(grammar) - fixed)
-        blocks[group, :fixed] = head
-        hidden = _read(model, model.model.embed_tokens(torch.from_numpy(ids).to(device)), past)
-        for place in range(fixed, len(grammar)):
-            allowed = torch.tensor(grammar[place], device=device)
-            if len(allowed) == 1:
-                chosen = allowed.expand(len(group))
-            else:
-                chosen = allowed[_sample(_logits(model, hidden)[:, allowed], temperature, top_k, generators)]
-            blocks[group, place] = chosen.cpu().numpy()
-            if place + 1 < len(grammar):
-                hidden = _read(model, model.model.embed_tokens(chosen[:, None]), past)
-    return np.stack([vocabulary.image_codes(block) for block in blocks])
-
-
-@torch.no_grad()
-def answer(
+def generate(
     model: UniToken,
     vocabulary: Vocabulary,
     prompts: Sequence[Record],
-    max_tokens: int = 64,
+    sampling: Sampling = PLAIN,
     *,
-    continuous: str = "questions",
-    compat: bool = False,
+    sizes: Sequence[tuple[int, int]] = (),
+    drawing: bool = False,
+    max_tokens: int = 64,
+    reading: Reading | None = None,
+    batch: int = 64,
+    agree: Callable[[Tensor], Tensor] = lambda chosen: chosen,
 ) -> list[list[int]]:
-    """The likeliest continuation of each prompt up to the end of the turn, which is left out. Images only in the prompts.
+    """The reply to each prompt, as ids without the end of the turn.
 
-    Prompts are records without targets (`prompt_of`); their images bring features exactly as in training.
+    What is drawn for a prompt depends on (seed, its number), not on the prompts beside it.
+
+    Args:
+        sizes: the (height, width) in latents that an image may have; without any, a reply is text alone.
+        drawing: a reply is one image and nothing else. Otherwise the model says what it likes, and begins images itself.
+        max_tokens: a reply that is no drawing ends with the turn or after so many; an image that has begun is finished.
+        batch: prompts at a time; with guidance each takes two rows. A row's cache takes 0.5 MB a token of the 7B model in bf16.
+        agree: gives the first rank's choice to all, where several go through the same sharded model together.
     """
-    views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
-    which = "none" if views is None else "all" if compat and continuous != "none" else continuous
-    lengths = []
-    for prompt in prompts:
-        images = featured(prompt.labels(), prompt.image_spans, which)
-        counts = dict.fromkeys(images, views.features) if views else {}
-        lengths.append(len(insert_features(prompt, counts, vocabulary.separator).ids))
-    device = model.lm_head.weight.device
-    answers: list[list[int]] = [[] for _ in prompts]
-    for group in _of_equal_length(lengths):
-        length = lengths[group[0]]
-        collate = Collate(length, views, continuous, vocabulary.separator, vocabulary.newline, compat)
-        batch = {name: value.to(device) for name, value in collate([[prompts[number]] for number in group]).items()}
-        past = KVCache(len(model.model.layers), length + max_tokens)
-        embeddings = model.embed(batch)
-        running = torch.ones(len(group), dtype=torch.bool, device=device)
-        for _ in range(max_tokens):
-            chosen = _logits(model, _read(model, embeddings, past)).argmax(-1)
-            running &= chosen != vocabulary.end_of_turn
-            if not running.any():
+    assert max_tokens > 0
+    assert sizes or not drawing
+    if reading is None:
+        reading = Reading(Views(model.vision.image_size, model.vision.patch_size) if model.vision else None)
+    grammar = Grammar(vocabulary, sizes, model.lm_head.weight.device)
+    lengths = [reading.length(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    replies: list[list[int]] = [[] for _ in prompts]
+    for first in range(0, len(order), batch):
+        numbers = order[first : first + batch]
+        rows = [prompts[number] for number in numbers]
+        turns = [grammar.drawing() if drawing else grammar.turn(max_tokens) for _ in rows]
+        generators = [generator_of(sampling.seed, number) for number in numbers]
+        room = grammar.longest if drawing else max_tokens + grammar.longest
+        if sizes and sampling.guidance != 1:
+            rows += [null_prompt(row) for row in rows]
+        context = _Context(model, reading.batch(rows, [reading.length(row) for row in rows], vocabulary), room)
+        choices, running = [next(turn) for turn in turns], set(range(len(turns)))
+        while True:
+            logits, null = context.logits[: len(turns)], context.logits[len(turns) :]
+            chosen = agree(draw(choices, logits, null if len(null) else None, sampling, generators))
+            tokens = chosen.tolist()
+            of_image = [kind.of_image or token == vocabulary.image_start for kind, token in zip(choices, tokens, strict=True)]
+            for row in sorted(running):
+                if tokens[row] != vocabulary.end_of_turn:
+                    replies[numbers[row]].append(tokens[row])
+                try:
+                    choices[row] = turns[row].send(tokens[row])
+                except StopIteration:
+                    running.remove(row)
+            if not running:
                 break
-            for number, token, goes_on in zip(group, chosen.tolist(), running.tolist(), strict=True):
-                if goes_on:
-                    answers[number].append(token)
-            embeddings = model.model.embed_tokens(chosen[:, None])
-    return answers
+            if len(null):
+                context.read(chosen.repeat(2), [True] * len(turns) + of_image)
+            else:
+                context.read(chosen, [True] * len(turns))
+    return replies
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    """Mixed into 32 bits, because torch's generator on the CPU looks at no more of its seed."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+class _Context:
+    """What the model has read in each row, and what it expects next: `logits` (R, vocabulary)."""
+
+    def __init__(self, model: UniToken, batch: Batch, room: int) -> None:
+        self._model, device = model, model.lm_head.weight.device
+        documents = batch["document_ids"]
+        rows, length = documents.shape
+        self._read = torch.zeros(rows, length + room, dtype=torch.bool)  # which places of the cache hold something
+        self._read[:, :length] = documents >= 0
+        self._cache = KVCache(len(model.model.layers), length + room)
+        self._no_pixels = batch["pixel_values"][:0].to(device)
+        mask = None if bool((documents >= 0).all()) else causal_mask(documents.to(device))
+        self.logits = model.predict({name: batch[name].to(device) for name in READ}, mask, self._cache)
+
+    def read(self, tokens: Tensor, heard: Sequence[bool]) -> None:
+        """One more token (R,) in each row; where it is not `heard`, the row stays as it is."""
+        end = self._cache.seen + 1
+        positions = self._read[:, : end - 1].sum(1)
+        self._read[:, end - 1] = torch.tensor(heard)
+        read, device = self._read[:, :end], tokens.device
+        mask = None if bool(read.all()) else read[:, None, None].to(device)
+        batch = {"input_ids": tokens[:, None], "position_ids": positions[:, None].to(device), "pixel_values": self._no_pixels}
+        self.logits = self._model.predict(batch, mask, self._cache)
 
 
-def _of_equal_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of prompts in groups of one length, so that none needs padding."""
-    for length in sorted(set(lengths)):
-        numbers = [number for number, other in enumerate(lengths) if other == length]
-        yield from (numbers[first : first + BATCH] for first in range(0, len(numbers), BATCH))
-
-
-def _read(model: UniToken, embeddings: Tensor, past: KVCache) -> Tensor:
-    """Embeddings (B, T, hidden) behind what `past` holds -> the last hidden states (B, hidden)."""
-    rows, length, _ = embeddings.shape
-    positions = torch.arange(past.seen, past.seen + length, device=embeddings.device).expand(rows, -1)
-    hidden: Tensor = model.model(embeddings, positions, None, past)
-    return hidden[:, -1]
-
-
-def _logits(model: UniToken, hidden: Tensor) -> Tensor:
-    logits: Tensor = model.lm_head(hidden).float()
-    return logits
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]) -> Tensor:
-    """Indices (B,) into logits (B, K). Gumbel noise from the CPU: the same draw on every device."""
-    if temperature <= 0:
-        return logits.argmax(-1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    uniform = torch.stack([torch.rand(logits.shape[-1], generator=generator) for generator in generators])
-    noise = -torch.log(-torch.log(uniform.clamp_min(1e-20)))
-    return (logits / temperature + noise.to(logits.device)).argmax(-1)
+def parts_of(vocabulary: Vocabulary, reply: Sequence[int]) -> list[list[int] | npt.NDArray[np.int64]]:
+    """A reply in parts: text as ids, images as codes (h, w), in their order."""
+    parts: list[list[int] | npt.NDArray[np.int64]] = []
+    ids = list(reply)
+    while ids:
+        if ids[0] == vocabulary.image_start:
+            end = ids.index(vocabulary.image_end) + 1  # the grammar finishes every image
+            parts.append(vocabulary.image_codes(np.array(ids[:end])))
+        else:
+            end = ids.index(vocabulary.image_start) if vocabulary.image_start in ids else len(ids)
+            parts.append(ids[:end])
+        ids = ids[end:]
+    return parts

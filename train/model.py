@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
-from unitoken.train.decoder import Decoder, document_mask
+from unitoken.train.decoder import Decoder, KVCache, document_mask
 from unitoken.train.loss import Loss, token_loss
 from unitoken.train.recompute import Mode, set_recompute
 from unitoken.train.vision import VisionTower, adapter
@@ -52,6 +52,12 @@ class UniToken(nn.Module):
         hidden = self.model(embeddings, batch["position_ids"], mask)
         masked = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
         return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss, masked)
+
+    def predict(self, batch: Batch, mask: Tensor | None, past: KVCache) -> Tensor:
+        """Logits (P, vocabulary) in float32 of what follows the last token of each row of `batch`, which `past` keeps."""
+        hidden = self.model(self.embed(batch), batch["position_ids"], mask, past)
+        logits: Tensor = self.lm_head(hidden[:, -1]).float()
+        return logits
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings (P, L, hidden) of a batch's ids, with the features of its views in their places."""

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
+from composer.core.precision import get_precision_context
 from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.checkpoint import save_checkpoint
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from unitoken.streaming_data.collate import Batch, num_packs, num_tokens, split_batch
@@ -235,6 +236,7 @@ def build_trainer(
         if config.fsdp.replicas > 1:
             _let_cpus_replicate(network)
         average.scale = gradient_scale(next(network.parameters()).device, mesh)
+        register_fsdp_forward_method(network, "predict")
     return trainer
 
 
@@ -258,6 +260,33 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def write_checkpoint(state: State, path: Path) -> None:
     """Called on all ranks; the first one writes."""
     save_checkpoint(state, str(path))
+
+
+@contextlib.contextmanager
+def paused(state: State) -> Iterator[UniToken]:
+    """The network, to be asked something between two steps. Modes, random numbers and shards are then what they were."""
+    network: UniToken = state.model.network
+    modes = [(module, module.training) for module in network.modules()]
+    device = network.lm_head.weight.device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        get_precision_context(state.precision, state.precision_config),
+        torch.compiler.set_stance("force_eager"),  # each new length would be compiled anew
+    ):
+        network.eval()
+        try:
+            yield network
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            if isinstance(network, FSDPModule):
+                network.reshard()  # the root keeps what it gathered until a backward pass
+
+
+def first_ranks(tensor: Tensor) -> Tensor:
+    """The first rank's, on all ranks: they must go the same way where they gather shards together."""
+    dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def barrier() -> None:

@@ -25,6 +25,7 @@ from unitoken.train.memory import needs
 from unitoken.train.metrics import Metrics
 from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
+from unitoken.train.samples import samples_of
 
 
 def run(config: StageConfig, checked: Checked) -> None:
@@ -100,7 +101,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         network,
         build_optimizer(network, config.optimizer, compat=compat),
         loader,
-        callbacks,
+        [*callbacks, *samples_of(config, checked.vocabulary)],
         build_loggers(config, resume is not None),
         resume,
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
