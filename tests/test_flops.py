@@ -54,7 +54,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(trainable: list[str]) -
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted on a CPU
         model(batch()).total.backward()
     flops = step_flops(DECODER, VISION, trained).of(PACKS * LENGTH, PACKS * LENGTH**2, VIEWS, targets=20)
-    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=1e-3)  # torch 2.7: the same number
 
 
 def test_the_7b_model_needs_six_flops_a_weight_and_token_where_all_is_trained_and_four_where_it_is_frozen() -> None:
