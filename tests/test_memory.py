@@ -1,16 +1,18 @@
 """What a stage is said to take of memory is what it takes."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from stages import DECODER, VISION
+from stages import DECODER, VISION, stage, write_data
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unitoken.streaming_data.config import load_config
+from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.decoder import Decoder, document_mask
 from unitoken.train.memory import Mode, counts, decoder_token, kept, needs, tower_token
@@ -18,6 +20,7 @@ from unitoken.train.model import build_model
 from unitoken.train.recompute import set_recompute
 from unitoken.train.vision import Encoder
 
+ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
 TOKENS = 96
 MODES: tuple[Mode, ...] = ("none", "selective", "full")
@@ -123,7 +126,7 @@ def test_the_real_models_are_counted_as_the_reference_counts_them() -> None:
 @pytest.mark.parametrize(("name", "gigabytes"), [("stage1", 33), ("stage2", 47)])
 def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, gigabytes: int) -> None:
     """The README's figures: two pictures a pack."""
-    config = load_config(StageConfig, f"yamls/{name}.yaml")
+    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
     trained = 434_000_000 if name == "stage1" else 7_447_000_000
     need = needs(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=2 * config.microbatch)
     assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
@@ -131,7 +134,7 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, gigabytes: int) -
 
 
 def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
-    config = load_config(StageConfig, "yamls/stage2.yaml")
+    config = load_config(StageConfig, ROOT / "yamls/stage2.yaml")
 
     def parts(ranks: int, **fsdp: Any) -> dict[str, float]:
         changed = config.model_copy(update={"fsdp": config.fsdp.model_copy(update=fsdp)})
@@ -142,6 +145,20 @@ def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
     assert parts(8, reshard=False)["gathered units"] > 14e9 > parts(8)["gathered units"]
     assert parts(8, reduce="bf16")["gathered units"] < parts(8)["gathered units"]
     assert parts(8)["Adam's moments"] == 2 * parts(8)["their gradients"]
+
+
+@pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
+def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unitoken.train import parallel
+    from unitoken.train.stage import run
+
+    write_data(tmp_path / "data")
+    config = stage(tmp_path, "max_duration=1ba")
+    monkeypatch.setattr(parallel, "has_gpu", lambda: True)
+    run(config, check(config, 1))
+    assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -155,7 +172,7 @@ def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", 
     try:
         sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
         overrides = ["microbatch=2", f"activation_checkpointing={setting}", f"model.attention={attention}"]
-        config = load_config(StageConfig, "yamls/stage2.yaml", overrides)
+        config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", overrides)
         model_config = ModelConfig(decoder=sizes, dropout=0.05, attention=attention)
         network = build_model(sizes, None, model_config, setting).to_empty(device="cuda")
         for parameter in network.parameters():

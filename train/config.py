@@ -164,7 +164,7 @@ class StageConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     fsdp: FSDPConfig = FSDPConfig()
     # What the backward pass computes again instead of keeping: nothing; all of every layer, the tower's too; all of every
-    # k-th layer; or all but what is dear, the matrix products and attention (`selective`).
+    # k-th layer; or all but what is dear, the matrix products and attention (`selective`; with flex it needs model.compile).
     activation_checkpointing: Literal["none", "full", "selective"] | Positive = "none"
     compat: Literal["unitoken"] | None = None  # the reference's behaviour wherever ours is a fix
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
