@@ -29,6 +29,8 @@ def check(config: StageConfig, world_size: int) -> Checked:
     _check_data(config, vision, world_size)
     _check_trainable(config, vision is not None)
     if config.save.export is not None:
+        if Path(config.save.folder).resolve().is_relative_to(Path(config.save.export).resolve()):
+            raise ConfigError(f"save.export: {config.save.export} holds the run's own folder, save.folder: {config.save.folder}")
         check_target(Path(config.save.export))
     vocabulary = check_mixture(config.data)
     if vocabulary.size > decoder.vocab_size:
