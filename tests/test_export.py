@@ -205,6 +205,14 @@ def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_pa
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "mine"
 
 
+def test_an_export_can_not_take_the_place_of_its_run(folder: Path, tmp_path: Path) -> None:
+    """Found at the start, not after days of training: neither folder is there yet."""
+    for out in (tmp_path / "new", tmp_path / "new" / "run"):
+        with pytest.raises(ConfigError, match=rf"save\.export: {out} holds the run's own folder, save\.folder: {tmp_path}/new/run"):
+            check(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={out}"), 1)
+    check(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={tmp_path}/new/run/model"), 1)
+
+
 def test_a_run_of_before_it_said_what_it_is_needs_its_stage(folder: Path, model: UniToken, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -272,6 +280,22 @@ def test_init_from_another_model_is_refused_with_both_sides(
     with pytest.raises(ConfigError, match=f"init_from: {folder / form}: .*{message}") as caught:
         check(config, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path, exported: Path) -> None:
+    arguments = [str(write_stage(folder)), f"init_from={exported}", "model.decoder.hidden_size=64", f"save.folder={folder}/new"]
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: init_from: {exported}: another architecture: its decoder and this stage's have hidden_size 32 and 64\n"
+    )
 
 
 def test_a_run_is_not_resumed_with_data_of_another_vocabulary(folder: Path, model: UniToken) -> None:

@@ -37,6 +37,8 @@ def check(config: StageConfig, world_size: int) -> Checked:
     _check_trainable(config, vision is not None)
     _check_loggers(config)
     if config.save.export is not None:
+        if Path(config.save.folder).resolve().is_relative_to(Path(config.save.export).resolve()):
+            raise ConfigError(f"save.export: {config.save.export} holds the run's own folder, save.folder: {config.save.folder}")
         check_target(Path(config.save.export))
     vocabulary = check_mixture(config.data, Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None)
     if vocabulary.size > decoder.vocab_size:
