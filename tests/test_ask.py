@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from drawn import ROOT, drawing_stage, write_run
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from unitoken.streaming_data.vocabulary import Vocabulary
@@ -118,6 +120,20 @@ def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp
         tmp_path / "run", "--config", run / "stage.yaml", "--prompt", "x", "--out", tmp_path / "o", "--size", "16x16"
     )
     assert (status, "no checkpoint in it" in output) == (2, True)
+
+
+def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path) -> None:
+    """Hugging Face's layout: safetensors under the reference's names, and a config.json."""
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    state = torch.load(run / "step-00000001.pt", weights_only=True)["state"]["model"]
+    save_file({name.removeprefix("network."): tensor for name, tensor in state.items()}, exported / "model.safetensors")
+    (exported / "config.json").write_text("{}")
+    (exported / "stage.yaml").write_text((run / "stage.yaml").read_text())
+    for checkpoint in (run, exported):
+        status, output = ask(checkpoint, "--prompt", "x", "--draw", "--size", "16x16", "--out", tmp_path / checkpoint.name)
+        assert status == 0, output
+    assert (tmp_path / "run" / "0000.png").read_bytes() == (exported / "0000.png").read_bytes()
 
 
 def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizing import GOLDEN, turns
 
 from unitoken.codec.conversations import ItemError, parse
-from unitoken.codec.sequence import assemble, check_length, image_tokens
+from unitoken.codec.sequence import assemble, check_length, image_tokens, lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import Vocabulary
@@ -34,6 +34,16 @@ def test_a_conversation_of_text() -> None:
     assert [words(found.tokens[a:b]) for a, b in found.target_spans] == ["Hello you<reserved08706>", "Later<reserved08706>"]
     assert found.tokens.dtype == np.uint16
     assert found.image_spans.shape == (0, 4)
+
+
+def test_a_prompt_is_laid_out_as_the_conversation_that_it_becomes() -> None:
+    whole = record("See <|image|>!", "Mine", "And?", "Later", sizes=[(2, 4)])
+    asked = parse({"conversations": turns("See <|image|>!", "Mine", "And?", None), "image": ["0.png"]}, "0")
+    prompt = lay_out(asked, [np.random.default_rng(0).integers(0, 8192, (2, 4))], [b"0"], TEXT, VOCABULARY)
+    assert prompt.tokens.tolist() == whole.tokens[: whole.target_spans[1][0]].tolist()
+    assert prompt.target_spans.tolist() == whole.target_spans[:1].tolist()
+    question = parse({"conversations": turns("Hi")}, "0")
+    assert lay_out(question, [], [], TEXT, VOCABULARY).target_spans.shape == (0, 2)
 
 
 def test_an_image_is_trained_on_in_an_answer_only() -> None:

@@ -30,7 +30,7 @@ from unitoken.train.config import StageConfig
 from unitoken.train.decoder import KVCache, causal_mask
 from unitoken.train.folders import find_checkpoint, model_configs
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
-from unitoken.train.sampling import Grammar, Sampling, draw, generator_of
+from unitoken.train.sampling import Grammar, Sampling, Turn, draw, generator_of
 from unitoken.train.weights import check_shapes, decoder_source
 
 PLAIN = Sampling()
@@ -133,30 +133,45 @@ def generate(
         rows = [prompts[number] for number in numbers]
         turns = [grammar.drawing() if drawing else grammar.turn(max_tokens) for _ in rows]
         generators = [generator_of(sampling.seed, number) for number in numbers]
-        room = grammar.longest if drawing else max_tokens + grammar.longest
         if sizes and sampling.guidance != 1:
             rows += [null_prompt(row) for row in rows]
+        room = grammar.longest if drawing else max_tokens + grammar.longest
         context = _Context(model, reading.batch(rows, [reading.length(row) for row in rows], vocabulary), room)
-        choices, running = [next(turn) for turn in turns], set(range(len(turns)))
-        while True:
-            logits, null = context.logits[: len(turns)], context.logits[len(turns) :]
-            chosen = agree(draw(choices, logits, null if len(null) else None, sampling, generators))
-            tokens = chosen.tolist()
-            of_image = [kind.of_image or token == vocabulary.image_start for kind, token in zip(choices, tokens, strict=True)]
-            for row in sorted(running):
-                if tokens[row] != vocabulary.end_of_turn:
-                    replies[numbers[row]].append(tokens[row])
-                try:
-                    choices[row] = turns[row].send(tokens[row])
-                except StopIteration:
-                    running.remove(row)
-            if not running:
-                break
-            if len(null):
-                context.read(chosen.repeat(2), [True] * len(turns) + of_image)
-            else:
-                context.read(chosen, [True] * len(turns))
+        for number, reply in zip(numbers, _replies(context, vocabulary, turns, sampling, generators, agree), strict=True):
+            replies[number] = reply
     return replies
+
+
+def _replies(
+    context: _Context,
+    vocabulary: Vocabulary,
+    turns: Sequence[Turn],
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    agree: Callable[[Tensor], Tensor],
+) -> list[list[int]]:
+    """A reply for each turn. The context has a row for each, and behind them as many with null prompts, where it is guided."""
+    count = len(turns)
+    replies: list[list[int]] = [[] for _ in turns]
+    choices, running = [next(turn) for turn in turns], set(range(count))
+    while True:
+        logits, null = context.logits[:count], context.logits[count:]
+        chosen = agree(draw(choices, logits, null if len(null) else None, sampling, generators))
+        tokens = chosen.tolist()
+        of_image = [kind.of_image or token == vocabulary.image_start for kind, token in zip(choices, tokens, strict=True)]
+        for row in sorted(running):
+            if tokens[row] != vocabulary.end_of_turn:
+                replies[row].append(tokens[row])
+            try:
+                choices[row] = turns[row].send(tokens[row])
+            except StopIteration:
+                running.remove(row)
+        if not running:
+            return replies
+        if len(null):
+            context.read(chosen.repeat(2), [True] * count + of_image)
+        else:
+            context.read(chosen, [True] * count)
 
 
 class _Context:
