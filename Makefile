@@ -10,7 +10,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-cloud chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
+.PHONY: help install demo test test-fast test-gpu test-cloud weights chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: install ## All tests that need no GPU and no servers
 
 test-fast: install ## The tests that take less than ten seconds each
 	@$(BIN)/python -m pytest -q -m "not gpu and not slow and not cloud and not chaos"
+
+test-gpu: install ## The tests that need a GPU: the reference's numbers in bf16, compiled attention, memory
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -q -m gpu
 
 test-cloud: install $(AZURITE) ## The tests of S3, Google and Azure against servers on this machine (azurite needs npm)
 	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m "cloud and not chaos"
@@ -65,6 +68,10 @@ tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=
 merge: install ## Chunks -> one index.json, after workers that were started one by one: make merge OUT=folder
 	@test -n "$(OUT)" || { echo "error: make merge needs OUT=folder" >&2; exit 2; }
 	@$(BIN)/python -m unitoken.tokenize merge --out_dir "$(OUT)"
+
+weights: install ## Fetch Lumina-mGPT-7B-512 and SigLIP into weights/ (about 18 GB, needs a network)
+	@$(BIN)/python -c "from huggingface_hub import snapshot_download as get; [print(get(name, local_dir='weights/' + name.split('/')[1], allow_patterns=['*.safetensors', '*.json', 'tokenizer*'])) for name in ('Alpha-VLLM/Lumina-mGPT-7B-512', 'google/siglip-so400m-patch14-384')]"
+	@echo "Meta gives the image tokenizer on request (github.com/facebookresearch/chameleon); then: python -m unitoken.tokenize convert-vqgan FOLDER weights/vqgan"
 
 clean: ## Remove what the targets made; data that you tokenized stays
 	rm -rf $(VENV) build *.egg-info demo/out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -117,6 +117,10 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
             ("compat=unitoken", "data.continuous=questions"),
             r"data\.continuous: compat 'unitoken' gives features to all images, found 'questions'",
         ),
+        (
+            ("compat=unitoken", "data.null_prompt_fraction=0.1"),
+            r"data\.null_prompt_fraction: compat 'unitoken' leaves every prompt, found 0\.1",
+        ),
         ("trainable=[vit, adaptor]", r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter"),
         ("trainable=[]", r"`trainable`: List should have at least 1 item"),
         (

@@ -78,6 +78,8 @@ def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: in
         raise ConfigError(f"data.continuous: '{data.continuous}' needs model.vision; without a vision tower it is 'none'")
     if config.compat == "unitoken" and vision is not None and data.continuous != "all":
         raise ConfigError(f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'")
+    if config.compat == "unitoken" and data.null_prompt_fraction:
+        raise ConfigError(f"data.null_prompt_fraction: compat 'unitoken' leaves every prompt, found {data.null_prompt_fraction}")
 
 
 def _check_ranks(config: StageConfig, world_size: int) -> None:
