@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from drawn import ROOT, drawing_stage, write_run
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from unitoken.streaming_data.config import load_config
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.__main__ import app
+from unitoken.train.config import StageConfig
+from unitoken.train.dialogue import Dialogue
+from unitoken.train.export import export
 from unitoken.train.questions import conversation_of, read_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -123,13 +125,11 @@ def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp
 
 
 def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path) -> None:
-    """Hugging Face's layout: safetensors under the reference's names, and a config.json."""
     exported = tmp_path / "exported"
-    exported.mkdir()
-    state = torch.load(run / "step-00000001.pt", weights_only=True)["state"]["model"]
-    save_file({name.removeprefix("network."): tensor for name, tensor in state.items()}, exported / "model.safetensors")
-    (exported / "config.json").write_text("{}")
-    (exported / "stage.yaml").write_text((run / "stage.yaml").read_text())
+    stage = load_config(StageConfig, run / "stage.yaml")
+    assert stage.codec is not None
+    Dialogue(stage.codec).vocabulary.save(run / "vocabulary.json")
+    export(str(run), exported, "fp32")
     for checkpoint in (run, exported):
         status, output = ask(checkpoint, "--prompt", "x", "--draw", "--size", "16x16", "--out", tmp_path / checkpoint.name)
         assert status == 0, output

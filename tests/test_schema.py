@@ -109,7 +109,7 @@ def test_what_a_setting_means_is_in_the_schema() -> None:
     comments = comments_of(StageConfig)
     assert comments["compat"].startswith("the reference's behaviour")
     assert comments["activation_checkpointing"].startswith("What the backward pass computes again")
-    assert comments["activation_checkpointing"].endswith("(`selective`).")
+    assert comments["activation_checkpointing"].endswith("model.compile).")
     model = json.loads((YAMLS / "stage.schema.json").read_text())["$defs"]["ModelConfig"]["properties"]
     assert model["vision"]["description"] == "the same for SigLIP; null: no vision tower and no adapter"
 

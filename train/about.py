@@ -19,7 +19,7 @@ from unitoken.streaming_data.files import write_aside
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.mixture import check_mixture
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, has_vision, model_configs, read_decoder, read_vision
 
 STAGE = "stage.yaml"
@@ -73,6 +73,12 @@ def _read_sizes(path: Path) -> Sizes:
         return Sizes.model_validate_json(path.read_bytes())
     except (OSError, pydantic.ValidationError) as error:
         raise ConfigError(f"{path}: not the sizes of a model: {' '.join(str(error).split())[:200]}") from None
+
+
+def sizes_of(origin: Path, config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
+    """The sizes of the weights in `origin`, by themselves or by the settings of the model. Raises ConfigError."""
+    sizes = read_about(origin).sizes
+    return (sizes.decoder, sizes.vision) if sizes else model_configs(config)
 
 
 class Whole(NamedTuple):

@@ -17,17 +17,16 @@ from unitoken.codec.conversations import Conversation
 from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.streaming_data.files import write_aside
-from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.train.about import STAGE, read_about, sizes_of
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import model_configs
+from unitoken.train.folders import find_origin
 from unitoken.train.questions import check_images, latents, parse_size, prompt_text
 
 if TYPE_CHECKING:  # torch
     from unitoken.train.dialogue import Said
     from unitoken.train.sampling import Sampling
 
-STAGE = "stage.yaml"  # a stage's settings, in its run's folder and in what is exported of it
 RESULTS = "results.jsonl"
 SIZE = (512, 512)
 
@@ -111,12 +110,13 @@ def check_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where: str) ->
 
 
 def _check_room(vocabulary: Vocabulary, request: Request) -> None:
-    decoder, _ = model_configs(request.config.model)
+    origin = find_origin(str(request.checkpoint))
+    decoder, _ = sizes_of(origin, request.config.model)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {decoder.vocab_size}")
-    path = (request.checkpoint if request.checkpoint.is_dir() else request.checkpoint.parent) / VOCABULARY
-    if path.is_file():
-        check_vocabulary(vocabulary, Vocabulary.load(path), str(path))
+    trained = read_about(origin).vocabulary
+    if trained is not None:
+        check_vocabulary(vocabulary, trained, str(request.checkpoint))
 
 
 def write(request: Request, said: Sequence[Said]) -> None:

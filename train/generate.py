@@ -26,12 +26,13 @@ from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
+from unitoken.train.about import sizes_of
 from unitoken.train.config import StageConfig
 from unitoken.train.decoder import KVCache, causal_mask
-from unitoken.train.folders import find_checkpoint, model_configs
+from unitoken.train.folders import find_origin
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
 from unitoken.train.sampling import Grammar, Sampling, Turn, draw, generator_of
-from unitoken.train.weights import check_shapes, decoder_source
+from unitoken.train.weights import check_shapes, fit_norms
 
 PLAIN = Sampling()
 NO_TARGETS = np.zeros((0, 2), np.uint32)
@@ -40,10 +41,9 @@ READ = ("input_ids", "position_ids", "pixel_values", "feature_rows", "feature_co
 
 def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
     """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
-    path = Path(checkpoint or config.save.folder)
-    exported = (path / "config.json").is_file()
-    source = decoder_source(str(path)) if exported else checkpoints.source_of(find_checkpoint(str(path)))
-    model = build_model(*model_configs(config.model), config.model)
+    origin = find_origin(str(checkpoint or config.save.folder))
+    model = build_model(*sizes_of(origin, config.model), config.model)
+    source = fit_norms(checkpoints.open_source(origin), shapes_of(model))
     check_shapes(source.shapes, shapes_of(model), source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     return model.eval()

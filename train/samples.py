@@ -42,7 +42,7 @@ class Samples(Callback):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Load the tokenizers, and tokenize what will be asked, which is always the same."""
         samples = self._samples
-        with parallel.paused(state) as network:
+        with parallel.together(), parallel.paused(state) as network:
             self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
             check_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
             self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], samples.size)
