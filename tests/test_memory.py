@@ -73,7 +73,8 @@ def test_a_decoder_keeps_what_is_said(setting: Mode | int, learns: bool, changes
     config = DecoderConfig.model_validate({**SIZES, **changes})
     each = {mode: decoder_token(config, mode, width=4, learns=learns, mask=4 * TOKENS, dropout=4) for mode in MODES}
     found = kept_by_decoder(setting, learns, dropout=0.1, **changes)
-    assert kept(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=0.08)
+    tolerance = 0.08 if setting == "full" else 0.02  # the random generator's state is kept, too
+    assert kept(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=tolerance)
 
 
 @pytest.mark.parametrize("learns", [True, False])

@@ -26,17 +26,20 @@ def test_gradients_are_summed_in_what_the_settings_say(reduce: Literal["bf16", "
     assert (config.device_mesh, config.reshard_after_forward) == (mesh, False)
 
 
-def say(monkeypatch: pytest.MonkeyPatch, *others: str | None) -> None:
-    """This is the first of several ranks; the others say that."""
-    monkeypatch.setattr(parallel, "_of_all_ranks", lambda mine: [mine, *others])
+def say(monkeypatch: pytest.MonkeyPatch, *others: str | None) -> list[str | None]:
+    """This is the first of several ranks; the others say that. Gives back what this one says, as it does."""
+    said: list[str | None] = []
+    monkeypatch.setattr(parallel, "_of_all_ranks", lambda mine: said.append(mine) or [mine, *others])
+    return said
 
 
 def test_what_goes_wrong_on_another_rank_goes_wrong_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    say(monkeypatch, None, "no such folder")
+    said = say(monkeypatch, None, "no such folder")
     with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), parallel.together():
         pass
     with pytest.raises(KeyError, match="mine"), parallel.together():  # its own comes first
         raise KeyError("mine")
+    assert said == [None, "'mine'"]  # the others heard of it
     say(monkeypatch, None, None)
     with parallel.together():
         pass
