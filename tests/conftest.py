@@ -12,9 +12,13 @@ import pytest
 
 
 def pytest_sessionfinish() -> None:
-    """A process that a failed test left hanging: at its exit the interpreter would wait for it for ever."""
+    """A process that a failed test left hanging: at its exit the interpreter would wait for it for ever.
+
+    Daemons it ends itself; killed here, a loader's worker would be an error in the middle of whatever comes next.
+    """
     for child in multiprocessing.active_children():
-        child.kill()
+        if not child.daemon:
+            child.kill()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 from stages import evaluations, metrics, stage, write_data
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.train import parallel
+from unitoken.train import ranks
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.loggers import build_loggers
@@ -104,13 +104,13 @@ def test_a_killed_run_goes_on_counting_what_it_saw(folder: Path, whole: Path, tm
 def test_all_metrics_of_a_step_are_one_reduction_bug_27(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference waited for the GPU three times a step, and had a reduction for each metric."""
     sizes, entries = [], []
-    real, batch_end = parallel.sum_over_ranks, Metrics.batch_end
+    real, batch_end = ranks.sum_over_ranks, Metrics.batch_end
 
     def watched(self: Metrics, state: Any, logger: Any) -> None:
         entries.append(list(state.total_loss_dict))  # what Composer reduces, each by itself
         batch_end(self, state, logger)
 
-    monkeypatch.setattr(parallel, "sum_over_ranks", lambda values: sizes.append(len(values)) or real(values))
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda values: sizes.append(len(values)) or real(values))
     monkeypatch.setattr(Metrics, "batch_end", watched)
     train(stage(folder, f"save.folder={tmp_path}", "max_duration=3ba"))
     assert len(sizes) == 3

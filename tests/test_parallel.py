@@ -10,7 +10,7 @@ from composer.distributed.fsdp2 import create_mixed_precision_policy
 from stages import stage
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.train import parallel
+from unitoken.train import parallel, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
 
@@ -29,19 +29,19 @@ def test_gradients_are_summed_in_what_the_settings_say(reduce: Literal["bf16", "
 def say(monkeypatch: pytest.MonkeyPatch, *others: str | None) -> list[str | None]:
     """This is the first of several ranks; the others say that. Gives back what this one says, as it does."""
     said: list[str | None] = []
-    monkeypatch.setattr(parallel, "_of_all_ranks", lambda mine: said.append(mine) or [mine, *others])
+    monkeypatch.setattr(ranks, "_of_all_ranks", lambda mine: said.append(mine) or [mine, *others])
     return said
 
 
 def test_what_goes_wrong_on_another_rank_goes_wrong_here(monkeypatch: pytest.MonkeyPatch) -> None:
     said = say(monkeypatch, None, "no such folder")
-    with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), parallel.together():
+    with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), ranks.together():
         pass
-    with pytest.raises(KeyError, match="mine"), parallel.together():  # its own comes first
+    with pytest.raises(KeyError, match="mine"), ranks.together():  # its own comes first
         raise KeyError("mine")
     assert said == [None, "'mine'"]  # the others heard of it
     say(monkeypatch, None, None)
-    with parallel.together():
+    with ranks.together():
         pass
 
 
@@ -50,9 +50,9 @@ def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(
         ConfigError, match=r"^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$"
     ):
-        parallel.check_alike("data", "order a")
+        ranks.check_alike("data", "order a")
     say(monkeypatch, "order a", "order a")
-    parallel.check_alike("data", "order a")
+    ranks.check_alike("data", "order a")
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_torchrun_says_which_machine_it_is_by_another_name(
     import os
 
     met: list[float] = []
-    monkeypatch.setattr(parallel.dist, "initialize_dist", lambda device, timeout: met.append(timeout))
+    monkeypatch.setattr(ranks.dist, "initialize_dist", lambda device, timeout: met.append(timeout))
     for name in ("NODE_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
-    parallel.connect()
+    ranks.connect()
     assert not met  # alone
     for name, value in {**environment, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    parallel.connect()
-    assert (os.environ["NODE_RANK"], met) == (node, [parallel.TIMEOUT])
+    ranks.connect()
+    assert (os.environ["NODE_RANK"], met) == (node, [ranks.TIMEOUT])
     monkeypatch.delenv("NODE_RANK")

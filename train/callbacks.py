@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.train import checkpoints, parallel
+from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.config import OptimizerConfig, SaveConfig
 from unitoken.train.measures import Measured, Measures
 from unitoken.train.optim import learning_rate, set_learning_rate
@@ -83,9 +83,9 @@ class Saver(Callback):  # type: ignore[misc]
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         self.saved_at = state.timestamp.batch.value
-        if parallel.is_first_rank():
+        if ranks.is_first_rank():
             checkpoints.clean_up(self.folder)
-        parallel.barrier()
+        ranks.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         # The last batch of an epoch is saved after the epoch's end, or the resumed run would begin with an empty rest of it.
@@ -109,6 +109,6 @@ class Saver(Callback):  # type: ignore[misc]
         self.saved_at = step
         written = self.folder / f".aside-step-{step:08d}.pt"  # the same name on all ranks
         parallel.write_checkpoint(state, written)
-        if parallel.is_first_rank():
+        if ranks.is_first_rank():
             checkpoints.publish(written, checkpoints.path_of(self.folder, step), self.keep)
-        parallel.barrier()
+        ranks.barrier()

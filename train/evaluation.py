@@ -18,7 +18,7 @@ from unitoken.streaming_data.collate import Batch, split_batch
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import PackedLoader, build_loader
 from unitoken.streaming_data.views import Views
-from unitoken.train import parallel
+from unitoken.train import ranks
 from unitoken.train.check import Checked
 from unitoken.train.config import StageConfig
 from unitoken.train.measures import Measured, Measures
@@ -34,7 +34,7 @@ def evaluation_loader(config: StageConfig, checked: Checked, views: Views | None
             checked.evaluation,
             views=views,
             vocabulary=checked.vocabulary,
-            batch_packs=config.data.global_batch // parallel.world_size(),
+            batch_packs=config.data.global_batch // ranks.world_size(),
             compat=config.compat == "unitoken",
         )
     except ConfigError as error:

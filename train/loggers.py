@@ -15,7 +15,7 @@ import numpy as np
 from composer import Logger, State
 from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
-from unitoken.train import parallel
+from unitoken.train import ranks
 from unitoken.train.config import StageConfig
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TensorBoard(LoggerDestination):  # type: ignore[misc]
         self.writer: SummaryWriter | None = None  # of the first rank
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        if parallel.is_first_rank():
+        if ranks.is_first_rank():
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.folder), purge_step=state.timestamp.batch.value + 1)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unitoken.streaming_data.collate import KINDS, Batch, num_packs
-from unitoken.train import parallel
+from unitoken.train import ranks
 
 BUCKETS = 2 * len(KINDS)  # the values of batch["kinds"]
 # Losses by what the token is, and by what the document is; "text" documents have no image.
@@ -97,9 +97,9 @@ class Measures:
         """What was added up, over all ranks; the next step begins at 0. `norm` is the same on all ranks already."""
         assert self.sums is not None, "no microbatch was added"
         local, self.sums = self.sums, None
-        memory = local.new_zeros(parallel.world_size())  # each rank has a place of its own, so that the sum is all of them
-        memory[parallel.rank()] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
-        total = parallel.sum_over_ranks(torch.cat([local, memory]))
+        memory = local.new_zeros(ranks.world_size())  # each rank has a place of its own, so that the sum is all of them
+        memory[ranks.rank()] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
+        total = ranks.sum_over_ranks(torch.cat([local, memory]))
         last = total.new_zeros(1) if norm is None else norm.double().reshape(1)
         values: list[float] = torch.cat([total, last]).tolist()
         weight, loss, ce, z, squares, views = values[:HEAD]

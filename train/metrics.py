@@ -29,7 +29,7 @@ import torch
 from composer import Callback, Logger, State
 
 from unitoken.streaming_data.files import write_aside
-from unitoken.train import parallel
+from unitoken.train import ranks
 from unitoken.train.callbacks import Optimisation
 from unitoken.train.config import StageConfig
 from unitoken.train.flops import Flops, peak
@@ -63,7 +63,7 @@ class Metrics(Callback):  # type: ignore[misc]
         self.tokens_seen |= state["tokens_seen"]
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        if parallel.is_first_rank():
+        if ranks.is_first_rank():
             done = state.timestamp.batch.value
             kept = [line for line in read_metrics(self.path) if line["step"] <= done] if self.path.exists() else []
             write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -93,7 +93,7 @@ class Metrics(Callback):  # type: ignore[misc]
             line["memory_gib"] = measured.memory / 2**30
         if self.peak:
             needed = self.flops.of(measured.tokens, measured.squares, measured.views, measured.targets)
-            line["mfu"] = needed / (seconds * parallel.world_size() * self.peak)
+            line["mfu"] = needed / (seconds * ranks.world_size() * self.peak)
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         self.write(line)
         if self.file is not None:

@@ -30,9 +30,8 @@ from unitoken.train.checkpoints import allow_safe_types
 from unitoken.train.config import StageConfig
 from unitoken.train.decoder import DecoderLayer
 from unitoken.train.model import UniToken
+from unitoken.train.ranks import TIMEOUT, world_size
 from unitoken.train.vision import VisionTower
-
-TIMEOUT = 1800.0  # seconds a rank waits for the others; the first one reads tens of GB while they wait
 
 
 class TrainingModel(ComposerModel):  # type: ignore[misc]
@@ -113,42 +112,6 @@ def _let_cpus_replicate(network: nn.Module) -> None:
     _fsdp_param_group.foreach_reduce = reduce  # type: ignore[assignment,attr-defined]
 
 
-def connect() -> None:
-    """Meet the other ranks, if there are any."""
-    if world_size() > 1:
-        os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name of what Composer asks for
-        dist.initialize_dist(get_device(None), timeout=TIMEOUT)
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What goes wrong in this block on one rank ends all of them, and none waits for one that is gone."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    said = _of_all_ranks(str(failure) or type(failure).__name__ if failure is not None else None)
-    if failure is not None:
-        raise failure
-    for rank, words in enumerate(said):
-        if words is not None:
-            raise ConfigError(f"rank {rank}: {words}")
-
-
-def check_alike(where: str, found: str) -> None:
-    """Raises ConfigError on all ranks where they found different things: two machines whose folders are not the same one."""
-    for rank, other in enumerate(everywhere := _of_all_ranks(found)):
-        if other != everywhere[0]:
-            raise ConfigError(
-                f"{where}: rank 0 finds {everywhere[0]} and rank {rank} finds {other}; it must be the same on all machines"
-            )
-
-
-def _of_all_ranks(mine: str | None) -> list[str | None]:
-    return list(dist.all_gather_object(mine)) if world_size() > 1 else [mine]
-
-
 def _mesh(config: StageConfig) -> DeviceMesh:
     """Ranks as (replicas, shards): neighbours, the GPUs of a machine first, share a copy of the model. One replica: (shards,)."""
     ranks, replicas, kind = dist.get_world_size(), config.fsdp.replicas, get_device(None).name
@@ -170,21 +133,8 @@ def fsdp2_config(config: StageConfig, mesh: DeviceMesh) -> FSDP2Config:
     )
 
 
-def world_size() -> int:
-    """As the launcher says, before anything is initialised."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def has_gpu() -> bool:
     return torch.cuda.is_available()
-
-
-def is_first_rank() -> bool:
-    return rank() == 0
 
 
 def build_trainer(
@@ -251,12 +201,6 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The same on all ranks."""
-    dist.all_reduce(values)
-    return values
-
-
 def write_checkpoint(state: State, path: Path) -> None:
     """Called on all ranks; the first one writes."""
     save_checkpoint(state, str(path))
@@ -281,13 +225,3 @@ def paused(state: State) -> Iterator[UniToken]:
                 module.training = mode
             if isinstance(network, FSDPModule):
                 network.reshard()  # the root keeps what it gathered until a backward pass
-
-
-def first_ranks(tensor: Tensor) -> Tensor:
-    """The first rank's, on all ranks: they must go the same way where they gather shards together."""
-    dist.broadcast(tensor, src=0)
-    return tensor
-
-
-def barrier() -> None:
-    dist.barrier()

@@ -18,7 +18,7 @@ from composer import Callback, Logger, State
 
 from unitoken.streaming_data.files import AsideFolder
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.train import parallel
+from unitoken.train import parallel, ranks
 from unitoken.train.ask import check_vocabulary, png
 from unitoken.train.config import SamplesConfig, StageConfig
 from unitoken.train.dialogue import Dialogue, Picture, Said
@@ -42,7 +42,7 @@ class Samples(Callback):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Load the tokenizers, and tokenize what will be asked, which is always the same."""
         samples = self._samples
-        with parallel.together(), parallel.paused(state) as network:
+        with ranks.together(), parallel.paused(state) as network:
             self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
             check_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
             self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], samples.size)
@@ -59,7 +59,7 @@ class Samples(Callback):  # type: ignore[misc]
 
     def _take(self, state: State, logger: Logger) -> None:
         drawings, answers = self._ask(state)
-        if not parallel.is_first_rank():
+        if not ranks.is_first_rank():
             return
         step = state.timestamp.batch.value
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Samples(Callback):  # type: ignore[misc]
             Sampling(temperature=0.0),
         )
         with parallel.paused(state) as network, torch.no_grad():
-            reading, agree = Reading.of(self._config, network), parallel.first_ranks
+            reading, agree = Reading.of(self._config, network), ranks.first_ranks
             size = dialogue.latents(samples.size)
             drawings = generate(
                 network, dialogue.vocabulary, self._requests, drawn, sizes=[size], drawing=True, reading=reading, agree=agree

@@ -11,7 +11,7 @@ from composer import Callback
 
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.views import CANVASES, Views
-from unitoken.train import checkpoints, parallel
+from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, write_about
 from unitoken.train.callbacks import Optimisation, Saver
 from unitoken.train.check import Checked
@@ -23,7 +23,7 @@ from unitoken.train.folders import find_origin, latest_checkpoint
 from unitoken.train.loggers import build_loggers
 from unitoken.train.memory import needs
 from unitoken.train.metrics import Metrics
-from unitoken.train.model import build_model, find_weights, load_weights, nan_weights, shapes_of
+from unitoken.train.model import UniToken, build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 from unitoken.train.samples import samples_of
 
@@ -31,22 +31,17 @@ from unitoken.train.samples import samples_of
 def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     parallel.check_precision(config)
-    parallel.connect()
-    ranks = parallel.world_size()
+    ranks.connect()
     folder = Path(config.save.folder)
+    compat = config.compat == "unitoken"
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
-    with parallel.together():
+    with ranks.together():
         held_out = evaluation_loader(config, checked, views)
-        loader = build_loader(
-            config.data,
-            views=views,
-            vocabulary=checked.vocabulary,
-            batch_packs=config.data.global_batch // ranks,
-            compat=config.compat == "unitoken",
-        )
+        share = config.data.global_batch // ranks.world_size()
+        loader = build_loader(config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat)
         resume = latest_checkpoint(folder)
-    parallel.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
-    parallel.check_alike("data", f"order {loader.dataset.plan.report.order}")
+    ranks.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
+    ranks.check_alike("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
@@ -59,38 +54,18 @@ def run(config: StageConfig, checked: Checked) -> None:
     if config.model.compile:
         for layer in network.model.layers:
             layer.compile()
-    if resume is not None:
-        with parallel.together():
-            checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
-        if checkpoints.step_of(resume) >= total_steps:
-            say(f"{config.name}: finished, {resume} is its last checkpoint")
-            if parallel.is_first_rank():
-                export_at_end(config)
-            return
-        say(f"{config.name}: goes on from {resume}")
-        if parallel.is_first_rank():
-            nan_weights(network)
-    else:
-        with parallel.together():
-            earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
-            parts = find_weights(network, config.model, earlier)
-            if parallel.is_first_rank():  # the other ranks get their shards from it
-                say("\n".join(load_weights(network, parts, config.seed)))
-    total = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    if parallel.has_gpu():
-        most = (
-            config.microbatch
-            * int(loader.dataset.plan.images.max())
-            * (1 + max(a * d for a, d in CANVASES) if config.data.anyres else 1)
-        )
-        need = needs(config, checked.decoder, checked.vision, ranks=ranks, trained=total, views=most)
-        say(f"{config.name}: needs {need.line()}")
-    say(f"{config.name}: trains {total:,} parameters in {len(trained)} tensors for {total_steps} steps on {ranks} rank(s)")
+    if not _fill(network, config, resume, total_steps):
+        say(f"{config.name}: finished, {resume} is its last checkpoint")
+        if ranks.is_first_rank():
+            export_at_end(config)
+        return
+    _say_size(config, checked, network, most_images=int(loader.dataset.plan.images.max()))
+    say(f"{config.name}: {len(trained)} tensors, {total_steps} steps, {ranks.world_size()} rank(s)")
 
     folder.mkdir(parents=True, exist_ok=True)
-    if parallel.is_first_rank():
+    if ranks.is_first_rank():
         write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
-    warmup, compat = length.steps(config.optimizer.warmup), config.compat == "unitoken"
+    warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
     metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
     callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config)), metrics]
@@ -109,8 +84,41 @@ def run(config: StageConfig, checked: Checked) -> None:
     )
     trainer.fit()
     trainer.close()
-    if parallel.is_first_rank():
+    if ranks.is_first_rank():
         export_at_end(config)
+
+
+def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_steps: int) -> bool:
+    """Give the `meta` model its memory, and on the first rank its weights; the other ranks get their shards from it.
+
+    False where there is nothing left to train.
+    """
+    with ranks.together():
+        if resume is None:
+            earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
+            parts = find_weights(network, config.model, earlier)
+            if ranks.is_first_rank():
+                say("\n".join(load_weights(network, parts, config.seed)))
+            return True
+        checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
+    if checkpoints.step_of(resume) >= total_steps:
+        return False
+    say(f"{config.name}: goes on from {resume}")
+    if ranks.is_first_rank():
+        nan_weights(network)
+    return True
+
+
+def _say_size(config: StageConfig, checked: Checked, network: UniToken, most_images: int) -> None:
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    say(f"{config.name}: trains {trained:,} parameters")
+    if parallel.has_gpu():
+        views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
+        need = needs(
+            config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained,
+            views=config.microbatch * most_images * views,
+        )  # fmt: skip
+        say(f"{config.name}: needs {need.line()}")
 
 
 class Lengths(NamedTuple):
@@ -133,5 +141,5 @@ def stage_identity(config: StageConfig) -> dict[str, object]:
 
 
 def say(text: str) -> None:
-    if parallel.is_first_rank():
+    if ranks.is_first_rank():
         print(text, flush=True)

@@ -1,0 +1,79 @@
+"""Several ranks: who this one is, and what they say to each other so that none waits for one that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from composer.utils import dist, get_device
+from torch import Tensor
+
+from unitoken.streaming_data.config import ConfigError
+
+TIMEOUT = 1800.0  # seconds a rank waits for the others; the first one reads tens of GB while they wait
+
+
+def world_size() -> int:
+    """As the launcher says, before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first_rank() -> bool:
+    return rank() == 0
+
+
+def connect() -> None:
+    """Meet the other ranks, if there are any."""
+    if world_size() > 1:
+        os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name of what Composer asks for
+        dist.initialize_dist(get_device(None), timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong in this block on one rank ends all of them, and none waits for one that is gone."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said = _of_all_ranks(str(failure) or type(failure).__name__ if failure is not None else None)
+    if failure is not None:
+        raise failure
+    for rank, words in enumerate(said):
+        if words is not None:
+            raise ConfigError(f"rank {rank}: {words}")
+
+
+def check_alike(where: str, found: str) -> None:
+    """Raises ConfigError on all ranks where they found different things: two machines whose folders are not the same one."""
+    for rank, other in enumerate(everywhere := _of_all_ranks(found)):
+        if other != everywhere[0]:
+            raise ConfigError(
+                f"{where}: rank 0 finds {everywhere[0]} and rank {rank} finds {other}; it must be the same on all machines"
+            )
+
+
+def _of_all_ranks(mine: str | None) -> list[str | None]:
+    return list(dist.all_gather_object(mine)) if world_size() > 1 else [mine]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The same on all ranks."""
+    dist.all_reduce(values)
+    return values
+
+
+def first_ranks(tensor: Tensor) -> Tensor:
+    """The first rank's, on all ranks: they must go the same way where they gather shards together."""
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def barrier() -> None:
+    dist.barrier()
