@@ -31,9 +31,9 @@ def check_images_fit(source: Source, config: DataConfig, views: Views | None) ->
         return
     source.check(SIDECAR)
     limit, block = limit_of(source.config, config.packed_length), _block(source)
-    counts = _counts(source)
+    found = _found(source)
     for kind, brings in (("asked about", config.continuous != "none"), ("drawn", config.continuous == "all")):
-        if not counts[kind]:
+        if kind not in found:
             continue
         features = _features(source, kind, limit - block, views) if brings and views is not None else 0
         if block + features > limit:
@@ -55,18 +55,22 @@ def _block(source: Source) -> int:
     return min(4 + height // latent * (width // latent + 1) for width, height in sizes)
 
 
-def _counts(source: Source) -> dict[str, int]:
-    """Images of a stream's samples of the kinds wanted: those asked about, and those drawn."""
+def _found(source: Source) -> set[str]:
+    """What is done with images in the samples of the kinds wanted: asked about, drawn, or both. Rows are many, memory is not."""
     import pyarrow.parquet
 
-    path = source.folder / SIDECAR
-    table = pyarrow.parquet.read_table(path, columns=["images", "question_images"])
-    images, asked = (table.column(name).to_numpy().astype(np.int64) for name in ("images", "question_images"))
-    if (kinds := source.config.kinds) is not None:
-        drawn = asked < images
-        wanted = np.where(drawn, "generation" in kinds, "understanding" in kinds)
-        images, asked = images * wanted, asked * wanted
-    return {"asked about": int(asked.sum()), "drawn": int((images - asked).sum())}
+    kinds, found = source.config.kinds, set()
+    with pyarrow.parquet.ParquetFile(source.folder / SIDECAR) as sidecar:
+        for batch in sidecar.iter_batches(ROWS, columns=["images", "question_images"]):
+            images, asked = (batch.column(name).to_numpy() for name in ("images", "question_images"))
+            drawn = asked < images
+            if kinds is not None:
+                wanted = np.where(drawn, "generation" in kinds, "understanding" in kinds)
+                asked, drawn = asked * wanted, drawn & wanted
+            found |= ({"asked about"} if asked.any() else set()) | ({"drawn"} if drawn.any() else set())
+            if len(found) == 2:
+                break
+    return found
 
 
 def _features(source: Source, kind: str, room: int, views: Views) -> int:
