@@ -28,7 +28,17 @@ def main(arguments: list[str]) -> None:
         from unitoken.train.config import StageConfig
 
         config = load_config(StageConfig, arguments[0], arguments[1:])
-        checked = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        try:
+            checked = check(config, world_size)
+        except ConfigError:
+            if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+                from unitoken.train import ranks  # other machines' launchers would not hear of this, and their ranks wait
+
+                ranks.connect()
+                with ranks.together():
+                    raise
+            raise
         from unitoken.train.stage import run  # torch and Composer: ten seconds, and only for settings that fit
 
         run(config, checked)

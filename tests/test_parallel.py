@@ -73,4 +73,4 @@ def test_torchrun_says_which_machine_it_is_by_another_name(
         monkeypatch.setenv(name, value)
     ranks.connect()
     assert (os.environ["NODE_RANK"], met) == (node, [ranks.TIMEOUT])
-    monkeypatch.delenv("NODE_RANK")
+    del os.environ["NODE_RANK"]  # monkeypatch would put it back for the tests that come after
