@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pydantic
 import pytest
 from small_datasets import make_record, small_vocabulary, text_records, write_dataset, write_manifest
 
@@ -209,3 +210,15 @@ def test_streams_of_other_image_tokenizers_are_told_apart_by_a_warning(tmp_path)
 def test_sizes_are_written_as_people_write_them(tmp_path):
     limits = [settings(tmp_path, {"a": {"local": "x"}}, cache_limit=value).cache_limit for value in ("2gb", "1.5 MB", 1000)]
     assert limits == [2 << 30, 3 << 19, 1000]
+
+
+def test_a_batch_may_be_told_in_tokens():
+    settings = {"streams": {"a": {"local": "x"}}, "packed_length": 64}
+    assert DataConfig(**settings, global_batch="512tok").global_batch == 8
+    for batch, message in (
+        ("500tok", "500tok are no whole number of packs of packed_length: 64"),
+        ("32tok", "32tok are no whole number"),
+        ("tok", "global_batch"),
+    ):
+        with pytest.raises(pydantic.ValidationError, match=message):
+            DataConfig(**settings, global_batch=batch)

@@ -140,6 +140,24 @@ def test_a_finished_stage_is_left_as_it_is(folder: Path, uninterrupted: Path, ca
     assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
 
 
+def test_a_run_may_last_so_many_tokens_and_is_as_long_wherever_it_is_resumed(
+    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told in whole steps by the plan's tokens, so that it ends at the same batch on any number of ranks."""
+    tokens = sum(line["tokens"] for line in metrics(uninterrupted)[:9])  # of an epoch
+    config = stage(folder, f"save.folder={tmp_path}", f"max_duration={tokens * 14 // 9}tok", f"optimizer.warmup={tokens}tok")
+    with monkeypatch.context() as patch:
+        kill_at(11, patch)
+        with pytest.raises(KilledError):
+            train(config)
+    train(config)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in metrics(uninterrupted)[:14]]
+    assert lines[8]["lr"] == pytest.approx(3e-3 * 8 / 9)
+    assert lines[9]["lr"] == max(line["lr"] for line in lines) == pytest.approx(3e-3)
+
+
 def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: Path, tmp_path: Path) -> None:
     """Microbatches hold different numbers of supervised tokens: a mean of their means would differ."""
     overrides = ["model.dropout=0", "max_duration=4ba"]

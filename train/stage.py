@@ -21,7 +21,7 @@ from unitoken.train.export import export_at_end
 from unitoken.train.flops import step_flops
 from unitoken.train.folders import find_origin, latest_checkpoint
 from unitoken.train.loggers import build_loggers
-from unitoken.train.memory import needs
+from unitoken.train.memory import Need, needs
 from unitoken.train.metrics import Metrics
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
@@ -59,8 +59,11 @@ def run(config: StageConfig, checked: Checked) -> None:
         if ranks.is_first_rank():
             export_at_end(config)
         return
-    _say_size(config, checked, network, most_images=int(loader.dataset.plan.images.max()))
-    say(f"{config.name}: {len(trained)} tensors, {total_steps} steps, {ranks.world_size()} rank(s)")
+    count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    where = f"{total_steps} steps on {ranks.world_size()} rank(s)"
+    say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
+    if parallel.has_gpu():
+        say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
 
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_first_rank():
@@ -109,16 +112,11 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
     return True
 
 
-def _say_size(config: StageConfig, checked: Checked, network: UniToken, most_images: int) -> None:
-    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    say(f"{config.name}: trains {trained:,} parameters")
-    if parallel.has_gpu():
-        views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
-        need = needs(
-            config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained,
-            views=config.microbatch * most_images * views,
-        )  # fmt: skip
-        say(f"{config.name}: needs {need.line()}")
+def _need(config: StageConfig, checked: Checked, trained: int, most_images: int) -> Need:
+    """What it takes of a GPU; `most_images` is the most that a pack of the plan has."""
+    views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
+    views *= config.microbatch * most_images
+    return needs(config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained, views=views)
 
 
 class Lengths(NamedTuple):
