@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## The whole job on real data, on a laptop: ends with demo/out/report.html and one line of figures
-	@$(BIN)/python -m demo
+	@$(BIN)/python -m demo $(ARGS)
 
 test: install ## All tests that need no GPU and no servers
 	@$(BIN)/python -m pytest -q -m "not gpu and not cloud and not chaos"

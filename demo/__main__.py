@@ -3,7 +3,7 @@
 Handwritten digits -> conversations -> two datasets (2 workers each) -> one packed, mixed stream -> a small UniToken model
 on 2 ranks: base training, Stage I, Stage II (killed halfway, resumed, and compared with an uninterrupted run) -> reading
 held-out digits, drawing all ten with guidance -> demo/out/report.html. The last line on stdout is one JSON object of
-measured figures.
+measured figures. Settings of Stage I and II may follow: make demo ARGS=data.anyres=true
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def launch(stage: str, run: str) -> subprocess.Popen[bytes]:
     """Start a stage under Composer's launcher, in a process group of its own so that all of it can be killed."""
     launcher = str(Path(sys.executable).with_name("composer"))
     command = [launcher, "-n", str(RANKS), "train.py", f"yamls/demo/{stage}.yaml", f"save.folder={RUNS / run}"]
+    if stage != "base":  # without a vision tower, and with little to change
+        command += sys.argv[1:]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
 
 
@@ -122,7 +124,7 @@ def main() -> None:
     from demo import report
     from demo.evaluate import Evaluation
 
-    evaluation = Evaluation("stage2", RUNS / "stage2-resumed")
+    evaluation = Evaluation(RUNS / "stage2-resumed")
     answers = evaluation.read(DATA / "heldout.json")
     drawings = evaluation.draw()
     manifests = [json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8")) for name in ("captions", "drawings")]

@@ -17,6 +17,7 @@ from unitoken.streaming_data.images import decode
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.report import Report
 from unitoken.streaming_data.views import Views
+from unitoken.train.about import STAGE
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.dialogue import Dialogue
@@ -24,7 +25,6 @@ from unitoken.train.generate import Reading, generate, load_model
 from unitoken.train.questions import asked, beside, conversation_of
 from unitoken.train.sampling import Sampling
 
-ROOT = Path(__file__).parent.parent
 EACH = 10  # drawings of each digit
 SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents
 # Of the digits drawn with guidance 1 (none) 85 to 93 % are read as asked, with 2 96 to 99 %, with 3 98 to 100 % (three seeds).
@@ -35,8 +35,8 @@ READING = Sampling(temperature=0.0)
 class Evaluation:
     """The model of a finished run, and what it takes to ask it something."""
 
-    def __init__(self, stage: str, run: Path) -> None:
-        self.config = load_config(StageConfig, ROOT / "yamls" / "demo" / f"{stage}.yaml")
+    def __init__(self, run: Path) -> None:
+        self.config = load_config(StageConfig, run / STAGE)
         assert self.config.codec is not None
         self.model = load_model(self.config, run)
         self.dialogue = Dialogue(self.config.codec)
@@ -71,7 +71,7 @@ class Evaluation:
         vision: Any = checked.vision
         loader = build_loader(
             self.config.data,
-            views=Views(vision.image_size, vision.patch_size),
+            views=Views(vision.image_size, vision.patch_size, self.config.data.anyres),
             vocabulary=checked.vocabulary,
             batch_packs=self.config.data.global_batch,
             compat=False,
