@@ -85,8 +85,10 @@ def run(config: StageConfig, checked: Checked) -> None:
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
     )
-    trainer.fit()
-    trainer.close()
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()  # files and loggers, also of a run that fails
     if ranks.is_first_rank():
         export_at_end(config)
 
