@@ -116,11 +116,12 @@ class DataConfig(Config):
         """`global_batch: 524288tok` -> packs."""
         batch = settings.get("global_batch") if isinstance(settings, dict) else None
         match = re.fullmatch(r"([1-9]\d*) *tok", batch) if isinstance(batch, str) else None
-        if match is None or not isinstance(settings["packed_length"], int) or settings["packed_length"] <= 0:
-            return settings
-        packs, rest = divmod(int(match[1]), settings["packed_length"])
+        length = settings.get("packed_length") if match else None
+        if match is None or not isinstance(length, int) or length <= 0:
+            return settings  # what is wrong with packed_length is said of itself
+        packs, rest = divmod(int(match[1]), length)
         if not packs or rest:
-            raise ValueError(f"global_batch: {batch} are no whole number of packs of packed_length: {settings['packed_length']}")
+            raise ValueError(f"global_batch: {batch} are no whole number of packs of packed_length: {length}")
         return {**settings, "global_batch": packs}
 
     @pydantic.model_validator(mode="after")

@@ -222,3 +222,5 @@ def test_a_batch_may_be_told_in_tokens():
     ):
         with pytest.raises(pydantic.ValidationError, match=message):
             DataConfig(**settings, global_batch=batch)
+    with pytest.raises(pydantic.ValidationError, match="packed_length"):  # and no KeyError, where that is what is missing
+        DataConfig(streams=settings["streams"], global_batch="512tok")
