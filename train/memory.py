@@ -3,9 +3,10 @@
 need = needs(config, decoder, vision, ranks=8, trained=7_442_880_560, views=16)
 print(need.line())
 
-The peak is in the backward pass through the decoder, when all that was kept of the forward pass is still there. The sizes of
-a token's activations are those of the code in decoder.py and vision.py: a test counts what they really keep. Compiled layers
-keep somewhat less than is said here.
+The peak is in the backward pass: at its beginning, when all that was kept of the forward pass is still there, or at its end, when
+all gradients are. The sizes of a token's activations are those of the code in decoder.py and vision.py: a test counts what they
+really keep, and another runs whole steps of the 7B model on tensors without memory, which take what is said here or up to a tenth
+less. Compiled layers keep somewhat less.
 """
 
 from __future__ import annotations
@@ -111,7 +112,13 @@ def kept(setting: Literal["none", "full", "selective"] | int, layers: int, each:
 
 
 def needs(
-    config: StageConfig, decoder: DecoderConfig, vision: VisionConfig | None, *, ranks: int, trained: int, views: int
+    config: StageConfig,
+    decoder: DecoderConfig,
+    vision: VisionConfig | None,
+    *,
+    ranks: int,
+    trained: int,
+    views: int,
 ) -> Need:
     """
     Args:
@@ -121,7 +128,7 @@ def needs(
     width, reduced = (2, 2 if config.fsdp.reduce == "bf16" else 4) if config.precision == "bf16" else (4, 4)
     number = counts(decoder, vision)
     parts = {name.split(".")[0] for name in config.trainable}
-    learns = "model" in parts
+    learns, looks = "model" in parts, "vit" in parts
     hidden, tokens = decoder.hidden_size, config.microbatch * config.data.packed_length
     setting = config.activation_checkpointing
     dropout = 1 if config.model.dropout else 0
@@ -135,33 +142,46 @@ def needs(
     tower = 0
     if vision is not None:
         features = views * vision.features
-        if "vit" in parts:
+        if looks:
             of_tower = {mode: tower_token(vision, mode, width=width) for mode in modes}
             tower = features * kept(setting, vision.num_hidden_layers, of_tower)
         tower += features * width * (vision.hidden_size + 3 * hidden)  # the adapter's inputs, and what is put into the sequence
     # What is computed again of one layer, and the gradients on the way back through its widest part.
     again = of_layer["none"] - (of_layer[setting] if isinstance(setting, str) else 0)
-    working = tokens * (again + 3 * width * decoder.intermediate_size + 12 * hidden)
+    working = tokens * (again + 2 * width * decoder.intermediate_size + 8 * hidden)
     # A chunk's logits, rounded and in float32; their gradient and two passing copies of it.
     logits = CHUNK * decoder.vocab_size * (width + 4 * 4)
 
     shards = max(ranks // config.fsdp.replicas, 1)
-    sharded = ranks > 1
-    largest = max(number.layer, number.tower)
-    gathered = 0
-    if sharded:  # the unit in use and the next one; the rest of the model stays from its first use on
-        gathered = width * ((number.rest + 2 * largest) if config.fsdp.reshard else (number.total + largest))
-        rest = number.rest if learns or "lm_head" in parts else 0
-        gathered += width * rest + (width + reduced) * largest  # gradients before they are summed, and those that are being summed
-    elif width == 2:
-        gathered = 2 * number.total  # autocast's copies
+    gradients = 4 * trained / shards
+    earlier = gradients if config.data.global_batch // ranks > config.microbatch else 0.0  # of the microbatches before
+    rest = number.rest if learns else 0  # what is summed and freed last of all
+
+    def units(size: int, trains: bool) -> float:
+        """One in use and the next, their gradients and those that are being summed; the rest stays, with the output layer's."""
+        return width * (number.rest + 2 * size + rest / 2) + trains * (width + reduced) * size
+
+    of_layers, of_the_tower, of_the_rest = units(number.layer, learns), units(number.tower, looks), (2 * width + reduced) * rest
+    not_freed = 0 if config.fsdp.reshard else width * (number.total - number.rest - number.layer)
+    if ranks == 1:  # autocast's copies of the weights
+        copied = number.total if setting == "none" else number.rest + number.layer
+        of_layers = of_the_tower = of_the_rest = 2 * copied if width == 2 else 0
+        not_freed = 0
+    of_units = gradients - 4 * rest / shards
+    moments: tuple[dict[str, float], ...] = (  # the last layer's turn, the first layer's, the tower's, the rest's
+        {
+            "decoder activations": activations, "one layer again": max(working, logits), "gathered units": of_layers + not_freed,
+            "gradients": earlier,
+        },
+        {"one layer again": working, "gathered units": of_layers, "gradients": of_units},
+        {"gathered units": of_the_tower, "gradients": of_units},
+        {"gathered units": of_the_rest, "gradients": gradients},
+    )  # fmt: skip
+    most = max(moments, key=lambda moment: sum(moment.values()))
     return Need({
         "parameters": 4 * number.total / shards,
-        "their gradients": 4 * trained / shards,
         "Adam's moments": 8 * trained / shards,
-        "gathered units": float(gathered),
-        "decoder activations": float(activations),
         "tower activations": float(tower),
-        "one layer again": float(max(working, logits)),
+        **most,
         "runtime": RUNTIME,
     })  # fmt: skip

@@ -1,0 +1,150 @@
+"""A step of training at its real size, without its memory: fake tensors on a CPU, sharded by FSDP2 over a fake process group.
+
+What is counted are the bytes of all storages alive at once, at most, in the forward and backward pass of a run's second step.
+Attention is sdpa's, whose mask becomes numbers a layer; all tokens are trained on. Where a CPU keeps other things than a GPU it is
+made to do the same: autocast computes LayerNorm in float32, and dropout's mask has a byte an element.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed._tools.fake_collectives  # what FSDP2 calls, for fake tensors
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage, distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
+from unitoken.train.model import UniToken, build_model
+from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
+
+
+class Peak(TorchDispatchMode):
+    """Bytes alive now, and at most, of all that operations give back and FSDP2 resizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def count(self, tensor: Tensor) -> None:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self._change, storage._cdata, None)
+        self._change(storage._cdata, storage.nbytes())
+
+    def _change(self, key: int, size: int | None) -> None:
+        self.now += (size or 0) - self.sizes.pop(key, 0)
+        if size is not None:
+            self.sizes[key] = size
+        self.most = max(self.most, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # its local tensors come by here
+        if func is torch.ops.aten.nonzero.default:  # all of them are not zero: fake tensors have no values
+            result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        else:
+            result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return result
+
+    def __enter__(self) -> "Peak":
+        self._resize, peak = UntypedStorage.resize_, self
+
+        def resize_(storage: UntypedStorage, size: int) -> None:
+            peak._resize(storage, size)
+            if storage._cdata in peak.sizes:
+                peak._change(storage._cdata, size)
+
+        UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
+        return super().__enter__()  # type: ignore[return-value]
+
+    def __exit__(self, *exception: object) -> None:
+        UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*exception)
+
+
+def peak_bytes(
+    config: StageConfig, decoder: DecoderConfig, vision: VisionConfig, *, ranks: int, views: int, microbatches: int = 1
+) -> int:
+    """Of one of `ranks` GPUs, its microbatches each of `config.microbatch` packs and `views` pictures that the tower sees."""
+    with ExitStack() as stack:
+        stack.enter_context(_as_on_a_gpu())
+        mesh = None
+        if ranks > 1:
+            distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+            stack.callback(distributed.destroy_process_group)
+            mesh = init_device_mesh("cpu", (ranks,))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model = build_model(decoder, vision, config.model, config.activation_checkpointing)
+        freeze(model, config.trainable)
+        model.to_empty(device="cpu").train()
+        if mesh is not None:
+            _shard(model, config, mesh)
+        optimizer = build_optimizer(model, config.optimizer)
+        set_learning_rate(optimizer, 1e-5)
+        batch = _batch(config, vision, views)
+        peak = Peak()
+        for tensor in (*model.parameters(), *batch.values()):
+            peak.count(tensor)
+        with peak:
+            for _ in range(2):  # the second has Adam's moments
+                peak.most = 0
+                for _ in range(microbatches):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                        loss = model(batch).total
+                    loss.backward()
+                    del loss
+                most = peak.most
+                optimizer.step()
+                optimizer.zero_grad()
+        return most
+
+
+def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
+    """As Composer does by `fsdp_wrap_fn` of train/parallel.py."""
+    reduced = torch.bfloat16 if config.fsdp.reduce == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
+    for module in (*model.model.layers, model.vit, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.fsdp.reshard)
+
+
+def _batch(config: StageConfig, vision: VisionConfig, views: int) -> dict[str, Tensor]:
+    packs, length = config.microbatch, config.data.packed_length
+    tokens, features = torch.zeros(packs, length, dtype=torch.int64), torch.zeros(views * vision.features, dtype=torch.int64)
+    return {
+        "input_ids": tokens, "labels": tokens.clone(), "position_ids": tokens.clone(), "document_ids": tokens.int(),
+        "pixel_values": torch.zeros(views, 3, vision.image_size, vision.image_size, dtype=torch.uint8),
+        "view_rows": torch.zeros(views, dtype=torch.int64),
+        "feature_rows": features, "feature_columns": features, "feature_views": features, "feature_patches": features,
+    }  # fmt: skip
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    plain = F.layer_norm
+
+    def layer_norm(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return plain(*args, **kwargs)
+        wide = [value.float() if isinstance(value, Tensor) else value for value in args]
+        return plain(*wide, **{key: value.float() if isinstance(value, Tensor) else value for key, value in kwargs.items()})
+
+    def dropout(states: Tensor, p: float, training: bool) -> Tensor:
+        return torch.native_dropout(states, p, training)[0]
+
+    with patch.object(F, "layer_norm", layer_norm), patch.object(F, "dropout", dropout):
+        yield
