@@ -192,6 +192,35 @@ def test_what_one_machine_lacks_is_an_error_on_all_of_them(folder: Path, tmp_pat
     assert all("it names step-00000001.pt, which is not there" in words for words in said), said
 
 
+OUT_OF_MEMORY = """
+import os, runpy
+from unitoken.train.model import UniToken
+
+forward, seen = UniToken.forward, []
+
+def fail_at_the_third(self, batch):
+    seen.append(batch)
+    if os.environ["RANK"] == "1" and len(seen) == 3:
+        raise RuntimeError("out of memory, on rank 1 alone")
+    return forward(self, batch)
+
+UniToken.forward = fail_at_the_third
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_rank_that_fails_alone_ends_all_and_says_why(folder: Path, tmp_path: Path) -> None:
+    """Not a run that hangs for half an hour and says nothing: the others wait for its shards, and it must not wait for them."""
+    command = ["-c", OUT_OF_MEMORY, write_stage(folder), f"save.folder={tmp_path}/run"]
+    ranks = start(2, command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in reversed(ranks)]
+    finally:
+        finish(ranks, timeout=1)
+    assert all(rank.returncode for rank in ranks)
+    assert "RuntimeError: out of memory, on rank 1 alone" in said[0], said
+
+
 def test_two_machines_train_as_one_under_torchrun(folder: Path, by_two: Path) -> None:
     """Two launchers of one rank each, which meet at an address: with the command of the README."""
     port, settings = free_port(), dry(folder, "torchrun")["overrides"]

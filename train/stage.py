@@ -87,8 +87,10 @@ def run(config: StageConfig, checked: Checked) -> None:
     )
     try:
         trainer.fit()
-    finally:
-        trainer.close()  # files and loggers, also of a run that fails
+    except BaseException:
+        trainer.engine.close()  # files and loggers; Trainer.close waits for all ranks, and the others wait for this one's shards
+        raise
+    trainer.close()
     if ranks.is_first_rank():
         export_at_end(config)
 
