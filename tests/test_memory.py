@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from unitoken.streaming_data.config import load_config
 from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
-from unitoken.train.decoder import Decoder, document_mask
+from unitoken.train.decoder import Decoder, _compiled, document_mask
 from unitoken.train.memory import Mode, counts, decoder_token, kept, needs, tower_token
 from unitoken.train.model import build_model
 from unitoken.train.optim import freeze
@@ -212,6 +212,8 @@ def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", 
     from torch import distributed
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    torch._dynamo.reset()
+    _compiled.cache_clear()
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
@@ -245,6 +247,7 @@ def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", 
         need = needs(config, sizes, None, ranks=2, trained=trained, views=0)
         shared = sum(need.parts[part] for part in ("parameters", "Adam's moments", "gradients"))
         said = need.total - need.parts["runtime"] + shared  # two ranks would have half of these each
-        assert said == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+        # Of two layers and a large vocabulary: the output layer's gradients count for more than in a deep model.
+        assert 0.75 * said < torch.cuda.max_memory_allocated() < 1.05 * said
     finally:
         distributed.destroy_process_group()

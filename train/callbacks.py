@@ -54,7 +54,7 @@ class Optimisation(Callback):  # type: ignore[misc]
         norm = parallel.gradient_norm(parameters)
         self.measured = self.measures.take(norm)
         if self.measured.finite:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm, foreach=True)
             self.in_a_row = 0
         else:
             state.optimizers[0].zero_grad(set_to_none=True)

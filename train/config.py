@@ -168,6 +168,7 @@ class StageConfig(Config):
     activation_checkpointing: Literal["none", "full", "selective"] | Positive = "none"
     compat: Literal["unitoken"] | None = None  # the reference's behaviour wherever ours is a fix
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    deterministic: bool = False  # the same losses bit for bit each time on a GPU, too, where attention's gradient is slower then
     save: SaveConfig
     log: LogConfig = LogConfig()
     eval: EvalConfig | None = None

@@ -92,7 +92,18 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
         return cast(Tensor, _compiled(flex_attention)(query, key, value, block_mask=mask))
     with warnings.catch_warnings():  # newer versions of torch warn that eager is slow; on the CPU it is for tests
         warnings.simplefilter("ignore")
-        return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
+        try:
+            return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
+        except NotImplementedError:  # torch 2.11 has no gradient of it on a CPU
+            return _dense(query, key, value, mask)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    from torch.nn.attention.flex_attention import create_mask
+
+    rows, _, length, _ = query.shape
+    allowed = create_mask(mask.mask_mod, rows, 1, length, length, device=str(query.device))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
 class RMSNorm(nn.Module):

@@ -37,7 +37,7 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
         z_weight: weight of the mean of logsumexp squared.
         masked: ids that get no probability (the reference's `mask_image_logits`), or None.
     """
-    row, column = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the one place that waits for a GPU
+    row, column = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the one place of the model that waits for a GPU
     rows, targets = hidden[row, column], labels[row, column + 1]  # (n, hidden), (n,)
     tokens: list[Tensor] = []
     ce = z = rows.sum(dtype=torch.float64) * 0.0  # keeps the graph whole where there is nothing to train on

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
 from composer.core.precision import get_precision_context
+from composer.devices import DeviceGPU
 from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.checkpoint import save_checkpoint
@@ -170,6 +171,9 @@ def build_trainer(
             precision="amp_bf16" if config.precision == "bf16" else "fp32",
             # Only this form selects FSDP2; a dict would give DDP without a word.
             parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None,
+            # Composer lets products of float32 matrices on a GPU be TF32.
+            device=DeviceGPU(allow_tf32=config.precision == "bf16") if torch.cuda.is_available() else None,
+            deterministic_mode=config.deterministic,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
             load_path=str(resume) if resume else None,
@@ -186,6 +190,9 @@ def build_trainer(
         if config.fsdp.replicas > 1:
             _let_cpus_replicate(network)
         average.scale = gradient_scale(next(network.parameters()).device, mesh)
+        if isinstance(network, FSDPModule):
+            # Embeddings and output layer are needed again at once; torch 2.7 never frees a root, newer ones do.
+            network.set_reshard_after_forward(False, recurse=False)
         register_fsdp_forward_method(network, "predict")
     return trainer
 
@@ -197,7 +204,8 @@ def check_precision(config: StageConfig) -> None:
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients together, over all shards."""
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -212,6 +220,8 @@ def paused(state: State) -> Iterator[UniToken]:
     network: UniToken = state.model.network
     modes = [(module, module.training) for module in network.modules()]
     device = network.lm_head.weight.device
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # drawing lots on a GPU sums in an order of its own
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         get_precision_context(state.precision, state.precision_config),
@@ -221,6 +231,7 @@ def paused(state: State) -> Iterator[UniToken]:
         try:
             yield network
         finally:
+            torch.use_deterministic_algorithms(deterministic)
             for module, mode in modes:
                 module.training = mode
             if isinstance(network, FSDPModule):
