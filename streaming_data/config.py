@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -112,6 +112,14 @@ def _nested_model(annotation: Any) -> type[pydantic.BaseModel] | None:
         if not isinstance(argument, types.NoneType) and (found := _nested_model(argument)):
             return found
     return None
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
 
 
 def _valid_keys(model: type[pydantic.BaseModel], location: Sequence[str | int]) -> list[str]:

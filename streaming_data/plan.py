@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unitoken.streaming_data.balance import balance
-from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.config import Config, ConfigError, flat
 from unitoken.streaming_data.files import AsideFolder, locked, remove_abandoned
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.mixture import Continuous, DataConfig, Kind, OverLong, Source, Unit
@@ -101,7 +101,7 @@ class Recipe(Config):
 
     def differences(self, other: dict[str, Any]) -> str:
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""
-        now, then = _flat(self.model_dump(mode="json")), _flat(other)
+        now, then = flat(self.model_dump(mode="json")), flat(other)
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         found = [f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in keys]
         return "; ".join(found) or "the order of the streams"
@@ -344,10 +344,3 @@ def _weigh(streams: Sequence[StreamSamples], ids: npt.NDArray[np.uint32], offset
         for stream, counts in zip(streams, sums, strict=True)
     ]
     return squares, images, shares
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

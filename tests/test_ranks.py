@@ -181,6 +181,17 @@ def test_a_folder_that_the_machines_do_not_share_is_one_error_on_all_of_them(fol
     assert all(message in words.splitlines() for words in said), said
 
 
+def test_machines_with_different_settings_are_one_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
+    """An old YAML on one of two machines: half of the model would be trained at another learning rate."""
+    command = [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/run"]
+    ranks = start(2, [*command, "optimizer.lr=1e-2"], [*command, "optimizer.lr=1e-9"], nodes=2, stderr=subprocess.PIPE, text=True)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    message = "error: optimizer.lr: rank 0 has 0.01 and rank 1 has 1e-09; settings must be the same on all machines"
+    assert all(message in words.splitlines() for words in said), said
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_one_machine_lacks_is_an_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest").symlink_to("step-00000001.pt")  # and no such file

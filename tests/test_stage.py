@@ -323,6 +323,29 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     assert torch.equal(weights(tmp_path / "run")["lm_head.weight"].bfloat16().float(), exported["lm_head.weight"])
 
 
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
+    """Tried small, then with the real data: it would say that it is finished, and Stage II would begin with the trial's weights."""
+    settings = [f"save.folder={tmp_path}/run", "max_duration=1ba"]
+    run_folder = train(stage(folder, *settings))
+    train(stage(folder, *settings, "microbatch=2", "log.every=7", f"data.cache={tmp_path}"))  # nothing that weights depend on
+    other = stage(folder, *settings, "optimizer.lr=5e-4", "seed=7")
+    with pytest.raises(
+        ConfigError, match=r"run: finished with other settings: optimizer\.lr 0\.003, now 0\.0005; seed 0, now 7\. Ch"
+    ):
+        train(other)
+    assert "lr: 0.003" in (run_folder / "stage.yaml").read_text()
+
+
+def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_path: Path) -> None:
+    try:
+        fixed = train(stage(folder, f"save.folder={tmp_path}/fixed", "max_duration=3ba", "deterministic=true"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
+
+
 def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:
     with pytest.raises(ConfigError, match="give each stage a folder of its own"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "name=other"))

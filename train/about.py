@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
 
-from unitoken.streaming_data.config import Config, ConfigError, load_config
+from unitoken.streaming_data.config import Config, ConfigError, flat, load_config
 from unitoken.streaming_data.files import write_aside
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.mixture import check_mixture
@@ -79,6 +79,31 @@ def sizes_of(origin: Path, config: ModelConfig) -> tuple[DecoderConfig, VisionCo
     """The sizes of the weights in `origin`, by themselves or by the settings of the model. Raises ConfigError."""
     sizes = read_about(origin).sizes
     return (sizes.decoder, sizes.vision) if sizes else model_configs(config)
+
+
+def shared(stage: StageConfig) -> dict[str, Any]:
+    """The settings by their dotted names, without the places of data and folders, which machines may name in their own way."""
+    places = ("save.folder", "data.cache")
+    return {
+        name: value
+        for name, value in flat(stage.model_dump(mode="json")).items()
+        if not name.startswith(places) and not name.endswith(".local")
+    }
+
+
+# What the weights of a finished run depend on: not how it was computed, nor what was written beside.
+_OF_WEIGHTS = ("model.", "init_from", "trainable", "optimizer.", "data.", "precision", "compat", "seed")
+_OF_COMPUTING = ("model.attention", "model.compile", "data.cache", "data.workers", "data.prefetch")
+
+
+def check_finished(run: Path, stage: StageConfig) -> None:
+    """Raises ConfigError where a finished run was another one: taken for done, what is asked for would never be trained."""
+    made_by = read_stage(run)
+    then, now = (flat(one.model_dump(mode="json")) if one is not None else {} for one in (made_by, stage))
+    names = [name for name in {**then, **now} if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)]
+    found = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+    if made_by is not None and found:
+        raise ConfigError(f"{run}: finished with other settings: {'; '.join(found)}. Choose another save.folder")
 
 
 class Whole(NamedTuple):

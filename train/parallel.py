@@ -190,9 +190,9 @@ def build_trainer(
         if config.fsdp.replicas > 1:
             _let_cpus_replicate(network)
         average.scale = gradient_scale(next(network.parameters()).device, mesh)
-        if isinstance(network, FSDPModule):
-            # Embeddings and output layer are needed again at once; torch 2.7 never frees a root, newer ones do.
-            network.set_reshard_after_forward(False, recurse=False)
+        if config.fsdp.reshard and hasattr(network, "set_reshard_after_forward"):
+            # Newer torch would free embeddings and output layer, too, which are needed again at once; 2.7 never frees a root.
+            network.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
         register_fsdp_forward_method(network, "predict")
     return trainer
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from composer.utils import dist, get_device
 from torch import Tensor
@@ -59,7 +61,22 @@ def check_alike(where: str, found: str) -> None:
             )
 
 
-def _of_all_ranks(mine: str | None) -> list[str | None]:
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError on all ranks where two of them have other settings, by an old file on one machine.
+
+    Each would train its own shards of the model in its own way, and nothing else would tell.
+    """
+    first, *others = [json.loads(text) for text in _of_all_ranks(json.dumps(settings))]
+    for rank, other in enumerate(others, 1):
+        for key in {**first, **other}:
+            if first.get(key) != other.get(key):
+                raise ConfigError(
+                    f"{key}: rank 0 has {first.get(key)} and rank {rank} has {other.get(key)}; "
+                    "settings must be the same on all machines"
+                )
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
     return list(dist.all_gather_object(mine)) if world_size() > 1 else [mine]
 
 

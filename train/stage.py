@@ -12,7 +12,7 @@ from composer import Callback
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
-from unitoken.train.about import Sizes, write_about
+from unitoken.train.about import Sizes, check_finished, shared, write_about
 from unitoken.train.callbacks import Optimisation, Saver
 from unitoken.train.check import Checked
 from unitoken.train.config import StageConfig
@@ -40,6 +40,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         share = config.data.global_batch // ranks.world_size()
         loader = build_loader(config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat)
         resume = latest_checkpoint(folder)
+    ranks.check_settings(shared(config))
     ranks.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
     ranks.check_alike("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
@@ -55,6 +56,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         for layer in network.model.layers:
             layer.compile()
     if not _fill(network, config, resume, total_steps):
+        check_finished(folder, config)
         say(f"{config.name}: finished, {resume} is its last checkpoint")
         if ranks.is_first_rank():
             export_at_end(config)
