@@ -73,11 +73,6 @@ def lay_out(
     )
 
 
-def image_tokens(height: int, width: int) -> int:
-    """The length of an image's block, `Vocabulary.image_block`, for (height, width) in latents."""
-    return 4 + height * (width + 1)
-
-
 def check_length(tokens: int, limit: int | None, what: str = "tokens") -> None:
     if limit is not None and tokens > limit:
         raise ItemError(f"too long: {tokens} {what}, max_tokens is {limit}")

@@ -50,6 +50,11 @@ def grid_name(units: int) -> str:
     return f"<reserved{8800 + units:05d}>"
 
 
+def image_tokens(height: int, width: int) -> int:
+    """The length of an image's block, `Vocabulary.image_block`, for (height, width) in latents."""
+    return 4 + height * (width + 1)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Ids run from 0 to `size - 1`; `image_ids[code]` is the id of an image code, `grid_ids[n - 1]` of grid size n."""
@@ -106,7 +111,7 @@ class Vocabulary:
         return codes
 
     def image_block(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        """Codes (h, w) -> the ids of the whole image block, (4 + h * (w + 1),). h and w must be even."""
+        """Codes (h, w) -> the ids of the whole image block, (image_tokens(h, w),). h and w must be even."""
         height, width = codes.shape
         grid = [self._grid_id(height), self._grid_id(width)]
         rows = np.column_stack([self._id_of_code[codes], np.full(height, self.newline)])  # (h, w + 1)

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from unitoken.codec.conversations import Conversation, ItemError, item_id, parse, refuse_empty
-from unitoken.codec.sequence import assemble, check_length, image_tokens
+from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
 from unitoken.streaming_data.manifest import REJECTS
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import is_url, split
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT
+from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
 from unitoken.tokenize import pipeline, sources
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.job import Chunk, Job
