@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed._tools.fake_collectives  # what FSDP2 calls, for fake tensors
 import torch.nn.functional as F
-from torch import Tensor, UntypedStorage, distributed
+from torch import Tensor, UntypedStorage, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -91,7 +91,9 @@ def peak_bytes(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = build_model(decoder, vision, config.model, config.activation_checkpointing)
         freeze(model, config.trainable)
-        model.to_empty(device="cpu").train()
+        for module in model.train().modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad))
         if mesh is not None:
             _shard(model, config, mesh)
         optimizer = build_optimizer(model, config.optimizer)
