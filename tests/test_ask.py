@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from drawn import CODEC, ROOT, drawing_stage, write_run
 from PIL import Image
 from typer.testing import CliRunner
@@ -168,6 +169,17 @@ def test_a_killed_command_loses_nothing_and_goes_on(run: Path, tmp_path: Path, m
     assert numbered(tmp_path / "out") == numbered(tmp_path / "whole")
     assert ask(*command, "--out", tmp_path / "out", "--seed", 1)[0] == 0
     assert len(asked) == 7, "other sampling begins anew"
+
+
+def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("unitoken.train.generate.generate", full)
+    status, output = ask(run, "--prompt", "x", "--size", "8x8", "--out", tmp_path / "out", "--batch", 64)
+    assert (status, output) == (2, "error: --batch 64: the GPU has no memory for so many replies at a time: give less\n")
 
 
 def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -98,6 +99,16 @@ def reply(request: Request, checked: Checked, sampling: Sampling) -> None:
     half = config.precision == "bf16" and device == "cuda"
     # Tensor by tensor: the whole in float32 may be too much for the device.
     model = load_model(config, request.checkpoint).to(device, torch.bfloat16 if half else None)
+    ask = functools.partial(
+        generate,
+        model,
+        dialogue.vocabulary,
+        sampling=sampling,
+        sizes=[dialogue.latents(size) for size in checked.sizes],
+        drawing=request.drawing,
+        reading=reading,
+        batch=request.batch,
+    )
     replies = Replies(request.out, _identity(request, checked, sampling))
     done = replies.begin()
     if done:
@@ -106,29 +117,22 @@ def reply(request: Request, checked: Checked, sampling: Sampling) -> None:
         conversations = [request.conversations[number] for number in numbers]
         limits = [min(request.max_tokens, config.data.packed_length - lengths[number]) for number in numbers]
         try:
-            found = generate(
-                model,
-                dialogue.vocabulary,
-                dialogue.prompts(conversations, checked.crops),
-                sampling,
-                sizes=[dialogue.latents(size) for size in checked.sizes],
-                drawing=request.drawing,
-                max_tokens=limits,
-                numbers=numbers,
-                reading=reading,
-                batch=request.batch,
-            )
+            found = ask(dialogue.prompts(conversations, checked.crops), max_tokens=limits, numbers=numbers)
         except torch.OutOfMemoryError:
             raise ConfigError(f"--batch {request.batch}: the GPU has no memory for so many replies at a time: give less") from None
         ended = [request.drawing or len(ids) < limit for ids, limit in zip(found, limits, strict=True)]
         lines = list(map(_line, numbers, conversations, dialogue.said(found), ended))
         replies.add([(line, _files(line, said, request.drawing)) for line, said in lines])
         done.update(numbers)
-        for line, _ in lines:
-            answer = " ".join(line["pictures"]) if request.drawing else line["text"]
-            say(f"{line['number']:04d}  {line['prompt'].strip()}  ->  {answer}")
-        if len(lengths) > request.batch:
-            say(f"{len(done)} of {len(lengths)} replies")
+        _tell([line for line, _ in lines], request.drawing, len(done), len(lengths))
+
+
+def _tell(lines: Sequence[Line], drawing: bool, done: int, total: int) -> None:
+    for line in lines:
+        answer = " ".join(line["pictures"]) if drawing else line["text"]
+        say(f"{line['number']:04d}  {line['prompt'].strip()}  ->  {answer}")
+    if len(lines) < total:
+        say(f"{done} of {total} replies")
 
 
 def say(line: str) -> None:

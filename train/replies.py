@@ -28,8 +28,8 @@ def check_folder(folder: Path, inputs: Sequence[Path]) -> None:
     """Nothing of anybody else's is overwritten or removed. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / ".writable", b"")
-        (folder / ".writable").unlink()
+        write_aside(folder / f"{ASIDE}writable", b"")
+        (folder / f"{ASIDE}writable").unlink()
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write there: {error.strerror or error}") from None
     for path in inputs:
