@@ -38,6 +38,7 @@ def asking(folder: Path, **changes: Any) -> dict[str, Any]:
         "size": [16, 24],
         "answer": {str(folder / "a.png"): "What is it?"},
         "max_tokens": 5,
+        "guidance": 3.0,
         **changes,
     }
 
