@@ -13,6 +13,8 @@ before the first human turn. The last assistant turn may be null: it is what a m
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,29 @@ def _trimmed(value: object, limit: int, depth: int = 4) -> object:
         pairs = itertools.islice(value.items(), limit)
         return {_trimmed(key, limit): _trimmed(part, limit, depth - 1) for key, part in pairs} if depth else "..."
     return value
+
+
+def shown(source: str | bytes) -> str:
+    """An image's name for messages: never its bytes."""
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes in the item"
+    text = f"{source[:40]}..." if is_inline(source) else source if len(source) <= 300 else f"{source[:300]}..."
+    return text if "\0" not in text else repr(text)
+
+
+def is_inline(source: str) -> bool:
+    return source[:5].lower() == "data:"
+
+
+def inline(source: str) -> bytes:
+    """The bytes that a `data:` URL holds."""
+    head, comma, text = source.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ItemError(f"bad base64: {shown(source)}: expected data:image/...;base64,...")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ItemError(f"bad base64: {shown(source)}: {error}") from None
 
 
 def checked_text(value: str, what: str) -> str:

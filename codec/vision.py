@@ -87,7 +87,7 @@ class _Codec:
         self._clock_start = _now(device)
 
     def begin(self, pictures: Sequence[Pixels] | Pixels) -> Pending:
-        with torch.inference_mode(), _arithmetic(self._precision):
+        with torch.inference_mode(), _arithmetic(self._precision, self._device):
             x = self._upload(pictures)
             started = _now(self._device)
             # By way of float64, as the reference scales. GroupNorm on CPU takes the variance of channels-last data as
@@ -103,7 +103,7 @@ class _Codec:
         return self.begin(pixels).codes()
 
     def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
-        with torch.inference_mode(), _arithmetic(self._precision):
+        with torch.inference_mode(), _arithmetic(self._precision, self._device):
             x = self._network.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device)).float()
             x = (x.clamp(-1, 1) + 1) / 2 * 255
             pixels: npt.NDArray[np.uint8] = x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()  # truncated, as the reference
@@ -165,11 +165,15 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _arithmetic(precision: str) -> Iterator[None]:
+def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """What the precision says, whatever surrounds it: a run that draws samples is under autocast, and codes would differ."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "fp32"):
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "fp32"),
+            torch.autocast(device.type, enabled=False),
+        ):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -45,9 +45,9 @@ class Evaluation:
         """Ask for each item of `file` what digit it is; the item's own answer is kept from the model."""
         items = json.loads(file.read_text(encoding="utf-8"))
         conversations = [conversation_of(beside(item, file.parent), str(number)) for number, item in enumerate(items)]
-        prompts = self.dialogue.prompts(conversations, SIZE)
-        reading = Reading.of(self.config, self.model)
-        replies = generate(self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, reading=reading)
+        prompts = self.dialogue.prompts(conversations, [SIZE])
+        reading = Reading.of(self.config, self.model.vision)
+        replies = generate(self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, reading=reading, batch=64)
         return [
             Answer(np.asarray(decode(prompt.images[0])), item["conversations"][1]["value"], said.text)
             for prompt, item, said in zip(prompts, items, self.dialogue.said(replies), strict=True)
@@ -56,9 +56,9 @@ class Evaluation:
     def draw(self, sampling: Sampling = DRAWING) -> list[Drawing]:
         """EACH drawings of every digit, and what an ordinary classifier, trained on the real digits, reads in them."""
         words = [word for word in WORDS for _ in range(EACH)]
-        prompts = self.dialogue.prompts([asked(REQUESTS[0].format(word)) for word in words], SIZE)
+        prompts = self.dialogue.prompts([asked(REQUESTS[0].format(word)) for word in words], [SIZE])
         sizes = [self.dialogue.latents(SIZE)]
-        replies = generate(self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True)
+        replies = generate(self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64)
         pictures = [said.pictures[0] for said in self.dialogue.said(replies)]
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])

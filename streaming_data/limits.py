@@ -8,7 +8,7 @@ import numpy as np
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import SIDECAR
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
+from unitoken.streaming_data.vocabulary import image_tokens
 
 if TYPE_CHECKING:
     from unitoken.streaming_data.mixture import DataConfig, Source, StreamConfig
@@ -47,12 +47,8 @@ def check_images_fit(source: Source, config: DataConfig, views: Views | None) ->
 
 def _block(source: Source) -> int:
     """Tokens of the smallest image of a stream."""
-    from unitoken.streaming_data.images import crops  # Pillow and pyarrow: 0.3 s
-
-    manifest = source.manifest
-    latent = manifest.vision.downsampling
-    sizes = crops(manifest.crop, manifest.target_size, LATENTS_PER_GRID_UNIT * latent)
-    return min(image_tokens(height // latent, width // latent) for width, height in sizes)
+    latent = source.manifest.vision.downsampling
+    return min(image_tokens(height // latent, width // latent) for width, height in source.manifest.crops())
 
 
 def _found(source: Source) -> set[str]:

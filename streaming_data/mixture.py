@@ -177,15 +177,9 @@ def open_sources(config: DataConfig) -> list[Source]:
     """Find every stream's dataset and check that they share one vocabulary. Raises ConfigError."""
     sources = []
     for name, stream in config.streams.items():
-        remote = stream.remote.removeprefix("file://").rstrip("/") if stream.remote else None
-        store: Store | None = None
-        if remote is None:
-            assert stream.local is not None, "checked by StreamConfig"
-            folder = Path(stream.local)
-        else:
-            store = open_store(remote, stream.endpoint, PATIENCE)
-            key = hashlib.sha256(f"{stream.endpoint or ''}{remote}".encode()).hexdigest()[:16]
-            folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
+        folder, store = _folder(config, stream), None
+        if stream.remote is not None:
+            store = open_store(_remote(stream), stream.endpoint, PATIENCE)
             _fetch_small_files(name, store, folder)
         source = Source(name, folder, store, stream, load_manifest(folder))
         source.check(INDEX)
@@ -199,6 +193,26 @@ def open_sources(config: DataConfig) -> list[Source]:
                 f"{first.manifest.vocabulary}, {other.folder} has {other.manifest.vocabulary}; tokenize both with one tokenizer"
             )
     return sources
+
+
+def _remote(stream: StreamConfig) -> str:
+    return (stream.remote or "").removeprefix("file://").rstrip("/")
+
+
+def _folder(config: DataConfig, stream: StreamConfig) -> Path:
+    """Where the small files of a stream are, or will be."""
+    if stream.local:
+        return Path(stream.local)
+    key = hashlib.sha256(f"{stream.endpoint or ''}{_remote(stream)}".encode()).hexdigest()[:16]
+    return config.cache_folder / "datasets" / key
+
+
+def crops_of(config: DataConfig) -> list[tuple[int, int]]:
+    """The (width, height) in pixels that the pictures of all streams were cut to for the image tokenizer, those of most
+    pictures first. For streams that `open_sources` has found. Raises ConfigError."""
+    manifests = [load_manifest(_folder(config, stream)) for stream in config.streams.values()]
+    with_images = sorted((manifest for manifest in manifests if manifest.images), key=lambda manifest: -manifest.images)
+    return list(dict.fromkeys(crop for manifest in with_images for crop in manifest.crops()))
 
 
 def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:

@@ -1,23 +1,28 @@
 """`python -m unitoken.train generate`, from a checkpoint to files; and what it says to those who ask wrongly."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from drawn import ROOT, drawing_stage, write_run
+import torch
+from drawn import CODEC, ROOT, drawing_stage, write_run
 from PIL import Image
 from typer.testing import CliRunner
 
 from unitoken.streaming_data.config import load_config
 from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.train import dialogue
+from unitoken.train import generate as generating
 from unitoken.train.__main__ import app
 from unitoken.train.config import StageConfig
 from unitoken.train.dialogue import Dialogue
 from unitoken.train.export import export
-from unitoken.train.questions import conversation_of, read_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -27,7 +32,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = drawing_stage(folder)
     run = write_run(folder, config)
-    (run / "stage.yaml").write_text((folder / "tiny.yaml").read_text().replace("vocab_size: 170", "vocab_size: 583"))
+    (run / "stage.yaml").write_text(
+        (folder / "tiny.yaml")
+        .read_text()
+        .replace("vocab_size: 170", "vocab_size: 583")
+        .replace("packed_length: 64", "packed_length: 128")
+    )
     Image.new("RGB", (40, 30), (200, 10, 10)).save(folder / "a.png")
     Image.new("RGB", (20, 30), (10, 10, 10)).save(folder / "b.jpg")
     return run
@@ -48,7 +58,7 @@ def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> Non
     common = [run, "--prompt", "Draw a two.", "--prompt", "Please draw the digit seven.", "--draw", "--count", 2]
     status, output = ask(*common, "--out", tmp_path / "one", "--size", "32x16")
     assert status == 0, output
-    lines = results(tmp_path / "one")
+    lines = numbered(tmp_path / "one")
     assert [line["prompt"] for line in lines] == ["Draw a two."] * 2 + ["Please draw the digit seven."] * 2
     assert [line["pictures"] for line in lines] == [[f"{n:04d}.png"] for n in range(4)]
     pictures = [np.asarray(Image.open(tmp_path / "one" / f"{n:04d}.png")) for n in range(4)]
@@ -78,7 +88,7 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
     limits = ["--max-tokens", 5, "--size", "16x16", "--temperature", 0]
     status, output = ask(run / "latest", *question, "--prompts", folder / "asked.jsonl", "--out", tmp_path / "out", *limits)
     assert status == 0, output
-    found = results(tmp_path / "out")
+    found = numbered(tmp_path / "out")
     assert [len(line["images"]) for line in found] == [2, 1, 1, 0]  # type: ignore[arg-type]
     assert found[2]["prompt"] == "<|image|> Read this digit:"
     texts = [(tmp_path / "out" / f"{n:04d}.txt").read_text() for n in range(4)]
@@ -100,6 +110,12 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
         (["model.decoder.vocab_size=100", "--prompt", "x"], "its vocabulary has 583 ids, model.decoder has room for 100"),
         (["--prompt", "x", "--out", "{run}/latest/out"], "cannot write there"),
         (["--prompt", "x", "--image", "{run}/stage.yaml"], "stage.yaml: not an image"),
+        (["--prompt", "x", "--guidance", "inf"], "--guidance inf: expected a finite number"),
+        (["--prompt", "x", "--temperature", "inf"], "--temperature inf: expected a finite number"),
+        (["--prompt", "x " * 200, "--size", "8x8"], "longer than data.packed_length, 128, is nothing that the model ever read"),
+        (["--prompt", "x", "--draw", "--size", "64x64"], "and the reply 276 at least; longer than data.packed_length, 128"),
+        (["--prompt", "x", "--image", "{run}/stage.yaml", "--out", "{run}"], "stage.yaml: it is inside --out"),
+        (["--prompt", "x", "--out", "{run}", "--size", "8x8"], "it holds latest and no results.jsonl of replies"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -109,6 +125,123 @@ def test_what_is_asked_wrongly_is_one_line(run: Path, tmp_path: Path, arguments:
     assert said in output
     assert output.startswith("error: ")
     assert output.count("\n") == 1
+
+
+def numbered(folder: Path) -> list[dict[str, object]]:
+    return sorted(results(folder), key=lambda line: line["number"])  # type: ignore[arg-type, return-value]
+
+
+def test_a_killed_command_loses_nothing_and_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch by batch: what a batch gave is there before the next one begins, and is not made again."""
+    command = [
+        run,
+        "--prompt",
+        "Draw a two.",
+        "--prompt",
+        "Draw a six.",
+        "--count",
+        3,
+        "--batch",
+        2,
+        "--size",
+        "8x8",
+        "--max-tokens",
+        4,
+    ]
+    assert ask(*command, "--out", tmp_path / "whole")[0] == 0
+    asked, real = [], generating.generate
+
+    def killed(*arguments: Any, **settings: Any) -> Any:
+        asked.append(settings["numbers"])
+        if len(asked) == 3:
+            raise RuntimeError("died")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr("unitoken.train.generate.generate", killed)
+    with pytest.raises(RuntimeError, match="died"):
+        ask(*command, "--out", tmp_path / "out")
+    assert [line["number"] for line in numbered(tmp_path / "out")] == sorted(asked[0] + asked[1])
+    status, output = ask(*command, "--out", tmp_path / "out")
+    assert status == 0
+    assert "goes on behind 4 of 6 replies" in output
+    assert output.endswith("6 of 6 replies\n")
+    assert asked[3:] == [asked[2]]
+    assert numbered(tmp_path / "out") == numbered(tmp_path / "whole")
+    assert ask(*command, "--out", tmp_path / "out", "--seed", 1)[0] == 0
+    assert len(asked) == 7, "other sampling begins anew"
+
+
+def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("unitoken.train.generate.generate", full)
+    status, output = ask(run, "--prompt", "x", "--size", "8x8", "--out", tmp_path / "out", "--batch", 64)
+    assert (status, output) == (2, "error: --batch 64: the GPU has no memory for so many replies at a time: give less\n")
+
+
+def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> None:
+    """No reply leads to where no pack of the training had a token: 128 here."""
+    command = [run, "--prompt", "x", "--top-k-text", 0, "--size", "8x8", "--count", 8]
+    assert ask(*command, "--out", tmp_path / "short", "--max-tokens", 1)[0] == 0
+    assert not all(line["ended"] for line in results(tmp_path / "short"))
+    assert ask(*command, "--out", tmp_path / "long", "--temperature", 50)[0] == 0
+    lines = results(tmp_path / "long")
+    assert {bool(line["ended"]) for line in lines} == {True, False}
+
+
+def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each to the crop that keeps most of it, and not to --size."""
+    seen: list[tuple[int, ...]] = []
+    real = dialogue._by_shape
+
+    def watched(arrays: Any, *rest: Any) -> Any:
+        seen.extend(array.shape for array in arrays)
+        return real(arrays, *rest)
+
+    monkeypatch.setattr("unitoken.train.dialogue._by_shape", watched)
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, symlinks=True)
+    (folder / "pictures.json").write_text('{"crops": [[16, 8], [8, 16]]}')
+    question = ["--prompt", "What? <|image|>", "--count", 3, "--max-tokens", 1]
+    status, output = ask(folder, *question, "--image", run.parent / "a.png", "--out", tmp_path / "a")
+    assert (status, "warning" in output) == (0, False), output
+    status, output = ask(folder, *question, "--image", run.parent / "b.jpg", "--out", tmp_path / "b", "--size", "8x8")
+    assert status == 0
+    assert output.startswith("warning: no picture of the data has 8x8 pixels, they have 16x8, 8x16\n")
+    assert [shape for shape in seen if len(shape) == 3] == [(8, 16, 3), (16, 8, 3)], "a picture once, for all of its replies"
+    status, output = ask(folder, "--prompt", "x", "--draw", "--count", 6, "--out", tmp_path / "c")
+    assert {Image.open(path).size for path in (tmp_path / "c").glob("*.png")} == {(16, 8), (8, 16)}
+
+
+def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_files(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "unitoken.train", "generate", run, "--prompt", "\u6f22", "--size", "8x8", "--batch", "1"]
+    old = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
+    limits = ["--count", "3", "--max-tokens", "3"]
+    done = subprocess.run([*command, *limits, "--out", tmp_path / "a"], env=old, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "\u6f22" in done.stdout.decode("utf-8")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*command, *limits, "--out", tmp_path / "b"], env=old, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert numbered(tmp_path / "b") == numbered(tmp_path / "a")
+
+
+def test_guidance_that_training_never_showed_is_off_or_warned_of(run: Path, tmp_path: Path) -> None:
+    command = [run, "--prompt", "x", "--draw", "--size", "8x8", "--out", tmp_path / "out"]
+    assert "warning" not in ask(*command)[1]
+    assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 1.0
+    assert ask(*command, "--guidance", 2)[1].startswith("warning: guidance 2 is away from a prompt that training never showed")
+    ask(*command[:1], "data.null_prompt_fraction=0.1", *command[1:])
+    assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 4.0
 
 
 def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp_path: Path) -> None:
@@ -124,16 +257,24 @@ def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp
     assert (status, "no checkpoint in it" in output) == (2, True)
 
 
-def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder, though the run named its tokenizers as seen from where it was started, and without the text tokenizer."""
     exported = tmp_path / "exported"
-    stage = load_config(StageConfig, run / "stage.yaml")
+    shutil.copytree(CODEC["tokenizer"], tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    (run / "vqgan").symlink_to(CODEC["vision"]["weights"])  # type: ignore[index]
+    weights = os.path.relpath(run / "vqgan")
+    overrides = ["model.decoder.vocab_size=583", "codec.tokenizer=tokenizer", f"codec.vision.weights={weights}"]
+    stage = load_config(StageConfig, run / "stage.yaml", overrides)
     assert stage.codec is not None
     Dialogue(stage.codec).vocabulary.save(run / "vocabulary.json")
-    export(str(run), exported, "fp32")
-    for checkpoint in (run, exported):
-        status, output = ask(checkpoint, "--prompt", "x", "--draw", "--size", "16x16", "--out", tmp_path / checkpoint.name)
+    export(str(run), exported, "fp32", stage)
+    shutil.rmtree(tmp_path / "tokenizer")
+    monkeypatch.chdir("/")
+    for checkpoint, out in ((run, "one"), (exported, "two")):
+        status, output = ask(checkpoint, "--prompt", "x", "--draw", "--size", "16x16", "--out", tmp_path / out)
         assert status == 0, output
-    assert (tmp_path / "run" / "0000.png").read_bytes() == (exported / "0000.png").read_bytes()
+    assert (tmp_path / "one" / "0000.png").read_bytes() == (tmp_path / "two" / "0000.png").read_bytes()
 
 
 def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path: Path) -> None:
@@ -146,23 +287,6 @@ def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path:
     assert status == 2
     assert other.fingerprint in output
     assert "583 ids" in output
-
-
-def test_the_answer_of_an_item_and_its_pictures_are_kept_from_the_model() -> None:
-    turns = [{"from": "human", "value": "<|image|> Now draw it."}, {"from": "gpt", "value": "Here: <|image|>"}]
-    conversation = conversation_of({"conversations": turns, "image": ["a.png", "b.png"]}, "x")
-    assert conversation.images == ("a.png",)
-    assert len(conversation.turns) == 1
-    story = [*turns, {"from": "human", "value": "And again."}, {"from": "gpt", "value": None}]
-    assert conversation_of({"conversations": story, "image": ["a.png", "b.png"]}, "x").images == ("a.png", "b.png")
-
-
-def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("Draw a cat.\n\nWhat is love?\n")
-    assert [conversation.turns[0].segments for conversation in read_prompts(tmp_path / "p.txt")] == [
-        ("Draw a cat.",),
-        ("What is love?",),
-    ]
 
 
 def test_help_takes_no_torch() -> None:

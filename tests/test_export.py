@@ -21,7 +21,7 @@ from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
 from unitoken.train import export as exporting
-from unitoken.train.about import Sizes, read_about, read_stage, read_whole, write_about
+from unitoken.train.about import Pictures, Sizes, read_about, read_stage, read_whole, write_about
 from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.export import export
@@ -45,7 +45,7 @@ def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: i
     state = {f"{checkpoints.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
     checkpoints.publish(folder / ".aside-7.pt", checkpoints.path_of(folder, 7), keep=1)
-    write_about(folder, config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    write_about(folder, config, Sizes(decoder=decoder, vision=vision), vocabulary, Pictures(crops=[(32, 16)]))
     return model
 
 
@@ -114,6 +114,7 @@ def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, export
 def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     whole = read_whole(find_origin(str(exported)))
     assert whole.vocabulary == small_vocabulary()
+    assert whole.pictures == Pictures(crops=[(32, 16)])
     assert whole.stage == stage(folder)
     assert whole.sizes.vision == VisionConfig(**VISION)
     assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()

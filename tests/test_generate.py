@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_datasets import make_record, small_vocabulary
+from small_datasets import BLOCK, make_record, small_vocabulary
 
-from unitoken.streaming_data.collate import Collate
+from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.decoder import KVCache
 from unitoken.train.generate import Reading, generate, null_prompt, parts_of, prompt_of
 from unitoken.train.model import UniToken, build_model, load_weights
 from unitoken.train.sampling import Sampling
@@ -179,6 +181,56 @@ def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(
     assert found == [plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=guidance, max_tokens=30) for p in several]
     assert len(found[0]) < len(open_ended[0])
     assert any(isinstance(part, np.ndarray) for part in parts_of(vocabulary, found[0]))
+
+
+def test_replies_in_words_read_no_null_prompts(model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They had doubled compute and cache; and from the first image on the null rows read images alone."""
+    rows: list[int] = []
+    real = UniToken.predict
+
+    def watched(self: UniToken, batch: Batch, *rest: Any) -> torch.Tensor:
+        rows.append(len(batch["input_ids"]))
+        return real(self, batch, *rest)
+
+    monkeypatch.setattr(UniToken, "predict", watched)
+    several = prompts(vocabulary, 4, 9, 7, 6)
+    guided = dataclasses.replace(LIKELIEST, guidance=3.0)
+    words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
+    assert words == generate(model, vocabulary, several, guided, sizes=[(2, 2)], max_tokens=8)
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+    rows.clear()
+    drawn = dataclasses.replace(vocabulary, image_start=words[0][2])
+    (reply,) = generate(model, drawn, several[:1], guided, sizes=[(2, 2)], max_tokens=3)
+    assert len(rows) == len(reply) + BLOCK, "the null prompt once, and the image token by token but for its last"
+
+
+def test_several_replies_to_a_picture_show_it_to_the_tower_once(model: UniToken, vocabulary: Vocabulary) -> None:
+    several = prompts(vocabulary, 6, 7, 8)
+    reading = Reading(Views(8, 4))
+    batch = reading.batch([several[1]] * 3 + [several[2]], [reading.length(p) for p in [several[1]] * 3 + [several[2]]], vocabulary)
+    assert len(batch["pixel_values"]) == len({*several[1].images, *several[2].images}) == 3
+    assert batch["feature_views"].reshape(5, 4)[:, 0].tolist() == [0, 0, 0, 1, 2]
+
+
+def test_the_cache_takes_a_few_tokens_more_than_it_holds() -> None:
+    """Doubling took twice what a long prompt needs."""
+    cache = KVCache(1, 10_000)
+    for new in (4000, 1, 300):
+        key = torch.zeros(1, 1, new, 2)
+        cache.update(0, key, key)
+        cache.seen += new
+        assert cache.stored[0] is not None
+        assert cache.seen <= cache.stored[0][0].shape[2] <= cache.seen + KVCache.STEP
+
+
+def test_each_prompt_may_have_a_number_and_a_limit_of_its_own(model: UniToken, vocabulary: Vocabulary) -> None:
+    """So that some of many prompts get the replies that they get among all."""
+    several = prompts(vocabulary, 4, 9, 7, 6)
+    limits = [3, 9, 5, 2]
+    found = generate(model, vocabulary, several, Sampling(seed=1), max_tokens=limits)
+    assert all(len(reply) <= limit for reply, limit in zip(found, limits, strict=True))
+    some = generate(model, vocabulary, several[1:3], Sampling(seed=1), max_tokens=limits[1:3], numbers=[1, 2])
+    assert some == found[1:3]
 
 
 def test_an_image_that_has_begun_is_finished(model: UniToken, vocabulary: Vocabulary) -> None:

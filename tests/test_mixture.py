@@ -7,8 +7,9 @@ import pytest
 from small_datasets import make_record, small_vocabulary, text_records, write_dataset, write_manifest
 
 from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.streaming_data.images import crops
 from unitoken.streaming_data.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
-from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, open_sources, to_streams
+from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, crops_of, open_sources, to_streams
 
 
 def settings(tmp_path, streams: dict, **others) -> DataConfig:
@@ -224,3 +225,29 @@ def test_a_batch_may_be_told_in_tokens():
             DataConfig(**settings, global_batch=batch)
     with pytest.raises(pydantic.ValidationError, match="packed_length"):  # and no KeyError, where that is what is missing
         DataConfig(streams=settings["streams"], global_batch="512tok")
+
+
+def test_the_crops_of_a_mixture_are_those_of_its_pictures_the_most_frequent_first(tmp_path):
+    """Also of a remote dataset, and not of one without pictures, whatever its manifest says."""
+
+    def dataset(name: str, pictures: int, **manifest: object) -> str:
+        folder = tmp_path / name
+        write_dataset(
+            folder, [make_record(f"r{n}", small_vocabulary(), 4, question_images=1) for n in range(pictures)] or text_records(3)
+        )
+        fields = {**json.loads((folder / MANIFEST).read_bytes()), **manifest}
+        (folder / MANIFEST).write_text(json.dumps(fields))
+        return str(folder)
+
+    few = dataset("few", 2, crop="square", target_size=64)
+    many = dataset("many", 5, crop="aspect", target_size=64)
+    text = dataset("text", 0, crop="square", target_size=512)
+    config = settings(tmp_path, {"few": {"local": few}, "many": {"remote": many}, "text": {"local": text}})
+    open_sources(config)
+    aspect = crops("aspect", 64, 32)
+    assert len(aspect) > 2
+    assert crops_of(config) == aspect
+    assert (64, 64) in aspect
+    only = settings(tmp_path, {"text": {"local": text}})
+    assert crops_of(only) == []
+    assert crops_of(settings(tmp_path, {"few": {"local": few}})) == [(64, 64)]

@@ -15,6 +15,7 @@ from PIL import Image
 from stages import curve
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.train.about import Pictures, read_about
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.samples import sheet
@@ -37,6 +38,7 @@ def asking(folder: Path, **changes: Any) -> dict[str, Any]:
         "size": [16, 24],
         "answer": {str(folder / "a.png"): "What is it?"},
         "max_tokens": 5,
+        "guidance": 3.0,
         **changes,
     }
 
@@ -54,12 +56,14 @@ def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
         run(config, check(config, 1))
     assert curve(folder / "with") == curve(folder / "without")
     assert len(curve(folder / "with")) == 4
+    assert read_about(folder / "with" / "step-00000004.pt").pictures == Pictures(crops=[(32, 32)])  # as the data's manifest has it
     steps = sorted(path.name for path in (folder / "with" / "samples").iterdir())
     assert steps == ["step-00000002", "step-00000004"]
     for step in steps:
         written = folder / "with" / "samples" / step
-        assert sorted(path.name for path in written.iterdir()) == ["0.png", "1.png", "2.png", "answers.txt"]
+        assert sorted(path.name for path in written.iterdir()) == ["0.png", "1.png", "2.png", "answers.txt", "drawings.txt"]
         assert np.asarray(Image.open(written / "0.png")).shape == (16, 24, 3)
+        assert (written / "drawings.txt").read_text().splitlines()[1] == "1.png\tPlease draw the digit seven."
         assert (written / "answers.txt").read_text().startswith(f"{folder / 'a.png'}\tWhat is it?\t")
 
 
@@ -73,7 +77,10 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     from unitoken.train.samples import samples_of
 
     shown: list[np.ndarray] = []
-    logger: Any = SimpleNamespace(log_images=lambda images, **_: shown.append(images))
+    tables: list[Any] = []
+    logger: Any = SimpleNamespace(
+        log_images=lambda images, **_: shown.append(images), log_table=lambda *table, **names: tables.append((*table, names))
+    )
     config = settings(folder, "alone", samples=asking(folder, interval="1ep"))
     network = build_model(*model_configs(config.model), config.model)
     load_weights(network, {}, 0)
@@ -88,7 +95,11 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     )
     before, modes = torch.get_rng_state(), [module.training for module in network.modules()]
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    (samples,) = samples_of(config, check(config, 1).vocabulary)
+    checked = check(config, 1)
+    (samples,) = samples_of(config, checked.vocabulary, checked.pictures)
+    old = folder / "alone" / "samples" / "step-00000003"
+    old.mkdir(parents=True)
+    (old / "old.png").write_bytes(b"of a run that went on from an older checkpoint and does the step again")
     samples.fit_start(state, logger)
     samples.batch_end(state, logger)
     with parallel.paused(state):
@@ -96,6 +107,11 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     assert not shown
     samples.epoch_end(state, logger)
     assert [picture.shape for picture in shown] == [(32, 48, 3)]
+    (columns, ((picture, question, answer),), names) = tables[0]
+    assert (columns, picture, question) == (["picture", "question", "answer"], str(folder / "a.png"), "What is it?")
+    assert names == {"name": "samples/answers", "step": 3}
+    assert (old / "answers.txt").read_text("utf-8") == f"{picture}\t{question}\t{' '.join(answer.splitlines())}\n"
+    assert not (old / "old.png").exists()
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in network.modules()] == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
@@ -132,7 +148,7 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
     assert config.codec is not None
     assert config.samples is not None
     dialogue = Dialogue(config.codec)
-    prompts = dialogue.prompts([asked(text) for text in config.samples.draw], (16, 24))
+    prompts = dialogue.prompts([asked(text) for text in config.samples.draw], [(24, 16)])
     alone = generate(
         load_model(config), dialogue.vocabulary, prompts, Sampling(guidance=3.0), sizes=[dialogue.latents((16, 24))], drawing=True
     )
@@ -175,3 +191,4 @@ def test_a_sheet_holds_all_pictures_in_order() -> None:
     found = sheet(pictures)
     assert found.shape == (4, 9, 3)
     assert found[::2, ::3, 0].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert sheet([np.full((2, 6, 3), 1, np.uint8), np.full((4, 3, 3), 2, np.uint8)]).shape == (4, 12, 3)

@@ -70,7 +70,7 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
         assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
         assert line["useful"] == line["tokens"] / (4 * 64)
     checkpoints_kept = {"latest", "step-00000016.pt", "step-00000018.pt"}
-    about = {"stage.yaml", "model.json", "vocabulary.json"}
+    about = {"stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
     assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", *checkpoints_kept, *about}
     assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
 

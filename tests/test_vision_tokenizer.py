@@ -48,6 +48,17 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch(vqgan: Path) -> None:
     assert (vision.encode(batch) == alone).mean() > 0.99  # last bits may differ, so chunks keep their batches
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_autocast_around_it_changes_neither_codes_nor_pixels(vqgan: Path, precision: str) -> None:
+    """A run that trains in bf16 asks for samples inside of autocast."""
+    vision = load(vqgan, precision=precision)
+    codes = vision.encode(pixels(4))
+    decoded = vision.decode(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (vision.encode(pixels(4)) == codes).all()
+        assert (vision.decode(codes) == decoded).all()
+
+
 def test_flat_pictures_keep_their_codes(golden: Path) -> None:
     """torch's GroupNorm on CPU loses the variance of nearly constant pictures in channels-last memory: of this one,
     which is all but white, a third of the codes was wrong at this size and all at 512 x 512."""

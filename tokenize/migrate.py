@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.codec.conversations import ItemError, brief, item_id
+from unitoken.codec.conversations import ItemError, brief, item_id, shown
 from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
 from unitoken.streaming_data import images
@@ -33,7 +33,7 @@ from unitoken.tokenize import sources
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_folder, pieces_of
 from unitoken.tokenize.output import Output
-from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
+from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures
 from unitoken.tokenize.progress import progress, share_of
 from unitoken.tokenize.stages import Place, Rejects
 from unitoken.tokenize.verify_records import MIGRATED, WITHOUT_IMAGES, crop_latents

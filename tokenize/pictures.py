@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from pathlib import Path
 
-from unitoken.codec.conversations import ItemError
+from unitoken.codec.conversations import ItemError, inline, is_inline, shown
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError, is_url, join, open_store
 from unitoken.tokenize.web import TooLargeError, Web, is_web
@@ -32,8 +30,10 @@ class Pictures:
         """
         if isinstance(source, bytes):
             return _checked(source, shown(source), room)
-        if source[:5].lower() == "data:":
-            return _checked(_inline(source, room), shown(source), room)
+        if is_inline(source):
+            if len(source) * 3 // 4 > room + 1024:
+                raise _too_large(shown(source), room)
+            return _checked(inline(source), shown(source), room)
         where = join(base, source)
         try:
             if is_web(where):
@@ -54,26 +54,6 @@ class Pictures:
             raise
         except StoreError as error:
             raise ItemError(f"image not reachable: {error}") from None
-
-
-def shown(source: str | bytes) -> str:
-    """An image's name for messages."""
-    if isinstance(source, bytes):
-        return f"{len(source)} bytes in the item"
-    text = f"{source[:40]}..." if source[:5].lower() == "data:" else source if len(source) <= 300 else f"{source[:300]}..."
-    return text if "\0" not in text else repr(text)
-
-
-def _inline(source: str, room: int) -> bytes:
-    head, comma, text = source.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise ItemError(f"bad base64: {shown(source)}: expected data:image/...;base64,...")
-    if len(text) * 3 // 4 > room + 1024:
-        raise _too_large(shown(source), room)
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ItemError(f"bad base64: {shown(source)}: {error}") from None
 
 
 def _from_store(url: str, room: int) -> bytes:

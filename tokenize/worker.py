@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from unitoken.codec.conversations import Conversation, ItemError, item_id, parse, refuse_empty
+from unitoken.codec.conversations import Conversation, ItemError, item_id, parse, refuse_empty, shown
 from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
@@ -30,7 +30,7 @@ from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, image_toke
 from unitoken.tokenize import pipeline, sources
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.job import Chunk, Job
-from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures, shown
+from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures
 from unitoken.tokenize.pipeline import Group, Room
 from unitoken.tokenize.stages import Picture, Place, Rejects
 from unitoken.tokenize.times import Times, timed

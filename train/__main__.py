@@ -8,6 +8,7 @@ Training itself is `composer train.py yamls/stage1.yaml`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ import typer
 
 from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
 
+GUIDANCE = 4.0  # of `generate`, where training showed null prompts
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -52,25 +54,33 @@ def generate(
     out: Annotated[Path, typer.Option(help="folder for pictures, texts and results.jsonl")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: codec.tokenizer=my/tokenizer")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="what to ask; may be given often")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="a .txt with a prompt a line, or a .jsonl")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a .txt with a prompt a line, or a .json or .jsonl of items")] = None,
     image: Annotated[list[str] | None, typer.Option(help="a picture of every --prompt, where it says <|image|>")] = None,
     draw: Annotated[bool, typer.Option("--draw", help="a reply is one picture; else text and pictures as the model likes")] = False,
-    size: Annotated[str | None, typer.Option(help="of pictures, across x down  [default: samples.size, or 512x512]")] = None,
-    guidance: Annotated[float, typer.Option(min=0, help="of pictures, away from the null prompt; 1: none")] = 4.0,
+    size: Annotated[str | None, typer.Option(help="of drawings, across x down  [default: samples.size, or as the data's]")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, help="of pictures, away from the null prompt; 1: none  [default: 4, or 1 if training showed none]"),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest")] = 1.0,
     top_k_text: Annotated[int, typer.Option(min=0, help="draw text from so many tokens; 0: from all")] = 10,
     top_k_image: Annotated[int, typer.Option(min=0, help="draw images from so many codes; 0: from all")] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     count: Annotated[int, typer.Option(min=1, help="replies to each prompt")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="of a reply with text; a picture that has begun is finished")] = 2048,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="of a reply with text, within packed_length; pictures are finished")
+    ] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="replies at a time")] = 8,
     config: Annotated[Path | None, typer.Option(help="the stage's YAML file  [default: stage.yaml beside the checkpoint]")] = None,
 ) -> None:
     """Answer and draw. The defaults for pictures are those that Chameleon's family is used with."""
     from unitoken.train import ask
-    from unitoken.train.questions import asked, read_prompts
+    from unitoken.train.questions import asked, guidance_of, read_prompts
 
     with one_line_errors():
+        for name, value in (("--guidance", guidance), ("--temperature", temperature)):
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"{name} {value}: expected a finite number")
         if image and not prompt:
             raise ConfigError("--image: it belongs to a --prompt, and there is none")
         conversations = [asked(text, image or []) for text in prompt or []] + (read_prompts(prompts) if prompts else [])
@@ -78,10 +88,12 @@ def generate(
             raise ConfigError("nothing to generate from: give --prompt or --prompts")
         repeated = [conversation for conversation in conversations for _ in range(count)]
         settings = ask.settings(checkpoint, config, overrides or [])
-        request = ask.check(ask.Request(settings, checkpoint, repeated, ask.SIZE, out, draw, max_tokens, batch), size)
+        guided = guidance_of(guidance, settings, GUIDANCE)
+        request = ask.Request(settings, checkpoint, repeated, out, draw, max_tokens, batch)
+        checked = ask.check(request, size, guided, prompts)
         from unitoken.train.sampling import Sampling  # torch
 
-        ask.reply(request, Sampling(temperature, top_k_text or None, top_k_image or None, guidance, seed))
+        ask.reply(request, checked, Sampling(temperature, top_k_text or None, top_k_image or None, guided, seed))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 stage.yaml        the stage's settings, overrides included: `train.py runs/stage1/stage.yaml` is the same run
 model.json        the model's sizes, also where the stage took them from a folder that is elsewhere (exported: config.json)
 vocabulary.json   the datasets'
+pictures.json     what the datasets' pictures were cut to for the image tokenizer; what the model is asked about is cut alike
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
@@ -24,6 +25,10 @@ from unitoken.train.folders import CONFIG, has_vision, model_configs, read_decod
 
 STAGE = "stage.yaml"
 MODEL = "model.json"
+PICTURES = "pictures.json"
+
+
+Told = TypeVar("Told", bound=Config)
 
 
 class Sizes(Config):
@@ -33,16 +38,25 @@ class Sizes(Config):
     vision: VisionConfig | None
 
 
+class Pictures(Config):
+    """`pictures.json`."""
+
+    crops: list[tuple[int, int]]  # width and height in pixels; empty where the data has no pictures
+
+
 class About(NamedTuple):
     """What is known of trained weights; None where the folder is older, or another program's."""
 
     sizes: Sizes | None
     vocabulary: Vocabulary | None
+    pictures: Pictures | None
 
 
-def write_about(folder: Path, stage: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:
+def write_about(folder: Path, stage: StageConfig, sizes: Sizes, vocabulary: Vocabulary, pictures: Pictures | None = None) -> None:
     write_aside(folder / STAGE, dump_stage(stage))
     write_aside(folder / MODEL, sizes.model_dump_json(indent=2).encode() + b"\n")
+    if pictures is not None:
+        write_aside(folder / PICTURES, pictures.model_dump_json().encode() + b"\n")
     vocabulary.save(folder / VOCABULARY)
 
 
@@ -51,15 +65,28 @@ def dump_stage(stage: StageConfig) -> bytes:
     return yaml.safe_dump(stage.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True).encode()
 
 
+def found_anywhere(stage: StageConfig) -> StageConfig:
+    """With the whole paths of its tokenizers, for a folder that is used from elsewhere."""
+    codec = stage.codec
+    if codec is None:
+        return stage
+    tokenizer, weights = (
+        str(Path(name).resolve()) if Path(name).exists() else name for name in (codec.tokenizer, codec.vision.weights)
+    )
+    vision = codec.vision.model_copy(update={"weights": weights})
+    return stage.model_copy(update={"codec": codec.model_copy(update={"tokenizer": tokenizer, "vision": vision})})
+
+
 def read_about(origin: Path) -> About:
     """Of what `find_origin` found. Raises ConfigError for files that are there and can not be read."""
     folder = origin if origin.is_dir() else origin.parent
     told = is_export(folder) if origin.is_dir() else True
     vocabulary = Vocabulary.load(folder / VOCABULARY) if told and (folder / VOCABULARY).is_file() else None
+    pictures = _read(Pictures, folder / PICTURES, "the sizes of pictures") if told else None
     if origin.is_dir():
         vision = read_vision(str(folder)) if has_vision(folder) else None
-        return About(Sizes(decoder=read_decoder(str(folder)), vision=vision), vocabulary)
-    return About(_read_sizes(folder / MODEL) if (folder / MODEL).is_file() else None, vocabulary)
+        return About(Sizes(decoder=read_decoder(str(folder)), vision=vision), vocabulary, pictures)
+    return About(_read(Sizes, folder / MODEL, "the sizes of a model"), vocabulary, pictures)
 
 
 def read_stage(origin: Path) -> StageConfig | None:
@@ -68,11 +95,13 @@ def read_stage(origin: Path) -> StageConfig | None:
     return load_config(StageConfig, path) if path.is_file() else None
 
 
-def _read_sizes(path: Path) -> Sizes:
+def _read(model: type[Told], path: Path, what: str) -> Told | None:
+    if not path.is_file():
+        return None
     try:
-        return Sizes.model_validate_json(path.read_bytes())
+        return model.model_validate_json(path.read_bytes())
     except (OSError, pydantic.ValidationError) as error:
-        raise ConfigError(f"{path}: not the sizes of a model: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"{path}: not {what}: {' '.join(str(error).split())[:200]}") from None
 
 
 def sizes_of(origin: Path, config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
@@ -112,6 +141,7 @@ class Whole(NamedTuple):
     stage: StageConfig | None
     sizes: Sizes
     vocabulary: Vocabulary
+    pictures: Pictures | None
 
 
 def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
@@ -128,7 +158,7 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
     if vocabulary is None:
         assert stage is not None
         vocabulary = check_mixture(stage.data)
-    return Whole(stage, sizes, vocabulary)
+    return Whole(stage, sizes, vocabulary, about.pictures)
 
 
 # What gives tensors their shapes and layers their order; the rest (rope_theta, eps) may be changed from stage to stage.

@@ -1,47 +1,52 @@
-"""`python -m unitoken.train generate`: a checkpoint's replies to prompts, as files.
-
-out/0000.png, 0000-1.png, ...   what it drew for prompt 0, in order
-out/0000.txt                    what it said, with `<|image|>` where a picture stands
-out/results.jsonl               a line a reply: number, prompt, images, text, pictures; written last
-"""
+"""`python -m unitoken.train generate`: a checkpoint's replies to prompts, as files (replies.py)."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import io
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from unitoken.codec.conversations import Conversation
+from unitoken.codec.conversations import Conversation, shown
 from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.files import write_aside
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.train.about import STAGE, read_about, sizes_of
+from unitoken.train.about import STAGE, is_export, read_about, sizes_of
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import find_origin
-from unitoken.train.questions import check_images, latents, parse_size, prompt_text
+from unitoken.train.questions import drawn_sizes, files_of, latents, parse_size, prompt_text, unguided, unusual
+from unitoken.train.replies import Line, Replies, check_folder
 
 if TYPE_CHECKING:  # torch
-    from unitoken.train.dialogue import Said
+    from unitoken.train.dialogue import Dialogue, Said
+    from unitoken.train.generate import Reading
     from unitoken.train.sampling import Sampling
-
-RESULTS = "results.jsonl"
-SIZE = (512, 512)
 
 
 class Request(NamedTuple):
-    """What is asked for, checked as far as it can be without loading anything."""
+    """What is asked for."""
 
     config: StageConfig
     checkpoint: Path
     conversations: list[Conversation]  # a reply each
-    pixels: tuple[int, int]  # height, width of what is drawn, and of the prompts' pictures for the image tokenizer
     out: Path
     drawing: bool
     max_tokens: int
     batch: int
+
+
+class Checked(NamedTuple):
+    """As far as it can be checked without loading anything."""
+
+    origin: Path
+    sizes: list[tuple[int, int]]  # height, width in pixels that a drawing may have
+    crops: list[tuple[int, int]]  # width, height that pictures of prompts may be cut to for the image tokenizer
 
 
 def settings(checkpoint: Path, config: Path | None, overrides: Sequence[str]) -> StageConfig:
@@ -51,28 +56,35 @@ def settings(checkpoint: Path, config: Path | None, overrides: Sequence[str]) ->
         raise ConfigError(f"{checkpoint}: no such checkpoint, and no folder of a run or of an exported model")
     if config is None and not (folder / STAGE).is_file():
         raise ConfigError(f"{folder}: it has no {STAGE}: name the stage's YAML file with --config")
-    return load_config(StageConfig, config or folder / STAGE, overrides)
+    stage = load_config(StageConfig, config or folder / STAGE, overrides)
+    # An exported model brings its tokenizer; where that came from may be gone.
+    own = stage.codec is not None and is_export(folder) and (folder / "tokenizer_config.json").is_file()
+    if stage.codec is None or not own or any(override.startswith("codec") for override in overrides):
+        return stage
+    return stage.model_copy(update={"codec": stage.codec.model_copy(update={"tokenizer": str(folder)})})
 
 
-def check(request: Request, size: str | None) -> Request:
-    """With its size. Raises ConfigError."""
+def check(request: Request, size: str | None, guidance: float, prompts: Path | None) -> Checked:
+    """Says what is odd. Raises ConfigError."""
     codec, config = request.config.codec, request.config
     if codec is None:
         raise ConfigError("codec: generating takes the data's tokenizers: set codec.tokenizer and codec.vision.weights")
-    check_images(request.conversations)
-    default = config.samples.size if config.samples else SIZE
-    pixels = parse_size(size) if size else default
-    latents(pixels, find_weights(codec.vision).downsampling)
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        write_aside(request.out / RESULTS, b"")  # what is there now is no longer the result
-    except OSError as error:
-        raise ConfigError(f"{request.out}: cannot write there: {error.strerror or error}") from None
-    return request._replace(pixels=pixels)
+    inputs = files_of(request.conversations) + ([prompts] if prompts else [])
+    origin = find_origin(str(request.checkpoint))
+    pictures = read_about(origin).pictures
+    sizes = [parse_size(size)] if size else drawn_sizes(config, pictures)
+    for pixels in sizes:
+        latents(pixels, find_weights(codec.vision).downsampling)
+    check_folder(request.out, inputs)
+    for odd in (unusual(sizes[0], pictures) if len(sizes) == 1 else None, unguided(guidance, config)):
+        if odd:
+            print(f"warning: {odd}", file=sys.stderr, flush=True)
+    crops = pictures.crops if pictures is not None else []  # a run of before it said so: as large as what is drawn
+    return Checked(origin, sizes, crops or [(width, height) for height, width in sizes])
 
 
-def reply(request: Request, sampling: Sampling) -> None:
-    """Load the model, generate, write, print."""
+def reply(request: Request, checked: Checked, sampling: Sampling) -> None:
+    """Load the model, and batch by batch generate, write, print."""
     import torch
 
     from unitoken.train.dialogue import Dialogue
@@ -81,23 +93,56 @@ def reply(request: Request, sampling: Sampling) -> None:
     config, device = request.config, "cuda" if torch.cuda.is_available() else "cpu"
     assert config.codec is not None, "checked"
     dialogue = Dialogue(config.codec, device)
-    _check_room(dialogue.vocabulary, request)
-    prompts = dialogue.prompts(request.conversations, request.pixels)
-    model = load_model(config, request.checkpoint).to(device)
-    if config.precision == "bf16" and device == "cuda":
-        model = model.to(torch.bfloat16)
-    replies = generate(
+    _check_room(dialogue.vocabulary, request, checked.origin)
+    reading = Reading.of(config, sizes_of(checked.origin, config.model)[1])
+    lengths = _lengths(request, checked, dialogue, reading)
+    half = config.precision == "bf16" and device == "cuda"
+    # Tensor by tensor: the whole in float32 may be too much for the device.
+    model = load_model(config, request.checkpoint).to(device, torch.bfloat16 if half else None)
+    ask = functools.partial(
+        generate,
         model,
         dialogue.vocabulary,
-        prompts,
-        sampling,
-        sizes=[dialogue.latents(request.pixels)],
+        sampling=sampling,
+        sizes=[dialogue.latents(size) for size in checked.sizes],
         drawing=request.drawing,
-        max_tokens=request.max_tokens,
-        reading=Reading.of(config, model),
+        reading=reading,
         batch=request.batch,
     )
-    write(request, dialogue.said(replies))
+    replies = Replies(request.out, _identity(request, checked, sampling))
+    done = replies.begin()
+    if done:
+        say(f"{request.out}: goes on behind {len(done)} of {len(lengths)} replies")
+    for numbers in _batches(lengths, done, request.batch):
+        conversations = [request.conversations[number] for number in numbers]
+        limits = [min(request.max_tokens, config.data.packed_length - lengths[number]) for number in numbers]
+        try:
+            found = ask(dialogue.prompts(conversations, checked.crops), max_tokens=limits, numbers=numbers)
+        except torch.OutOfMemoryError:
+            raise ConfigError(f"--batch {request.batch}: the GPU has no memory for so many replies at a time: give less") from None
+        ended = [request.drawing or len(ids) < limit for ids, limit in zip(found, limits, strict=True)]
+        lines = list(map(_line, numbers, conversations, dialogue.said(found), ended))
+        replies.add([(line, _files(line, said, request.drawing)) for line, said in lines])
+        done.update(numbers)
+        _tell([line for line, _ in lines], request.drawing, len(done), len(lengths))
+
+
+def _tell(lines: Sequence[Line], drawing: bool, done: int, total: int) -> None:
+    for line in lines:
+        answer = " ".join(line["pictures"]) if drawing else line["text"]
+        say(f"{line['number']:04d}  {line['prompt'].strip()}  ->  {answer}")
+    if len(lines) < total:
+        say(f"{done} of {total} replies")
+
+
+def say(line: str) -> None:
+    """Whatever the locale; and when nobody reads any more, the files are still wanted."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where: str) -> None:
@@ -109,8 +154,7 @@ def check_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where: str) ->
         )
 
 
-def _check_room(vocabulary: Vocabulary, request: Request) -> None:
-    origin = find_origin(str(request.checkpoint))
+def _check_room(vocabulary: Vocabulary, request: Request, origin: Path) -> None:
     decoder, _ = sizes_of(origin, request.config.model)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {decoder.vocab_size}")
@@ -119,19 +163,75 @@ def _check_room(vocabulary: Vocabulary, request: Request) -> None:
         check_vocabulary(vocabulary, trained, str(request.checkpoint))
 
 
-def write(request: Request, said: Sequence[Said]) -> None:
-    lines = []
-    for number, (conversation, one) in enumerate(zip(request.conversations, said, strict=True)):
-        name = f"{number:04d}"
-        pictures = [f"{name}.png" if not n else f"{name}-{n}.png" for n in range(len(one.pictures))]
-        for file, picture in zip(pictures, one.pictures, strict=True):
-            write_aside(request.out / file, png(picture))
-        if not request.drawing:
-            write_aside(request.out / f"{name}.txt", (one.text + "\n").encode())
-        asked, images = prompt_text(conversation), [i if isinstance(i, str) else "" for i in conversation.images]
-        lines.append({"number": number, "prompt": asked, "images": images, "text": one.text, "pictures": pictures})
-        print(f"{name}  {asked.strip()}  ->  {' '.join(pictures) if request.drawing else one.text}")
-    write_aside(request.out / RESULTS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+def _lengths(request: Request, checked: Checked, dialogue: Dialogue, reading: Reading) -> list[int]:
+    """Positions of each prompt; with a reply they must be no more than the model ever read. Raises ConfigError."""
+    drawn = [dialogue.latents(size) for size in checked.sizes] if request.drawing else []
+    room = max((len(list(dialogue.vocabulary.image_grammar(*size))) for size in drawn), default=1)
+    limit = request.config.data.packed_length
+    lengths = {}
+    for conversation in dict.fromkeys(request.conversations):
+        length = reading.length(dialogue.outline(conversation, checked.crops))
+        if length + room > limit:
+            raise ConfigError(
+                f"{conversation.id}: the prompt takes {length} tokens, features included, and the reply {room} at least; "
+                f"longer than data.packed_length, {limit}, is nothing that the model ever read"
+            )
+        lengths[conversation] = length
+    return [lengths[conversation] for conversation in request.conversations]
+
+
+def _batches(lengths: Sequence[int], done: Collection[int], batch: int) -> Iterator[list[int]]:
+    """The numbers of what is not done, those of about one length together."""
+    missing = sorted((number for number in range(len(lengths)) if number not in done), key=lengths.__getitem__)
+    for first in range(0, len(missing), batch):
+        yield missing[first : first + batch]
+
+
+def _identity(request: Request, checked: Checked, sampling: Sampling) -> Line:
+    """What the replies depend on; files by their names, sizes and times, since weights are large and prompts many."""
+    config, origin = request.config, checked.origin
+    weights = [origin] if origin.is_file() else sorted(origin.glob("*.safetensors"))
+    prompts = hashlib.sha256()
+    for conversation in request.conversations:
+        prompts.update(repr([turn.segments for turn in conversation.turns]).encode())
+        for image in conversation.images:
+            prompts.update(image if isinstance(image, bytes) else image.encode())
+    files = files_of(request.conversations)
+    asked = {
+        "checkpoint": [_stamp(path) for path in weights],
+        "prompts": prompts.hexdigest(),
+        "images": hashlib.sha256(repr([_stamp(path) for path in files]).encode()).hexdigest(),
+        "sampling": dataclasses.asdict(sampling),
+        "sizes": checked.sizes,
+        "crops": checked.crops,
+        "drawing": request.drawing,
+        "max_tokens": request.max_tokens,
+        "codec": config.codec.model_dump() if config.codec else None,
+        "data": config.data.model_dump(include={"packed_length", "continuous", "anyres"}),
+        "model": [config.model.model_dump(), config.compat, config.precision],
+    }
+    plain: Line = json.loads(json.dumps(asked))
+    return plain
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
+def _line(number: int, conversation: Conversation, said: Said, ended: bool) -> tuple[Line, Said]:
+    """`ended`: by the model itself, and not by --max-tokens."""
+    name = f"{number:04d}"
+    pictures = [f"{name}.png" if not n else f"{name}-{n}.png" for n in range(len(said.pictures))]
+    images = [shown(image) for image in conversation.images]
+    asked = prompt_text(conversation)
+    line = {"number": number, "prompt": asked, "images": images, "text": said.text, "pictures": pictures, "ended": ended}
+    return line, said
+
+
+def _files(line: Line, said: Said, drawing: bool) -> dict[str, bytes]:
+    files = {name: png(picture) for name, picture in zip(line["pictures"], said.pictures, strict=True)}
+    return files if drawing else files | {f"{line['number']:04d}.txt": f"{said.text}\n".encode()}
 
 
 def png(picture: object) -> bytes:

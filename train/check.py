@@ -13,10 +13,10 @@ from typing import NamedTuple
 import pydantic
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, open_sources
+from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, crops_of, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.train.about import Sizes, check_fits, check_target, read_about
+from unitoken.train.about import Pictures, Sizes, check_fits, check_target, read_about
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
 from unitoken.train.folders import LATEST, checkpoint_folder, find_origin, model_configs
 from unitoken.train.questions import check_samples
@@ -26,6 +26,7 @@ class Checked(NamedTuple):
     decoder: DecoderConfig
     vision: VisionConfig | None
     vocabulary: Vocabulary
+    pictures: Pictures  # how the data's were cut
     evaluation: DataConfig | None = None  # what is evaluated on
 
 
@@ -46,11 +47,12 @@ def check(config: StageConfig, world_size: int) -> Checked:
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
     _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
-    check_samples(config)
+    pictures = Pictures(crops=crops_of(config.data))
+    check_samples(config, pictures)
     evaluation = _evaluation_data(config)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
-    return Checked(decoder, vision, vocabulary, evaluation)
+    return Checked(decoder, vision, vocabulary, pictures, evaluation)
 
 
 def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:

@@ -141,15 +141,14 @@ class SamplesConfig(Config):
 
     interval: Interval = "1000ba"
     draw: list[str] = Field(default=[])  # what to draw
-    size: tuple[Positive, Positive] = (
-        512,
-        512,
-    )  # pixels, height and width, of drawings and of pictures as the image tokenizer sees them
+    size: tuple[Positive, Positive] | None = None  # pixels, height and width, of drawings; default: those of the data's pictures
     answer: dict[str, str] = Field(default={})  # picture file -> question; `<|image|>` is put before it where it has none
     max_tokens: Positive = 64
     temperature: Annotated[float, Field(ge=0)] = 1.0  # of drawings; answers are the likeliest
     top_k: Positive | None = None  # image codes that drawings are made of at each place
-    guidance: Annotated[float, Field(ge=0)] = 3.0  # away from the null prompt (data.null_prompt_fraction); 1: none
+    guidance: Annotated[float, Field(ge=0)] | None = (
+        None  # away from the null prompt; 1: none; default 3, or 1 without data.null_prompt_fraction
+    )
 
 
 class StageConfig(Config):

@@ -28,7 +28,9 @@ Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causa
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for generation; `length` tokens at most. Room is doubled as it is needed."""
+    """Keys and values of the tokens seen so far, for generation; `length` tokens at most."""
+
+    STEP = 256  # tokens of room added at once: doubling took twice the memory of a long prompt
 
     def __init__(self, layers: int, length: int) -> None:
         self.length = length
@@ -41,7 +43,7 @@ class KVCache:
         assert end <= self.length, f"a cache for {self.length} tokens, asked to hold {end}"
         room = self.stored[layer]
         if room is None or room[0].shape[2] < end:
-            taken = min(self.length, end if room is None else 2 * end)
+            taken = min(self.length, end + self.STEP)
             shape = (*key.shape[:2], taken, key.shape[3])
             larger = (key.new_empty(shape), value.new_empty(shape))
             for new, old in zip(larger, room or (), strict=False):

@@ -1,31 +1,34 @@
 """Prompts and replies as people see them: text and pictures, by way of a stage's tokenizers (`codec`).
 
 dialogue = Dialogue(config.codec)
-prompts = dialogue.prompts([asked("What is it?", ["cat.jpg"])], pixels=(512, 512))
+prompts = dialogue.prompts([asked("What is it?", ["cat.jpg"])], crops=[(512, 512)])
 said = dialogue.said(generate(model, dialogue.vocabulary, prompts))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from unitoken.codec.config import CodecConfig
-from unitoken.codec.conversations import Conversation, ItemError
+from unitoken.codec.conversations import Conversation, ItemError, shown
 from unitoken.codec.sequence import lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.images import ImageError, decode, tokenizer_pixels
+from unitoken.streaming_data.images import ImageError, choose_crop, decode, tokenizer_pixels
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
 from unitoken.train.generate import parts_of
 from unitoken.train.questions import latents, originals_of
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3)
+Codes = npt.NDArray[np.int64]  # (h, w)
+Crops = Sequence[tuple[int, int]]  # (width, height) in pixels
 
 
 class Said(NamedTuple):
@@ -46,30 +49,33 @@ class Dialogue:
     def latents(self, pixels: tuple[int, int]) -> tuple[int, int]:
         return latents(pixels, self.vision.downsampling)
 
-    def prompts(self, conversations: Sequence[Conversation], pixels: tuple[int, int]) -> list[Record]:
-        """Conversations that end with a question, their pictures cut to `pixels` (height, width) for the image tokenizer."""
+    def prompts(self, conversations: Sequence[Conversation], crops: Crops) -> list[Record]:
+        """Conversations that end with a question, their pictures cut for the image tokenizer as the data's, to one of `crops`."""
         originals = [originals_of(conversation) for conversation in conversations]
-        crop = pixels[::-1]
-        cut: list[Picture] = []
-        for conversation, images in zip(conversations, originals, strict=True):
-            for name, data in zip(conversation.images, images, strict=True):
-                try:
-                    cut.append(tokenizer_pixels(decode(data), crop))
-                except ImageError as error:
-                    raise ConfigError(f"{name if isinstance(name, str) else 'an image'}: {error}") from None
-        codes = self._encoded(cut)
+        named = zip(itertools.chain(*(c.images for c in conversations)), itertools.chain(*originals), strict=True)
+        distinct = {data: _cut(name, data, crops) for data, name in {data: name for name, data in named}.items()}
+        codes = dict(zip(distinct, _by_shape(list(distinct.values()), self._batch, self.vision.encode), strict=True))
+        return [
+            self._laid_out(conversation, [codes[image] for image in images], images)
+            for conversation, images in zip(conversations, originals, strict=True)
+        ]
+
+    def outline(self, conversation: Conversation, crops: Crops) -> Record:
+        """A prompt as long as it will be: all codes are 0, and nothing goes through the image tokenizer."""
+        images = originals_of(conversation)
+        shapes = [_cut(*image, crops).shape[:2] for image in zip(conversation.images, images, strict=True)]
+        return self._laid_out(conversation, [np.zeros(self.latents(shape), np.int64) for shape in shapes], images)
+
+    def _laid_out(self, conversation: Conversation, codes: Sequence[Codes], images: Sequence[bytes]) -> Record:
         try:
-            return [
-                lay_out(conversation, [next(codes) for _ in images], images, self._text, self.vocabulary)
-                for conversation, images in zip(conversations, originals, strict=True)
-            ]
+            return lay_out(conversation, codes, images, self._text, self.vocabulary)
         except ItemError as error:
-            raise ConfigError(f"a prompt can not be tokenized: {error}") from None
+            raise ConfigError(f"{conversation.id}: can not be tokenized: {error}") from None
 
     def said(self, replies: Sequence[Sequence[int]]) -> list[Said]:
         parts = [parts_of(self.vocabulary, reply) for reply in replies]
         codes = [part for reply in parts for part in reply if isinstance(part, np.ndarray)]
-        pictures = iter(self._decoded(codes))
+        pictures = iter(_by_shape(codes, self._batch, self.vision.decode))
         result = []
         for reply in parts:
             drawn = [next(pictures) for part in reply if isinstance(part, np.ndarray)]
@@ -80,16 +86,21 @@ class Dialogue:
             result.append(Said("".join(texts), drawn))
         return result
 
-    def _encoded(self, pictures: Sequence[Picture]) -> Iterator[npt.NDArray[np.int64]]:
-        for first in range(0, len(pictures), self._batch):
-            yield from self.vision.encode(np.stack(pictures[first : first + self._batch]))
 
-    def _decoded(self, codes: Sequence[npt.NDArray[np.int64]]) -> list[Picture]:
-        """Those of one size together."""
-        pictures: dict[int, Picture] = {}
-        for shape in {one.shape for one in codes}:
-            same = [number for number, one in enumerate(codes) if one.shape == shape]
-            for first in range(0, len(same), self._batch):
-                some = same[first : first + self._batch]
-                pictures.update(zip(some, self.vision.decode(np.stack([codes[number] for number in some])), strict=True))
-        return [pictures[number] for number in range(len(codes))]
+def _cut(name: str | bytes, data: bytes, crops: Crops) -> Picture:
+    try:
+        image = decode(data)
+        return tokenizer_pixels(image, choose_crop(image.size, list(crops)))
+    except ImageError as error:
+        raise ConfigError(f"{shown(name)}: {error}") from None
+
+
+def _by_shape(arrays: Sequence[Any], batch: int, function: Callable[[Any], Any]) -> list[Any]:
+    """What `function` makes of each array; it takes a stack of one shape, `batch` at most."""
+    found: dict[int, Any] = {}
+    for shape in dict.fromkeys(array.shape for array in arrays):
+        same = [number for number, array in enumerate(arrays) if array.shape == shape]
+        for first in range(0, len(same), batch):
+            some = same[first : first + batch]
+            found.update(zip(some, function(np.stack([arrays[number] for number in some])), strict=True))
+    return [found[number] for number in range(len(arrays))]

@@ -3,7 +3,7 @@
 config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
 model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; and model.vqmodel.* where the stage's `codec` names a Chameleon VQGAN
 tokenizer*.json        where `codec` names a tokenizer; preprocessor_config.json is the tower's
-vocabulary.json, stage.yaml
+vocabulary.json, pictures.json, stage.yaml
 
 The folder is written aside and renamed: what bears its name is whole. Weights pass one file at a time, so that a model of any
 size takes 15 GB of memory.
@@ -27,7 +27,7 @@ from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.train import checkpoints
-from unitoken.train.about import STAGE, Sizes, check_target, dump_stage, is_export, read_whole
+from unitoken.train.about import PICTURES, STAGE, Sizes, check_target, dump_stage, found_anywhere, is_export, read_whole
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
 from unitoken.train.model import build_model, shapes_of
@@ -91,7 +91,9 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
         if tokenizer is not None:
             tokenizer.save_pretrained(folder.path)
         if whole.stage is not None:
-            (folder.path / STAGE).write_bytes(dump_stage(whole.stage))
+            (folder.path / STAGE).write_bytes(dump_stage(found_anywhere(whole.stage)))
+        if whole.pictures is not None:
+            _write_json(folder.path / PICTURES, whole.pictures.model_dump())
         whole.vocabulary.save(folder.path / VOCABULARY)
         _publish(folder, out)
 

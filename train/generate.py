@@ -5,11 +5,12 @@ replies = generate(model, vocabulary, prompts, Sampling(guidance=4.0), sizes=[(3
 
 Prompts are records (`prompt_of`, `Dialogue.prompts`), so their pictures are read as in training. Those of several lengths
 go through the model side by side, padded at their left; with guidance each has a second row that reads its null prompt
-and, of the reply, the images alone.
+and, of the reply, the images alone, from the first image on.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
 from unitoken.train.about import sizes_of
-from unitoken.train.config import StageConfig
+from unitoken.train.config import StageConfig, VisionConfig
 from unitoken.train.decoder import KVCache, causal_mask
 from unitoken.train.folders import find_origin
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
@@ -69,8 +70,8 @@ class Reading:
     compat: bool = False
 
     @classmethod
-    def of(cls, config: StageConfig, model: UniToken) -> Reading:
-        vision, compat = model.vision, config.compat == "unitoken"
+    def of(cls, config: StageConfig, vision: VisionConfig | None) -> Reading:
+        compat = config.compat == "unitoken"
         views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
         return cls(views, config.data.continuous, compat)
 
@@ -92,6 +93,10 @@ class Reading:
         for name in ("input_ids", "position_ids", "document_ids"):
             batch[name] = batch[name].gather(1, places)
         batch["feature_columns"] = batch["feature_columns"] + shift[batch["feature_rows"]]
+        distinct: dict[bytes, int] = {}  # several replies to one prompt show the tower one picture
+        which = [distinct.setdefault(view.numpy().tobytes(), len(distinct)) for view in batch["pixel_values"]]
+        batch["pixel_values"] = batch["pixel_values"][[which.index(view) for view in range(len(distinct))]]
+        batch["feature_views"] = torch.tensor(which, dtype=torch.int64)[batch["feature_views"]]
         return batch
 
 
@@ -104,9 +109,10 @@ def generate(
     *,
     sizes: Sequence[tuple[int, int]] = (),
     drawing: bool = False,
-    max_tokens: int = 64,
+    max_tokens: int | Sequence[int] = 64,
+    numbers: Sequence[int] | None = None,
     reading: Reading | None = None,
-    batch: int = 64,
+    batch: int = 8,
     agree: Callable[[Tensor], Tensor] = lambda chosen: chosen,
 ) -> list[list[int]]:
     """The reply to each prompt, as ids without the end of the turn.
@@ -116,12 +122,17 @@ def generate(
     Args:
         sizes: the (height, width) in latents that an image may have; without any, a reply is text alone.
         drawing: a reply is one image and nothing else. Otherwise the model says what it likes, and begins images itself.
-        max_tokens: a reply that is no drawing ends with the turn or after so many; an image that has begun is finished.
-        batch: prompts at a time; with guidance each takes two rows. A row's cache takes 0.5 MB a token of the 7B model in bf16.
+        max_tokens: a reply that is no drawing ends with the turn or after so many, each prompt's or all; an image that has begun
+            is finished.
+        numbers: the prompts' own, where they are some of many; else 0, 1, ...
+        batch: prompts at a time; one that is drawn for with guidance takes a second row. A row's cache takes 0.5 MB a token of
+            the 7B model in bf16.
         agree: gives the first rank's choice to all, where several go through the same sharded model together.
     """
-    assert max_tokens > 0
     assert sizes or not drawing
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    assert min(limits, default=1) > 0
+    numbers = range(len(prompts)) if numbers is None else numbers
     if reading is None:
         reading = Reading(Views(model.vision.image_size, model.vision.patch_size) if model.vision else None)
     grammar = Grammar(vocabulary, sizes, model.lm_head.weight.device)
@@ -129,34 +140,37 @@ def generate(
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch):
-        numbers = order[first : first + batch]
-        rows = [prompts[number] for number in numbers]
-        turns = [grammar.drawing() if drawing else grammar.turn(max_tokens) for _ in rows]
-        generators = [generator_of(sampling.seed, number) for number in numbers]
-        if sizes and sampling.guidance != 1:
-            rows += [null_prompt(row) for row in rows]
-        room = grammar.longest if drawing else max_tokens + grammar.longest
-        context = _Context(model, reading.batch(rows, [reading.length(row) for row in rows], vocabulary), room)
-        for number, reply in zip(numbers, _replies(context, vocabulary, turns, sampling, generators, agree), strict=True):
-            replies[number] = reply
+        places = order[first : first + batch]
+        rows = [prompts[place] for place in places]
+        turns = [grammar.drawing() if drawing else grammar.turn(limits[place]) for place in places]
+        generators = [generator_of(sampling.seed, numbers[place]) for place in places]
+        room = grammar.longest + (0 if drawing else max(limits[place] for place in places))
+        opened = functools.partial(_open, model, reading, vocabulary, room)
+        guide = Guide(functools.partial(opened, [null_prompt(row) for row in rows])) if sampling.guidance != 1 else None
+        found = _replies(opened(rows), guide, vocabulary, turns, sampling, generators, agree)
+        for place, reply in zip(places, found, strict=True):
+            replies[place] = reply
     return replies
+
+
+def _open(model: UniToken, reading: Reading, vocabulary: Vocabulary, room: int, rows: Sequence[Record]) -> _Context:
+    return _Context(model, reading.batch(rows, [reading.length(row) for row in rows], vocabulary), room)
 
 
 def _replies(
     context: _Context,
+    guide: Guide | None,
     vocabulary: Vocabulary,
     turns: Sequence[Turn],
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     agree: Callable[[Tensor], Tensor],
 ) -> list[list[int]]:
-    """A reply for each turn. The context has a row for each, and behind them as many with null prompts, where it is guided."""
-    count = len(turns)
+    """A reply for each turn, which has a row in the context and in the guide."""
     replies: list[list[int]] = [[] for _ in turns]
-    choices, running = [next(turn) for turn in turns], set(range(count))
+    choices, running = [next(turn) for turn in turns], set(range(len(turns)))
     while True:
-        logits, null = context.logits[:count], context.logits[count:]
-        chosen = agree(draw(choices, logits, null if len(null) else None, sampling, generators))
+        chosen = agree(draw(choices, context.logits, guide.logits if guide else None, sampling, generators))
         tokens = chosen.tolist()
         of_image = [kind.of_image or token == vocabulary.image_start for kind, token in zip(choices, tokens, strict=True)]
         for row in sorted(running):
@@ -168,10 +182,30 @@ def _replies(
                 running.remove(row)
         if not running:
             return replies
-        if len(null):
-            context.read(chosen.repeat(2), [True] * count + of_image)
-        else:
-            context.read(chosen, [True] * count)
+        context.read(chosen, [True] * len(turns))
+        if guide:
+            guide.read(chosen, [row in running and heard for row, heard in enumerate(of_image)])
+
+
+class Guide:
+    """What images are guided away from: rows that read the null prompts and, of the replies, the images alone.
+
+    They are opened with the first image: replies in words cost nothing more.
+    """
+
+    def __init__(self, open_context: Callable[[], _Context]) -> None:
+        self._open = open_context
+        self._context: _Context | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        return self._context.logits if self._context else None
+
+    def read(self, tokens: Tensor, of_image: Sequence[bool]) -> None:
+        """One more token in the rows where it is of an image."""
+        if any(of_image):
+            self._context = self._context or self._open()
+            self._context.read(tokens, of_image)
 
 
 class _Context:

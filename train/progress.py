@@ -17,7 +17,9 @@ FORMS = {
     "mfu": "{:.0%} MFU",
     "skipped": "{} skipped",
 }
-NARROW = ("loss", "tokens_per_second", "useful", "skipped")  # what leaves room for a bar in 80 columns
+BESIDE = ("loss", "tokens_per_second", "useful", "skipped")  # a bar, where there is room
+SPARED = ("useful", "tokens_per_second", "skipped", "loss")  # first to last, where there is none: step and time left stay
+BAR = 12  # columns of it at least, with the spaces around it
 
 
 class Lines:
@@ -66,7 +68,14 @@ class Bar(Lines):
         self.bar.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        self.bar.update(self.task, completed=line["step"], words=self.words(line, *NARROW))
+        words = self.fitting(line, self.bar.console.width - len(f"{self.name}{self.total}/{self.total}") - BAR)
+        self.bar.update(self.task, completed=line["step"], words=words)
+
+    def fitting(self, line: Mapping[str, Any], columns: int) -> str:
+        """Rich would cut the counter and the time left."""
+        spared = (self.words(line, *(key for key in BESIDE if key not in SPARED[:most])) for most in range(len(SPARED) + 1))
+        words = next((words for words in spared if len(words) <= columns), None)
+        return f"{self.left(line['step'])} left" if words is None else words
 
     def close(self) -> None:
         self.bar.stop()

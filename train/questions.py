@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.codec.conversations import Conversation, ItemError, parse
+from unitoken.codec.conversations import Conversation, ItemError, brief, inline, is_inline, parse, shown
 from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.images import ImageError, decode
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER, LATENTS_PER_GRID_UNIT, MAX_GRID
+from unitoken.train.about import Pictures
 from unitoken.train.config import StageConfig
+
+SIZE = (512, 512)  # of pictures, where nobody says how large the data's are
+GUIDANCE = 3.0  # of `samples`
 
 
 def asked(text: str, images: Sequence[str] = (), name: str = "prompt") -> Conversation:
@@ -44,32 +50,48 @@ def _unanswered(item: Any) -> Any:
 
 
 def read_prompts(path: Path) -> list[Conversation]:
-    """A text file with a prompt a line; or JSON lines, each `{"prompt": ..., "image": [...]}` or an item of the input format.
+    """A .txt with a prompt a line; or a .json list or .jsonl of `{"prompt": ..., "image": [...]}` or items of the input format.
 
     Images are looked for beside the file. Raises ConfigError.
     """
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".json", ".jsonl"):
+        raise ConfigError(f"{path}: prompts come from a .txt, a .json or a .jsonl, found '{path.suffix}'")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the prompts: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = f"{path}:{number}"
-        if path.suffix != ".jsonl":
-            found.append(asked(line, (), name))
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{name}: not JSON: {error}") from None
-        if isinstance(item, dict) and isinstance(prompt := item.get("prompt"), str):
-            item = {"conversations": [{"from": "human", "value": prompt}], "image": item.get("image")}
-        found.append(conversation_of(beside(item, path.parent), name))
+    if kind == ".txt":
+        found = [asked(line, (), name) for name, line in _lines(path, text)]
+    elif kind == ".jsonl":
+        found = [_prompt(_json(line, name), path.parent, name) for name, line in _lines(path, text)]
+    else:
+        items = _json(text, str(path))
+        if not isinstance(items, list):
+            raise ConfigError(f"{path}: expected a list of items, found {brief(items)}")
+        found = [_prompt(item, path.parent, f"{path}: item {number}") for number, item in enumerate(items)]
     if not found:
         raise ConfigError(f"{path}: it holds no prompt")
     return found
+
+
+def _lines(path: Path, text: str) -> list[tuple[str, str]]:
+    """Those that say something, by name. JSON may hold what splitlines() takes for the end of a line, as U+2028."""
+    lines = enumerate(text.split("\n"), start=1)
+    return [(f"{path}:{number}", line.removesuffix("\r")) for number, line in lines if line.strip()]
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: not JSON: {error}") from None
+
+
+def _prompt(item: Any, folder: Path, name: str) -> Conversation:
+    if isinstance(item, dict) and isinstance(prompt := item.get("prompt"), str):
+        item = {"conversations": [{"from": "human", "value": prompt}], "image": item.get("image")}
+    return conversation_of(beside(item, folder), name)
 
 
 def beside(item: Any, folder: Path) -> Any:
@@ -79,8 +101,19 @@ def beside(item: Any, folder: Path) -> Any:
     found = {}
     for key in {"image", IMAGE_PLACEHOLDER} & set(item):
         images = item[key] if isinstance(item[key], list) else [item[key]]
-        found[key] = [str(folder / image) if isinstance(image, str) else image for image in images if image is not None]
+        found[key] = [_beside(image, folder) for image in images if image is not None]
     return {**item, **found}
+
+
+def _beside(image: Any, folder: Path) -> Any:
+    if isinstance(image, dict) and isinstance(image.get("path"), str):
+        return {**image, "path": _beside(image["path"], folder)}
+    plain = isinstance(image, str) and image and not is_inline(image) and not _is_url(image)
+    return str(folder / image) if plain else image
+
+
+def _is_url(name: str) -> bool:
+    return "://" in name
 
 
 def prompt_text(conversation: Conversation) -> str:
@@ -90,20 +123,34 @@ def prompt_text(conversation: Conversation) -> str:
 
 def originals_of(conversation: Conversation) -> list[bytes]:
     """The encoded images. Raises ConfigError."""
-    data = []
-    for image in conversation.images:
-        try:
-            data.append(image if isinstance(image, bytes) else Path(image).read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{image!s}: cannot read the image: {error.strerror or error}") from None
-    return data
+    return [_original(image) for image in conversation.images]
 
 
-def check_images(conversations: Sequence[Conversation]) -> None:
-    for conversation in conversations:
-        for image in conversation.images:
-            if isinstance(image, str) and not Path(image).is_file():
-                raise ConfigError(f"{image}: no such image")
+def _original(image: str | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return inline(image) if is_inline(image) else Path(image).read_bytes()
+    except ItemError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{shown(image)}: cannot read the image: {error.strerror or error}") from None
+
+
+def files_of(conversations: Sequence[Conversation]) -> list[Path]:
+    """The images that are files, all of which are there. Raises ConfigError."""
+    named = [image for conversation in conversations for image in conversation.images if isinstance(image, str)]
+    files = []
+    for image in dict.fromkeys(named):
+        if is_inline(image):
+            _original(image)
+        elif _is_url(image):
+            raise ConfigError(f"{shown(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine")
+        elif not Path(image).is_file():
+            raise ConfigError(f"{shown(image)}: no such image")
+        else:
+            files.append(Path(image))
+    return files
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -126,7 +173,28 @@ def latents(pixels: tuple[int, int], downsampling: int, key: str = "size") -> tu
     return pixels[0] // downsampling, pixels[1] // downsampling
 
 
-def check_samples(config: StageConfig) -> None:
+def unusual(size: tuple[int, int], pictures: Pictures | None) -> str | None:
+    """What is odd about drawing (height, width) pixels with a model whose data had `pictures`."""
+    if pictures is None or not pictures.crops or size[::-1] in pictures.crops:
+        return None
+    had = [f"{width}x{height}" for width, height in pictures.crops]
+    had = had if len(had) <= 4 else [*had[:3], f"{len(had) - 3} more"]
+    return f"no picture of the data has {size[1]}x{size[0]} pixels, they have {', '.join(had)}"
+
+
+def guidance_of(given: float | None, config: StageConfig, default: float) -> float:
+    """Without a null prompt in training there is nothing to guide away from: 1 is none."""
+    return given if given is not None else default if config.data.null_prompt_fraction else 1.0
+
+
+def unguided(guidance: float, config: StageConfig) -> str | None:
+    """What is odd about guidance."""
+    if guidance == 1 or config.data.null_prompt_fraction:
+        return None
+    return f"guidance {guidance:g} is away from a prompt that training never showed: data.null_prompt_fraction is 0"
+
+
+def check_samples(config: StageConfig, pictures: Pictures) -> None:
     """What a stage asks its model while it trains. Raises ConfigError."""
     samples, codec = config.samples, config.codec
     if samples is None:
@@ -135,10 +203,27 @@ def check_samples(config: StageConfig) -> None:
         raise ConfigError("samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights")
     if not samples.draw and not samples.answer:
         raise ConfigError("samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer")
-    latents(samples.size, find_weights(codec.vision).downsampling, "samples.size")
+    downsampling = find_weights(codec.vision).downsampling
+    for size in drawn_sizes(config, pictures):
+        latents(size, downsampling, "samples.size")
     for picture, question in samples.answer.items():
         if not Path(picture).is_file():
             raise ConfigError(f"samples.answer: {picture}: no such picture")
+        try:
+            decode(_original(picture))
+        except ImageError as error:
+            raise ConfigError(f"samples.answer: {picture}: {error}") from None
         asked(question, [picture], f"samples.answer: {picture}")
     for text in samples.draw:
         asked(text, (), f"samples.draw: '{text}'")
+    odd = [samples.size and unusual(samples.size, pictures), unguided(guidance_of(samples.guidance, config, GUIDANCE), config)]
+    for line in filter(None, odd if samples.draw else []):
+        warnings.warn(f"samples: {line}", stacklevel=2)
+
+
+def drawn_sizes(config: StageConfig, pictures: Pictures | None) -> list[tuple[int, int]]:
+    """(height, width) in pixels that a drawing may have: `samples.size`, or those of the data."""
+    if config.samples is not None and config.samples.size is not None:
+        return [config.samples.size]
+    crops = pictures.crops if pictures is not None else []
+    return [(height, width) for width, height in crops or [SIZE]]

@@ -1,15 +1,17 @@
 """What the model can do so far: at an interval it draws pictures and answers questions (`samples:` of a stage).
 
     save.folder/samples/step-00001000/0.png, 1.png, ...   a drawing for each text in `draw`
+    save.folder/samples/step-00001000/drawings.txt        a line for each: its file, and what was asked for
     save.folder/samples/step-00001000/answers.txt         a line for each picture in `answer`
 
-A sheet of the drawings goes to the loggers that take images. The random numbers are the same each time, so that what
-changes is the model. Training goes on as if nothing had been asked.
+A sheet of the drawings goes to the loggers that take images, a table of the answers to those that take tables. The
+random numbers are the same each time, so that what changes is the model. Training goes on as if nothing had been asked.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ from composer import Callback, Logger, State
 from unitoken.streaming_data.files import AsideFolder
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import parallel, ranks
+from unitoken.train.about import Pictures
 from unitoken.train.ask import check_vocabulary, png
 from unitoken.train.config import SamplesConfig, StageConfig
-from unitoken.train.dialogue import Dialogue, Picture, Said
+from unitoken.train.dialogue import Dialogue, Picture
 from unitoken.train.generate import Reading, generate
-from unitoken.train.questions import asked
+from unitoken.train.questions import GUIDANCE, asked, drawn_sizes, guidance_of
 from unitoken.train.sampling import Sampling
 
 SAMPLES = "samples"
@@ -32,9 +35,11 @@ SAMPLES = "samples"
 class Samples(Callback):  # type: ignore[misc]
     """All ranks go through the model together, whose shards they gather; the first one writes."""
 
-    def __init__(self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary) -> None:
+    def __init__(self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary, pictures: Pictures) -> None:
         assert config.codec is not None, "checked with the settings"
         self._vocabulary = vocabulary
+        self._sizes = drawn_sizes(config, pictures)
+        self._crops = pictures.crops or [(width, height) for height, width in self._sizes]  # also where only prompts have pictures
         self._config, self._samples, self._codec = config, samples, config.codec
         self._folder = Path(config.save.folder) / SAMPLES
         self._number, self._unit = int(samples.interval[:-2]), samples.interval[-2:]
@@ -45,9 +50,9 @@ class Samples(Callback):  # type: ignore[misc]
         with ranks.together(), parallel.paused(state) as network:
             self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
             check_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
-            self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], samples.size)
+            self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], self._crops)
             questions = [asked(text, [picture]) for picture, text in samples.answer.items()]
-            self._questions = self._dialogue.prompts(questions, samples.size)
+            self._questions = self._dialogue.prompts(questions, self._crops)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._unit == "ba" and state.timestamp.batch.value % self._number == 0:
@@ -66,23 +71,30 @@ class Samples(Callback):  # type: ignore[misc]
         with AsideFolder(self._folder / f"step-{step:08d}") as folder:
             for number, picture in enumerate(drawings):
                 (folder.path / f"{number}.png").write_bytes(png(picture))
-            lines = [f"{picture}\t{question}\t{said.text}" for (picture, question), said in answers]
-            (folder.path / "answers.txt").write_text("".join(f"{' '.join(line.splitlines())}\n" for line in lines), "utf-8")
+            asked_for = [[f"{number}.png", text] for number, text in enumerate(self._samples.draw)]
+            _write_rows(folder.path / "drawings.txt", asked_for)
+            _write_rows(folder.path / "answers.txt", answers)
+            # A run that goes on from an older checkpoint does steps again: what is there then is not of this model.
+            shutil.rmtree(self._folder / f"step-{step:08d}", ignore_errors=True)
             folder.publish()
         if drawings:
             logger.log_images(sheet(drawings), name="samples", channels_last=True, step=step)
+        if answers:
+            logger.log_table(["picture", "question", "answer"], answers, name="samples/answers", step=step)
 
-    def _ask(self, state: State) -> tuple[list[Picture], list[tuple[tuple[str, str], Said]]]:
+    def _ask(self, state: State) -> tuple[list[Picture], list[list[str]]]:
+        """The drawings, and of each answer picture, question and answer."""
         samples, dialogue = self._samples, self._dialogue
+        guidance = guidance_of(samples.guidance, self._config, GUIDANCE)
         drawn, likeliest = (
-            Sampling(samples.temperature, None, samples.top_k, samples.guidance, self._config.seed),
+            Sampling(samples.temperature, None, samples.top_k, guidance, self._config.seed),
             Sampling(temperature=0.0),
         )
         with parallel.paused(state) as network, torch.no_grad():
-            reading, agree = Reading.of(self._config, network), ranks.first_ranks
-            size = dialogue.latents(samples.size)
+            reading, agree = Reading.of(self._config, network.vision), ranks.first_ranks
+            sizes = [dialogue.latents(size) for size in self._sizes]
             drawings = generate(
-                network, dialogue.vocabulary, self._requests, drawn, sizes=[size], drawing=True, reading=reading, agree=agree
+                network, dialogue.vocabulary, self._requests, drawn, sizes=sizes, drawing=True, reading=reading, agree=agree
             )
             answers = generate(
                 network,
@@ -94,19 +106,25 @@ class Samples(Callback):  # type: ignore[misc]
                 agree=agree,
             )
             pictures = [said.pictures[0] for said in dialogue.said(drawings)]
-            return pictures, list(zip(samples.answer.items(), dialogue.said(answers), strict=True))
+            said = [one.text for one in dialogue.said(answers)]
+            return pictures, [[*asked, text] for asked, text in zip(samples.answer.items(), said, strict=True)]
 
 
-def samples_of(config: StageConfig, vocabulary: Vocabulary) -> list[Samples]:
-    """The callback where a stage asks for it. `vocabulary` is the data's."""
-    return [Samples(config, config.samples, vocabulary)] if config.samples else []
+def samples_of(config: StageConfig, vocabulary: Vocabulary, pictures: Pictures) -> list[Samples]:
+    """The callback where a stage asks for it. `vocabulary` and `pictures` are the data's."""
+    return [Samples(config, config.samples, vocabulary, pictures)] if config.samples else []
+
+
+def _write_rows(path: Path, rows: list[list[str]]) -> None:
+    path.write_text("".join(" ".join("\t".join(row).splitlines()) + "\n" for row in rows), "utf-8")
 
 
 def sheet(pictures: list[Picture]) -> Picture:
-    """Pictures of one size side by side in a square, the rest of it black."""
+    """Pictures side by side in a square, the rest of it black."""
     side = math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / side)
-    height, width, _ = pictures[0].shape
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     padded = np.zeros((rows * side, height, width, 3), np.uint8)
-    padded[: len(pictures)] = pictures
+    for number, picture in enumerate(pictures):
+        padded[number, : picture.shape[0], : picture.shape[1]] = picture
     return padded.reshape(rows, side, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, side * width, 3)

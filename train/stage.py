@@ -69,7 +69,7 @@ def run(config: StageConfig, checked: Checked) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_first_rank():
-        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
+        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures)
     warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
     metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
@@ -81,7 +81,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         network,
         build_optimizer(network, config.optimizer, compat=compat),
         loader,
-        [*callbacks, *samples_of(config, checked.vocabulary)],
+        [*callbacks, *samples_of(config, checked.vocabulary, checked.pictures)],
         build_loggers(config, resume is not None),
         resume,
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
