@@ -118,7 +118,7 @@ def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     assert whole.sizes.vision == VisionConfig(**VISION)
     assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
     fields = json.loads((exported / "config.json").read_bytes())
-    assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7}
+    assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7, "checkpoint": None}
     assert fields["dtype"] == "float32"
 
 

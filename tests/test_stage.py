@@ -1,5 +1,6 @@
 """Stages of training in this process, with one rank; test_ranks.py has several."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,25 @@ def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_pat
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
     assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
+
+
+def test_another_runs_export_of_the_same_step_is_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained again with another seed: the folder had kept the model of before, without a word."""
+    config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/model")
+
+    def head(seed: int) -> torch.Tensor:
+        train(config.model_copy(update={"seed": seed}))
+        exported = checkpoints.open_source(tmp_path / "model").load()["lm_head.weight"]
+        assert torch.equal(exported, weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
+        shutil.rmtree(tmp_path / "run")
+        return exported
+
+    first = head(seed=0)
+    assert not torch.equal(first, head(seed=1))
+    with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
+        patch.setattr("unitoken.train.stage.export_at_end", lambda _: None)
+        train(config)
+    assert torch.equal(first, head(seed=0))
 
 
 def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:

@@ -65,6 +65,16 @@ def read(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def id_of(checkpoint: Path) -> str | None:
+    """What tells it from all others, of other runs too; None where it is older than ids."""
+    found: str | None = _saved_by(read(checkpoint)).get("id")
+    return found
+
+
+def _saved_by(state: dict[str, Any]) -> dict[str, Any]:
+    return dict(state.get("callbacks", {}).get("Saver", {}))
+
+
 def _network(state: dict[str, Any]) -> Tensors:
     return {name.removeprefix(NETWORK): tensor for name, tensor in state["model"].items() if isinstance(tensor, Tensor)}
 
@@ -87,7 +97,7 @@ def open_source(origin: Path) -> Source:
 def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
     """Composer would load what fits and say nothing of the rest. Raises ConfigError where the checkpoint is not this stage's."""
     state = read(checkpoint)
-    saved = state.get("callbacks", {}).get("Saver", {})
+    saved = _saved_by(state)
     for key, value in stage.items():
         if saved.get(key) != value:
             raise ConfigError(

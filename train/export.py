@@ -40,15 +40,26 @@ IMAGE_NAMES = ("<image>", "<reserved08707>")  # what transformers writes where a
 
 
 def export_at_end(config: StageConfig) -> None:
-    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it."""
+    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it.
+
+    Nothing where that very checkpoint is exported already: another run may have ended at the same step.
+    """
     if config.save.export is None:
         return
     checkpoint = latest_checkpoint(Path(config.save.folder))
     assert checkpoint is not None, "a run that ends has saved"
     out = Path(config.save.export)
-    if not is_export(out) or _mark(out).get("step") != checkpoints.step_of(checkpoint):
+    wanted = checkpoints.id_of(checkpoint)
+    if wanted is None or not is_export(out) or _mark(out).get("checkpoint") != wanted:
         export(str(checkpoint), out, stage=config)
         print(f"{config.name}: exported to {out}", flush=True)
+
+
+def _origin_fields(origin: Path) -> dict[str, Any]:
+    """Which checkpoint it is, for `export_at_end`."""
+    if origin.is_dir():
+        return {}
+    return {"step": checkpoints.step_of(origin), "checkpoint": checkpoints.id_of(origin)}
 
 
 def _mark(folder: Path) -> dict[str, Any]:
@@ -73,7 +84,6 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     if image_tokenizer is not None:
         weights = _with_image_tokenizer(weights, image_tokenizer)
     tokenizer = _tokenizer(codec, whole.vocabulary) if codec else None
-    step = {} if origin.is_dir() else {"step": checkpoints.step_of(origin)}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out.parent, out.name)
@@ -83,7 +93,7 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
             **_config(whole.sizes, whole.vocabulary, tokenizer),
             **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
             "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **step},
+            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin)},
         }
         _write_json(folder.path / CONFIG, fields)
         if whole.sizes.vision is not None:
