@@ -347,6 +347,23 @@ def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_pat
     assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
 
 
+def test_a_resumed_run_takes_the_optimizers_settings_of_today(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """It went on with those in the checkpoint, without a word, and a new entry of `lr_scales` was a KeyError."""
+    changed = ["optimizer.weight_decay=0.5", "optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-3"]
+    found = {}
+    for name, overrides in {"changed": [*changed, "optimizer.lr_scales={vit: 0.5, adapter: 0.1}"], "same": []}.items():
+        run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
+        train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
+        found[name] = next(iter(checkpoints.read(latest_checkpoint(run_folder))["optimizers"].values()))
+    groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
+    assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
+    assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}
+    assert {name: group["lr_scale"] for (name, _), group in groups.items()} == {"vit": 0.5, "adapter": 0.1, "rest": 1.0}
+    assert groups["vit", 0.5]["lr"] == 0.5 * groups["rest", 0.5]["lr"] > 0
+    assert {(group["betas"], group["eps"]) for group in found["same"]["param_groups"]} == {((0.9, 0.95), 1e-8)}
+    assert found["changed"]["state"].keys() == found["same"]["state"].keys()  # no moment is lost
+
+
 def test_another_runs_export_of_the_same_step_is_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained again with another seed: the folder had kept the model of before, without a word."""
     config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/model")
