@@ -236,7 +236,7 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
     assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
-    why = "no checkpoint in it, neither a run's `latest` (did that stage run?) nor a model's config.json"
+    why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"
     assert refused.stderr == f"error: {tmp_path}: {why}\n"
 
 
@@ -319,7 +319,7 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
     ("make", "message"),
     [
         (lambda path: None, "no such checkpoint"),
-        (lambda path: path.mkdir(), "no checkpoint in it, neither a run's `latest`"),
+        (lambda path: path.mkdir(), "no checkpoint in it, neither a run's step-"),
         (lambda path: path.mkdir() or (path / "config.json").write_text("{}"), "it has no model.safetensors"),
         (lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"), "which is not there"),
     ],

@@ -15,7 +15,7 @@ from unitoken.train import checkpoints
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.export import export
-from unitoken.train.folders import find_checkpoint, find_origin, latest_checkpoint
+from unitoken.train.folders import find_origin, latest_checkpoint
 from unitoken.train.metrics import Metrics
 from unitoken.train.model import UniToken, build_model, load_weights
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
@@ -37,7 +37,7 @@ def train(config: StageConfig) -> Path:
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.source_of(find_checkpoint(str(run_folder))).load()
+    return checkpoints.source_of(find_origin(str(run_folder))).load()
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +345,13 @@ def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_pat
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
     assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
+
+
+def test_a_copy_of_a_run_that_lost_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")  # follows links
+    train(stage(folder, f"save.folder={tmp_path}/run", "max_duration=19ba"))
+    assert curve(tmp_path / "run")[:18] == curve(uninterrupted)
+    assert len(curve(tmp_path / "run")) == 19
 
 
 def test_a_resumed_run_takes_the_optimizers_settings_of_today(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:

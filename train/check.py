@@ -18,7 +18,7 @@ from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.about import Sizes, check_fits, check_target, read_about
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
-from unitoken.train.folders import LATEST, checkpoint_folder, find_origin, model_configs
+from unitoken.train.folders import checkpoint_folder, find_origin, latest_checkpoint, model_configs
 from unitoken.train.questions import check_samples
 
 
@@ -56,8 +56,8 @@ def check(config: StageConfig, world_size: int) -> Checked:
 def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:
     """That the weights this stage begins with are this model's, and of the data's vocabulary."""
     origins = {}
-    if (Path(config.save.folder) / LATEST).is_symlink():  # a run that resumes needs nothing else any more
-        origins[f"save.folder: {config.save.folder}"] = find_origin(config.save.folder)
+    if (saved := latest_checkpoint(Path(config.save.folder))) is not None:  # a run that resumes needs nothing else any more
+        origins[f"save.folder: {config.save.folder}"] = saved
     else:
         if config.init_from is not None:
             origins[f"init_from: {config.init_from}"] = find_origin(config.init_from)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside
-from unitoken.train.folders import LATEST
+from unitoken.train.folders import LATEST, STEP
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source
 
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
@@ -46,7 +46,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)\.pt", checkpoint.name)
+    match = STEP.fullmatch(checkpoint.name)
     if match is None:
         raise ConfigError(f"{checkpoint}: not named like a checkpoint (step-00000100.pt)")
     return int(match[1])

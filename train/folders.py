@@ -12,6 +12,7 @@ import pydantic
 from unitoken.streaming_data.config import ConfigError, ConfigT
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 
+STEP = re.compile(r"step-(\d{8,})\.pt")
 LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
 CONFIG = "config.json"  # in a folder of Hugging Face's layout
 FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
@@ -39,7 +40,7 @@ def find_origin(source: str) -> Path:
             return checkpoint
         if not (path / CONFIG).is_file():
             raise ConfigError(
-                f"{path}: no checkpoint in it, neither a run's `{LATEST}` (did that stage run?) nor a model's {CONFIG}"
+                f"{path}: no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's {CONFIG}"
             )
         return path
     if path.parent.is_dir() and path.parent != Path():  # runs/stage1 looks like a hub id; where there is runs/, it is none
@@ -47,19 +48,18 @@ def find_origin(source: str) -> Path:
     return checkpoint_folder(source)
 
 
-def find_checkpoint(source: str) -> Path:
-    """As `find_origin`, of a run only. Raises ConfigError."""
-    path = find_origin(source)
-    if path.is_dir():
-        raise ConfigError(f"{source}: a model of Hugging Face's layout, expected a run's folder or its step-*.pt")
-    return path
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from; None in a folder where nothing was saved yet."""
+    """The checkpoint to go on from; None in a folder where nothing was saved yet.
+
+    Copies and object stores lose links, and a run may be killed before it made its first: then the newest it is, as a file
+    of that name is whole.
+    """
     link = folder / LATEST
     if not link.is_symlink():
-        return None
+        saved = sorted(path for path in folder.glob("step-*.pt") if STEP.fullmatch(path.name))
+        if not saved and link.exists():
+            raise ConfigError(f"{link}: it is no link, and there is no step-00000100.pt or the like beside it to go on from")
+        return saved[-1] if saved else None
     checkpoint = folder / link.readlink()
     if not checkpoint.is_file():
         raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
