@@ -168,7 +168,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
 
     other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
     with pytest.raises(
-        ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the model was trained in {vocabulary.fingerprint}"
+        ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the data is in {vocabulary.fingerprint}"
     ):
         export(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
 

@@ -20,6 +20,7 @@ from unitoken.train.about import Sizes, check_fits, check_target, read_about
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
 from unitoken.train.folders import checkpoint_folder, find_origin, latest_checkpoint, model_configs
 from unitoken.train.questions import check_samples
+from unitoken.train.tokenizers import check_codec
 
 
 class Checked(NamedTuple):
@@ -46,11 +47,18 @@ def check(config: StageConfig, world_size: int) -> Checked:
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
     _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    if config.codec is not None and needs_codec(config):
+        check_codec(config.codec, vocabulary, (source.manifest for source in open_sources(config.data)))
     check_samples(config)
     evaluation = _evaluation_data(config)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
     return Checked(decoder, vision, vocabulary, evaluation)
+
+
+def needs_codec(config: StageConfig) -> bool:
+    """Whether the stage itself uses the data's tokenizers, which then must be right before days of training."""
+    return config.samples is not None or config.save.export is not None
 
 
 def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:

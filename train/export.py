@@ -20,9 +20,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from unitoken.codec.config import CodecConfig
 from unitoken.codec.weights import Parameters, Weights, find_weights
-from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
@@ -31,6 +29,7 @@ from unitoken.train.about import STAGE, Sizes, check_target, dump_stage, is_expo
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
 from unitoken.train.model import build_model, shapes_of
+from unitoken.train.tokenizers import check_image_tokenizer, checked_tokenizer, manifests_here
 from unitoken.train.weights import Source, Tensors, check_shapes, fit_norms
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,9 +80,10 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     weights = _in_transformers_layout(checkpoints.open_source(origin), whole.sizes)
     codec = whole.stage.codec if whole.stage else None
     image_tokenizer = find_weights(codec.vision) if codec and codec.vision.kind == "chameleon" else None
-    if image_tokenizer is not None:
+    if codec is not None and whole.stage is not None and image_tokenizer is not None:
+        check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data))
         weights = _with_image_tokenizer(weights, image_tokenizer)
-    tokenizer = _tokenizer(codec, whole.vocabulary) if codec else None
+    tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
 
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out.parent, out.name)
@@ -140,19 +140,6 @@ def _with_image_tokenizer(source: Source, found: Weights) -> Source:
         return source.read([name for name in names if name not in kept]) | {name: kept[name] for name in names if name in kept}
 
     return Source(source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read)
-
-
-def _tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
-    from unitoken.codec.text import load_tokenizer
-
-    tokenizer = load_tokenizer(codec.tokenizer)
-    theirs = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
-    if theirs.fingerprint != vocabulary.fingerprint:
-        raise ConfigError(
-            f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint {theirs.fingerprint} ({theirs.size} tokens), "
-            f"the model was trained in {vocabulary.fingerprint} ({vocabulary.size} tokens)"
-        )
-    return tokenizer
 
 
 def _write_tensors(folder: Path, source: Source, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, check_finished, shared, write_about
 from unitoken.train.callbacks import Optimisation, Saver
-from unitoken.train.check import Checked
+from unitoken.train.check import Checked, needs_codec
 from unitoken.train.config import StageConfig
 from unitoken.train.evaluation import Evaluation, evaluation_loader
 from unitoken.train.export import export_at_end
@@ -26,6 +26,7 @@ from unitoken.train.metrics import Metrics
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 from unitoken.train.samples import samples_of
+from unitoken.train.tokenizers import checked_tokenizer
 
 
 def run(config: StageConfig, checked: Checked) -> None:
@@ -36,6 +37,8 @@ def run(config: StageConfig, checked: Checked) -> None:
     compat = config.compat == "unitoken"
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
     with ranks.together():
+        if config.codec is not None and needs_codec(config):
+            checked_tokenizer(config.codec, checked.vocabulary)
         held_out = evaluation_loader(config, checked, views)
         share = config.data.global_batch // ranks.world_size()
         loader = build_loader(config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat)
