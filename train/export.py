@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 from unitoken.codec.weights import Parameters, Weights, find_weights
-from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
+from unitoken.streaming_data.files import AsideFolder, remove_abandoned
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.train import checkpoints
-from unitoken.train.about import STAGE, Sizes, check_target, dump_stage, is_export, read_whole
+from unitoken.train.about import STAGE, Sizes, check_target, dump_stage, mark_of, read_whole
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
 from unitoken.train.model import build_model, shapes_of
@@ -49,7 +49,7 @@ def export_at_end(config: StageConfig) -> None:
     assert checkpoint is not None, "a run that ends has saved"
     out = Path(config.save.export)
     wanted = checkpoints.id_of(checkpoint)
-    if wanted is None or not is_export(out) or _mark(out).get("checkpoint") != wanted:
+    if wanted is None or (mark_of(out) or {}).get("checkpoint") != wanted:
         export(str(checkpoint), out, stage=config)
         print(f"{config.name}: exported to {out}", flush=True)
 
@@ -61,20 +61,17 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
     return {"step": checkpoints.step_of(origin), "checkpoint": checkpoints.id_of(origin)}
 
 
-def _mark(folder: Path) -> dict[str, Any]:
-    mark: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())["unitoken"]
-    return mark
-
-
 def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None) -> None:
     """Write the model in `source` (anything that `init_from` takes) to the folder `out`, or in the place of an exported one there.
 
     `stage` says what the source's folder does not say itself, and where the tokenizers are.
 
     Raises:
-        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is something else.
+        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is or holds something else.
     """
     check_target(out)
+    out = out.resolve()  # a link stays one
+    _settle(out)
     origin = find_origin(source)
     whole = read_whole(origin, stage)
     weights = _in_transformers_layout(checkpoints.open_source(origin), whole.sizes)
@@ -89,13 +86,6 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     remove_abandoned(out.parent, out.name)
     with AsideFolder(out) as folder:
         _write_tensors(folder.path, weights, DTYPES[dtype])
-        fields = {
-            **_config(whole.sizes, whole.vocabulary, tokenizer),
-            **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
-            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin)},
-        }
-        _write_json(folder.path / CONFIG, fields)
         if whole.sizes.vision is not None:
             _write_json(folder.path / "preprocessor_config.json", _preprocessor(whole.sizes.vision))
         if tokenizer is not None:
@@ -103,21 +93,41 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
         if whole.stage is not None:
             (folder.path / STAGE).write_bytes(dump_stage(whole.stage))
         whole.vocabulary.save(folder.path / VOCABULARY)
+        files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
+        fields = {
+            **_config(whole.sizes, whole.vocabulary, tokenizer),
+            **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
+            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin), "files": files},
+        }
+        _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
 
 
 def _publish(folder: AsideFolder, out: Path) -> None:
-    """Give the folder its name; a model that bears it steps aside, and comes back if that fails."""
-    before = aside(out)
+    """Give the folder its name; a model that bears it steps aside, and comes back if that fails.
+
+    What takes a while is done before: between the two renames a kill would leave no model of that name, until `_settle`.
+    """
+    folder.sync()
     if out.exists():
-        out.rename(before)
+        out.rename(_before(out))
     try:
         folder.publish()
-    except BaseException:
-        if before.exists():
-            before.rename(out)
-        raise
+    finally:
+        _settle(out)
+
+
+def _settle(out: Path) -> None:
+    """The model that stepped aside comes back where no new one took its place, and else goes."""
+    before = _before(out)
+    if before.exists() and not out.exists():
+        before.rename(out)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _before(out: Path) -> Path:
+    return out.with_name(f".before-{out.name}")
 
 
 def _in_transformers_layout(source: Source, sizes: Sizes) -> Source:
