@@ -347,6 +347,15 @@ def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_pat
     assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
 
 
+def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unitoken.train.stage.load_weights", lambda *_: pytest.fail("it loaded weights"))
+    for override in ("optimizer.lr_scales={model.layers.9: 0.1}", "trainable=[model.layers.9]"):
+        with pytest.raises(ConfigError, match=r"'model\.layers\.9' names no parameter"):
+            train(stage(folder, f"save.folder={tmp_path}", override))
+
+
 def test_a_copy_of_a_run_that_lost_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")  # follows links
     train(stage(folder, f"save.folder={tmp_path}/run", "max_duration=19ba"))

@@ -55,6 +55,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
     )
     trained = freeze(network, config.trainable)
+    build_optimizer(network, config.optimizer, compat=compat)  # a name that is wrong is found before weights are loaded
     if config.model.compile:
         for layer in network.model.layers:
             layer.compile()
@@ -70,7 +71,6 @@ def run(config: StageConfig, checked: Checked) -> None:
     if parallel.has_gpu():
         say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
 
-    folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_first_rank():
         write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
     warmup = length.steps(config.optimizer.warmup)
