@@ -412,8 +412,10 @@ def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path)
 
 
 def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) -> None:
+    about = (uninterrupted / "stage.yaml").read_bytes()
     with pytest.raises(ConfigError, match="seed: 0, now 1"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "data.seed=1"))
+    assert (uninterrupted / "stage.yaml").read_bytes() == about  # still what was trained
 
 
 def test_bfloat16_without_a_gpu_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

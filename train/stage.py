@@ -71,8 +71,6 @@ def run(config: StageConfig, checked: Checked) -> None:
     if parallel.has_gpu():
         say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
 
-    if ranks.is_first_rank():
-        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
     warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
     metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
@@ -90,6 +88,8 @@ def run(config: StageConfig, checked: Checked) -> None:
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
     )
+    if ranks.is_first_rank():  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
+        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary)
     try:
         trainer.fit()
     except BaseException:
