@@ -370,6 +370,18 @@ def test_init_from_another_model_is_refused_with_both_sides(
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_that_no_tensor_shows_are_compared(folder: Path, model: UniToken, exported: Path) -> None:
+    """They changed without a word. A new stage may mean it; a run goes on as it began."""
+    changes = ("model.decoder.rope_theta=500", "model.vision.layer_norm_eps=1e-3")
+    found = "its model and this stage's have rope_theta 10000.0 and 500.0, layer_norm_eps 1e-06 and 0.001"
+    for form in ("run", "model"):
+        checked = check(stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1)
+        assert checked.notes == [f"init_from: {folder / form}: {found}"]
+    assert not check(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).notes
+    with pytest.raises(ConfigError, match=rf"save\.folder: {folder}/run: {found}; a run goes on with those it began with"):
+        check(stage(folder, *changes), 1)
+
+
 def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path, exported: Path) -> None:
     arguments = [str(write_stage(folder)), f"init_from={exported}", "model.decoder.hidden_size=64", f"save.folder={folder}/new"]
     code = (

@@ -229,6 +229,18 @@ def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folde
     assert not torch.equal(after[1]["lm_head.weight"], after[2]["lm_head.weight"])
 
 
+def test_a_stage_that_begins_with_an_unfinished_one_says_so(
+    folder: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["name=next", "max_duration=1ba", "model.decoder.rope_theta=500"]
+    for step, said in ((16, "step 16 of 18 of that stage"), (18, None)):
+        origin = uninterrupted / f"step-000000{step}.pt"
+        train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init_from: ")]
+        constants = f"init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
+
+
 def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]")

@@ -131,7 +131,7 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
     return Whole(stage, sizes, vocabulary)
 
 
-# What gives tensors their shapes and layers their order; the rest (rope_theta, eps) may be changed from stage to stage.
+# What gives tensors their shapes and layers their order; `other_constants` has the rest.
 _DECODER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_heads", "swin_norm")
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
@@ -151,14 +151,27 @@ def check_fits(about: About, sizes: Sizes, vocabulary: Vocabulary, where: str) -
         )
 
 
+def other_constants(about: About, sizes: Sizes) -> str | None:
+    """Numbers that no tensor shows and that differ: the same weights are another model with them."""
+    if about.sizes is None:
+        return None
+    found = _differences(about.sizes.decoder, sizes.decoder, ("rope_theta", "rms_norm_eps"))
+    if about.sizes.vision is not None and sizes.vision is not None:
+        found += _differences(about.sizes.vision, sizes.vision, ("layer_norm_eps",))
+    return f"its model and this stage's have {', '.join(found)}" if found else None
+
+
 def _same(found: Config, needed: Config, fields: tuple[str, ...], where: str, part: str) -> None:
-    differences = [
+    if differences := _differences(found, needed, fields):
+        raise ConfigError(f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}")
+
+
+def _differences(found: Config, needed: Config, fields: tuple[str, ...]) -> list[str]:
+    return [
         f"{field} {getattr(found, field)} and {getattr(needed, field)}"
         for field in fields
         if getattr(found, field) != getattr(needed, field)
     ]
-    if differences:
-        raise ConfigError(f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}")
 
 
 def check_target(out: Path) -> None:

@@ -74,16 +74,17 @@ class Optimisation(Callback):  # type: ignore[misc]
 class Saver(Callback):  # type: ignore[misc]
     """Saves at the interval and at the end. `stage` is kept in the checkpoints, and compared when one is resumed from.
 
-    Each checkpoint gets an id, as two runs save a step of the same number and an export must say of which it is.
+    They also say how many steps the stage is to have, for who begins with what is not finished. Each checkpoint gets an id,
+    as two runs save a step of the same number and an export must say of which it is.
     """
 
-    def __init__(self, config: SaveConfig, stage: dict[str, Any]) -> None:
-        self.folder, self.keep, self.stage = Path(config.folder), config.keep, stage
+    def __init__(self, config: SaveConfig, stage: dict[str, Any], total_steps: int) -> None:
+        self.folder, self.keep, self.stage, self.total_steps = Path(config.folder), config.keep, stage, total_steps
         self.number, self.unit = int(config.interval[:-2]), config.interval[-2:]
         self.saved_at = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.stage, "id": uuid.uuid4().hex}
+        return {**self.stage, "total_steps": self.total_steps, "id": uuid.uuid4().hex}
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         self.saved_at = state.timestamp.batch.value

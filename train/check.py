@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.train.about import Sizes, check_fits, check_target, read_about
+from unitoken.train.about import Sizes, check_fits, check_target, other_constants, read_about
 from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionConfig
 from unitoken.train.folders import checkpoint_folder, find_origin, latest_checkpoint, model_configs
 from unitoken.train.questions import check_samples
@@ -29,6 +30,7 @@ class Checked(NamedTuple):
     vision: VisionConfig | None
     vocabulary: Vocabulary
     evaluation: DataConfig | None = None  # what is evaluated on
+    notes: Sequence[str] = ()  # what may be meant and may be not, a line each
 
 
 def check(config: StageConfig, world_size: int) -> Checked:
@@ -46,13 +48,13 @@ def check(config: StageConfig, world_size: int) -> Checked:
         raise ConfigError(
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
-    _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    notes = _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
     if config.codec is not None and needs_codec(config):
         check_codec(config.codec, vocabulary, manifests)
     check_samples(config)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
-    return Checked(decoder, vision, vocabulary, evaluation)
+    return Checked(decoder, vision, vocabulary, evaluation, notes)
 
 
 def needs_codec(config: StageConfig) -> bool:
@@ -78,9 +80,9 @@ def _check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {folder}: cannot write there: {error.strerror or error}") from None
 
 
-def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:
-    """That the weights this stage begins with are this model's, and of the data's vocabulary."""
-    origins = {}
+def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> list[str]:
+    """That the weights this stage begins with are this model's, and of the data's vocabulary; gives back what may be meant."""
+    origins, notes = {}, []
     if (saved := latest_checkpoint(Path(config.save.folder))) is not None:  # a run that resumes needs nothing else any more
         origins[f"save.folder: {config.save.folder}"] = saved
     else:
@@ -93,6 +95,11 @@ def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) ->
         if where.startswith("model.decoder"):  # its sizes are the model's, and its tower need not be used
             about = about._replace(sizes=None)
         check_fits(about, sizes, vocabulary, where)
+        if (difference := other_constants(about, sizes)) is not None:
+            if saved is not None:
+                raise ConfigError(f"{where}: {difference}; a run goes on with those it began with")
+            notes.append(f"{where}: {difference}")
+    return notes
 
 
 def _check_data(config: StageConfig, world_size: int) -> None:

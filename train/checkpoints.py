@@ -71,6 +71,13 @@ def id_of(checkpoint: Path) -> str | None:
     return found
 
 
+def unfinished(checkpoint: Path) -> str | None:
+    """`step 4 of 9 of that stage`; None at a stage's end, and where the checkpoint does not say."""
+    total = _saved_by(read(checkpoint)).get("total_steps", 0)
+    step = step_of(checkpoint) if total else 0
+    return f"step {step} of {total} of that stage" if step < total else None
+
+
 def _saved_by(state: dict[str, Any]) -> dict[str, Any]:
     return dict(state.get("callbacks", {}).get("Saver", {}))
 

@@ -27,6 +27,7 @@ from unitoken.train.model import UniToken, build_model, find_weights, load_weigh
 from unitoken.train.optim import build_optimizer, freeze
 from unitoken.train.samples import samples_of
 from unitoken.train.tokenizers import checked_tokenizer
+from unitoken.train.weights import Source
 
 
 def run(config: StageConfig, checked: Checked) -> None:
@@ -49,7 +50,7 @@ def run(config: StageConfig, checked: Checked) -> None:
     report = loader.dataset.plan.report
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
-    say(report.table())
+    say("\n".join([report.table(), *checked.notes]))
 
     network = build_model(
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
@@ -74,7 +75,7 @@ def run(config: StageConfig, checked: Checked) -> None:
     warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
     metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
-    callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config)), metrics]
+    callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config), total_steps), metrics]
     if held_out is not None:
         callbacks.append(Evaluation(config, held_out, metrics, length.epoch_steps))
     trainer = parallel.build_trainer(
@@ -107,7 +108,7 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
     """
     with ranks.together():
         if resume is None:
-            earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
+            earlier = _earlier(config.init_from) if config.init_from else None
             parts = find_weights(network, config.model, earlier)
             if ranks.is_first_rank():
                 say("\n".join(load_weights(network, parts, config.seed)))
@@ -119,6 +120,13 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
     if ranks.is_first_rank():
         nan_weights(network)
     return True
+
+
+def _earlier(init_from: str) -> Source:
+    origin = find_origin(init_from)
+    if origin.is_file() and (where := checkpoints.unfinished(origin)) is not None:
+        say(f"init_from: {origin}: {where}")
+    return checkpoints.open_source(origin)
 
 
 def _need(config: StageConfig, checked: Checked, trained: int, most_images: int) -> Need:
