@@ -1,6 +1,9 @@
 """Stages of training in this process, with one rank; test_ranks.py has several."""
 
+import errno
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,7 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
         assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
         assert line["useful"] == line["tokens"] / (4 * 64)
     checkpoints_kept = {"latest", "step-00000016.pt", "step-00000018.pt"}
-    about = {"stage.yaml", "model.json", "vocabulary.json"}
+    about = {".lock", "stage.yaml", "model.json", "vocabulary.json"}
     assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", *checkpoints_kept, *about}
     assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
 
@@ -366,6 +369,37 @@ def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
     for override in ("optimizer.lr_scales={model.layers.9: 0.1}", "trainable=[model.layers.9]"):
         with pytest.raises(ConfigError, match=r"'model\.layers\.9' names no parameter"):
             train(stage(folder, f"save.folder={tmp_path}", override))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from unitoken.train.checkpoints import held
+
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=1ba")
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=rf"^save\.folder: {tmp_path}: another run is at work in it and holds \.lock$"):
+            train(config)
+        with monkeypatch.context() as patch:  # a file system without locks
+            patch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+            train(config)
+    finally:
+        other.kill()
+        other.communicate()
+    train(config.model_copy(update={"max_duration": "2ba"}))
+    assert len(curve(tmp_path)) == 2
 
 
 def test_a_copy_of_a_run_that_lost_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:

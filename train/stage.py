@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -34,6 +35,14 @@ def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     parallel.check_precision(config)
     ranks.connect()
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_first_rank():
+                stack.enter_context(checkpoints.held(Path(config.save.folder)))
+        _run(config, checked)
+
+
+def _run(config: StageConfig, checked: Checked) -> None:
     folder = Path(config.save.folder)
     compat = config.compat == "unitoken"
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
