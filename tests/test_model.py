@@ -107,12 +107,17 @@ def test_siglips_last_hidden_state_is_transformers(siglip: Path) -> None:
         torch.testing.assert_close(ours.vit(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
+NORM = "model.layers.0.self_attn.q_norm.weight"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), r"not part of this model: model\.extra"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(59, 32)}), r"lm_head\.weight has shape \(59, 32\), .* needs \(60, 32\)"),
+        (lambda t: t.update({NORM: torch.tensor(1.0)}), r"q_norm\.weight has shape \(\), the model needs \(4, 8\)"),
+        (lambda t: t.update({NORM: torch.zeros(0, 8)}), r"q_norm\.weight has shape \(0, 8\), the model needs \(4, 8\)"),
         (lambda t: t.update({"surplus.weight": torch.zeros(1)}), r"not part of this model: surplus\.weight"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.streaming_data.views import Views
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import checkpoint_folder, read_decoder, read_vision
+from unitoken.train.folders import checkpoint_folder, find_origin, read_decoder, read_vision
 
 ROOT = Path(__file__).parent.parent
 
@@ -270,6 +270,31 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
     with pytest.raises(ConfigError, match="names files outside its folder"):
         read_decoder(str(folder))
+
+
+@pytest.mark.parametrize("places", ["[]", "null", '{"a": 3}'])
+def test_an_index_of_something_else_is_one_line(places: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "x", DECODER, {NORM: (1, 16)})
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {places}}}')
+    with pytest.raises(ConfigError, match=r"index\.json: `weight_map`: expected an object of file names$"):
+        read_decoder(str(folder))
+
+
+def test_pickled_weights_are_said_not_to_be_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "x", DECODER, {NORM: (1, 16)})
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"x: it has no model\.safetensors, and pytorch_model\.bin is not read, .*safetensors only"
+    ):
+        read_decoder(str(folder))
+
+
+@pytest.mark.parametrize(("name", "hint"), [("model.safetensors", "; name the folder that it is in"), ("notes.txt", "")])
+def test_a_file_that_is_no_checkpoint_is_one_line_of_our_own(name: str, hint: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"not a zip" * 100)
+    with pytest.raises(ConfigError) as caught:
+        find_origin(str(tmp_path / name))
+    assert str(caught.value) == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or not all of it{hint}"
 
 
 def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,9 @@ def fit_norms(source: Source, expected: Shapes) -> Source:
     rows: dict[str, int] = {}  # name -> how many are expected
     for name, shape in source.shapes.items():
         other = expected.get(name, shape)
-        if _HEAD_NORM.search(name) and shape != other and (other[0] == 1 or other[0] % shape[0] == 0):
+        if not _HEAD_NORM.search(name) or shape == other or len(shape) != len(other) or not shape[0]:
+            continue
+        if other[0] == 1 or other[0] % shape[0] == 0:
             rows[name] = other[0]  # where a row has another length, the shapes say so
     for name, tensor in source.read([name for name in rows if rows[name] == 1]).items():
         if not (tensor == tensor[:1]).all():
