@@ -22,13 +22,18 @@ PREFIXES = ("@", "\n", "\\", "=", ">", "`")
 CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
 
 
+def check_folder(name: str) -> None:
+    """Raises ConfigError where `name` can only be a folder and is none; else the hub would be asked for it."""
+    path = Path(name)
+    if (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not path.is_dir():
+        raise ConfigError(f"tokenizer: {name}: no such folder")
+
+
 def load_tokenizer(name: str) -> Any:
     """Any text tokenizer that `AutoTokenizer` loads, from a folder or the hub. No code from the hub is run."""
     from transformers import AutoTokenizer  # 2 to 4 s
 
-    path = Path(name)
-    if (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not path.is_dir():
-        raise ConfigError(f"tokenizer: {name}: no such folder")  # else the hub would be asked for it
+    check_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...

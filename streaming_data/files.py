@@ -56,11 +56,15 @@ class AsideFolder:
         self.path.mkdir()
         return self
 
-    def publish(self) -> None:
-        """Give the folder its name. Where another run was faster its folder stays: both hold the same."""
+    def sync(self) -> None:
+        """Bring to the disk what was written, which may take a while; `publish` then takes none."""
         for file in self.path.iterdir():
             _sync(file)
         _sync(self.path)
+
+    def publish(self) -> None:
+        """Give the folder its name. Where another run was faster its folder stays: both hold the same."""
+        self.sync()
         try:
             self.path.rename(self._target)
         except OSError:

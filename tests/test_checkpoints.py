@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from unitoken.streaming_data.config import ConfigError
 from unitoken.train import checkpoints
 from unitoken.train.checkpoints import check_resumable, clean_up, path_of, publish, read, source_of, step_of
-from unitoken.train.folders import LATEST, find_checkpoint, latest_checkpoint
+from unitoken.train.folders import LATEST, find_origin, latest_checkpoint
 
 STAGE = {"name": "one", "trainable": ["vit"]}
 
 
 def save(folder: Path, step: int, keep: int = 2, **state: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     model = {"network.lm_head.weight": torch.full((3, 2), float(step))}
     written = folder / f".aside-{step}.pt"
     torch.save({"state": {"model": model, "callbacks": {"Saver": STAGE}, **state}}, written)
@@ -72,7 +74,7 @@ def test_between_two_checkpoints_there_is_always_a_latest(tmp_path: Path, monkey
 
 
 def test_weights_come_without_the_trainers_prefix(tmp_path: Path) -> None:
-    source = source_of(find_checkpoint(str(save(tmp_path, 7).parent)))
+    source = source_of(find_origin(str(save(tmp_path, 7).parent)))
     assert source.shapes == {"lm_head.weight": (3, 2)}
     assert torch.equal(source.load()["lm_head.weight"], torch.full((3, 2), 7.0))
 
@@ -118,7 +120,28 @@ def test_a_link_to_nothing_is_an_error_not_a_new_start(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
 
 
+def test_without_the_link_the_newest_checkpoint_is_taken_and_kept(tmp_path: Path) -> None:
+    """Copied with `cp -rL` or by way of an object store, a run began anew, and what it saved deleted what was trained."""
+    save(tmp_path / "run", 5)
+    save(tmp_path / "run", 10)
+    for kept in ("as a file", "not at all"):
+        copy = Path(shutil.copytree(tmp_path / "run", tmp_path / kept))  # follows links
+        if kept == "not at all":
+            (copy / LATEST).unlink()
+        assert latest_checkpoint(copy) == path_of(copy, 10)
+        assert find_origin(str(copy)) == path_of(copy, 10)
+        save(copy, 15)
+        assert {path.name for path in copy.iterdir()} == {LATEST, "step-00000010.pt", "step-00000015.pt"}
+        assert (copy / LATEST).readlink() == Path("step-00000015.pt")
+
+
+def test_a_copied_link_with_nothing_beside_it_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+    (tmp_path / LATEST).write_bytes(b"a checkpoint")
+    with pytest.raises(ConfigError, match=r"latest: it is no link, and there is no step-00000100\.pt or the like beside it"):
+        latest_checkpoint(tmp_path)
+
+
 def test_a_folder_without_a_checkpoint_is_an_error_for_init_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did that stage run"):
-        find_checkpoint(str(tmp_path))
+        find_origin(str(tmp_path))
     assert checkpoints.SAFE_TYPES

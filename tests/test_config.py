@@ -82,6 +82,19 @@ def test_a_key_given_twice_is_refused(write):
     assert "line 3" in message
 
 
+def test_a_mapping_may_be_merged_into_another_and_overridden(write):
+    """YAML's `<<`, also of what was merged itself; a key given twice is still refused."""
+    streams = "streams: {a: &a {kind: a, batch_size: 4}, b: &b {<<: *a, kind: b}}\n"
+    settings = load_config(Settings, write(streams + "vision: {<<: *b, batch_size: 2}"))
+    assert settings.vision == Vision(kind="b", batch_size=2)
+    assert settings.streams == {"a": Vision(kind="a", batch_size=4), "b": Vision(kind="b", batch_size=4)}
+    assert "'kind' is given twice" in error_of(write(streams + "vision: {<<: *b, kind: b, kind: c}"))
+
+
+def test_a_list_as_a_key_is_one_line(write):
+    assert "found unhashable key" in error_of(write("vision: {[a]: b}"))
+
+
 def test_overrides_win_over_the_file_at_any_depth(write):
     settings = load_config(
         Settings, write("vision: {kind: a, batch_size: 4}"), ["vision.batch_size=2", "streams.new.kind=b", "steps=7"]

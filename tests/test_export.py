@@ -119,7 +119,8 @@ def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     assert whole.sizes.vision == VisionConfig(**VISION)
     assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
     fields = json.loads((exported / "config.json").read_bytes())
-    assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7}
+    files = sorted(path.name for path in exported.iterdir())
+    assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7, "checkpoint": None, "files": files}
     assert fields["dtype"] == "float32"
 
 
@@ -168,9 +169,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16().float())
 
     other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
-    with pytest.raises(
-        ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the model was trained in {vocabulary.fingerprint}"
-    ):
+    with pytest.raises(ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the data is in {vocabulary.fingerprint}"):
         export(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
 
 
@@ -193,6 +192,95 @@ def test_a_killed_export_leaves_what_was_there(
         load(str(tmp_path / "model"), None if not VISION else str(tmp_path / "model")).lm_head.weight,
         model.lm_head.weight.bfloat16().float(),
     )
+
+
+KILLED_BETWEEN_THE_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from unitoken.train.export import export
+
+rename = Path.rename
+
+def killed(self, target):
+    rename(self, target)
+    if self.name == "model":  # the model of before has stepped aside
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Path.rename = killed
+export(sys.argv[1], Path(sys.argv[2]))
+"""
+
+
+def test_a_kill_between_the_renames_loses_no_model(
+    folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next export brings back the model of before, also where it is killed itself."""
+    out = tmp_path / "model"
+    export(str(folder / "run"), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, folder / "run", out], check=False)
+    assert done.returncode == -9
+    assert not out.exists()
+    for name in ("model-2", "model"):  # an export beside it leaves it alone
+        with monkeypatch.context() as patch:
+            patch.setattr("unitoken.train.export._write_tensors", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                export(str(folder / "run"), tmp_path / name)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    export(str(folder / "run"), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob(".before-*"))
+
+
+def test_the_model_of_before_stays_until_the_new_one_is_on_the_disk(
+    folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 GB take a while: a kill in that time must not cost the old model."""
+    export(str(folder / "run"), tmp_path / "model")
+    synced: list[Path] = []
+    rename = Path.rename
+
+    def renamed(self: Path, target: Path) -> Path:
+        if self.name == "model":
+            assert any(path.name == "model.safetensors" for path in synced)
+        return rename(self, target)
+
+    monkeypatch.setattr("unitoken.streaming_data.files._sync", synced.append)
+    monkeypatch.setattr(Path, "rename", renamed)
+    export(str(folder / "run"), tmp_path / "model")
+    assert synced
+
+
+def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniToken, tmp_path: Path) -> None:
+    """A run's folder inside of it was, by an export to where the run's own base model is."""
+    out = tmp_path / "model"
+    export(str(folder / "run"), out)
+    shutil.copytree(folder / "run", out / "finetune", symlinks=True)
+    (out / "README.md").write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"model: it holds README\.md, finetune besides the exported model, so it is not replaced"
+    ):
+        export(str(out / "finetune"), out)
+    fields = json.loads((out / "config.json").read_bytes())
+    del fields["unitoken"]["files"]  # exported before they were listed
+    (out / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"model: it holds finetune besides the exported model"):
+        export(str(out / "finetune"), out)
+    shutil.rmtree(out / "finetune")
+    export(str(folder / "run"), out)
+
+
+def test_a_link_that_is_exported_to_stays_a_link(folder: Path, model: UniToken, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    export(str(folder / "run"), tmp_path / "disk" / "model")
+    (tmp_path / "link").symlink_to("disk/model")
+    export(str(folder / "run"), tmp_path / "link", "fp32")
+    assert (tmp_path / "link").readlink() == Path("disk/model")
+    assert json.loads((tmp_path / "disk/model/config.json").read_bytes())["dtype"] == "float32"
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+    (tmp_path / "nowhere").symlink_to("gone/model")
+    with pytest.raises(ConfigError, match=r"nowhere: it is a link to gone/model, which is not there"):
+        export(str(folder / "run"), tmp_path / "nowhere")
 
 
 def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_path: Path) -> None:
@@ -237,7 +325,7 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
     assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
-    why = "no checkpoint in it, neither a run's `latest` (did that stage run?) nor a model's config.json"
+    why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"
     assert refused.stderr == f"error: {tmp_path}: {why}\n"
 
 
@@ -283,6 +371,18 @@ def test_init_from_another_model_is_refused_with_both_sides(
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_that_no_tensor_shows_are_compared(folder: Path, model: UniToken, exported: Path) -> None:
+    """They changed without a word. A new stage may mean it; a run goes on as it began."""
+    changes = ("model.decoder.rope_theta=500", "model.vision.layer_norm_eps=1e-3")
+    found = "its model and this stage's have rope_theta 10000.0 and 500.0, layer_norm_eps 1e-06 and 0.001"
+    for form in ("run", "model"):
+        checked = check(stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1)
+        assert checked.notes == [f"init_from: {folder / form}: {found}"]
+    assert not check(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).notes
+    with pytest.raises(ConfigError, match=rf"save\.folder: {folder}/run: {found}; a run goes on with those it began with"):
+        check(stage(folder, *changes), 1)
+
+
 def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path, exported: Path) -> None:
     arguments = [str(write_stage(folder)), f"init_from={exported}", "model.decoder.hidden_size=64", f"save.folder={folder}/new"]
     code = (
@@ -320,7 +420,7 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
     ("make", "message"),
     [
         (lambda path: None, "no such checkpoint"),
-        (lambda path: path.mkdir(), "no checkpoint in it, neither a run's `latest`"),
+        (lambda path: path.mkdir(), "no checkpoint in it, neither a run's step-"),
         (lambda path: path.mkdir() or (path / "config.json").write_text("{}"), "it has no model.safetensors"),
         (lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"), "which is not there"),
     ],

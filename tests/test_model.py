@@ -107,12 +107,17 @@ def test_siglips_last_hidden_state_is_transformers(siglip: Path) -> None:
         torch.testing.assert_close(ours.vit(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
+NORM = "model.layers.0.self_attn.q_norm.weight"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), r"not part of this model: model\.extra"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(59, 32)}), r"lm_head\.weight has shape \(59, 32\), .* needs \(60, 32\)"),
+        (lambda t: t.update({NORM: torch.tensor(1.0)}), r"q_norm\.weight has shape \(\), the model needs \(4, 8\)"),
+        (lambda t: t.update({NORM: torch.zeros(0, 8)}), r"q_norm\.weight has shape \(0, 8\), the model needs \(4, 8\)"),
         (lambda t: t.update({"surplus.weight": torch.zeros(1)}), r"not part of this model: surplus\.weight"),
     ],
 )  # fmt: skip
@@ -160,6 +165,46 @@ def test_a_part_that_is_there_in_parts_is_an_error() -> None:
     del source.shapes["vit.post_layernorm.bias"]
     with pytest.raises(ConfigError, match=r"init_from: 1 tensors do not fit: missing: vit\.post_layernorm\.bias"):
         build(trained=source)
+
+
+def spoiled_folder(chameleon: Path, folder: Path, *lost: str) -> str:
+    tensors: dict[str, Tensor] = {}
+    for path in chameleon.glob("*.safetensors"):
+        tensors |= load_file(path)
+    folder.mkdir()
+    (folder / "config.json").write_bytes((chameleon / "config.json").read_bytes())
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_a_part_that_was_lost_is_not_replaced_by_a_random_one(chameleon: Path, tmp_path: Path) -> None:
+    """One of its pair is there: the other was trained with it. All that is missing is said at once."""
+    with pytest.raises(ConfigError, match=r"^init_from: 4 tensors do not fit: missing: adapter\.0\.weight; .*adapter\.2\.bias$"):
+        build(trained=from_model(build(), "model", "lm_head", "vit"))
+    with pytest.raises(ConfigError, match=r"^init_from: 5 tensors do not fit: missing: adapter.*; missing: lm_head\.weight$"):
+        build(trained=from_model(build(), "model", "vit"))
+    with pytest.raises(ConfigError, match=r"no_head: 1 tensors do not fit: missing: lm_head\.weight$"):
+        build(spoiled_folder(chameleon, tmp_path / "no_head", "lm_head"), None)
+    with pytest.raises(ConfigError, match=r"init_from: \d+ tensors do not fit: missing: vit\."):
+        build(trained=from_model(build(), "model", "lm_head", "adapter"))
+    build(trained=from_model(build(), "model", "lm_head"))
+
+
+def test_what_does_not_fit_is_said_of_all_folders(chameleon: Path, siglip: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"x: 2 tensors .*model\.norm\.weight; missing: lm_head.*; .*siglip\d*: 1 .*shape"):
+        build(
+            spoiled_folder(chameleon, tmp_path / "x", "model.norm", "lm_head"),
+            str(spoiled_tower(siglip, tmp_path / "siglip1")),
+        )
+
+
+def spoiled_tower(siglip: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_bytes((siglip / "config.json").read_bytes())
+    tensors = load_file(siglip / "model.safetensors")
+    tensors["vision_model.post_layernorm.bias"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def test_new_weights_depend_on_the_seed_alone() -> None:

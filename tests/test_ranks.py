@@ -60,6 +60,7 @@ def by_two(folder: Path) -> Path:
         dry(folder, "two"),
         dry(folder, "recomputed", "model.compile=true", "activation_checkpointing=selective", "fsdp.reshard=false"),
         dry(folder, "moved", steps=0, stop=4),
+        *other_settings_halfway(folder, "two-changed"),
     )
     return folder / "two"
 
@@ -77,6 +78,11 @@ def by_four(folder: Path, by_two: Path) -> Path:
     return folder / "four"
 
 
+def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
+    """Stopped, and resumed with another decay and another group of parameters."""
+    return [dry(folder, run, stop=3), dry(folder, run, "optimizer.weight_decay=5", "optimizer.lr_scales={model: 3}")]
+
+
 def assert_same(run: Path, expected: Path) -> None:
     for key in ("loss", "grad_norm", "tokens"):
         assert [line[key] for line in metrics(run)] == pytest.approx([line[key] for line in metrics(expected)], rel=1e-5), key
@@ -85,6 +91,14 @@ def assert_same(run: Path, expected: Path) -> None:
 def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
     """The same losses and gradient norms, also where one of the ranks has no image in a microbatch."""
     assert_same(by_two, by_one)
+
+
+def test_two_ranks_take_other_settings_of_the_optimizer_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
+    for part in other_settings_halfway(folder, "one-changed"):
+        run_stage(**part)
+    assert_same(folder / "two-changed", folder / "one-changed")
+    assert curve(folder / "one-changed")[:3] == curve(by_one)[:3]
+    assert abs(curve(folder / "one-changed")[4][1] - curve(by_one)[4][1]) > 1e-3
 
 
 def test_four_ranks_train_as_one(by_one: Path, by_four: Path) -> None:

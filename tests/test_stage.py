@@ -1,5 +1,9 @@
 """Stages of training in this process, with one rank; test_ranks.py has several."""
 
+import errno
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from unitoken.train import checkpoints
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.export import export
-from unitoken.train.folders import find_checkpoint, find_origin, latest_checkpoint
+from unitoken.train.folders import find_origin, latest_checkpoint
 from unitoken.train.metrics import Metrics
 from unitoken.train.model import UniToken, build_model, load_weights
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
@@ -36,7 +40,7 @@ def train(config: StageConfig) -> Path:
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.source_of(find_checkpoint(str(run_folder))).load()
+    return checkpoints.source_of(find_origin(str(run_folder))).load()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
         assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
         assert line["useful"] == line["tokens"] / (4 * 64)
     checkpoints_kept = {"latest", "step-00000016.pt", "step-00000018.pt"}
-    about = {"stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
+    about = {".lock", "stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
     assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", *checkpoints_kept, *about}
     assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
 
@@ -228,6 +232,18 @@ def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folde
     assert not torch.equal(after[1]["lm_head.weight"], after[2]["lm_head.weight"])
 
 
+def test_a_stage_that_begins_with_an_unfinished_one_says_so(
+    folder: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["name=next", "max_duration=1ba", "model.decoder.rope_theta=500"]
+    for step, said in ((16, "step 16 of 18 of that stage"), (18, None)):
+        origin = uninterrupted / f"step-000000{step}.pt"
+        train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init_from: ")]
+        constants = f"init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
+
+
 def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]")
@@ -346,6 +362,89 @@ def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_pat
     assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
 
 
+def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unitoken.train.stage.load_weights", lambda *_: pytest.fail("it loaded weights"))
+    for override in ("optimizer.lr_scales={model.layers.9: 0.1}", "trainable=[model.layers.9]"):
+        with pytest.raises(ConfigError, match=r"'model\.layers\.9' names no parameter"):
+            train(stage(folder, f"save.folder={tmp_path}", override))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from unitoken.train.checkpoints import held
+
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=1ba")
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=rf"^save\.folder: {tmp_path}: another run is at work in it and holds \.lock$"):
+            train(config)
+        with monkeypatch.context() as patch:  # a file system without locks
+            patch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+            train(config)
+    finally:
+        other.kill()
+        other.communicate()
+    train(config.model_copy(update={"max_duration": "2ba"}))
+    assert len(curve(tmp_path)) == 2
+
+
+def test_a_copy_of_a_run_that_lost_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")  # follows links
+    train(stage(folder, f"save.folder={tmp_path}/run", "max_duration=19ba"))
+    assert curve(tmp_path / "run")[:18] == curve(uninterrupted)
+    assert len(curve(tmp_path / "run")) == 19
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_of_today(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """It went on with those in the checkpoint, without a word, and a new entry of `lr_scales` was a KeyError."""
+    changed = ["optimizer.weight_decay=0.5", "optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-3"]
+    found = {}
+    for name, overrides in {"changed": [*changed, "optimizer.lr_scales={vit: 0.5, adapter: 0.1}"], "same": []}.items():
+        run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
+        train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
+        found[name] = next(iter(checkpoints.read(latest_checkpoint(run_folder))["optimizers"].values()))
+    groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
+    assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
+    assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}
+    assert {name: group["lr_scale"] for (name, _), group in groups.items()} == {"vit": 0.5, "adapter": 0.1, "rest": 1.0}
+    assert groups["vit", 0.5]["lr"] == 0.5 * groups["rest", 0.5]["lr"] > 0
+    assert {(group["betas"], group["eps"]) for group in found["same"]["param_groups"]} == {((0.9, 0.95), 1e-8)}
+    assert found["changed"]["state"].keys() == found["same"]["state"].keys()  # no moment is lost
+
+
+def test_another_runs_export_of_the_same_step_is_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained again with another seed: the folder had kept the model of before, without a word."""
+    config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/model")
+
+    def head(seed: int) -> torch.Tensor:
+        train(config.model_copy(update={"seed": seed}))
+        exported = checkpoints.open_source(tmp_path / "model").load()["lm_head.weight"]
+        assert torch.equal(exported, weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
+        shutil.rmtree(tmp_path / "run")
+        return exported
+
+    first = head(seed=0)
+    assert not torch.equal(first, head(seed=1))
+    with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
+        patch.setattr("unitoken.train.stage.export_at_end", lambda _: None)
+        train(config)
+    assert torch.equal(first, head(seed=0))
+
+
 def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:
     with pytest.raises(ConfigError, match="give each stage a folder of its own"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "name=other"))
@@ -359,8 +458,10 @@ def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path)
 
 
 def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) -> None:
+    about = (uninterrupted / "stage.yaml").read_bytes()
     with pytest.raises(ConfigError, match="seed: 0, now 1"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "data.seed=1"))
+    assert (uninterrupted / "stage.yaml").read_bytes() == about  # still what was trained
 
 
 def test_bfloat16_without_a_gpu_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.streaming_data.views import Views
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import checkpoint_folder, read_decoder, read_vision
+from unitoken.train.folders import checkpoint_folder, find_origin, read_decoder, read_vision
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,6 +142,16 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
         ("data.streams.all.local=/nowhere", r"/nowhere: not a dataset folder: no such folder"),
         ("init_from=/nowhere", r"/nowhere: no such checkpoint"),
         ("max_duration=10", r"`max_duration`"),
+        ("optimizer.betas=[2, 3]", r"`optimizer\.betas\.0`: Input should be less than 1, found 2"),
+        ("optimizer.min_lr=1", r"`optimizer`: min_lr 1 is above lr 0\.003, from which the schedule falls to it"),
+        (
+            "optimizer.lr_scales={vitt: 0.1}",
+            r"optimizer\.lr_scales: 'vitt' names nothing that is trained, which is trainable: \[vit,",
+        ),
+        ("save.folder=s3://bucket/run", r"`save\.folder`: it is written to a folder, .* not to a URL, found 's3://bucket/run'"),
+        ("save.export=gs://bucket/model", r"`save\.export`: it is written to a folder"),
+        ("save.folder=/dev/null/run", r"save\.folder: /dev/null/run: cannot write there: Not a directory"),
+        ("save.export=/dev/null/x/model", r"save\.export: /dev/null/x: cannot write there: Not a directory"),
         ("optimizer.learning_rate=1", r"unknown key 'optimizer\.learning_rate'"),
     ],
 )
@@ -149,6 +159,26 @@ def test_a_wrong_setting_is_named(override: str | tuple[str, ...], message: str,
     with pytest.raises(ConfigError, match=message) as caught:
         check(stage(folder, *([override] if isinstance(override, str) else override)), 2)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_may_be_kept_in_a_users_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    save = stage(folder, "save.folder=~/runs/one", "save.export=~/model").save
+    assert (save.folder, save.export) == ("/home/me/runs/one", "/home/me/model")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainable=[vit, adaptor]", "optimizer.lr_scales={vitt: 1}", "data.global_batch=5", "data.streams.all.local=/nowhere",
+     "log.wandb=project", "save.folder=/dev/null/run", "eval={interval: 1ba}"],
+)  # fmt: skip
+def test_what_is_cheap_to_find_is_found_before_the_hub_is_asked(
+    override: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 GB were downloaded first."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ConfigError, match=override.split("=")[0].replace("data.streams.all.local", "/nowhere")):
+        check(stage(folder, "model.decoder=owner/name", "model.vision=owner/tower", override), 2)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +270,31 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
     with pytest.raises(ConfigError, match="names files outside its folder"):
         read_decoder(str(folder))
+
+
+@pytest.mark.parametrize("places", ["[]", "null", '{"a": 3}'])
+def test_an_index_of_something_else_is_one_line(places: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "x", DECODER, {NORM: (1, 16)})
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {places}}}')
+    with pytest.raises(ConfigError, match=r"index\.json: `weight_map`: expected an object of file names$"):
+        read_decoder(str(folder))
+
+
+def test_pickled_weights_are_said_not_to_be_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "x", DECODER, {NORM: (1, 16)})
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"x: it has no model\.safetensors, and pytorch_model\.bin is not read, .*safetensors only"
+    ):
+        read_decoder(str(folder))
+
+
+@pytest.mark.parametrize(("name", "hint"), [("model.safetensors", "; name the folder that it is in"), ("notes.txt", "")])
+def test_a_file_that_is_no_checkpoint_is_one_line_of_our_own(name: str, hint: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"not a zip" * 100)
+    with pytest.raises(ConfigError) as caught:
+        find_origin(str(tmp_path / name))
+    assert str(caught.value) == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or not all of it{hint}"
 
 
 def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
     return Whole(stage, sizes, vocabulary, about.pictures)
 
 
-# What gives tensors their shapes and layers their order; the rest (rope_theta, eps) may be changed from stage to stage.
+# What gives tensors their shapes and layers their order; `other_constants` has the rest.
 _DECODER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_heads", "swin_norm")
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
@@ -181,25 +181,52 @@ def check_fits(about: About, sizes: Sizes, vocabulary: Vocabulary, where: str) -
         )
 
 
+def other_constants(about: About, sizes: Sizes) -> str | None:
+    """Numbers that no tensor shows and that differ: the same weights are another model with them."""
+    if about.sizes is None:
+        return None
+    found = _differences(about.sizes.decoder, sizes.decoder, ("rope_theta", "rms_norm_eps"))
+    if about.sizes.vision is not None and sizes.vision is not None:
+        found += _differences(about.sizes.vision, sizes.vision, ("layer_norm_eps",))
+    return f"its model and this stage's have {', '.join(found)}" if found else None
+
+
 def _same(found: Config, needed: Config, fields: tuple[str, ...], where: str, part: str) -> None:
-    differences = [
+    if differences := _differences(found, needed, fields):
+        raise ConfigError(f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}")
+
+
+def _differences(found: Config, needed: Config, fields: tuple[str, ...]) -> list[str]:
+    return [
         f"{field} {getattr(found, field)} and {getattr(needed, field)}"
         for field in fields
         if getattr(found, field) != getattr(needed, field)
     ]
-    if differences:
-        raise ConfigError(f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}")
 
 
 def check_target(out: Path) -> None:
-    """Raises ConfigError where an export would replace something that is none."""
-    if not out.exists() or is_export(out):
+    """Raises ConfigError where an export would replace something that is none, or something that somebody put into one."""
+    if not out.exists():
+        if out.is_symlink():
+            raise ConfigError(f"{out}: it is a link to {out.readlink()}, which is not there")
         return
-    raise ConfigError(f"{out}: it is there and is no exported model, so it is not replaced")
+    mark = mark_of(out)
+    if mark is None:
+        raise ConfigError(f"{out}: it is there and is no exported model, so it is not replaced")
+    files = mark.get("files")  # none: exported before they were listed, and an export makes no folders
+    more = sorted(path.name for path in out.iterdir() if (path.is_dir() if files is None else path.name not in files))
+    if more:
+        raise ConfigError(f"{out}: it holds {', '.join(more)} besides the exported model, so it is not replaced")
 
 
 def is_export(folder: Path) -> bool:
+    return mark_of(folder) is not None
+
+
+def mark_of(folder: Path) -> dict[str, Any] | None:
+    """What an exported model's config.json says of the export; None where it is another's, or none at all."""
     try:
-        return "unitoken" in json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+        mark = json.loads((folder / CONFIG).read_bytes())["unitoken"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return mark if isinstance(mark, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,19 @@ class Optimisation(Callback):  # type: ignore[misc]
 
 
 class Saver(Callback):  # type: ignore[misc]
-    """Saves at the interval and at the end. `stage` is kept in the checkpoints, and compared when one is resumed from."""
+    """Saves at the interval and at the end. `stage` is kept in the checkpoints, and compared when one is resumed from.
 
-    def __init__(self, config: SaveConfig, stage: dict[str, Any]) -> None:
-        self.folder, self.keep, self.stage = Path(config.folder), config.keep, stage
+    They also say how many steps the stage is to have, for who begins with what is not finished. Each checkpoint gets an id,
+    as two runs save a step of the same number and an export must say of which it is.
+    """
+
+    def __init__(self, config: SaveConfig, stage: dict[str, Any], total_steps: int) -> None:
+        self.folder, self.keep, self.stage, self.total_steps = Path(config.folder), config.keep, stage, total_steps
         self.number, self.unit = int(config.interval[:-2]), config.interval[-2:]
         self.saved_at = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stage
+        return {**self.stage, "total_steps": self.total_steps, "id": uuid.uuid4().hex}
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         self.saved_at = state.timestamp.batch.value

@@ -7,6 +7,8 @@ checked = check(config, world_size=8)
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +18,11 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, crops_of, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
-from unitoken.train.about import Pictures, Sizes, check_fits, check_target, read_about
-from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
-from unitoken.train.folders import LATEST, checkpoint_folder, find_origin, model_configs
+from unitoken.train.about import Pictures, Sizes, check_fits, check_target, other_constants, read_about
+from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionConfig
+from unitoken.train.folders import checkpoint_folder, find_origin, latest_checkpoint, model_configs
 from unitoken.train.questions import check_samples
+from unitoken.train.tokenizers import check_codec
 
 
 class Checked(NamedTuple):
@@ -28,38 +31,62 @@ class Checked(NamedTuple):
     vocabulary: Vocabulary
     pictures: Pictures  # how the data's were cut
     evaluation: DataConfig | None = None  # what is evaluated on
+    notes: Sequence[str] = ()  # what may be meant and may be not, a line each
 
 
 def check(config: StageConfig, world_size: int) -> Checked:
-    """Everything that can be found wrong before anything large is loaded. Raises ConfigError."""
-    decoder, vision = model_configs(config.model)
-    _check_data(config, vision, world_size)
+    """Everything that can be found wrong before anything large is loaded, what is cheap to find first. Raises ConfigError."""
+    _check_data(config, world_size)
     _check_ranks(config, world_size)
-    _check_trainable(config, vision is not None)
+    _check_trainable(config)
     _check_loggers(config)
-    if config.save.export is not None:
-        if Path(config.save.folder).resolve().is_relative_to(Path(config.save.export).resolve()):
-            raise ConfigError(f"save.export: {config.save.export} holds the run's own folder, save.folder: {config.save.folder}")
-        check_target(Path(config.save.export))
+    manifests = [source.manifest for source in open_sources(config.data)]
+    evaluation = _evaluation_data(config)
+    _check_save(config.save)
+    decoder, vision = model_configs(config.model)  # of a hub id: downloaded
     vocabulary = check_mixture(config.data, Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
-    _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    notes = _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    if config.codec is not None and needs_codec(config):
+        check_codec(config.codec, vocabulary, manifests)
     pictures = Pictures(crops=crops_of(config.data))
     check_samples(config, pictures)
-    evaluation = _evaluation_data(config)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
-    return Checked(decoder, vision, vocabulary, pictures, evaluation)
+    return Checked(decoder, vision, vocabulary, pictures, evaluation, notes)
 
 
-def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> None:
-    """That the weights this stage begins with are this model's, and of the data's vocabulary."""
-    origins = {}
-    if (Path(config.save.folder) / LATEST).is_symlink():  # a run that resumes needs nothing else any more
-        origins[f"save.folder: {config.save.folder}"] = find_origin(config.save.folder)
+def needs_codec(config: StageConfig) -> bool:
+    """Whether the stage itself uses the data's tokenizers, which then must be right before days of training."""
+    return config.samples is not None or config.save.export is not None
+
+
+def _check_save(save: SaveConfig) -> None:
+    if save.export is not None:
+        out = Path(save.export)
+        if Path(save.folder).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}")
+        check_target(out)
+        _check_writable("save.export", out.resolve().parent)
+    _check_writable("save.folder", Path(save.folder))
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder}: cannot write there: {error.strerror or error}") from None
+
+
+def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> list[str]:
+    """That the weights this stage begins with are this model's, and of the data's vocabulary; gives back what may be meant."""
+    origins, notes = {}, []
+    if (saved := latest_checkpoint(Path(config.save.folder))) is not None:  # a run that resumes needs nothing else any more
+        origins[f"save.folder: {config.save.folder}"] = saved
     else:
         if config.init_from is not None:
             origins[f"init_from: {config.init_from}"] = find_origin(config.init_from)
@@ -70,10 +97,15 @@ def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) ->
         if where.startswith("model.decoder"):  # its sizes are the model's, and its tower need not be used
             about = about._replace(sizes=None)
         check_fits(about, sizes, vocabulary, where)
+        if (difference := other_constants(about, sizes)) is not None:
+            if saved is not None:
+                raise ConfigError(f"{where}: {difference}; a run goes on with those it began with")
+            notes.append(f"{where}: {difference}")
+    return notes
 
 
-def _check_data(config: StageConfig, vision: VisionConfig | None, world_size: int) -> None:
-    data = config.data
+def _check_data(config: StageConfig, world_size: int) -> None:
+    data, vision = config.data, config.model.vision
     if data.global_batch % world_size:
         raise ConfigError(f"data.global_batch: {data.global_batch} packs can not be shared evenly by {world_size} ranks")
     if vision is None and data.continuous != "none":
@@ -98,8 +130,8 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
         )
 
 
-def _check_trainable(config: StageConfig, has_vision: bool) -> None:
-    parts = ["model", "lm_head"] + (["vit", "adapter"] if has_vision else [])
+def _check_trainable(config: StageConfig) -> None:
+    parts = ["model", "lm_head"] + (["vit", "adapter"] if config.model.vision is not None else [])
     for name in config.trainable:
         if name.split(".")[0] not in parts:
             raise ConfigError(f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}")
@@ -110,6 +142,12 @@ def _check_trainable(config: StageConfig, has_vision: bool) -> None:
         )
     if not any(_learns(name, config.optimizer.lr_scales) for name in config.trainable):
         raise ConfigError(f"trainable: [{', '.join(config.trainable)}] would train nothing: optimizer.lr_scales gives all of it 0")
+
+    for entry in config.optimizer.lr_scales:
+        if not any(f"{name}.".startswith(f"{entry}.") or entry.startswith(f"{name}.") for name in config.trainable):
+            raise ConfigError(
+                f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: [{', '.join(config.trainable)}]"
+            )
 
 
 def _learns(name: str, scales: dict[str, float]) -> bool:

@@ -9,10 +9,12 @@ Saving the 7B model with its optimizer takes 84 GB of memory on the first rank's
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside
-from unitoken.train.folders import LATEST
+from unitoken.train.folders import LATEST, STEP
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source
 
+LOCK = ".lock"
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
 SAFE_TYPES = [
     datetime.timedelta,
@@ -46,7 +49,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)\.pt", checkpoint.name)
+    match = STEP.fullmatch(checkpoint.name)
     if match is None:
         raise ConfigError(f"{checkpoint}: not named like a checkpoint (step-00000100.pt)")
     return int(match[1])
@@ -63,6 +66,23 @@ def read(checkpoint: Path) -> dict[str, Any]:
         why = f"it holds a {unsafe[1]}, which could run code" if unsafe else (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {why}") from None
     return dict(state)
+
+
+def id_of(checkpoint: Path) -> str | None:
+    """What tells it from all others, of other runs too; None where it is older than ids."""
+    found: str | None = _saved_by(read(checkpoint)).get("id")
+    return found
+
+
+def unfinished(checkpoint: Path) -> str | None:
+    """`step 4 of 9 of that stage`; None at a stage's end, and where the checkpoint does not say."""
+    total = _saved_by(read(checkpoint)).get("total_steps", 0)
+    step = step_of(checkpoint) if total else 0
+    return f"step {step} of {total} of that stage" if step < total else None
+
+
+def _saved_by(state: dict[str, Any]) -> dict[str, Any]:
+    return dict(state.get("callbacks", {}).get("Saver", {}))
 
 
 def _network(state: dict[str, Any]) -> Tensors:
@@ -87,7 +107,7 @@ def open_source(origin: Path) -> Source:
 def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
     """Composer would load what fits and say nothing of the rest. Raises ConfigError where the checkpoint is not this stage's."""
     state = read(checkpoint)
-    saved = state.get("callbacks", {}).get("Saver", {})
+    saved = _saved_by(state)
     for key, value in stage.items():
         if saved.get(key) != value:
             raise ConfigError(
@@ -109,6 +129,23 @@ def publish(written: Path, checkpoint: Path, keep: int) -> None:
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         if old != checkpoint:
             old.unlink()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to this process, as two that save into one lose both; its death gives it back.
+
+    With POSIX's locks: flock's would live on in the data's workers. Where a file system has none, a run goes without.
+    Raises ConfigError where another run has it.
+    """
+    with open(folder / LOCK, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"save.folder: {folder}: another run is at work in it and holds {LOCK}") from None
+        except OSError:
+            pass
+        yield
 
 
 def clean_up(folder: Path) -> None:

@@ -5,6 +5,7 @@ config = load_config(StageConfig, "yamls/stage1.yaml", ["optimizer.lr=5e-4"])
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
@@ -99,10 +100,16 @@ class OptimizerConfig(Config):
         default={}
     )  # times `lr`, by the names of modules or parameters: {vit: 1e-2}
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # not on norms and biases; with compat on everything, as the reference
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] = 4.0  # L2 norm of all gradients together
     max_skipped: Positive = 10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
+
+    @pydantic.model_validator(mode="after")
+    def _falls(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, from which the schedule falls to it")
+        return self
 
 
 class FSDPConfig(Config):
@@ -113,11 +120,23 @@ class FSDPConfig(Config):
     reduce: Literal["fp32", "bf16"] = "fp32"  # what gradients are summed in under bf16
 
 
+def _local(value: str) -> str:
+    if "://" in value:
+        raise ValueError("it is written to a folder, of this machine or shared, and not to a URL")
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(str(error)) from None
+
+
+LocalFolder = Annotated[str, pydantic.AfterValidator(_local)]
+
+
 class SaveConfig(Config):
-    folder: str  # the run's folder: step-*.pt, latest, metrics.jsonl
+    folder: LocalFolder  # the run's folder: step-*.pt, latest, metrics.jsonl
     interval: Interval = "1000ba"
     keep: Positive = 2
-    export: str | None = None  # at the end of the stage: a folder for Hugging Face's layout
+    export: LocalFolder | None = None  # at the end of the stage: a folder for Hugging Face's layout
 
 
 class LogConfig(Config):

@@ -20,17 +20,16 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from unitoken.codec.config import CodecConfig
 from unitoken.codec.weights import Parameters, Weights, find_weights
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
+from unitoken.streaming_data.files import AsideFolder, remove_abandoned
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.train import checkpoints
-from unitoken.train.about import PICTURES, STAGE, Sizes, check_target, dump_stage, found_anywhere, is_export, read_whole
+from unitoken.train.about import PICTURES, STAGE, Sizes, check_target, dump_stage, found_anywhere, mark_of, read_whole
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
 from unitoken.train.model import build_model, shapes_of
+from unitoken.train.tokenizers import check_image_tokenizer, checked_tokenizer, manifests_here
 from unitoken.train.weights import Source, Tensors, check_shapes, fit_norms
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -40,20 +39,26 @@ IMAGE_NAMES = ("<image>", "<reserved08707>")  # what transformers writes where a
 
 
 def export_at_end(config: StageConfig) -> None:
-    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it."""
+    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it.
+
+    Nothing where that very checkpoint is exported already: another run may have ended at the same step.
+    """
     if config.save.export is None:
         return
     checkpoint = latest_checkpoint(Path(config.save.folder))
     assert checkpoint is not None, "a run that ends has saved"
     out = Path(config.save.export)
-    if not is_export(out) or _mark(out).get("step") != checkpoints.step_of(checkpoint):
+    wanted = checkpoints.id_of(checkpoint)
+    if wanted is None or (mark_of(out) or {}).get("checkpoint") != wanted:
         export(str(checkpoint), out, stage=config)
         print(f"{config.name}: exported to {out}", flush=True)
 
 
-def _mark(folder: Path) -> dict[str, Any]:
-    mark: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())["unitoken"]
-    return mark
+def _origin_fields(origin: Path) -> dict[str, Any]:
+    """Which checkpoint it is, for `export_at_end`."""
+    if origin.is_dir():
+        return {}
+    return {"step": checkpoints.step_of(origin), "checkpoint": checkpoints.id_of(origin)}
 
 
 def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None) -> None:
@@ -62,30 +67,25 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     `stage` says what the source's folder does not say itself, and where the tokenizers are.
 
     Raises:
-        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is something else.
+        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is or holds something else.
     """
     check_target(out)
+    out = out.resolve()  # a link stays one
+    _settle(out)
     origin = find_origin(source)
     whole = read_whole(origin, stage)
     weights = _in_transformers_layout(checkpoints.open_source(origin), whole.sizes)
     codec = whole.stage.codec if whole.stage else None
     image_tokenizer = find_weights(codec.vision) if codec and codec.vision.kind == "chameleon" else None
-    if image_tokenizer is not None:
+    if codec is not None and whole.stage is not None and image_tokenizer is not None:
+        check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data))
         weights = _with_image_tokenizer(weights, image_tokenizer)
-    tokenizer = _tokenizer(codec, whole.vocabulary) if codec else None
-    step = {} if origin.is_dir() else {"step": checkpoints.step_of(origin)}
+    tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
 
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out.parent, out.name)
     with AsideFolder(out) as folder:
         _write_tensors(folder.path, weights, DTYPES[dtype])
-        fields = {
-            **_config(whole.sizes, whole.vocabulary, tokenizer),
-            **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
-            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **step},
-        }
-        _write_json(folder.path / CONFIG, fields)
         if whole.sizes.vision is not None:
             _write_json(folder.path / "preprocessor_config.json", _preprocessor(whole.sizes.vision))
         if tokenizer is not None:
@@ -95,21 +95,41 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
         if whole.pictures is not None:
             _write_json(folder.path / PICTURES, whole.pictures.model_dump())
         whole.vocabulary.save(folder.path / VOCABULARY)
+        files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
+        fields = {
+            **_config(whole.sizes, whole.vocabulary, tokenizer),
+            **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
+            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin), "files": files},
+        }
+        _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
 
 
 def _publish(folder: AsideFolder, out: Path) -> None:
-    """Give the folder its name; a model that bears it steps aside, and comes back if that fails."""
-    before = aside(out)
+    """Give the folder its name; a model that bears it steps aside, and comes back if that fails.
+
+    What takes a while is done before: between the two renames a kill would leave no model of that name, until `_settle`.
+    """
+    folder.sync()
     if out.exists():
-        out.rename(before)
+        out.rename(_before(out))
     try:
         folder.publish()
-    except BaseException:
-        if before.exists():
-            before.rename(out)
-        raise
+    finally:
+        _settle(out)
+
+
+def _settle(out: Path) -> None:
+    """The model that stepped aside comes back where no new one took its place, and else goes."""
+    before = _before(out)
+    if before.exists() and not out.exists():
+        before.rename(out)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _before(out: Path) -> Path:
+    return out.with_name(f".before-{out.name}")
 
 
 def _in_transformers_layout(source: Source, sizes: Sizes) -> Source:
@@ -132,19 +152,6 @@ def _with_image_tokenizer(source: Source, found: Weights) -> Source:
         return source.read([name for name in names if name not in kept]) | {name: kept[name] for name in names if name in kept}
 
     return Source(source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read)
-
-
-def _tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
-    from unitoken.codec.text import load_tokenizer
-
-    tokenizer = load_tokenizer(codec.tokenizer)
-    theirs = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
-    if theirs.fingerprint != vocabulary.fingerprint:
-        raise ConfigError(
-            f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint {theirs.fingerprint} ({theirs.size} tokens), "
-            f"the model was trained in {vocabulary.fingerprint} ({vocabulary.size} tokens)"
-        )
-    return tokenizer
 
 
 def _write_tensors(folder: Path, source: Source, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import pydantic
 from unitoken.streaming_data.config import ConfigError, ConfigT
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 
+STEP = re.compile(r"step-(\d{8,})\.pt")
 LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
 CONFIG = "config.json"  # in a folder of Hugging Face's layout
 FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
@@ -33,13 +35,16 @@ def find_origin(source: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_file():
+        if not zipfile.is_zipfile(path):  # as torch writes it
+            hint = "; name the folder that it is in" if path.suffix in (".safetensors", ".json") else ""
+            raise ConfigError(f"{path}: not a checkpoint of a run (step-00000100.pt), or not all of it{hint}")
         return path.resolve()  # a link may move on while we read
     if path.is_dir():
         if (checkpoint := latest_checkpoint(path)) is not None:
             return checkpoint
         if not (path / CONFIG).is_file():
             raise ConfigError(
-                f"{path}: no checkpoint in it, neither a run's `{LATEST}` (did that stage run?) nor a model's {CONFIG}"
+                f"{path}: no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's {CONFIG}"
             )
         return path
     if path.parent.is_dir() and path.parent != Path():  # runs/stage1 looks like a hub id; where there is runs/, it is none
@@ -47,19 +52,18 @@ def find_origin(source: str) -> Path:
     return checkpoint_folder(source)
 
 
-def find_checkpoint(source: str) -> Path:
-    """As `find_origin`, of a run only. Raises ConfigError."""
-    path = find_origin(source)
-    if path.is_dir():
-        raise ConfigError(f"{source}: a model of Hugging Face's layout, expected a run's folder or its step-*.pt")
-    return path
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from; None in a folder where nothing was saved yet."""
+    """The checkpoint to go on from; None in a folder where nothing was saved yet.
+
+    Copies and object stores lose links, and a run may be killed before it made its first: then the newest it is, as a file
+    of that name is whole.
+    """
     link = folder / LATEST
     if not link.is_symlink():
-        return None
+        saved = sorted(path for path in folder.glob("step-*.pt") if STEP.fullmatch(path.name))
+        if not saved and link.exists():
+            raise ConfigError(f"{link}: it is no link, and there is no step-00000100.pt or the like beside it to go on from")
+        return saved[-1] if saved else None
     checkpoint = folder / link.readlink()
     if not checkpoint.is_file():
         raise ConfigError(f"{link}: it names {checkpoint.name}, which is not there")
@@ -122,13 +126,18 @@ def tensor_files(folder: Path) -> list[Path]:
     """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        places = _read_json(index).get("weight_map", {})
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ConfigError(f"{index}: `weight_map`: expected an object of file names")
+        names = sorted(set(places.values()))
         if any(Path(name).name != name for name in names):
             raise ConfigError(f"{index}: it names files outside its folder")
         paths = [folder / name for name in names]
     else:
         paths = [folder / "model.safetensors"]
     missing = [path.name for path in paths if not path.is_file()]
+    if missing and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
+        raise ConfigError(f"{folder}: it has no {missing[0]}, and {pickles[0]} is not read, as it may hold code: safetensors only")
     if missing or not paths:
         raise ConfigError(f"{folder}: it has no {', '.join(missing) or 'tensors'}")
     return paths
@@ -152,7 +161,7 @@ def read_decoder(source: str) -> DecoderConfig:
     if norm is None:
         raise ConfigError(f"{folder}: no Chameleon decoder: the tensor '{FIRST_NORM}' is missing")
     if "qk_norm" not in known:  # an exported folder says it: there the file has a row a head also where they are one
-        known["qk_norm"] = "shared" if norm.shape[0] == 1 else "per_head"
+        known["qk_norm"] = "shared" if norm.shape[:1] == (1,) else "per_head"
     return _validated(DecoderConfig, known, path)
 
 

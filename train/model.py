@@ -14,13 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unitoken.streaming_data.config import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.decoder import Decoder, KVCache, document_mask
 from unitoken.train.loss import Loss, token_loss
 from unitoken.train.recompute import Mode, set_recompute
 from unitoken.train.vision import VisionTower, adapter
-from unitoken.train.weights import Shapes, Source, check_shapes, decoder_source, fit_norms, vision_source
+from unitoken.train.weights import Shapes, Source, decoder_source, fit_norms, misfits, vision_source
 
+PAIRS = (("model", "lm_head"), ("vit", "adapter"))  # trained together: where one is and the other is not, it was lost
 Batch = Mapping[str, Tensor]  # see streaming_data/collate.py
 
 
@@ -104,22 +106,27 @@ def shapes_of(model: nn.Module) -> Shapes:
 def find_weights(model: UniToken, config: ModelConfig, trained: Source | None) -> dict[str, Source]:
     """Where each part of a `meta` model gets its weights: from `trained` (an earlier stage), else from the configured folders.
 
-    A part that `trained` lacks entirely (the base stage has no `vit` and no `adapter`) gets what it would have got without
-    it; a part that is in none of them is new. Nothing is loaded yet.
+    Tower and adapter that `trained` lacks (the base stage has none) are what they would be without it; a part that is in
+    none of them is new. A part whose companion is there (`PAIRS`) was lost and is not replaced. Nothing is loaded yet.
 
     Raises:
-        ConfigError: a tensor of a part is missing, has no place in the model, or has another shape.
+        ConfigError: tensors of a part are missing, have no place in the model, or have another shape; all of them.
     """
-    parts: dict[str, Source] = _by_part(trained) if trained is not None else {}
+    parts: dict[str, Source] = _in_pairs(trained) if trained is not None else {}
     if isinstance(config.decoder, str) and "model" not in parts:
-        parts = _by_part(decoder_source(config.decoder)) | parts
+        parts = _in_pairs(decoder_source(config.decoder)) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
         parts |= _by_part(vision_source(config.vision))
-    expected = _by_part(Source("", shapes_of(model), lambda _: {}))
+    expected = {part: source.shapes for part, source in _by_part(Source("", shapes_of(model), lambda _: {})).items()}
+    found: dict[str, tuple[Shapes, Shapes]] = {}  # by where it is: what is there, what is needed of it
     for part, source in parts.items():
-        needed = expected[part].shapes if part in expected else {}
-        parts[part] = fit_norms(source, needed)
-        check_shapes(parts[part].shapes, needed, source.where)
+        parts[part] = fit_norms(source, expected.get(part, {}))
+        there, needed = found.setdefault(source.where, ({}, {}))
+        there |= parts[part].shapes
+        needed |= expected.get(part, {})
+    problems = [text for where, (there, needed) in found.items() if (text := misfits(there, needed, where))]
+    if problems:
+        raise ConfigError("; ".join(problems))
     return parts
 
 
@@ -136,6 +143,15 @@ def load_weights(model: UniToken, parts: Mapping[str, Source], seed: int) -> lis
         count = sum(parameter.numel() for parameter in module.parameters())
         lines.append(f"{part}: {count:,} parameters, {parts[part].where if part in parts else f'new, seed {seed}'}")
     return lines
+
+
+def _in_pairs(source: Source) -> dict[str, Source]:
+    """By part, where a part that lacks its companion brings it along, without a tensor."""
+    parts = _by_part(source)
+    for pair in PAIRS:
+        if any(part in parts for part in pair):
+            parts = {part: source._replace(shapes={}) for part in pair} | parts
+    return parts
 
 
 def _by_part(source: Source) -> dict[str, Source]:

@@ -148,7 +148,8 @@ def build_trainer(
     resume: Path | None,
     max_duration: str,
 ) -> Trainer:
-    """Shard the model if there are several ranks, and load `resume` if there is one."""
+    """Shard the model if there are several ranks, and load `resume` if there is one; the optimizer's settings are today's."""
+    wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     mesh = _mesh(config) if world_size() > 1 else None
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # Composer 0.32 would unpickle whatever a checkpoint holds
     allow_safe_types()
@@ -184,6 +185,8 @@ def build_trainer(
             dist_timeout=TIMEOUT,
         )
     restore.trainer = trainer
+    for group, ours in zip(trainer.state.optimizers[0].param_groups, wanted, strict=True):
+        group.update(ours)  # Composer loads the saved run's settings over them: weight decay, betas, eps and scales
     if mesh is not None:
         unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
         assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"

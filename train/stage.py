@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, check_finished, shared, write_about
 from unitoken.train.callbacks import Optimisation, Saver
-from unitoken.train.check import Checked
+from unitoken.train.check import Checked, needs_codec
 from unitoken.train.config import StageConfig
 from unitoken.train.evaluation import Evaluation, evaluation_loader
 from unitoken.train.export import export_at_end
@@ -26,16 +27,28 @@ from unitoken.train.metrics import Metrics
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights, nan_weights, shapes_of
 from unitoken.train.optim import build_optimizer, freeze
 from unitoken.train.samples import samples_of
+from unitoken.train.tokenizers import checked_tokenizer
+from unitoken.train.weights import Source
 
 
 def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     parallel.check_precision(config)
     ranks.connect()
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_first_rank():
+                stack.enter_context(checkpoints.held(Path(config.save.folder)))
+        _run(config, checked)
+
+
+def _run(config: StageConfig, checked: Checked) -> None:
     folder = Path(config.save.folder)
     compat = config.compat == "unitoken"
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
     with ranks.together():
+        if config.codec is not None and needs_codec(config):
+            checked_tokenizer(config.codec, checked.vocabulary)
         held_out = evaluation_loader(config, checked, views)
         share = config.data.global_batch // ranks.world_size()
         loader = build_loader(config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat)
@@ -46,12 +59,13 @@ def run(config: StageConfig, checked: Checked) -> None:
     report = loader.dataset.plan.report
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
-    say(report.table())
+    say("\n".join([report.table(), *checked.notes]))
 
     network = build_model(
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
     )
     trained = freeze(network, config.trainable)
+    build_optimizer(network, config.optimizer, compat=compat)  # a name that is wrong is found before weights are loaded
     if config.model.compile:
         for layer in network.model.layers:
             layer.compile()
@@ -67,13 +81,10 @@ def run(config: StageConfig, checked: Checked) -> None:
     if parallel.has_gpu():
         say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if ranks.is_first_rank():
-        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures)
     warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
     metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
-    callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config)), metrics]
+    callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config), total_steps), metrics]
     if held_out is not None:
         callbacks.append(Evaluation(config, held_out, metrics, length.epoch_steps))
     trainer = parallel.build_trainer(
@@ -87,6 +98,8 @@ def run(config: StageConfig, checked: Checked) -> None:
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
     )
+    if ranks.is_first_rank():  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
+        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures)
     try:
         trainer.fit()
     except BaseException:
@@ -104,7 +117,7 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
     """
     with ranks.together():
         if resume is None:
-            earlier = checkpoints.open_source(find_origin(config.init_from)) if config.init_from else None
+            earlier = _earlier(config.init_from) if config.init_from else None
             parts = find_weights(network, config.model, earlier)
             if ranks.is_first_rank():
                 say("\n".join(load_weights(network, parts, config.seed)))
@@ -116,6 +129,13 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
     if ranks.is_first_rank():
         nan_weights(network)
     return True
+
+
+def _earlier(init_from: str) -> Source:
+    origin = find_origin(init_from)
+    if origin.is_file() and (where := checkpoints.unfinished(origin)) is not None:
+        say(f"init_from: {origin}: {where}")
+    return checkpoints.open_source(origin)
 
 
 def _need(config: StageConfig, checked: Checked, trained: int, most_images: int) -> Need:

@@ -95,7 +95,9 @@ def fit_norms(source: Source, expected: Shapes) -> Source:
     rows: dict[str, int] = {}  # name -> how many are expected
     for name, shape in source.shapes.items():
         other = expected.get(name, shape)
-        if _HEAD_NORM.search(name) and shape != other and (other[0] == 1 or other[0] % shape[0] == 0):
+        if not _HEAD_NORM.search(name) or shape == other or len(shape) != len(other) or not shape[0]:
+            continue
+        if other[0] == 1 or other[0] % shape[0] == 0:
             rows[name] = other[0]  # where a row has another length, the shapes say so
     for name, tensor in source.read([name for name in rows if rows[name] == 1]).items():
         if not (tensor == tensor[:1]).all():
@@ -114,6 +116,12 @@ def fit_norms(source: Source, expected: Shapes) -> Source:
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raises ConfigError that lists what is missing, what is extra and what has another shape."""
+    if problem := misfits(found, expected, where):
+        raise ConfigError(problem)
+
+
+def misfits(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> str | None:
+    """What does not fit, in one line."""
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"not part of this model: {name}" for name in found if name not in expected]
     problems += [
@@ -121,6 +129,5 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ConfigError(f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems[:8])}{more}")
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems[:8])}{more}" if problems else None

@@ -1,0 +1,55 @@
+"""Whether the tokenizers that a stage's `codec` names are those that its data was made with. Torch is not needed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from unitoken.codec.config import CodecConfig
+from unitoken.codec.text import check_folder, load_tokenizer
+from unitoken.codec.weights import Weights, find_weights
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.manifest import MANIFEST, Manifest, load_manifest
+from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.vocabulary import Vocabulary
+
+UNKNOWN = "unknown"  # the fingerprint in the manifest of a dataset that was migrated
+
+
+def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> None:
+    """All that can be said before the tokenizer is loaded. Raises ConfigError."""
+    check_folder(codec.tokenizer)
+    check_image_tokenizer(codec, find_weights(codec.vision), vocabulary, manifests)
+
+
+def check_image_tokenizer(codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> None:
+    """Raises ConfigError for another codebook; other weights of that size are warned of: the data's may be another's copy."""
+    name, codes = codec.vision.weights, len(vocabulary.image_ids)
+    if found.codebook_size != codes:
+        raise ConfigError(f"codec.vision.weights: {name} has {found.codebook_size} image codes, the data's vocabulary has {codes}")
+    made_by = {manifest.vision.weights for manifest in manifests if manifest.images} - {UNKNOWN, found.fingerprint}
+    for other in sorted(made_by):
+        warnings.warn(
+            f"codec.vision.weights: {name} has fingerprint {found.fingerprint}, image codes of the data are of {other}",
+            stacklevel=2,
+        )
+
+
+def checked_tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
+    """The text tokenizer (transformers: seconds). Raises ConfigError where it gives another vocabulary than the data's."""
+    tokenizer = load_tokenizer(codec.tokenizer)
+    theirs = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
+    if theirs.fingerprint != vocabulary.fingerprint:
+        raise ConfigError(
+            f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint {theirs.fingerprint} ({theirs.size} tokens), "
+            f"the data is in {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+        )
+    return tokenizer
+
+
+def manifests_here(data: DataConfig) -> list[Manifest]:
+    """Of the datasets that are still on this machine."""
+    folders = [Path(stream.local) for stream in data.streams.values() if stream.local]
+    return [load_manifest(folder) for folder in folders if (folder / MANIFEST).is_file()]
