@@ -76,9 +76,10 @@ def id_of(checkpoint: Path) -> str | None:
 
 def unfinished(checkpoint: Path) -> str | None:
     """`step 4 of 9 of that stage`; None at a stage's end, and where the checkpoint does not say."""
-    total = _saved_by(read(checkpoint)).get("total_steps", 0)
-    step = step_of(checkpoint) if total else 0
-    return f"step {step} of {total} of that stage" if step < total else None
+    state = read(checkpoint)
+    total = _saved_by(state).get("total_steps")
+    step = state["timestamp"]["Timestamp"]["batch"] if total else 0  # its name may be another's
+    return f"step {step} of {total} of that stage" if total and step < total else None
 
 
 def _saved_by(state: dict[str, Any]) -> dict[str, Any]:
