@@ -19,18 +19,22 @@ from unitoken.streaming_data.vocabulary import Vocabulary
 # this keeps the tokenizer from putting a space before the text.
 PREFIXES = ("@", "\n", "\\", "=", ">", "`")
 
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
 
 
 def load_tokenizer(name: str) -> Any:
     """Any text tokenizer that `AutoTokenizer` loads, from a folder or the hub. No code from the hub is run."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer  # 2 to 4 s
 
     path = Path(name)
     if (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not path.is_dir():
         raise ConfigError(f"tokenizer: {name}: no such folder")  # else the hub would be asked for it
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # By one request: without a network, AutoTokenizer asks for each of its files again and again, 46 s long.
+        folder = path if path.is_dir() else snapshot_download(name, allow_patterns=TOKENIZER_FILES)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = " ".join(str(error).split())
         raise ConfigError(f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}") from None
