@@ -180,7 +180,7 @@ def settings_of(out: str, config: Path | None, default: Path, overrides: Sequenc
     if config is None:
         store = open_store(out)
         with contextlib.suppress(StoreError):  # said by whoever reads the dataset
-            return parse_config(TokenizeConfig, store.read(SETTINGS).decode(), f"{store.url}/{SETTINGS}", overrides)
+            return parse_config(TokenizeConfig, store.read(SETTINGS).decode(errors="replace"), f"{store.url}/{SETTINGS}", overrides)
     return load_config(TokenizeConfig, config or default, overrides)
 
 
