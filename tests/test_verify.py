@@ -73,7 +73,7 @@ def test_an_unfinished_folder_is_no_dataset(out: Path, tmp_path: Path) -> None:
 
 
 def free(path: Path, data: bytes) -> list[tuple[int, int]]:
-    """What nothing depends on: the names of inputs, a limit that may change, which pyarrow it was, rejects tried again, how to run it."""
+    """What nothing depends on: names of inputs, a limit that may change, which pyarrow it was, rejects tried again, settings."""
     if path.match("chunk-000002/rejects.jsonl") or path.name == "settings.yaml":
         return [(0, len(data))]
     spans = []
