@@ -39,18 +39,23 @@ def plan(
     with _errors():
         data = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
-        from unitoken.streaming_data.mixture import open_sources
+        from unitoken.streaming_data.mixture import open_sources, other_codes
         from unitoken.streaming_data.plan import Recipe, load_or_build
         from unitoken.streaming_data.views import Views
 
         sources, views = open_sources(data), Views(image_size, patch_size, data.anyres)
         recipe = Recipe.of(data, sources, views)
-        samples = [read_lengths(source, recipe, views) for source in sources]
-        typer.echo(load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report.table())
-        if sweep_length:
-            from unitoken.streaming_data.sweep import sweep, table
+        try:
+            samples = [read_lengths(source, recipe, views) for source in sources]
+            report = load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report
+            typer.echo(report.table())
+            for line in [*other_codes(sources), *report.warnings()]:
+                typer.echo(f"warning: {line}", err=True)
+        finally:  # where there is no such plan, the lengths say which there are
+            if sweep_length:
+                from unitoken.streaming_data.sweep import sweep, table
 
-            typer.echo(f"\n{table(sweep(recipe, sources, views))}")
+                typer.echo(f"\n{table(sweep(recipe, sources, views))}")
 
 
 def load_data(path: Path, overrides: list[str]) -> Any:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from composer import Callback
 
 from unitoken.streaming_data.loader import build_loader
+from unitoken.streaming_data.mixture import other_codes
 from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, write_about
@@ -46,6 +47,8 @@ def run(config: StageConfig, checked: Checked) -> None:
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
     say(report.table())
+    for line in [*other_codes(loader.dataset.sources), *report.warnings()]:
+        say(f"warning: {line}")
 
     network = build_model(
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
