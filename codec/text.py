@@ -35,6 +35,8 @@ def load_tokenizer(name: str) -> Any:
         # By one request: without a network, AutoTokenizer asks for each of its files again and again, 46 s long.
         folder = path if path.is_dir() else snapshot_download(name, allow_patterns=TOKENIZER_FILES)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except KeyError:  # the model's kind has no tokenizer: its message is a class
+        raise ConfigError(f"tokenizer: {name}: there is no text tokenizer in it") from None
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = " ".join(str(error).split())
         raise ConfigError(f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}") from None

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -81,6 +82,14 @@ def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage)
     assert len(warnings) == 2
     assert warnings[0].startswith("warning: streams 'pictures' and 'drawn' have image codes of different tokenizers: precision ")
     assert warnings[1].startswith("warning: stream 'text': ")
+
+
+def test_a_place_that_can_not_be_written_is_one_line(stage, tmp_path):
+    (tmp_path / "META.yaml").write_text("META: [{path: a/record.json, ratio: 1.0}]")
+    for command in (("convert-config", tmp_path / "META.yaml", "--out"), ("export-webdataset", tmp_path / "text")):
+        code, out = run(*command, tmp_path / "META.yaml" / "x")
+        assert code > 0
+        assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (made|written): Not a directory\n", out), out
 
 
 def test_a_mistake_is_one_line_and_status_2(stage, tmp_path):

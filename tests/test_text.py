@@ -101,6 +101,11 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_of_another_kind_of_model_is_said_to_have_no_tokenizer() -> None:
+    with pytest.raises(ConfigError, match=r"siglip: there is no text tokenizer in it$"):
+        load_tokenizer(str(GOLDEN / "assets" / "siglip"))
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -5,7 +5,7 @@
 
 starts 8 processes (one a GPU where there are GPUs), shows their progress and merges. The same command again goes on
 where it was stopped. On several machines `--engine ray`, or by hand `run ... --rank R` for each R and then
-`merge --out_dir out/items`. Input and output are paths or URLs (s3://, gs://, az://).
+`merge --out_dir out/items`. Input and output are paths or URLs (s3://, gs://, azure://).
 """
 
 from __future__ import annotations
