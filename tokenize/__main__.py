@@ -94,13 +94,23 @@ def preview(
     overrides: Overrides = None,
     config: OldConfigOption = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 4,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for a page with pictures, in place of the terminal.")] = None,
 ) -> None:
-    """Show samples as a model sees them: what is trained on in green, images as [image HxW]."""
+    """Show samples as a model sees them: what is trained on in green, images as [image HxW].
+
+    With --out each image stands beside the picture that its codes give: what the image tokenizer kept of it.
+    """
     with _errors():
         from unitoken.tokenize.job import settings_of
         from unitoken.tokenize.preview import show
 
-        show(out_dir, settings_of(out_dir, config, DEFAULT_CONFIG, overrides or []).tokenizer, n)
+        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
+        if out is None:
+            show(out_dir, settings.tokenizer, n)
+            return
+        from unitoken.tokenize.gallery import write_page  # torch
+
+        write_page(out_dir, settings, n, out)
 
 
 @app.command()
