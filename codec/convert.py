@@ -1,6 +1,6 @@
 """Meta's `vqgan.ckpt` -> `vqgan.safetensors`, once.
 
-convert_vqgan(Path("ckpts/chameleon/tokenizer"), Path("ckpts/vqgan"))     # vqgan.yaml is copied along
+convert_vqgan(Path("chameleon/tokenizer"), Path("weights/vqgan"))     # vqgan.yaml is copied along
 
 The pickled file is read with `weights_only`: no code in it runs. The codes stay the same, and so does the fingerprint that
 datasets keep of the weights they were made with.

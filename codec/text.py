@@ -19,6 +19,7 @@ from unitoken.streaming_data.vocabulary import Vocabulary
 # this keeps the tokenizer from putting a space before the text.
 PREFIXES = ("@", "\n", "\\", "=", ">", "`")
 
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
 
 
@@ -31,11 +32,16 @@ def check_folder(name: str) -> None:
 
 def load_tokenizer(name: str) -> Any:
     """Any text tokenizer that `AutoTokenizer` loads, from a folder or the hub. No code from the hub is run."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer  # 2 to 4 s
 
     check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # By one request: without a network, AutoTokenizer asks for each of its files again and again, 46 s long.
+        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=TOKENIZER_FILES)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except KeyError:  # the model's kind has no tokenizer: its message is a class
+        raise ConfigError(f"tokenizer: {name}: there is no text tokenizer in it") from None
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = " ".join(str(error).split())
         raise ConfigError(f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}") from None

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import pydantic
 import typer
 
-from unitoken.streaming_data.config import Config, load_config, one_line_errors
+from unitoken.streaming_data.config import Config, ConfigError, load_config, one_line_errors
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -39,18 +39,23 @@ def plan(
     with _errors():
         data = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
-        from unitoken.streaming_data.mixture import open_sources
+        from unitoken.streaming_data.mixture import open_sources, other_codes
         from unitoken.streaming_data.plan import Recipe, load_or_build
         from unitoken.streaming_data.views import Views
 
         sources, views = open_sources(data), Views(image_size, patch_size, data.anyres)
         recipe = Recipe.of(data, sources, views)
-        samples = [read_lengths(source, recipe, views) for source in sources]
-        typer.echo(load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report.table())
-        if sweep_length:
-            from unitoken.streaming_data.sweep import sweep, table
+        try:
+            samples = [read_lengths(source, recipe, views) for source in sources]
+            report = load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report
+            typer.echo(report.table())
+            for line in [*other_codes(sources), *report.warnings()]:
+                typer.echo(f"warning: {line}", err=True)
+        finally:  # where there is no such plan, the lengths say which there are
+            if sweep_length:
+                from unitoken.streaming_data.sweep import sweep, table
 
-            typer.echo(f"\n{table(sweep(recipe, sources, views))}")
+                typer.echo(f"\n{table(sweep(recipe, sources, views))}")
 
 
 def load_data(path: Path, overrides: list[str]) -> Any:
@@ -96,13 +101,17 @@ def simulate(
         if as_json:
             typer.echo(json.dumps({"nodes": [demand.model_dump() for demand in demands], "not_possible": impossible}))
             return
-        typer.echo(table(demands, data.cache_limit))
+        uneven = ""
         if impossible:
             ranks = impossible[-1] * ranks_per_node
-            typer.echo(
+            uneven = (
                 f"{', '.join(map(str, impossible))} nodes of {ranks_per_node} ranks can not share a global_batch of "
                 f"{data.global_batch} packs evenly; {ranks:,} ranks need a multiple of {ranks:,}"
             )
+        if not demands:
+            raise ConfigError(uneven)
+        typer.echo(table(demands, data.cache_limit))
+        typer.echo(uneven, nl=bool(uneven))
 
 
 @app.command()
@@ -113,17 +122,19 @@ def convert_config(
 ) -> None:
     """Turn the reference's data file into the `data:` part of a stage."""
     with _errors():
-        from unitoken.streaming_data.config import ConfigError
         from unitoken.streaming_data.convert import convert
         from unitoken.streaming_data.files import write_aside
 
         text = convert(meta, datasets)
         if out is None:
             typer.echo(text, nl=False)
-        elif out.exists():
+            return
+        if out.exists():
             raise ConfigError(f"{out} is there already")
-        else:
+        try:
             write_aside(out, text.encode())
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 @app.command()

@@ -143,7 +143,7 @@ def _describe(error: pydantic.ValidationError, model: type[pydantic.BaseModel], 
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = f"; did you mean '{close[0]}'?" if close else "."
         return f"{where}: unknown key '{location}'{hint} Valid keys: {', '.join(valid)}{more}"
     if first["type"] == "missing":
         return f"{where}: the key '{location}' is missing{more}"
@@ -158,23 +158,28 @@ def load_config(model: type[ConfigT], path: str | Path | None, overrides: Sequen
     Raises:
         ConfigError: one line that names the file, the key, what was found and what is needed.
     """
-    settings: Any = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
-        settings = _parse(text, str(path))
-        if settings is None:
-            settings = {}
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path}: expected a mapping of keys, found {type(settings).__name__}")
+    if path is None:
+        return parse_config(model, "", "settings", overrides)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
+    return parse_config(model, text, str(path), overrides)
+
+
+def parse_config(model: type[ConfigT], text: str, where: str, overrides: Sequence[str] = ()) -> ConfigT:
+    """As `load_config`, of a text that was read elsewhere: `where`, for messages. Raises ConfigError."""
+    settings = _parse(text, where)
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys, found {type(settings).__name__}")
     for override in overrides:
         _override(settings, override)
     try:
         return model.model_validate(settings)
     except pydantic.ValidationError as error:
-        raise ConfigError(_describe(error, model, str(path) if path else "settings")) from None
+        raise ConfigError(_describe(error, model, where)) from None
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ class StreamSamples:
     over_long: int = 0  # left out
     cut: int = 0  # to the stream's length
     filtered: int = 0  # of other kinds, or on the other side of the held-out fraction
+    held_out: int = 0  # of these: on the other side
 
     def total(self, unit: str) -> int:
         """All candidates, in `samples`, `tokens` or `target_tokens`."""
@@ -75,10 +76,12 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
             wanted += ["image_sizes", "generated"]
             if "generated" not in sidecar.schema_arrow.names:
                 raise ConfigError(f"{path} has no column `generated`, which AnyRes needs: tokenize the dataset again")
-        filtered = begin = 0
+        filtered = held_out = begin = 0
         for batch in sidecar.iter_batches(ROWS, columns=wanted):
             rows = slice(begin, begin := begin + len(batch))
-            candidates = _candidates(batch, stream, recipe.split)
+            ours = _on_our_side(batch, stream, recipe.split)
+            candidates = ours & _of_kinds(batch, stream)
+            held_out += len(batch) - int(ours.sum())
             filtered += len(batch) - int(candidates.sum())
             of_images, features = _features(batch, recipe.continuous, views)
             if counted:
@@ -103,6 +106,7 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
         over_long if recipe.over_long == "reject" else 0,
         over_long if recipe.over_long != "reject" else 0,
         filtered,
+        held_out,
     )
     if not lengths.any():
         raise ConfigError(f"stream '{source.name}': {_why_nothing(samples, limit, shortest)}")
@@ -125,20 +129,24 @@ def _numbers(batch: pyarrow.RecordBatch, column: str) -> Any:
     return batch.column(column).to_numpy()
 
 
-def _candidates(batch: pyarrow.RecordBatch, stream: StreamConfig, split: str) -> npt.NDArray[np.bool_]:
+def _of_kinds(batch: pyarrow.RecordBatch, stream: StreamConfig) -> npt.NDArray[np.bool_]:
+    if stream.kinds is None:
+        return np.ones(len(batch), bool)
     images, asked = _numbers(batch, "images"), _numbers(batch, "question_images")
-    result = np.ones(len(batch), bool)
-    if stream.kinds is not None:
-        of_kind: dict[Kind, Any] = {
-            "text": images == 0,
-            "understanding": (images > 0) & (asked == images),
-            "generation": asked < images,
-        }
-        result = np.any([of_kind[kind] for kind in stream.kinds], axis=0)
-    if stream.held_out:
-        held_out = np.fromiter((_is_held_out(name, stream.held_out) for name in batch.column("id").to_pylist()), bool, len(batch))
-        result &= held_out == (split == "held_out")
+    of_kind: dict[Kind, npt.NDArray[np.bool_]] = {
+        "text": images == 0,
+        "understanding": (images > 0) & (asked == images),
+        "generation": asked < images,
+    }
+    result: npt.NDArray[np.bool_] = np.any([of_kind[kind] for kind in stream.kinds], axis=0)
     return result
+
+
+def _on_our_side(batch: pyarrow.RecordBatch, stream: StreamConfig, split: str) -> npt.NDArray[np.bool_]:
+    if not stream.held_out:
+        return np.ones(len(batch), bool)
+    held_out = np.fromiter((_is_held_out(name, stream.held_out) for name in batch.column("id").to_pylist()), bool, len(batch))
+    return held_out if split == "held_out" else ~held_out
 
 
 def _is_held_out(name: str, fraction: float) -> bool:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -218,23 +217,22 @@ def crops_of(config: DataConfig) -> list[tuple[int, int]]:
 def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
     """Everything that can be said of the data without loading it; returns the streams' one vocabulary. Raises ConfigError."""
     sources = open_sources(config)
-    _warn_of_other_codes(sources)
     for source in sources:
         check_images_fit(source, config, views)
     return load_vocabulary(sources[0].folder)
 
 
-def _warn_of_other_codes(sources: list[Source]) -> None:
-    """A warning and no error: bf16 changes one code in eight, which may be meant; a migrated dataset's weights are unknown."""
+def other_codes(sources: list[Source]) -> list[str]:
+    """A warning each, no error: bf16 changes one code in eight, which may be meant; a migrated dataset's weights are unknown."""
+    lines = []
     with_images = [source for source in sources if source.manifest.images]
     for other in with_images[1:]:
         first = with_images[0]
         ours, theirs = first.manifest.vision.model_dump(), other.manifest.vision.model_dump()
         if differences := [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
-            warnings.warn(
-                f"streams '{first.name}' and '{other.name}' have image codes of different tokenizers: {', '.join(differences)}",
-                stacklevel=3,
-            )
+            names = f"streams '{first.name}' and '{other.name}'"
+            lines.append(f"{names} have image codes of different tokenizers: {', '.join(differences)}")
+    return lines
 
 
 def check_vocabulary(sources: list[Source], vocabulary: Vocabulary, owner: str) -> None:

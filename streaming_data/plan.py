@@ -203,9 +203,11 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, packs: i
     found = sum(len(sizes) for _, sizes in rows)
     packs = packs or found // group * group
     if packs == 0:
+        way_out = "`held_out`" if recipe.split == "held_out" else "`repeat` or `epoch_samples`"
         raise ConfigError(
             f"{samples} samples make {found} packs of packed_length: {recipe.packed_length}; an epoch needs at least {group}, "
-            f"the least common multiple of global_batch: {recipe.global_batch} and canonical_nodes: {nodes}"
+            f"the least common multiple of global_batch: {recipe.global_batch} and canonical_nodes: {nodes}; "
+            f"lower data.global_batch, or raise {way_out}"
         )
     dropped = split = 0
     for number, (ids, sizes) in enumerate(rows):
@@ -337,6 +339,8 @@ def _weigh(streams: Sequence[StreamSamples], ids: npt.NDArray[np.uint32], offset
             over_long=stream.over_long,
             cut=stream.cut,
             filtered=stream.filtered,
+            held_out=stream.held_out,
+            stored=len(stream.lengths),
             samples=int(counts[0]),
             tokens=int(counts[1]),
             target_tokens=int(counts[2]),

@@ -160,7 +160,7 @@ def simulate_nodes(
         batch_seconds, tokens_per_second: of a step, or of a node; one of them.
     """
     if (batch_seconds is None) == (tokens_per_second is None) or (batch_seconds or tokens_per_second or 0) <= 0:
-        raise ConfigError("how fast training is decides how fast data is needed: give one of batch_seconds and tokens_per_second")
+        raise ConfigError("how fast training is decides how fast data is needed: give --batch-seconds or --tokens-per-second")
     possible = [nodes for nodes in counts if config.global_batch % (nodes * ranks_per_node) == 0]
     sources, views = open_sources(config), Views(*view, config.anyres)
     recipe = Recipe.of(config, sources, views)

@@ -158,13 +158,13 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         with _os_errors():
-            (self._path / name).parent.mkdir(parents=True, exist_ok=True)
+            _make((self._path / name).parent)
             write_aside(self._path / name, data)
 
     def upload(self, path: Path, name: str) -> None:
         target = self._path / name
         with _os_errors():
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make(target.parent)
             temporary = aside(target)
             try:
                 shutil.copyfile(path, temporary)
@@ -204,6 +204,13 @@ class Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # also where no folder can be: that is no file that is missing
+        raise StoreError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
 @contextlib.contextmanager

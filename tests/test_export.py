@@ -29,6 +29,7 @@ from unitoken.train.folders import find_origin, model_configs
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights
 
 ROOT = Path(__file__).parent.parent
+TOKENIZERS = {"tokenizer": "tokenizer", "vision.weights": "vqgan"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 
@@ -105,7 +106,7 @@ def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, export
     text = [token for token in range(170) if token not in small_vocabulary().image_ids]  # transformers masks image codes
     torch.testing.assert_close(found[..., text], logits(model)[..., text], rtol=1e-5, atol=1e-5)
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (small_vocabulary().bos, small_vocabulary().end_of_turn)
-    processor = AutoImageProcessor.from_pretrained(exported)
+    processor = AutoImageProcessor.from_pretrained(exported / "tower")
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     pixels = processor(picture, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels[0], (torch.from_numpy(picture).permute(2, 0, 1).float() / 255 - 0.5) / 0.5)
@@ -122,6 +123,12 @@ def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     files = sorted(path.name for path in exported.iterdir())
     assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7, "checkpoint": None, "files": files}
     assert fields["dtype"] == "float32"
+
+
+def test_others_may_read_the_tensors_too_and_transformers_finds_no_processor_of_another_model(exported: Path) -> None:
+    assert (exported / "model.safetensors").stat().st_mode == (exported / "config.json").stat().st_mode
+    assert not (exported / "preprocessor_config.json").exists()
+    assert (exported / "tower" / "preprocessor_config.json").is_file()
 
 
 def test_bf16_is_half_of_it_and_several_files_are_the_same(
@@ -321,8 +328,18 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
         )
 
     done = call("export", str(folder / "run"), str(tmp_path / "out"), "--config", str(write_stage(folder)), "--dtype", "fp32")
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/out: exported from {folder}/run\n"), done.stderr
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [
+            f"{tmp_path}/out: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights",
+            f"{tmp_path}/out: exported from {folder}/run",
+        ],
+    ), done.stderr
     assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
+    # What the run's folder does not say, the command line may: a tokenizer of another vocabulary is refused, so it was read.
+    codec = [f"codec.{key}={ROOT / 'tests/data/golden/assets' / name}" for key, name in TOKENIZERS.items()]
+    refused = call("export", str(folder / "run"), str(tmp_path / "out"), *codec)
+    assert "error: codec.tokenizer: " in refused.stderr
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
     why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"

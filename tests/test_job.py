@@ -113,7 +113,7 @@ def test_a_run_killed_between_its_first_files_goes_on(begin: Any, tmp_path: Path
     for name in ("input.json", "vocabulary.json"):
         (tmp_path / "out" / name).unlink()
     assert begin(source) == first
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"job.json", "input.json", "vocabulary.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"job.json", "input.json", "settings.yaml", "vocabulary.json"}
 
 
 def test_folders_of_others_are_refused(begin: Any, tmp_path: Path) -> None:

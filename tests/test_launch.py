@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -19,10 +20,10 @@ from tokenizing import TOKENIZER, content, run_here, settings, some_items, write
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import StoreError
-from unitoken.tokenize.job import prepare
+from unitoken.tokenize.job import Round, prepare
 from unitoken.tokenize.launch import Reporter, _work, launch
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.progress import Share, _Lines, progress, share_of
+from unitoken.tokenize.progress import Share, _Count, _Lines, progress, share_of
 
 ITEMS = 24
 CHUNKS = 12
@@ -176,6 +177,22 @@ def test_the_bar_of_a_terminal_shows_the_same(capsys: pytest.CaptureFixture[str]
     assert "1 rejected" in shown
 
 
+def test_80_columns_hold_all_that_the_bar_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(_Count, "rate", 1071.3)
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress(Share(10_000_000, 0, 3, lambda: 2)) as bar:
+        bar.advance(1_234_567, 12_345)
+        bar.show()
+    assert " 1,234,567/10,000,000 items, 1,071/s, 136.4 min left, 12,345 rejected" in capsys.readouterr().err
+
+
+def test_a_retry_counts_what_it_tries_again(source: Path, vqgan: Path, tmp_path: Path) -> None:
+    job = prepare(settings(vqgan, chunk_size=2), [str(source)], str(tmp_path / "out"))
+    job = dataclasses.replace(job, work=dataclasses.replace(job.work, rounds=(Round(items=[(0, 1)]),)))
+    assert share_of(job, job.chunks()).items == 1
+
+
 def test_the_rate_counts_from_the_first_item() -> None:
     count = _Lines(Share(100, 50, 1, lambda: 0))
     assert count.rate == 0
@@ -183,7 +200,7 @@ def test_the_rate_counts_from_the_first_item() -> None:
     count._start = time.monotonic() - 2.0
     count.advance(10, 0)
     assert count.rate == pytest.approx(5, rel=0.1)
-    assert "70/100 items, 5.0 items/s, 0.1 min left" in count.state()
+    assert "70/100 items, 5/s, 0.1 min left" in count.state()
 
 
 def test_a_share_counts_its_own_chunks(source: Path, vqgan: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_samples_side_of_the_held_out_fraction_is_its_ids(tmp_path):
     train, other = (read(tmp_path / "a", {"held_out": 0.2}, split=split) for split in ("train", "held_out"))
     assert ((train.lengths > 0) ^ (other.lengths > 0)).all()
     assert np.count_nonzero(other.lengths) == pytest.approx(80, abs=25)
-    assert train.filtered == np.count_nonzero(other.lengths)
+    assert train.filtered == train.held_out == np.count_nonzero(other.lengths)
     again = read(tmp_path / "b", {"held_out": 0.2})
     assert (again.lengths[:200] > 0).tolist() == (train.lengths[200:] > 0).tolist()
 

@@ -57,7 +57,7 @@ def test_merging_again_changes_nothing_also_after_a_crash(out: Path) -> None:
 def test_missing_chunks_are_named(out: Path) -> None:
     for number in (3, 10):
         shutil.rmtree(out / f"chunk-{number:06d}")
-    with pytest.raises(UnfinishedError, match=r"missing 2 of 12 chunks: chunk-000003, chunk-000010\. Run the same"):
+    with pytest.raises(UnfinishedError, match=r"missing 2 of 12 chunks: chunk-000003, chunk-000010\. Give the same `run`"):
         merge(str(out))
     assert not (out / "index.json").exists()
 

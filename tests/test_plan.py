@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 from collections import Counter
@@ -183,7 +184,11 @@ def test_a_canonical_row_reads_its_own_shards():
 @pytest.mark.parametrize(
     ("samples", "settings", "found"),
     [
-        (3, {"global_batch": 16}, r"3 samples make [123] packs .* at least 16"),
+        (
+            3,
+            {"global_batch": 16},
+            r"3 samples make [123] packs .* at least 16, .*; lower data\.global_batch, or raise `repeat` or `epoch_samples`",
+        ),
         (3, {"canonical_nodes": 5}, "3 samples an epoch do not make canonical_nodes: 5 rows"),
     ],
 )
@@ -324,3 +329,15 @@ def test_a_plan_prints_its_realised_shares():
     assert table[1].startswith("captions")
     assert "75.00%" in table[1]
     assert "packs" in table[3]
+
+
+def test_a_plan_tells_held_out_samples_from_other_kinds_and_warns_of_many_over_long_ones():
+    streams = [dataclasses.replace(make_stream("captions", 300), filtered=18, held_out=12, over_long=40), make_stream("b", 100)]
+    report = build(make_recipe(streams, global_batch=1), streams, 0, None).report
+    head, first, _, _ = report.table().splitlines()
+    assert head.endswith("over-long  other kinds  held out")
+    assert first.split()[-3:] == ["40", "6", "12"]
+    assert report.warnings() == [
+        "stream 'captions': 40 of 282 samples (14.2%) are longer than a pack and are left out; "
+        "see data.packed_length and data.over_long"
+    ]

@@ -48,8 +48,8 @@ def go_on(vqgan: Path, folder: Path) -> Manifest:
 
 def test_rejects_are_grouped_by_kind_the_most_frequent_first(folder: Path) -> None:
     assert grouped(str(folder / "out")) == [
-        ("no such image", 5, "items.json:0 (0) 0.png"),
-        ("no conversations", 1, "items.json:9 (9) expected a list of turns under 'conversations', found []"),
+        ("no such image", 5, "items.json item 0 (0) 0.png"),
+        ("no conversations", 1, "items.json item 9 (9) expected a list of turns under 'conversations', found []"),
     ]
 
 
@@ -57,8 +57,8 @@ def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(str(folder / "out"))
     assert capsys.readouterr().out == (
         f"{folder / 'out'}: 6 of 10 items were rejected\n"
-        "       5  no such image     items.json:0 (0) 0.png\n"
-        "       1  no conversations  items.json:9 (9) expected a list of turns under 'conversations', found []\n"
+        "       5  no such image     items.json item 0 (0) 0.png\n"
+        "       1  no conversations  items.json item 9 (9) expected a list of turns under 'conversations', found []\n"
     )
 
 
@@ -69,7 +69,7 @@ def test_a_long_table_is_cut(folder: Path, capsys: pytest.CaptureFixture[str]) -
     show(str(folder / "out"))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 32
-    assert printed[1] == f"       3  kind 00  f:1 (i) {'x' * 89}..."
+    assert printed[1] == f"       3  kind 00  f item 1 (i) {'x' * 84}..."
     assert printed[-1] == "      20  of 10 more kinds"
 
 

@@ -189,6 +189,9 @@ def test_the_command_prints_a_table_or_json(remote: Path, tmp_path: Path) -> Non
     for wrong in ((), ("--batch-seconds", 1, "--tokens-per-second", 1), ("--batch-seconds", 0)):
         code, out = run("simulate", file, *wrong)
         assert code == 2
-        assert "one of batch_seconds and tokens_per_second" in out
+        assert "give --batch-seconds or --tokens-per-second" in out
+    code, out = run(*command, "--nodes", "3,5")
+    assert (code, out.count("\n")) == (2, 1)
+    assert "3, 5 nodes of 1 ranks can not share a global_batch of 4 packs evenly" in out
     code, out = run(*command, "--cache-limit", "much")
     assert (code, out.count("\n")) == (2, 1)

@@ -152,6 +152,6 @@ def test_a_disk_that_is_full_ends_the_run_and_the_same_command_goes_on(tmp_path:
     assert "File too large" in run.stderr
     assert "missing 2 of 2 chunks" in run.stderr
     assert "Traceback" not in run.stderr
-    assert sorted(path.name for path in Path(out).iterdir()) == ["input.json", "job.json", "vocabulary.json"]
+    assert sorted(path.name for path in Path(out).iterdir()) == ["input.json", "job.json", "settings.yaml", "vocabulary.json"]
     soak.finish(source, out, size)
     soak.check_counts(out, size)

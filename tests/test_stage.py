@@ -314,6 +314,15 @@ def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: P
         assert torch.equal(tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]), name
 
 
+def test_what_may_be_another_mixture_than_was_meant_is_a_line(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
+    monkeypatch.setattr("unitoken.streaming_data.report.Report.warnings", lambda report: ["too long"])
+    train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
+    assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
+
+
 def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

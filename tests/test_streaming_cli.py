@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from unitoken.streaming_data import mixture, stores
 from unitoken.streaming_data.__main__ import app
+from unitoken.streaming_data.manifest import load_manifest
 from unitoken.streaming_data.mixture import DataConfig
 from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.streaming_data.sweep import Row, table
@@ -60,6 +62,34 @@ def test_plan_sweeps_lengths_and_marks_the_best(stage):
     short = table[1]  # 729 features and the tokens of a picture go into 1,024
     assert "1,024" in short
     assert "%" in short
+
+
+def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage):
+    code, out = run("plan", stage, "data.global_batch=4096", "--sweep-length")
+    assert code == 2
+    assert sum("<- best" in line for line in out.splitlines()) == 1
+    assert "; lower data.global_batch, or raise `repeat` or `epoch_samples`" in out
+
+
+def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage):
+    assert "warning" not in run("plan", stage)[1]
+    write_dataset(stage.parent / "drawn", [make_record(f"d{n}", VOCABULARY, 5, answer_images=1) for n in range(20)])
+    manifest = load_manifest(stage.parent / "drawn")
+    changed = manifest.model_copy(update={"vision": manifest.vision.model_copy(update={"precision": "bf16"})})
+    (stage.parent / "drawn" / "manifest.json").write_bytes(changed.dump())
+    drawn = f"data.streams.drawn={{local: {stage.parent}/drawn, proportion: 1}}"
+    warnings = [line for line in run("plan", stage, drawn, "data.streams.text.max_tokens=12")[1].splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("warning: streams 'pictures' and 'drawn' have image codes of different tokenizers: precision ")
+    assert warnings[1].startswith("warning: stream 'text': ")
+
+
+def test_a_place_that_can_not_be_written_is_one_line(stage, tmp_path):
+    (tmp_path / "META.yaml").write_text("META: [{path: a/record.json, ratio: 1.0}]")
+    for command in (("convert-config", tmp_path / "META.yaml", "--out"), ("export-webdataset", tmp_path / "text")):
+        code, out = run(*command, tmp_path / "META.yaml" / "x")
+        assert code > 0
+        assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (made|written): Not a directory\n", out), out
 
 
 def test_a_mistake_is_one_line_and_status_2(stage, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizing import GOLDEN
@@ -98,6 +99,24 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_kind_of_model_is_said_to_have_no_tokenizer() -> None:
+    with pytest.raises(ConfigError, match=r"siglip: there is no text tokenizer in it$"):
+        load_tokenizer(str(GOLDEN / "assets" / "siglip"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def send(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    with pytest.raises(ConfigError, match="tokenizer: nobody/has-this: cannot be loaded"):
+        load_tokenizer("nobody/has-this")
+    assert len(asked) == 1
 
 
 def test_long_texts_are_not_kept() -> None:

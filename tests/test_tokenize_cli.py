@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizing import TOKENIZER, some_items, turns, write_items
+from tokenizing import TOKENIZER, picture, some_items, turns, write_items
 from typer.testing import CliRunner
 
 from unitoken.tokenize import launch
@@ -100,7 +100,7 @@ def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
     assert call(*arguments(source, tmp_path / "out", vqgan), "chunk_size=1", "--splits", "2", "--rank", "1")[0] == 0
     status, _, stderr = call("merge", "--out_dir", str(tmp_path / "out"))
     assert status == 1
-    assert "missing 2 of 4 chunks: chunk-000000, chunk-000002. Run the same command again" in stderr
+    assert "missing 2 of 4 chunks: chunk-000000, chunk-000002. Give the same `run` command again (with --rank" in stderr
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,29 @@ def test_mistakes_end_with_status_2_and_one_line(vqgan: Path, tmp_path: Path, ex
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_in_an_adapter_leaves_no_folder_that_refuses_the_corrected_one(vqgan: Path, tmp_path: Path) -> None:
+    source, adapter = write_items(tmp_path, [{"conversations": turns("a", "b")}]), tmp_path / "mine.py"
+    adapter.write_text("def mine(raw:\n")
+    run = [*arguments(source, tmp_path / "out", vqgan), f"adapter={adapter}:mine"]
+    status, _, stderr = call(*run)
+    assert status == 2
+    assert f"adapter: {adapter}: SyntaxError: " in stderr
+    adapter.write_text("def mine(raw):\n    return raw\n")
+    assert call(*run)[0] == 0
+
+
+def test_later_commands_take_the_settings_of_the_run(vqgan: Path, tmp_path: Path) -> None:
+    items = [{"conversations": turns("<|image|>", "a"), "image": "0.png"}, {"conversations": turns("a", "b")}]
+    out = str(tmp_path / "out")
+    assert call(*arguments(write_items(tmp_path, items), tmp_path / "out", vqgan))[0] == 0
+    assert call("preview", out)[0] == 0
+    picture(tmp_path / "0.png", 0)
+    assert call("rejects", out, "--retry", "threads=1")[1].startswith(f"{out}: 2 items -> 2 samples, 0 rejected; ")
+    status, _, stderr = call("rejects", out, "--retry", "target_size=24")
+    assert status == 2
+    assert "target_size is 16 there and 24 now. Go on with what it was begun with (settings.yaml there)" in stderr
 
 
 def test_a_folder_that_is_no_dataset_is_one_line(tmp_path: Path) -> None:

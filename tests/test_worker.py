@@ -74,7 +74,7 @@ def test_bytes_do_not_depend_on_splits(vqgan: Path, tmp_path: Path, crop: str) -
         merge(str(tmp_path / f"out{splits}"))
         folders.append(content(tmp_path / f"out{splits}"))
     assert folders[0] == folders[1] == folders[2] == folders[3]
-    assert len(folders[0]) == 8 * 4 + 7
+    assert len(folders[0]) == 8 * 4 + 8
 
 
 def test_wide_images_keep_their_shape_with_crop_aspect(vqgan: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_chunk_that_fails_midway_is_not_there(vqgan: Path, tmp_path: Path, mon
             tokenizer.write_chunks(job.chunks(), quiet)
     assert calls
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["input.json", "job.json", "vocabulary.json"]
+    assert left == ["input.json", "job.json", "settings.yaml", "vocabulary.json"]
     run_here(settings(vqgan), source, tmp_path / "out")
     run_here(settings(vqgan), source, tmp_path / "fresh")
     assert content(tmp_path / "out") == content(tmp_path / "fresh")

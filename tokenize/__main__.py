@@ -5,7 +5,7 @@
 
 starts 8 processes (one a GPU where there are GPUs), shows their progress and merges. The same command again goes on
 where it was stopped. On several machines `--engine ray`, or by hand `run ... --rank R` for each R and then
-`merge --out_dir out/items`. Input and output are paths or URLs (s3://, gs://, az://).
+`merge --out_dir out/items`. Input and output are paths or URLs (s3://, gs://, azure://).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The settings' YAML file.")]
+OldConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="The settings' YAML file, in place of what the dataset was made with.")
+]
 OutOption = Annotated[str, typer.Option("--out_dir", help="The dataset's folder, or its URL.")]
 OutArgument = Annotated[str, typer.Argument(help="The dataset's folder, or its URL.")]
 SplitsOption = Annotated[int, typer.Option("--splits", min=1, help="How many processes share the work.")]
@@ -89,16 +92,25 @@ def merge(out_dir: OutOption) -> None:
 def preview(
     out_dir: OutArgument,
     overrides: Overrides = None,
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: OldConfigOption = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 4,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for a page with pictures, in place of the terminal.")] = None,
 ) -> None:
-    """Show samples as a model sees them: what is trained on in green, images as [image HxW]."""
-    with _errors():
-        settings = load_config(TokenizeConfig, config, overrides or [])
+    """Show samples as a model sees them: what is trained on in green, images as [image HxW].
 
+    With --out each image stands beside the picture that its codes give: what the image tokenizer kept of it.
+    """
+    with _errors():
+        from unitoken.tokenize.job import settings_of
         from unitoken.tokenize.preview import show
 
-        show(out_dir, settings.tokenizer, n)
+        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
+        if out is None:
+            show(out_dir, settings.tokenizer, n)
+            return
+        from unitoken.tokenize.gallery import write_page  # torch
+
+        write_page(out_dir, settings, n, out)
 
 
 @app.command()
@@ -119,12 +131,10 @@ def verify(
 @app.command()
 def rejects(
     out_dir: OutArgument,
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Try the rejected items again; needs the settings they were made with.")
-    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try the rejected items again, with the settings of their run.")] = False,
     kind: Annotated[list[str] | None, typer.Option("--kind", help="Only rejects of this kind; may be given often.")] = None,
     overrides: Overrides = None,
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: OldConfigOption = None,
     splits: SplitsOption = 1,
     engine: EngineOption = "local",
 ) -> None:
@@ -135,13 +145,12 @@ def rejects(
 
             show(out_dir)
             return
-        settings = load_config(TokenizeConfig, config, overrides or [])
-
         from unitoken.streaming_data.stores import open_store
-        from unitoken.tokenize.job import load_work, prepare
+        from unitoken.tokenize.job import load_work, prepare, settings_of
         from unitoken.tokenize.rejects import begin_retry
 
         store = open_store(out_dir)
+        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
         sources = [file.name for file in load_work(store).input.files]
         job = prepare(settings, sources, out_dir)  # before the dataset is touched: settings and input still fit
         if begin_retry(out_dir, kind):

@@ -2,12 +2,14 @@
 
 The first start leaves `job.json` (what the bytes of the dataset depend on), `input.json` (the files and where they are
 cut) and `vocabulary.json` in the output folder. A later start with other settings is refused with both sides of the
-difference; the same command goes on where the last one stopped. `retry-01.json` names the items of a first round of
-retries (rejects.py), which have chunks of their own.
+difference; the same command goes on where the last one stopped. `settings.yaml` is what it was last run with, where the
+tokenizers are for one: later commands on the folder take it where they are told nothing else. `retry-01.json` names the
+items of a first round of retries (rejects.py), which have chunks of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +17,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+import yaml
 
 from unitoken.codec.text import load_tokenizer
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.streaming_data.config import Config, ConfigError, load_config, parse_config
 from unitoken.streaming_data.files import ASIDE
 from unitoken.streaming_data.manifest import VOCABULARY, VisionTokenizer
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url
+from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url, open_store
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
-from unitoken.tokenize.adapters import adapter_fingerprint
+from unitoken.tokenize.adapters import adapter_fingerprint, find_adapter
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.sources import Input, InputFile, cut, find_files
 
-JOB, INPUT = "job.json", "input.json"
+JOB, INPUT, SETTINGS = "job.json", "input.json", "settings.yaml"
+OF_THE_MACHINE: Any = {"threads": True, "vision": {"batch_size"}}  # of its cores and GPU: another may go on
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -61,6 +65,11 @@ class Chunk:
 
     name: str
     parts: tuple[tuple[int, tuple[int, ...] | None], ...]
+
+    @property
+    def round(self) -> int:
+        """Of retries; 0 for what is no retry."""
+        return int(self.name.split("-")[1]) if self.name.startswith("retry-") else 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,7 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
     vision = weights.describe(config.vision)
     _check_size(config.target_size, vision.downsampling)
     adapter = adapter_fingerprint(config.adapter)
+    find_adapter(config.adapter)  # a mistake in a user's file must not leave a folder that refuses the corrected one
     files = find_files(sources)
     tokenizer = load_tokenizer(config.tokenizer)
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
@@ -160,7 +170,18 @@ def begin(output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, 
     if not output.exists(INPUT):
         output.store.write(INPUT, dump(pieces))
     output.store.write(VOCABULARY, vocabulary.dump())
+    told = config.model_dump(mode="json", exclude=OF_THE_MACHINE)
+    output.store.write(SETTINGS, yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode())
     return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), output.url, file)
+
+
+def settings_of(out: str, config: Path | None, default: Path, overrides: Sequence[str]) -> TokenizeConfig:
+    """What a dataset was last run with, or the file `config`; `default` for a folder that is older than its settings file."""
+    if config is None:
+        store = open_store(out)
+        with contextlib.suppress(StoreError):  # said by whoever reads the dataset
+            return parse_config(TokenizeConfig, store.read(SETTINGS).decode(errors="replace"), f"{store.url}/{SETTINGS}", overrides)
+    return load_config(TokenizeConfig, config or default, overrides)
 
 
 def claim(output: Output, file: JobFile) -> None:
@@ -170,7 +191,8 @@ def claim(output: Output, file: JobFile) -> None:
     differences = [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
     if differences:
         raise ConfigError(
-            f"{output.url}: was begun with other settings: {'; '.join(differences)}. Choose another folder, or remove this one"
+            f"{output.url}: was begun with other settings: {'; '.join(differences)}. Go on with what it was begun with "
+            f"({SETTINGS} there), or choose another folder"
         )
 
 

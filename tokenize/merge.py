@@ -62,7 +62,8 @@ def merge(out: str) -> Manifest:
     sizes = output.store.sizes()
     if missing := [chunk.name for chunk in chunks if f"{chunk.name}/{INDEX}" not in sizes]:
         raise UnfinishedError(
-            f"{out}: missing {len(missing)} of {len(chunks)} chunks: {_names(missing)}. Run the same command again"
+            f"{out}: missing {len(missing)} of {len(chunks)} chunks: {_names(missing)}. "
+            "Give the same `run` command again (with --rank: for the ranks that did not end)"
         )
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -139,8 +140,7 @@ def _join(store: Store, work: Work, sizes: dict[str, int], folder: Path) -> dict
 def is_last(line: bytes, chunk: Chunk, last_round: dict[tuple[int, int], int]) -> bool:
     """Whether the item was not tried again in a later round than the one the line is from."""
     reject = json.loads(line)
-    this_round = int(chunk.name.split("-")[1]) if chunk.name.startswith("retry-") else 0
-    return last_round.get((reject["chunk"], reject["position"]), 0) == this_round
+    return last_round.get((reject["chunk"], reject["position"]), 0) == chunk.round
 
 
 def in_order(function: Callable[[A], B], values: Sequence[A]) -> Iterator[B]:

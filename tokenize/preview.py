@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import VOCABULARY, read_manifest
+from unitoken.streaming_data.manifest import VOCABULARY, Manifest, read_manifest
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import Store, open_store
 from unitoken.streaming_data.vocabulary import SPECIAL_NAMES, Vocabulary
@@ -40,14 +40,18 @@ def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[tup
     return pieces
 
 
-def show(out: str, tokenizer_name: str, count: int) -> None:
-    """Print the first `count` samples of the dataset in a folder or bucket."""
+class Dataset(NamedTuple):
+    store: Store
+    manifest: Manifest
+    vocabulary: Vocabulary
+    tokenizer: Any
+
+
+def open_dataset(out: str, tokenizer_name: str) -> Dataset:
+    """Of a folder or bucket, with the tokenizer that it was made with. Raises ConfigError where it is another."""
     store = open_store(out)
     manifest = read_manifest(store)
     vocabulary = Vocabulary.parse(store.read(VOCABULARY), f"{out}/{VOCABULARY}")
-
-    from rich.console import Console
-    from rich.text import Text
 
     from unitoken.codec.text import load_tokenizer
 
@@ -57,6 +61,16 @@ def show(out: str, tokenizer_name: str, count: int) -> None:
         raise ConfigError(
             f"{out}: was made with another tokenizer: its vocabulary is {manifest.vocabulary}, {tokenizer_name}'s is {found}"
         )
+    return Dataset(store, manifest, vocabulary, tokenizer)
+
+
+def show(out: str, tokenizer_name: str, count: int) -> None:
+    """Print the first `count` samples of the dataset in a folder or bucket."""
+    store, _, vocabulary, tokenizer = open_dataset(out, tokenizer_name)
+
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console()
     for record in itertools.islice(records(store), count):
         targets = int((record.labels() >= 0).sum())

@@ -32,6 +32,9 @@ class Progress(Protocol):
 
 
 def share_of(job: Job, chunks: Sequence[Chunk]) -> Share:
+    if job.work.rounds:  # what they try again is what the run is about; the rest is done
+        chunks = [chunk for chunk in chunks if chunk.round == len(job.work.rounds)]
+
     def done() -> list[Chunk]:
         there = job.output.done()
         return [chunk for chunk in chunks if chunk.name in there]
@@ -49,11 +52,11 @@ def progress(share: Share) -> Iterator[Progress]:
         lines.show(last=True)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("tokenize"), BarColumn(), TextColumn("{task.fields[state]}"), TextColumn("left"), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    columns = (TextColumn("tokenize"), BarColumn(bar_width=None), TextColumn("{task.fields[state]}"))
+    with Bar(*columns, console=Console(stderr=True), expand=True) as bar:  # the bar takes what the words leave of the line
         shown = _Bar(share, bar)
         yield shown
         shown.show(last=True)
@@ -92,8 +95,10 @@ class _Count:
             count = f"{self.done:,} items, {self._count_chunks(last)}/{self.share.chunks:,} chunks"
         if self._start is None:
             return f"{count}, loading the models"
-        left = f", {(total - self.done) / self.rate / 60:.1f} min left" if total and self.rate and self.done < total else ""
-        return f"{count}, {self.rate:.1f} items/s{left}, {self.rejected} rejected"
+        rate = self.rate
+        left = f", {(total - self.done) / rate / 60:,.1f} min left" if total and rate and self.done < total else ""
+        speed = f", {rate:,.0f}/s" if rate >= 100 else f", {rate:.3g}/s" if rate else ""  # none yet where all came at once
+        return f"{count}{speed}{left}, {self.rejected:,} rejected"
 
     def _count_chunks(self, now: bool) -> int:
         if now or time.monotonic() - self._chunks_counted > CHUNK_SECONDS:

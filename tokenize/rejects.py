@@ -29,7 +29,7 @@ def grouped(out: str) -> list[tuple[str, int, str]]:
     for reject in _rejects(out):
         kind, _, details = reject["reason"].partition(": ")
         counts[kind] += 1
-        examples.setdefault(kind, f"{reject['file']}:{reject['position']} ({reject['id']}) {details}")
+        examples.setdefault(kind, f"{reject['file']} item {reject['position']} ({reject['id']}) {details}")
     return [(kind, count, examples[kind]) for kind, count in counts.most_common()]
 
 

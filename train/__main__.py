@@ -30,6 +30,7 @@ def main() -> None:
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A run's save.folder (its newest checkpoint), or one of its step-*.pt.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; an exported model in its place is replaced.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: codec.tokenizer=my/tokenizer")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="The stage's YAML, where the run's folder does not say what it is.")
     ] = None,
@@ -39,9 +40,12 @@ def export(
 ) -> None:
     """Write a trained model in Hugging Face's layout."""
     with one_line_errors():
+        from unitoken.train import ask
         from unitoken.train.config import StageConfig
 
-        stage = load_config(StageConfig, config) if config is not None else None
+        stage = load_config(StageConfig, config, overrides or []) if config is not None else None
+        if overrides and config is None:
+            stage = ask.settings(Path(checkpoint), None, overrides)
         from unitoken.train.export import export as write  # torch: seconds
 
         write(checkpoint, out, dtype, stage)

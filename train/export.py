@@ -2,7 +2,8 @@
 
 config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
 model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; and model.vqmodel.* where the stage's `codec` names a Chameleon VQGAN
-tokenizer*.json        where `codec` names a tokenizer; preprocessor_config.json is the tower's
+tokenizer*.json        where `codec` names a tokenizer
+tower/                 preprocessor_config.json of the tower: beside config.json transformers takes it for Chameleon's
 vocabulary.json, pictures.json, stage.yaml
 
 The folder is written aside and renamed: what bears its name is whole. Weights pass one file at a time, so that a model of any
@@ -35,6 +36,7 @@ from unitoken.train.weights import Source, Tensors, check_shapes, fit_norms
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 5_000_000_000
 VQ = "model.vqmodel."
+TOWER = "tower"
 IMAGE_NAMES = ("<image>", "<reserved08707>")  # what transformers writes where an image will be: its name there, and Chameleon's
 
 
@@ -87,7 +89,8 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     with AsideFolder(out) as folder:
         _write_tensors(folder.path, weights, DTYPES[dtype])
         if whole.sizes.vision is not None:
-            _write_json(folder.path / "preprocessor_config.json", _preprocessor(whole.sizes.vision))
+            (folder.path / TOWER).mkdir()
+            _write_json(folder.path / TOWER / "preprocessor_config.json", _preprocessor(whole.sizes.vision))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder.path)
         if whole.stage is not None:
@@ -104,6 +107,8 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
         }
         _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
+    if codec is None:
+        print(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights", flush=True)
 
 
 def _publish(folder: AsideFolder, out: Path) -> None:
@@ -168,7 +173,10 @@ def _write_tensors(folder: Path, source: Source, dtype: torch.dtype) -> None:
         paths = ["model.safetensors"]
     for path, names in zip(paths, files, strict=True):
         tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in source.read(names).items()}
+        (folder / path).touch()
+        mode = (folder / path).stat().st_mode
         save_file(tensors, folder / path, metadata={"format": "pt"})
+        (folder / path).chmod(mode)  # as of any file here: safetensors leaves one that nobody else may read
     if len(files) > 1:
         places = {name: path for path, names in zip(paths, files, strict=True) for name in names}
         _write_json(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +23,20 @@ FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
     """The model's sizes, read from the checkpoints where folders or hub ids are given. Raises ConfigError."""
-    decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
-    vision = read_vision(config.vision) if isinstance(config.vision, str) else config.vision
+    with _named("model.decoder"):
+        decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
+    with _named("model.vision"):
+        vision = read_vision(config.vision) if isinstance(config.vision, str) else config.vision
     return decoder, vision
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """A folder that is missing is no help without the setting that names it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def find_origin(source: str) -> Path:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from composer import Callback
 
 from unitoken.streaming_data.loader import build_loader
+from unitoken.streaming_data.mixture import other_codes
 from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, check_finished, shared, write_about
@@ -59,7 +60,9 @@ def _run(config: StageConfig, checked: Checked) -> None:
     report = loader.dataset.plan.report
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
-    say("\n".join([report.table(), *checked.notes]))
+    say(report.table())
+    for line in [*other_codes(loader.dataset.sources), *report.warnings(), *checked.notes]:
+        say(f"warning: {line}")
 
     network = build_model(
         checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
