@@ -58,7 +58,7 @@ class AsideFolder:
 
     def sync(self) -> None:
         """Bring to the disk what was written, which may take a while; `publish` then takes none."""
-        for file in self.path.iterdir():
+        for file in self.path.rglob("*"):
             _sync(file)
         _sync(self.path)
 

@@ -218,13 +218,17 @@ export(sys.argv[1], Path(sys.argv[2]))
 """
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_kill_between_the_renames_loses_no_model(
     folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next export brings back the model of before, also where it is killed itself."""
     out = tmp_path / "model"
     export(str(folder / "run"), out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
     done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, folder / "run", out], check=False)
     assert done.returncode == -9
     assert not out.exists()
@@ -233,9 +237,9 @@ def test_a_kill_between_the_renames_loses_no_model(
             patch.setattr("unitoken.train.export._write_tensors", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 export(str(folder / "run"), tmp_path / name)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
     export(str(folder / "run"), out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
     assert not list(tmp_path.glob(".before-*"))
 
 
@@ -269,7 +273,8 @@ def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniT
     ):
         export(str(out / "finetune"), out)
     fields = json.loads((out / "config.json").read_bytes())
-    del fields["unitoken"]["files"]  # exported before they were listed
+    del fields["unitoken"]["files"]  # exported before they were listed, and before the tower had a folder
+    shutil.rmtree(out / "tower")
     (out / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=r"model: it holds finetune besides the exported model"):
         export(str(out / "finetune"), out)
@@ -336,10 +341,10 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
         ],
     ), done.stderr
     assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
-    # What the run's folder does not say, the command line may: a tokenizer of another vocabulary is refused, so it was read.
+    # What the run's folder does not say, the command line may: a tokenizer of another codebook is refused, so it was read.
     codec = [f"codec.{key}={ROOT / 'tests/data/golden/assets' / name}" for key, name in TOKENIZERS.items()]
     refused = call("export", str(folder / "run"), str(tmp_path / "out"), *codec)
-    assert "error: codec.tokenizer: " in refused.stderr
+    assert "error: codec.vision.weights: " in refused.stderr
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
     why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"

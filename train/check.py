@@ -51,9 +51,9 @@ def check(config: StageConfig, world_size: int) -> Checked:
         )
     notes = _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
     if config.codec is not None and needs_codec(config):
-        check_codec(config.codec, vocabulary, manifests)
+        notes += check_codec(config.codec, vocabulary, manifests)
     pictures = Pictures(crops=crops_of(config.data))
-    check_samples(config, pictures)
+    notes += check_samples(config, pictures)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
     return Checked(decoder, vision, vocabulary, pictures, evaluation, notes)

@@ -80,7 +80,8 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     codec = whole.stage.codec if whole.stage else None
     image_tokenizer = find_weights(codec.vision) if codec and codec.vision.kind == "chameleon" else None
     if codec is not None and whole.stage is not None and image_tokenizer is not None:
-        check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data))
+        for odd in check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)):
+            print(f"warning: {odd}", flush=True)
         weights = _with_image_tokenizer(weights, image_tokenizer)
     tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,11 +193,11 @@ def unguided(guidance: float, config: StageConfig) -> str | None:
     return f"guidance {guidance:g} is away from a prompt that training never showed: data.null_prompt_fraction is 0"
 
 
-def check_samples(config: StageConfig, pictures: Pictures) -> None:
-    """What a stage asks its model while it trains. Raises ConfigError."""
+def check_samples(config: StageConfig, pictures: Pictures) -> list[str]:
+    """What a stage asks its model while it trains: gives back what is odd about it, a line each. Raises ConfigError."""
     samples, codec = config.samples, config.codec
     if samples is None:
-        return
+        return []
     if codec is None:
         raise ConfigError("samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights")
     if not samples.draw and not samples.answer:
@@ -217,8 +216,7 @@ def check_samples(config: StageConfig, pictures: Pictures) -> None:
     for text in samples.draw:
         asked(text, (), f"samples.draw: '{text}'")
     odd = [samples.size and unusual(samples.size, pictures), unguided(guidance_of(samples.guidance, config, GUIDANCE), config)]
-    for line in filter(None, odd if samples.draw else []):
-        warnings.warn(f"samples: {line}", stacklevel=2)
+    return [f"samples: {line}" for line in odd if line and samples.draw]
 
 
 def drawn_sizes(config: StageConfig, pictures: Pictures | None) -> list[tuple[int, int]]:

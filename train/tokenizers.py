@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,22 @@ from unitoken.streaming_data.vocabulary import Vocabulary
 UNKNOWN = "unknown"  # the fingerprint in the manifest of a dataset that was migrated
 
 
-def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> None:
-    """All that can be said before the tokenizer is loaded. Raises ConfigError."""
+def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:
+    """All that can be said before the tokenizer is loaded: what is odd, a line each. Raises ConfigError."""
     check_folder(codec.tokenizer)
-    check_image_tokenizer(codec, find_weights(codec.vision), vocabulary, manifests)
+    return check_image_tokenizer(codec, find_weights(codec.vision), vocabulary, manifests)
 
 
-def check_image_tokenizer(codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> None:
-    """Raises ConfigError for another codebook; other weights of that size are warned of: the data's may be another's copy."""
+def check_image_tokenizer(codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:
+    """Raises ConfigError for another codebook; a line for other weights of that size, maybe a copy of the data's."""
     name, codes = codec.vision.weights, len(vocabulary.image_ids)
     if found.codebook_size != codes:
         raise ConfigError(f"codec.vision.weights: {name} has {found.codebook_size} image codes, the data's vocabulary has {codes}")
     made_by = {manifest.vision.weights for manifest in manifests if manifest.images} - {UNKNOWN, found.fingerprint}
-    for other in sorted(made_by):
-        warnings.warn(
-            f"codec.vision.weights: {name} has fingerprint {found.fingerprint}, image codes of the data are of {other}",
-            stacklevel=2,
-        )
+    return [
+        f"codec.vision.weights: {name} has fingerprint {found.fingerprint}, image codes of the data are of {other}"
+        for other in sorted(made_by)
+    ]
 
 
 def checked_tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
