@@ -38,7 +38,8 @@ from benchmarks import stream_sides
 from benchmarks.reference_views import processor, reference_pixels
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.manifest import INDEX, SIDECAR
-from unitoken.streaming_data.plan import Recipe, StreamRecipe, build
+from unitoken.streaming_data.plan import build
+from unitoken.streaming_data.recipe import Recipe, StreamRecipe
 from unitoken.streaming_data.views import Views
 
 PHOTOGRAPH = Path(__file__).parent.parent / "tests" / "data" / "golden" / "assets" / "images" / "d10_large.jpg"

@@ -40,7 +40,8 @@ def plan(
         data = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
         from unitoken.streaming_data.mixture import open_sources, other_codes
-        from unitoken.streaming_data.plan import Recipe, load_or_build
+        from unitoken.streaming_data.plan import load_or_build
+        from unitoken.streaming_data.recipe import Recipe
         from unitoken.streaming_data.views import Views
 
         sources, views = open_sources(data), Views(image_size, patch_size, data.anyres)

@@ -22,7 +22,7 @@ from unitoken.streaming_data.shards import read_index
 if TYPE_CHECKING:
     import pyarrow
 
-    from unitoken.streaming_data.plan import Recipe
+    from unitoken.streaming_data.recipe import Recipe
     from unitoken.streaming_data.views import Views
 
 ROWS = 1 << 20  # of the sidecar, read at once

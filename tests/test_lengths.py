@@ -8,7 +8,7 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import read_lengths
 from unitoken.streaming_data.manifest import SIDECAR
 from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan import Recipe
+from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()

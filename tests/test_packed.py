@@ -18,7 +18,7 @@ from unitoken.streaming_data.collate import Collate, num_tokens, split_batch
 from unitoken.streaming_data.lengths import read_lengths
 from unitoken.streaming_data.manifest import SIDECAR
 from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan import Recipe
+from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.views import Views
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig

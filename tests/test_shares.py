@@ -12,7 +12,8 @@ from small_datasets import small_vocabulary, write_manifest
 from unitoken.streaming_data.lengths import read_lengths
 from unitoken.streaming_data.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, samples_schema
 from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan import Recipe, build
+from unitoken.streaming_data.plan import build
+from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.views import Views
 
 
