@@ -240,8 +240,8 @@ def test_a_stage_that_begins_with_an_unfinished_one_says_so(
     for step, said in ((16, "step 16 of 18 of that stage"), (18, None)):
         origin = Path(shutil.copy(uninterrupted / f"step-000000{step}.pt", tmp_path / f"after-{step}.pt"))
         train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init_from: ")]
-        constants = f"init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        lines = [line for line in capsys.readouterr().out.splitlines() if f"init_from: {origin}" in line]
+        constants = f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
         assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
 
 

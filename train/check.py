@@ -75,9 +75,10 @@ def _check_save(save: SaveConfig) -> None:
 
 
 def _check_writable(key: str, folder: Path) -> None:
+    """Makes nothing: what else is wrong with the settings should not leave a folder behind."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ConfigError(f"{key}: {folder}: cannot write there: {error.strerror or error}") from None
 

@@ -78,12 +78,12 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     whole = read_whole(origin, stage)
     weights = _in_transformers_layout(checkpoints.open_source(origin), whole.sizes)
     codec = whole.stage.codec if whole.stage else None
+    tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
     image_tokenizer = find_weights(codec.vision) if codec and codec.vision.kind == "chameleon" else None
     if codec is not None and whole.stage is not None and image_tokenizer is not None:
         for odd in check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)):
             print(f"warning: {odd}", flush=True)
         weights = _with_image_tokenizer(weights, image_tokenizer)
-    tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
 
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out.parent, out.name)

@@ -36,10 +36,16 @@ def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     parallel.check_precision(config)
     ranks.connect()
+    with ranks.together():  # the first word that ranks exchange: here they hear that `check` failed on another machine
+        if config.codec is not None and needs_codec(config):
+            checked_tokenizer(config.codec, checked.vocabulary)
+    ranks.check_settings(shared(config))
+    folder = Path(config.save.folder)
     with contextlib.ExitStack() as stack:
         with ranks.together():
+            folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
-                stack.enter_context(checkpoints.held(Path(config.save.folder)))
+                stack.enter_context(checkpoints.held(folder))
         _run(config, checked)
 
 
@@ -48,13 +54,10 @@ def _run(config: StageConfig, checked: Checked) -> None:
     compat = config.compat == "unitoken"
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
     with ranks.together():
-        if config.codec is not None and needs_codec(config):
-            checked_tokenizer(config.codec, checked.vocabulary)
         held_out = evaluation_loader(config, checked, views)
         share = config.data.global_batch // ranks.world_size()
         loader = build_loader(config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat)
         resume = latest_checkpoint(folder)
-    ranks.check_settings(shared(config))
     ranks.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
     ranks.check_alike("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
