@@ -341,10 +341,10 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
         ],
     ), done.stderr
     assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
-    # What the run's folder does not say, the command line may: a tokenizer of another codebook is refused, so it was read.
+    # What the run's folder does not say, the command line may: a tokenizer of another vocabulary is refused, so it was read.
     codec = [f"codec.{key}={ROOT / 'tests/data/golden/assets' / name}" for key, name in TOKENIZERS.items()]
     refused = call("export", str(folder / "run"), str(tmp_path / "out"), *codec)
-    assert "error: codec.vision.weights: " in refused.stderr
+    assert "error: codec.tokenizer: " in refused.stderr
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
     why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"
