@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
 from composer.core.precision import get_precision_context
-from composer.devices import DeviceGPU
 from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.checkpoint import save_checkpoint
@@ -172,8 +171,6 @@ def build_trainer(
             precision="amp_bf16" if config.precision == "bf16" else "fp32",
             # Only this form selects FSDP2; a dict would give DDP without a word.
             parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None,
-            # Composer lets products of float32 matrices on a GPU be TF32.
-            device=DeviceGPU(allow_tf32=config.precision == "bf16") if torch.cuda.is_available() else None,
             deterministic_mode=config.deterministic,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
@@ -185,6 +182,8 @@ def build_trainer(
             dist_timeout=TIMEOUT,
         )
     restore.trainer = trainer
+    if config.precision == "fp32" and torch.cuda.is_available():  # Composer lets products of float32 matrices be TF32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for group, ours in zip(trainer.state.optimizers[0].param_groups, wanted, strict=True):
         group.update(ours)  # Composer loads the saved run's settings over them: weight decay, betas, eps and scales
     if mesh is not None:
