@@ -125,6 +125,11 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of what is different in two `flat` settings; one that only one of them has is None in the other."""
+    return [name for name in {**then, **now} if then.get(name) != now.get(name)]
+
+
 def _valid_keys(model: type[pydantic.BaseModel], location: Sequence[str | int]) -> list[str]:
     current: type[pydantic.BaseModel] = model
     for part in location:

@@ -36,6 +36,7 @@ INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
     "vocabulary.json",
     "manifest.json",
 )
+UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a dataset that was migrated
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -176,9 +177,15 @@ def open_sources(config: DataConfig) -> list[Source]:
     """Find every stream's dataset and check that they share one vocabulary. Raises ConfigError."""
     sources = []
     for name, stream in config.streams.items():
-        folder, store = _folder(config, stream), None
-        if stream.remote is not None:
-            store = open_store(_remote(stream), stream.endpoint, PATIENCE)
+        remote = stream.remote.removeprefix("file://").rstrip("/") if stream.remote else None
+        store: Store | None = None
+        if remote is None:
+            assert stream.local is not None, "checked by StreamConfig"
+            folder = Path(stream.local)
+        else:
+            store = open_store(remote, stream.endpoint, PATIENCE)
+            key = hashlib.sha256(f"{stream.endpoint or ''}{remote}".encode()).hexdigest()[:16]
+            folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
             _fetch_small_files(name, store, folder)
         source = Source(name, folder, store, stream, load_manifest(folder))
         source.check(INDEX)
@@ -194,29 +201,20 @@ def open_sources(config: DataConfig) -> list[Source]:
     return sources
 
 
-def _remote(stream: StreamConfig) -> str:
-    return (stream.remote or "").removeprefix("file://").rstrip("/")
-
-
-def _folder(config: DataConfig, stream: StreamConfig) -> Path:
-    """Where the small files of a stream are, or will be."""
-    if stream.local:
-        return Path(stream.local)
-    key = hashlib.sha256(f"{stream.endpoint or ''}{_remote(stream)}".encode()).hexdigest()[:16]
-    return config.cache_folder / "datasets" / key
-
-
-def crops_of(config: DataConfig) -> list[tuple[int, int]]:
+def crops_of(manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
     """The (width, height) in pixels that the pictures of all streams were cut to for the image tokenizer, those of most
-    pictures first. For streams that `open_sources` has found. Raises ConfigError."""
-    manifests = [load_manifest(_folder(config, stream)) for stream in config.streams.values()]
+    pictures first."""
     with_images = sorted((manifest for manifest in manifests if manifest.images), key=lambda manifest: -manifest.images)
     return list(dict.fromkeys(crop for manifest in with_images for crop in manifest.crops()))
 
 
 def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
     """Everything that can be said of the data without loading it; returns the streams' one vocabulary. Raises ConfigError."""
-    sources = open_sources(config)
+    return check_sources(open_sources(config), config, views)
+
+
+def check_sources(sources: Sequence[Source], config: DataConfig, views: Views | None) -> Vocabulary:
+    """The same, of datasets that are found already. Raises ConfigError."""
     for source in sources:
         check_images_fit(source, config, views)
     return load_vocabulary(sources[0].folder)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from unitoken.streaming_data.config import Config, flat
+from unitoken.streaming_data.config import Config, changed, flat
 from unitoken.streaming_data.mixture import Continuous, DataConfig, Kind, OverLong, Source, Unit
 
 VERSION = 2  # of the algorithm: another one makes other plans, so it is part of the hash
@@ -72,6 +72,5 @@ class Recipe(Config):
     def differences(self, other: dict[str, Any]) -> str:
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""
         now, then = flat(self.model_dump(mode="json")), flat(other)
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        found = [f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in keys]
+        found = [f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in changed(then, now)]
         return "; ".join(found) or "the order of the streams"

@@ -22,7 +22,7 @@ from unitoken.codec.weights import find_weights
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import write_aside
-from unitoken.streaming_data.manifest import Manifest
+from unitoken.streaming_data.manifest import UNKNOWN, Manifest
 from unitoken.streaming_data.record import Record
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.preview import Dataset, describe, open_dataset, records
@@ -65,7 +65,7 @@ def _codec(manifest: Manifest, settings: TokenizeConfig, out: str) -> VisionCode
     import torch
 
     given, made = find_weights(settings.vision), manifest.vision
-    if made.weights not in ("unknown", given.fingerprint) or made.codebook_size != given.codebook_size:
+    if made.weights not in (UNKNOWN, given.fingerprint) or made.codebook_size != given.codebook_size:
         raise ConfigError(
             f"vision.weights: {settings.vision.weights}: its fingerprint is {given.fingerprint} ({given.codebook_size} codes), "
             f"{out} was made with {made.weights} ({made.codebook_size} codes)"

@@ -25,7 +25,7 @@ from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import REJECTS, VisionTokenizer
+from unitoken.streaming_data.manifest import REJECTS, UNKNOWN, VisionTokenizer
 from unitoken.streaming_data.record import IGNORED, Record, spans_of, token_type
 from unitoken.streaming_data.stores import split
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
@@ -81,7 +81,7 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
     # with other datasets says so.
     vision = VisionTokenizer(
         kind="chameleon",
-        weights="unknown",
+        weights=UNKNOWN,
         codebook_size=codes,
         downsampling=DOWNSAMPLING,
         precision=settings.vision.precision,

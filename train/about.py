@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 import yaml
 
-from unitoken.streaming_data.config import Config, ConfigError, flat, load_config
+from unitoken.streaming_data.config import Config, ConfigError, changed, flat, load_config
 from unitoken.streaming_data.files import write_aside
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.mixture import check_mixture
@@ -129,8 +129,8 @@ def check_finished(run: Path, stage: StageConfig) -> None:
     """Raises ConfigError where a finished run was another one: taken for done, what is asked for would never be trained."""
     made_by = read_stage(run)
     then, now = (flat(one.model_dump(mode="json")) if one is not None else {} for one in (made_by, stage))
-    names = [name for name in {**then, **now} if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)]
-    found = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+    names = [name for name in changed(then, now) if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)]
+    found = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names]
     if made_by is not None and found:
         raise ConfigError(f"{run}: finished with other settings: {'; '.join(found)}. Choose another save.folder")
 

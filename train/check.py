@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pydantic
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.mixture import DataConfig, check_mixture, check_vocabulary, crops_of, open_sources
+from unitoken.streaming_data.mixture import DataConfig, check_sources, check_vocabulary, crops_of, open_sources
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.about import Pictures, Sizes, check_fits, check_target, other_constants, read_about
@@ -40,11 +40,13 @@ def check(config: StageConfig, world_size: int) -> Checked:
     _check_ranks(config, world_size)
     _check_trainable(config)
     _check_loggers(config)
-    manifests = [source.manifest for source in open_sources(config.data)]
+    sources = open_sources(config.data)
+    manifests = [source.manifest for source in sources]
     evaluation = _evaluation_data(config)
     _check_save(config.save)
     decoder, vision = model_configs(config.model)  # of a hub id: downloaded
-    vocabulary = check_mixture(config.data, Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None)
+    views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
+    vocabulary = check_sources(sources, config.data, views)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
@@ -52,7 +54,7 @@ def check(config: StageConfig, world_size: int) -> Checked:
     notes = _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
     if config.codec is not None and needs_codec(config):
         notes += check_codec(config.codec, vocabulary, manifests)
-    pictures = Pictures(crops=crops_of(config.data))
+    pictures = Pictures(crops=crops_of(manifests))
     notes += check_samples(config, pictures)
     if evaluation is not None:
         check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")

@@ -11,7 +11,7 @@ from typing import Any
 from composer.utils import dist, get_device
 from torch import Tensor
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.config import ConfigError, changed
 
 TIMEOUT = 1800.0  # seconds a rank waits for the others; the first one reads tens of GB while they wait
 
@@ -68,12 +68,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     first, *others = [json.loads(text) for text in _of_all_ranks(json.dumps(settings))]
     for rank, other in enumerate(others, 1):
-        for key in {**first, **other}:
-            if first.get(key) != other.get(key):
-                raise ConfigError(
-                    f"{key}: rank 0 has {first.get(key)} and rank {rank} has {other.get(key)}; "
-                    "settings must be the same on all machines"
-                )
+        if names := changed(first, other):
+            here, there = first.get(names[0]), other.get(names[0])
+            raise ConfigError(
+                f"{names[0]}: rank 0 has {here} and rank {rank} has {there}; settings must be the same on all machines"
+            )
 
 
 def _of_all_ranks(mine: Any) -> list[Any]:

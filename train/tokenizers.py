@@ -10,11 +10,9 @@ from unitoken.codec.config import CodecConfig
 from unitoken.codec.text import check_folder, load_tokenizer
 from unitoken.codec.weights import Weights, find_weights
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import MANIFEST, Manifest, load_manifest
+from unitoken.streaming_data.manifest import MANIFEST, UNKNOWN, Manifest, load_manifest
 from unitoken.streaming_data.mixture import DataConfig
 from unitoken.streaming_data.vocabulary import Vocabulary
-
-UNKNOWN = "unknown"  # the fingerprint in the manifest of a dataset that was migrated
 
 
 def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:
