@@ -19,13 +19,20 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
 ROLES = (("human",), ("gpt", "assistant"))  # by the turn's place, in any case
 
 
 class ItemError(ValueError):
-    """Why an item is not in the dataset, as `kind: what was found`. Kinds are counted, so they hold no figures."""
+    """Why an item is not in the dataset, as `kind: what was found`. Kinds are counted, so they hold no figures.
+
+    Rejects are stored: a URL in the message loses its user, password and query.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, locked, remove_abandoned, write_aside
 from unitoken.streaming_data.stores import MissingError, Store, StoreError
+from unitoken.streaming_data.urls import without_secrets
 
 PATIENCE = 40.0  # seconds; a store that is gone ends training within a minute
 ATTEMPTS = 6  # for a file that arrives corrupt, or is said to be missing: of 10,000 with 10 % faults three are not enough
@@ -30,7 +31,10 @@ LOCKS = 64  # a dataset
 
 
 class ShardError(RuntimeError):
-    """A shard that is missing, unreachable or corrupt."""
+    """A shard that is missing, unreachable or corrupt; in words without a URL's secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 def what_is_wrong(entry: Mapping[str, Any], path: Path) -> str | None:

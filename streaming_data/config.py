@@ -21,9 +21,14 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 import yaml
 
+from unitoken.streaming_data.urls import without_secrets
+
 
 class ConfigError(ValueError):
-    """A user's mistake outside the data: settings, paths, folders that do not fit. One line."""
+    """A user's mistake outside the data: settings, paths, folders that do not fit. One line, without a URL's secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class Config(pydantic.BaseModel):

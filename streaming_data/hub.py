@@ -26,10 +26,10 @@ class Hub(Bucket):
         super().__init__(url, f"datasets/{owner}/{name}", folder, endpoint, patience)
 
     def _connect(self) -> Any:
-        from requests import Session
+        from unitoken.streaming_data.web_session import WebSession
 
         self._server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        session = Session()
+        session = WebSession(public_only=False)
         if token := os.environ.get("HF_TOKEN"):
             session.headers["Authorization"] = f"Bearer {token}"
         session.headers["Accept-Encoding"] = "identity"  # ranges are of the file's own bytes

@@ -63,7 +63,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"not an image: {len(data)} bytes that begin with {bytes(data[:12])!r}") from None
+        raise ImageError(f"not an image: {len(data)} bytes") from None
     except Image.DecompressionBombError as error:
         raise ImageError(str(error)) from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:

@@ -24,13 +24,17 @@ from typing import Any, BinaryIO, Protocol
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, write_aside
+from unitoken.streaming_data.urls import without_secrets
 
 CLOUDS = ("s3", "gs", "az", "azure", "hf")
 PATIENCE = 120.0  # seconds in which a request that fails on the way is repeated
 
 
 class StoreError(OSError):
-    """A file or bucket that can not be read or written, in words; MissingError where it is not there at all."""
+    """A file or bucket that can not be read or written, in words without a URL's secrets; MissingError: it is not there at all."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class MissingError(StoreError):
@@ -222,4 +226,4 @@ def _os_errors() -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(error.errno, f"{error.filename}: {error.strerror}") from None
+        raise StoreError(f"{error.filename}: {error.strerror}") from None

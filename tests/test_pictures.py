@@ -24,8 +24,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "FIRST_PAUSE", 0.01)
 
 
-def fetch(source: str | bytes, base: str = ".", allow_http: bool = True, seconds: float = 5, room: int = ROOM) -> bytes:
-    return Pictures(allow_http, seconds).read(base, source, room)
+def fetch(
+    source: str | bytes, base: str = ".", allow_http: bool = True, allow_private: bool = True, seconds: float = 5, room: int = ROOM
+) -> bytes:
+    return Pictures(allow_http, allow_private, seconds).read(base, source, room)
 
 
 def reason(source: str | bytes, **settings: Any) -> str:

@@ -133,6 +133,10 @@ def rejects(
     out_dir: OutArgument,
     retry: Annotated[bool, typer.Option("--retry", help="Try the rejected items again, with the settings of their run.")] = False,
     kind: Annotated[list[str] | None, typer.Option("--kind", help="Only rejects of this kind; may be given often.")] = None,
+    in_filename: Annotated[
+        list[str] | None,
+        typer.Option("--in_filename", help="The input again, where its URLs were signed: signatures are not stored."),
+    ] = None,
     overrides: Overrides = None,
     config: OldConfigOption = None,
     splits: SplitsOption = 1,
@@ -151,7 +155,7 @@ def rejects(
 
         store = open_store(out_dir)
         settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
-        sources = [file.name for file in load_work(store).input.files]
+        sources = in_filename or [file.name for file in load_work(store).input.files]
         job = prepare(settings, sources, out_dir)  # before the dataset is touched: settings and input still fit
         if begin_retry(out_dir, kind):
             job = dataclasses.replace(job, work=load_work(store))

@@ -17,6 +17,7 @@ class TokenizeConfig(Config):
     crop_position: Literal["center", "random"] = "center"
     seed: int = Field(default=0, ge=0)  # of random crops, together with the item's id
     allow_http: bool = False  # fetch images named by http:// and https:// URLs
+    allow_private: bool = False  # ... also from loopback, private and link-local addresses
     timeout_seconds: float = Field(default=30.0, gt=0)  # for an image over http, with its retries
     max_tokens: int | None = Field(default=None, ge=1)  # longer items are rejects
     threads: int | None = Field(default=None, ge=1)  # that fetch and decode images, in each process; None: by the cores

@@ -25,6 +25,7 @@ from unitoken.streaming_data.config import Config, ConfigError, load_config, par
 from unitoken.streaming_data.files import ASIDE
 from unitoken.streaming_data.manifest import VOCABULARY, VisionTokenizer
 from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url, open_store
+from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
 from unitoken.tokenize.adapters import adapter_fingerprint, find_adapter
 from unitoken.tokenize.config import TokenizeConfig
@@ -168,11 +169,17 @@ def begin(output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, 
     """Claim the output and leave in it what every process and the merge read. Raises ConfigError where it is another's."""
     claim(output, file)
     if not output.exists(INPUT):
-        output.store.write(INPUT, dump(pieces))
+        output.store.write(INPUT, dump(_without_signatures(pieces)))
     output.store.write(VOCABULARY, vocabulary.dump())
     told = config.model_dump(mode="json", exclude=OF_THE_MACHINE)
     output.store.write(SETTINGS, yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode())
     return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), output.url, file)
+
+
+def _without_signatures(input: Input) -> Input:
+    """To be stored: what is signed or holds a password would let every reader of the dataset read the input."""
+    files = [file.model_copy(update={"name": without_secrets(file.name)}) for file in input.files]
+    return input.model_copy(update={"files": files})
 
 
 def settings_of(out: str, config: Path | None, default: Path, overrides: Sequence[str]) -> TokenizeConfig:

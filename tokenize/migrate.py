@@ -97,7 +97,7 @@ class Migration:
     def __init__(self, job: Job) -> None:
         self._job, self._vocabulary = job, job.vocabulary()
         self._with_images = job.file.adapter == MIGRATED
-        self._pictures = Pictures(job.config.allow_http, job.config.timeout_seconds)
+        self._pictures = Pictures(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
         self._sizes = crop_latents(job.file.crop, job.file.target_size, DOWNSAMPLING)
 
     def write_chunk(self, chunk: Chunk, report: Callable[[int, int], None]) -> None:

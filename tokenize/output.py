@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
 from unitoken.streaming_data.manifest import INDEX
 from unitoken.streaming_data.stores import MissingError, is_url, open_store
@@ -98,7 +100,16 @@ class _Upload:
 
 
 def _scratch() -> Path:
-    """Of this user alone: names in the machine's temporary folder are everybody's."""
+    """Of this user alone. Names in the machine's temporary folder are everybody's: another user may have made this one,
+    or a link that leads elsewhere.
+
+    Raises:
+        ConfigError: it is there and is no folder of this user's with mode 0700.
+    """
     path = Path(tempfile.gettempdir(), f"unitoken-{getpass.getuser()}")
-    path.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
+        raise ConfigError(f"{path}: expected a folder of your own with mode 0700; remove it, or set TMPDIR to another place")
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 from unitoken.codec.conversations import ItemError, inline, is_inline, shown
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError, is_url, join, open_store
-from unitoken.tokenize.web import TooLargeError, Web, is_web
+from unitoken.tokenize.web import PrivateHostError, TooLargeError, Web, is_web
 
 MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
 
@@ -15,12 +15,15 @@ MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
 class Pictures:
     """Safe over threads.
 
-    allow_http: fetch what http:// and https:// name; timeout_seconds: for one such image, with all repetitions.
+    Args:
+        allow_http: fetch what http:// and https:// name.
+        allow_private: also from hosts of this machine and of private networks.
+        timeout_seconds: for one such image, with all repetitions.
     """
 
-    def __init__(self, allow_http: bool, timeout_seconds: float) -> None:
+    def __init__(self, allow_http: bool, allow_private: bool, timeout_seconds: float) -> None:
         self._allow_http = allow_http
-        self._web = Web(timeout_seconds)
+        self._web = Web(timeout_seconds, public_only=not allow_private)
 
     def read(self, base: str, source: str | bytes, room: int) -> bytes:
         """An image's bytes, `room` at most. `base` is the folder or URL where relative names begin.
@@ -52,6 +55,8 @@ class Pictures:
             return self._web.read(url, room)
         except (MissingError, TooLargeError):
             raise
+        except PrivateHostError as error:
+            raise ItemError(f"image not allowed: {error}: allow_private=true fetches from there") from None
         except StoreError as error:
             raise ItemError(f"image not reachable: {error}") from None
 

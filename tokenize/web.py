@@ -21,6 +21,10 @@ def is_web(name: str) -> bool:
     return name.lower().startswith(WEB)
 
 
+class PrivateHostError(StoreError):
+    """The host is of this machine or of a private network, and is not to be asked."""
+
+
 class TooLargeError(StoreError):
     """The file has more bytes than are wanted."""
 
@@ -32,11 +36,13 @@ class _PassingError(StoreError):
 class Web:
     """In the spirit of `stores.Store`, as far as reading goes; a name is a whole URL. Safe over threads.
 
-    seconds: for a request with all its repetitions.
+    Args:
+        seconds: for a request with all its repetitions.
+        public_only: refuse hosts of this machine and of private networks, also behind a redirect.
     """
 
-    def __init__(self, seconds: float = SOURCE_SECONDS) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float = SOURCE_SECONDS, public_only: bool = False) -> None:
+        self._seconds, self._public_only = seconds, public_only
         self._threads = threading.local()
 
     def read(self, url: str, limit: int) -> bytes:
@@ -78,6 +84,8 @@ class Web:
         from requests import exceptions
         from urllib3.exceptions import HTTPError
 
+        from unitoken.streaming_data.web_session import PrivateAddressError
+
         left = max(0.1, end - time.monotonic())
         timeout = (min(CONNECT_SECONDS, left), min(READ_SECONDS, left))
         try:
@@ -86,6 +94,8 @@ class Web:
                     return b"", answer.headers  # an empty file has no first byte
                 _check_status(url, answer.status_code, partial="Range" in headers)
                 return _body(url, answer, limit, end), answer.headers
+        except PrivateAddressError:
+            raise PrivateHostError(f"{url}: its host is of this machine or of a private network") from None
         except exceptions.SSLError:
             raise StoreError(f"{url}: bad certificate") from None
         except exceptions.TooManyRedirects:
@@ -98,10 +108,10 @@ class Web:
             raise StoreError(f"{url}: not a URL that can be fetched, or it leads to one") from None
 
     def _session(self) -> Any:
-        import requests
+        from unitoken.streaming_data.web_session import WebSession  # requests: 0.2 s
 
         if not hasattr(self._threads, "session"):
-            session = requests.Session()
+            session = WebSession(self._public_only)
             session.max_redirects = 5  # and only to http:// and https://: a session knows nothing else
             session.headers["Accept-Encoding"] = "identity"  # ranges are of the file itself
             session.headers["User-Agent"] = "unitoken-streaming"

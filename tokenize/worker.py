@@ -60,7 +60,7 @@ class Tokenizer:
         self._text = TextEncoder(load_tokenizer(job.config.tokenizer), self.vocabulary, self._compat)
         self.vision = load_vision(job.config.vision, device)
         self._adapter = find_adapter(job.config.adapter)
-        self._pictures = Pictures(job.config.allow_http, job.config.timeout_seconds)
+        self._pictures = Pictures(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
         self._threads = job.config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
         self._crops = images.crops(job.config.crop, job.config.target_size, unit)

@@ -1,0 +1,122 @@
+"""HTTP requests whose credentials come from their own URL or headers alone, and that can be kept to public addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from requests import PreparedRequest, Response, Session
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase, HTTPBasicAuth
+from requests.exceptions import InvalidURL
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+
+class PrivateAddressError(ValueError):
+    """A host's address is of this machine, of a private network or of the link."""
+
+
+class _OwnCredentials(AuthBase):
+    """Those that stand in the URL, or none. Without this requests looks them up in ~/.netrc."""
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        parts = urlsplit(request.url or "")
+        if parts.username is None or "Authorization" in request.headers:
+            return request
+        return HTTPBasicAuth(unquote(str(parts.username)), unquote(str(parts.password or "")))(request)
+
+
+class WebSession(Session):
+    """A session of requests that never reads ~/.netrc; proxies and certificates still come from the environment.
+
+    public_only: connect to addresses of the public internet alone, also behind a redirect. A name is resolved and refused
+    before a connection is made; the address that was reached is looked at again before a byte is sent, as the name may
+    stand for another by then. Where a proxy is set, it resolves the name, too: what it may reach is its own matter.
+    """
+
+    def __init__(self, public_only: bool) -> None:
+        super().__init__()
+        self.auth = _OwnCredentials()
+        self.public_only = public_only
+        if public_only:
+            self.mount("http://", _PublicAdapter())
+            self.mount("https://", _PublicAdapter())
+
+    def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
+        """Credentials do not follow a redirect to another host."""
+        assert response.request.url is not None
+        assert prepared_request.url is not None
+        if self.should_strip_auth(response.request.url, prepared_request.url):  # type: ignore[attr-defined]
+            prepared_request.headers.pop("Authorization", None)
+
+
+class _PublicAdapter(HTTPAdapter):
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        super().init_poolmanager(*arguments, **options)
+        manager: PoolManager = self.poolmanager  # type: ignore[attr-defined]
+        manager.pool_classes_by_scheme = {"http": _PublicPool, "https": _PublicSecurePool}
+
+    def send(self, request: PreparedRequest, *arguments: Any, **options: Any) -> Response:
+        """Behind a proxy, which makes the connections, the name alone can be looked at."""
+        host = urlsplit(request.url or "").hostname
+        if not host:
+            raise InvalidURL("no host")
+        if options.get("proxies"):
+            _check_name(host)
+        return super().send(request, *arguments, **options)
+
+
+class _PublicConnection(HTTPConnection):
+    def _new_conn(self) -> socket.socket:
+        _check_name(self.host)
+        return _checked(super()._new_conn())
+
+
+class _PublicSecureConnection(HTTPSConnection):
+    def _new_conn(self) -> socket.socket:
+        _check_name(self.host)
+        return _checked(super()._new_conn())
+
+
+class _PublicPool(HTTPConnectionPool):
+    ConnectionCls = _PublicConnection
+
+
+class _PublicSecurePool(HTTPSConnectionPool):
+    ConnectionCls = _PublicSecureConnection
+
+
+def _check_name(host: str) -> None:
+    """Raises PrivateAddressError where `host` is, or stands for, an address that is not public."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return  # it will not be reached either, or by a proxy alone
+    for *_, address in found:
+        if not is_public(str(address[0])):
+            raise PrivateAddressError(host)
+
+
+def _checked(connection: socket.socket) -> socket.socket:
+    address = str(connection.getpeername()[0])
+    if not is_public(address):
+        connection.close()
+        raise PrivateAddressError(address)
+    return connection
+
+
+def is_public(address: str) -> bool:
+    """Is an IP address one of the public internet? Those that carry an IPv4 address inside are judged by that, too."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inside = [ip.ipv4_mapped, ip.sixtofour, ip.teredo[1] if ip.teredo else None]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
+            inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if any(v4 is not None and not is_public(str(v4)) for v4 in inside):
+            return False
+    return ip.is_global and not ip.is_multicast
