@@ -99,7 +99,7 @@ def test_every_mode_becomes_rgb(mode: str, compat: bool) -> None:
     ("data", "needed"),
     [
         (b"", "not an image: 0 bytes"),
-        (b"hello, I am text", "not an image: 16 bytes that begin with b'hello, I am '"),
+        (b"hello, I am text", "not an image: 16 bytes"),
         (encoded(Image.effect_noise((99, 99), 50))[:500], "cannot be decoded: "),
         (encoded(Image.effect_noise((99, 99), 50), "JPEG")[:500], "cannot be decoded: .*truncated"),
     ],

@@ -23,6 +23,8 @@ from unitoken.tokenize.job import prepare
 from unitoken.tokenize.pictures import Pictures
 
 ROOT = Path(__file__).parent.parent
+PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "::"]
+PRIVATE += ["255.255.255.255", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------------
@@ -75,8 +77,24 @@ def test_signed_urls_leave_no_trace_in_a_dataset(tmp_path: Path, served: Server,
 
 @pytest.mark.parametrize(
     "address",
-    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1 :: fe80::1%eth0 "
-    "fd00::1 ::ffff:10.0.0.1 64:ff9b::a00:1 2002:a00:1::".split(),
+    [
+        "127.0.0.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "fe80::1%eth0",
+        "fd00::1",
+        "::ffff:10.0.0.1",
+        "64:ff9b::a00:1",
+        "2002:a00:1::",
+    ],
 )
 def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
