@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from unitoken.streaming_data.images import ImageError
+from unitoken.streaming_data.image_files import ImageError
 from unitoken.streaming_data.record import IGNORED, Record
 from unitoken.streaming_data.views import NEWLINE, Pixels, Views
 

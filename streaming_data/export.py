@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import remove_abandoned
+from unitoken.streaming_data.image_files import ImageError, read_header
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.mixture import DataConfig, Source, open_sources
 from unitoken.streaming_data.record import Record
@@ -115,8 +115,7 @@ def _members(record: Record, vocabulary: str) -> Iterator[tuple[str, bytes]]:
 def _kind(image: bytes) -> str:
     """The ending of an encoded picture. Nothing is decoded: that was done when it was tokenized."""
     try:
-        with Image.open(io.BytesIO(image)) as picture:
-            kind = picture.format or "bin"
-    except UnidentifiedImageError:
+        kind = read_header(image).format or "bin"
+    except ImageError:
         return "bin"
     return ENDINGS.get(kind, kind.lower())

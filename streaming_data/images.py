@@ -1,4 +1,4 @@
-"""Encoded bytes -> pixels, safely: the one place that decodes a picture.
+"""Encoded bytes -> pixels, safely: the one place that decodes a picture (image_files.py opens it).
 
 The discrete path (image tokens) takes `decode` + `fit`; the continuous path (SigLIP) takes `decode` + `resized` (views.py). By
 default both see the same picture: turned as EXIF says, transparency blended on white. With `compat` they see what the
@@ -7,68 +7,138 @@ reference saw: no EXIF, modes kept while resizing, and hidden colours behind tra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import io
 import json
+import os
 import threading
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
+from unitoken.streaming_data.image_files import MAX_PIXELS, QUIET, ImageError, open_image, read_header, reason_of, turn_of
 
+MEMORY_BYTES = 2 << 30  # that the pictures which are being decoded take, over all threads of a process
+EXTRA_BYTES = 16  # a pixel, at most, beyond the decoded picture, while it is blended and converted
+STRIP_PIXELS = 1 << 18  # that are blended at a time: 72 bytes each
+ON_ITS_SIDE = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 
-class ImageError(ValueError):
-    """An image that can not be used; the message says why."""
-
-
-class _Quiet:
-    """No warnings while any thread is inside. `warnings.catch_warnings` in two threads at once may leave its filters
-    behind for good, or take them away from the other."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._caught = warnings.catch_warnings()
-                self._caught.__enter__()
-                warnings.simplefilter("ignore")  # Pillow warns from half the limit on; the limit itself is checked here
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._caught.__exit__(None, None, None)
+_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # that Pillow keeps a pixel in; all others: 4
 
 
-_QUIET = _Quiet()
+class _Memory:
+    """The bytes that all threads together may decode into: who needs more waits. A picture larger than all of it goes alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._changed = limit, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._limit)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
 
 
-def open_image(data: bytes | memoryview) -> Image.Image:
-    """Decode fully, in the image's own mode. Raises ImageError for anything that is not a whole image."""
-    try:
-        with _QUIET:
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
-            image.load()
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image: {len(data)} bytes") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(str(error)) from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
-        raise ImageError(f"cannot be decoded: {error}") from None
-    return image
+_memory = _Memory(MEMORY_BYTES)
+
+
+def _fresh_memory() -> None:
+    """A process that was forked has none of its parent's threads, which would give back what they hold."""
+    global _memory
+    _memory = _Memory(MEMORY_BYTES)
+
+
+os.register_at_fork(after_in_child=_fresh_memory)
+
+
+@contextlib.contextmanager
+def decoded(data: bytes | memoryview, compat: bool = False) -> Iterator[Image.Image]:
+    """The picture to cut and tokenize, in RGB; `compat` leaves its mode and orientation as they are stored.
+
+    Inside the block it counts towards what all threads may take together. Raises ImageError, also for whatever goes wrong
+    with the picture inside the block.
+    """
+    header = read_header(data)
+    pixels = header.width * header.height
+    with _memory.hold(pixels * (_MODE_BYTES.get(header.mode, 4) + (4 if header.mode in ("RGB", "L") else EXTRA_BYTES))):
+        del header
+        image = open_image(data)
+        try:
+            yield image if compat else _seen(image)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's conversions and resizing raise all kinds
+            raise ImageError(f"cannot be converted to RGB: {reason_of(error)}") from None
+
+
+def decode(data: bytes | memoryview, compat: bool = False) -> Image.Image:
+    """As `decoded`, for a single picture at a time."""
+    with decoded(data, compat) as image:
+        return image
+
+
+def seen_size(data: bytes | memoryview, compat: bool = False) -> tuple[int, int]:
+    """(width, height) of the picture that `decode` would give, by its header alone. Raises ImageError."""
+    header = read_header(data)
+    on_its_side = not compat and header.format != "TIFF" and turn_of(header) in ON_ITS_SIDE  # Pillow turns a TIFF itself
+    return (header.height, header.width) if on_its_side else header.size
+
+
+def _seen(image: Image.Image) -> Image.Image:
+    """As a person sees it: turned as EXIF says, transparency blended on white, in RGB."""
+    turn = turn_of(image) if image.format != "TIFF" else None
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _eight_bits(image)
+    if image.mode == "RGB" and "transparency" in image.info:  # a PNG may name one colour that is transparent
+        image = image.convert("RGBA")
+    if turn is not None:
+        image = image.transpose(turn)
+    return on_white(image)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Rows of the picture, STRIP_PIXELS at a time, with the number of the first."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 or 32 bits -> of 8. Where no format says what white is, the largest value tells: 1, 255 or 65535.
+
+    Raises ImageError for other ranges.
+    """
+    low, high = 0.0, 65535.0
+    if not image.mode.startswith("I;16") and image.format != "PPM":  # these have 16 bits
+        ends = [(float(part.min()), float(part.max())) for part in (np.asarray(strip) for _, strip in _strips(image))]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
+        if not (low >= 0 and high <= 65535):  # so written, as NaN is neither
+            wanted = "0 to 1, 0 to 255 or 0 to 65535" if image.mode == "F" else "0 to 255 or 0 to 65535"
+            raise ImageError(f"greys of mode {image.mode} from {low:g} to {high:g}, expected {wanted}")
+    result = Image.new("L", image.size)
+    for top, strip in _strips(image):
+        values = np.asarray(strip)
+        if high > 255:
+            values = values.astype(np.int64).clip(0, 65535) >> 8
+        elif image.mode == "F":
+            values = np.rint(values * (255.0 if high <= 1 else 1.0))
+        result.paste(Image.fromarray(values.astype(np.uint8)), (0, top))
+    return result
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -77,28 +147,13 @@ def on_white(image: Image.Image) -> Image.Image:
         return image
     if not image.has_transparency_data:
         return image.convert("RGB")
-    rgba = np.asarray(image.convert("RGBA"))
-    if rgba[:, :, 3].min() == 255:
-        return image.convert("RGB")
-    alpha = rgba[:, :, 3:] / 255.0  # float64, and truncated
-    return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8))
-
-
-def decode(data: bytes | memoryview, compat: bool = False) -> Image.Image:
-    """Bytes -> the picture to cut and tokenize, in RGB. `compat` leaves mode and orientation as they are stored."""
-    image = open_image(data)
-    if compat:
-        return image
-    try:
-        if image.mode.startswith("I;16") or image.mode == "I":  # convert() would clip 16 bits to white
-            depth = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((depth.clip(0, 65535) >> 8).astype(np.uint8))
-        ImageOps.exif_transpose(image, in_place=True)  # else it copies where there is nothing to turn
-        if image.mode == "RGB" and "transparency" in image.info:  # a PNG may name one colour that is transparent
-            image = image.convert("RGBA")
-        return on_white(image)
-    except (OSError, ValueError, SyntaxError, TypeError, ZeroDivisionError) as error:
-        raise ImageError(f"cannot be converted to RGB: {error}") from None
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):  # a whole picture at once takes 72 bytes a pixel
+        rgba = np.asarray(strip.convert("RGBA"))
+        alpha = rgba[:, :, 3:] / 255.0  # float64, and truncated
+        blended = ((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8) if alpha.min() < 1 else rgba[:, :, :3]
+        result.paste(Image.fromarray(blended), (0, top))
+    return result
 
 
 def crop_sizes(target_size: int, patch: int = 32, max_ratio: float = 4.0) -> list[tuple[int, int]]:
@@ -179,7 +234,7 @@ def resized(image: Image.Image, sizes: Sequence[tuple[int, int]], compat: bool) 
         return [pixels.transpose(2, 0, 1) for pixels in of_pillow]
     import torch  # tokenizing has no use for it here
 
-    with _QUIET:  # torch warns of memory that it must not write to, and nothing here does
+    with QUIET:  # torch warns of memory that it must not write to, and nothing here does
         pixels = torch.from_numpy(_as_it_lies(image)).permute(2, 0, 1)[None]
     resize = functools.partial(torch.nn.functional.interpolate, pixels, mode="bicubic", antialias=True)
     return [(pixels if size == image.size else resize(size=size[::-1]))[0, :3].numpy() for size in sizes]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.images import decode, opaque, resized
+from unitoken.streaming_data.images import decoded, opaque, resized
 
 CANVASES = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # views across and down
 NEWLINE = -1  # in place of a feature
@@ -74,13 +74,14 @@ class Views:
         `compat`: what the reference saw, to the bit: no EXIF, colours behind transparency shown, resized by Pillow, which
         takes three to six times as long (see `resized`). Raises ImageError.
         """
-        image, size = opaque(decode(data, compat), compat), self.image_size
-        if not self.anyres:
-            return np.ascontiguousarray(resized(image, [(size, size)], compat)[0])[None], image.size
-        across, down = self.canvas(*image.size)
-        width, height = _inside(image.size, (across * size, down * size))
+        with decoded(data, compat) as picture:
+            image, size = opaque(picture, compat), self.image_size
+            if not self.anyres:
+                return np.ascontiguousarray(resized(image, [(size, size)], compat)[0])[None], image.size
+            across, down = self.canvas(*image.size)
+            width, height = _inside(image.size, (across * size, down * size))
+            whole, inside = resized(image, [(size, size), (width, height)], compat)
         left, upper = (across * size - width) // 2, (down * size - height) // 2
-        whole, inside = resized(image, [(size, size), (width, height)], compat)
         canvas = np.zeros((3, down * size, across * size), np.uint8)
         canvas[:, upper : upper + height, left : left + width] = inside
         tiles = canvas.reshape(3, down, size, across, size).transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)

@@ -26,7 +26,9 @@ class _OwnCredentials(AuthBase):
         parts = urlsplit(request.url or "")
         if parts.username is None or "Authorization" in request.headers:
             return request
-        return HTTPBasicAuth(unquote(str(parts.username)), unquote(str(parts.password or "")))(request)
+        basic = HTTPBasicAuth(unquote(parts.username), unquote(parts.password or ""))
+        signed: PreparedRequest = basic(request)
+        return signed
 
 
 class WebSession(Session):
@@ -49,14 +51,14 @@ class WebSession(Session):
         """Credentials do not follow a redirect to another host."""
         assert response.request.url is not None
         assert prepared_request.url is not None
-        if self.should_strip_auth(response.request.url, prepared_request.url):  # type: ignore[attr-defined]
+        if self.should_strip_auth(response.request.url, prepared_request.url):  # type: ignore[no-untyped-call]
             prepared_request.headers.pop("Authorization", None)
 
 
 class _PublicAdapter(HTTPAdapter):
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         super().init_poolmanager(*arguments, **options)
-        manager: PoolManager = self.poolmanager  # type: ignore[attr-defined]
+        manager: PoolManager = self.poolmanager
         manager.pool_classes_by_scheme = {"http": _PublicPool, "https": _PublicSecurePool}
 
     def send(self, request: PreparedRequest, *arguments: Any, **options: Any) -> Response:

@@ -74,7 +74,7 @@ def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, gol
 
 
 def items_of(path: Path) -> list[tuple[str, object, list[bytes]]]:
-    source, adapter, pictures = cut(find_files([str(path)]), 4), find_adapter("standard"), Pictures(False, 1)
+    source, adapter, pictures = cut(find_files([str(path)]), 4), find_adapter("standard"), Pictures(False, False, 1)
     result: list[tuple[str, object, list[bytes]]] = []
     for piece in range(len(source.pieces)):
         for item in read(source, piece):

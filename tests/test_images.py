@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unitoken.streaming_data import images
-from unitoken.streaming_data.images import ImageError, choose_crop, crop_sizes, decode, fit, tokenizer_pixels
+from unitoken.streaming_data import image_files, images
+from unitoken.streaming_data.image_files import ImageError
+from unitoken.streaming_data.images import choose_crop, crop_sizes, decode, fit, tokenizer_pixels
 from unitoken.streaming_data.views import Views
 
 
@@ -110,7 +111,7 @@ def test_what_is_no_whole_image_says_so(data: bytes, needed: str) -> None:
 
 
 def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 99)
     assert decode(encoded(Image.new("L", (9, 11)))).size == (9, 11)
     with pytest.raises(ImageError, match="10 x 10 pixels, at most 99 are decoded"):
         decode(encoded(Image.new("L", (10, 10))))

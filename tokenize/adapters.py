@@ -18,14 +18,14 @@ from typing import Any
 
 from unitoken.codec.conversations import ItemError, brief
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.image_files import SUFFIXES
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
 Raw = dict[str, Any]
 Adapter = Callable[[Raw], Raw]
 
 HUMAN, ASSISTANT, SYSTEM = ("human", "user"), ("gpt", "assistant", "chatbot", "model"), ("system", "developer")
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-PICTURE_KEYS = (*PICTURE_SUFFIXES, "image", "img", "picture", "image_path", "file_name", "image_url", "url")
+PICTURE_KEYS = (*SUFFIXES, "image", "img", "picture", "image_path", "file_name", "image_url", "url")
 TEXT_KEYS = ("txt", "caption", "text")
 
 DESCRIBE = (
@@ -53,7 +53,7 @@ def standard(raw: Raw) -> Raw:
         raise ItemError(f"no conversations: expected a .json file with an object, the sample's files are {brief(_files(raw))}")
     named = next((key for key in (IMAGE_PLACEHOLDER, "image", "images") if item.get(key) is not None), None)
     if named is None:
-        return {**item, "image": [raw[suffix] for suffix in _files(raw) if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]}
+        return {**item, "image": [raw[suffix] for suffix in _files(raw) if suffix.rpartition(".")[2] in SUFFIXES]}
     images = item[named] if isinstance(item[named], list) else [item[named]]
     return {**item, named: [_member(raw, image) for image in images]}
 

@@ -22,6 +22,7 @@ from unitoken.codec.weights import find_weights
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import write_aside
+from unitoken.streaming_data.image_files import ImageError
 from unitoken.streaming_data.manifest import UNKNOWN, Manifest
 from unitoken.streaming_data.record import Record
 from unitoken.tokenize.config import TokenizeConfig
@@ -82,11 +83,15 @@ def _pairs(record: Record, dataset: Dataset, codec: VisionCodec) -> Iterator[Pai
         if not len(data):
             yield Pair(kept, f"from its {codes.size} codes; the dataset has no originals")
             continue
-        original = images.decode(data, compat=manifest.compat is not None)
         chance = images.crop_chance(manifest.seed, record.id, number) if manifest.crop_position == "random" else None
-        cut = images.tokenizer_pixels(original, (width, height), chance)
+        try:
+            with images.decoded(data, compat=manifest.compat is not None) as original:
+                size, cut = original.size, images.tokenizer_pixels(original, (width, height), chance)
+        except ImageError as error:
+            yield Pair(kept, f"from its {codes.size} codes; the original can not be read: {error}")
+            continue
         sheet = np.hstack([cut, np.full((height, GAP, 3), 255, np.uint8), kept])
-        yield Pair(sheet, f"{original.width} x {original.height}, cut to {width} x {height}  |  from its {codes.size} codes")
+        yield Pair(sheet, f"{size[0]} x {size[1]}, cut to {width} x {height}  |  from its {codes.size} codes")
 
 
 def _section(record: Record, dataset: Dataset, names: list[str], pairs: list[Pair]) -> str:

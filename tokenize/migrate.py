@@ -25,6 +25,7 @@ from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
 from unitoken.streaming_data import images
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.image_files import ImageError
 from unitoken.streaming_data.manifest import REJECTS, UNKNOWN, VisionTokenizer
 from unitoken.streaming_data.record import IGNORED, Record, spans_of, token_type
 from unitoken.streaming_data.stores import split
@@ -176,8 +177,9 @@ class Migration:
         for name in names:
             originals.append(self._pictures.read(".", name, MAX_ITEM_BYTES - sum(map(len, originals))))
             try:
-                sizes.append(images.decode(originals[-1], compat=True).size)
-            except images.ImageError as error:
+                with images.decoded(originals[-1], compat=True) as image:
+                    sizes.append(image.size)
+            except ImageError as error:
                 raise ItemError(f"unusable image: {shown(name)}: {error}") from None
         return _with(record, originals), sizes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from unitoken.streaming_data import images
+from unitoken.streaming_data.image_files import ImageError
 from unitoken.streaming_data.manifest import SIDECAR, Manifest
 from unitoken.streaming_data.record import Record, token_type
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 
-ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 MIGRATED, WITHOUT_IMAGES = "record.json", "record.json without images"  # as the manifest's `adapter` (migrate.py)
 
 
@@ -142,12 +140,9 @@ def _originals(record: Record, row: Mapping[str, Any], rules: Rules) -> Iterator
 def _unlike(data: bytes | memoryview, size: tuple[int, int], compat: bool) -> str | None:
     """Why the picture can not be one of (width, height), as far as its header says."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            found = image.size
-            if not compat and image.format == "JPEG" and image.getexif().get(ORIENTATION) in ON_ITS_SIDE:
-                found = found[1], found[0]
-        if found != size:  # other formats keep their orientation anywhere: all of the picture is read for it
+        found = images.seen_size(data, compat)
+        if found != size:  # an orientation may stand behind the pixels: all of the picture is read for it
             found = images.decode(data, compat).size
-    except Exception as error:  # Pillow's decoders raise all kinds
-        return f"no picture: {len(data)} bytes that begin with {bytes(data[:12])!r} ({type(error).__name__})"
+    except ImageError as error:
+        return f"no picture: {error}"
     return None if found == size else f"{found[0]} x {found[1]} pixels, {SIDECAR} has {size[0]} x {size[1]}"

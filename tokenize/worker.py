@@ -23,6 +23,7 @@ from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
+from unitoken.streaming_data.image_files import ImageError
 from unitoken.streaming_data.manifest import REJECTS
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import is_url, split
@@ -155,7 +156,7 @@ class Tokenizer:
             room -= len(data)
             try:
                 picture = self._crop(data, conversation.id, number)
-            except images.ImageError as error:
+            except ImageError as error:
                 raise ItemError(f"unusable image: {shown(source)}: {error}") from None
             tokens += image_tokens(*(side // self.vision.downsampling for side in picture.pixels.shape[:2]))
             check_length(tokens, self._config.max_tokens, "tokens in its images alone")
@@ -163,10 +164,10 @@ class Tokenizer:
         return conversation, pictures
 
     def _crop(self, data: bytes, item: str, number: int) -> Picture:
-        image = images.decode(data, self._compat)
-        crop = images.choose_crop(image.size, self._crops)
-        chance = images.crop_chance(self._config.seed, item, number) if self._config.crop_position == "random" else None
-        return Picture(data, image.size, images.tokenizer_pixels(image, crop, chance))
+        with images.decoded(data, self._compat) as image:
+            crop = images.choose_crop(image.size, self._crops)
+            chance = images.crop_chance(self._config.seed, item, number) if self._config.crop_position == "random" else None
+            return Picture(data, image.size, images.tokenizer_pixels(image, crop, chance))
 
     # --- the worker's own thread ---
 

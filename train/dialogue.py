@@ -20,7 +20,8 @@ from unitoken.codec.sequence import lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.images import ImageError, choose_crop, decode, tokenizer_pixels
+from unitoken.streaming_data.image_files import ImageError
+from unitoken.streaming_data.images import choose_crop, decoded, tokenizer_pixels
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
 from unitoken.train.generate import parts_of
@@ -89,8 +90,8 @@ class Dialogue:
 
 def _cut(name: str | bytes, data: bytes, crops: Crops) -> Picture:
     try:
-        image = decode(data)
-        return tokenizer_pixels(image, choose_crop(image.size, list(crops)))
+        with decoded(data) as image:
+            return tokenizer_pixels(image, choose_crop(image.size, list(crops)))
     except ImageError as error:
         raise ConfigError(f"{shown(name)}: {error}") from None
 

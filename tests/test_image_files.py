@@ -1,0 +1,322 @@
+"""Which pictures are read, with whatever metadata, and that all others are one reject."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unitoken.streaming_data import images
+from unitoken.streaming_data.image_files import FORMATS, ImageError, open_image, read_header
+from unitoken.streaming_data.images import decode, decoded, seen_size, tokenizer_pixels
+
+CASES = Path(__file__).parent / "data" / "cases" / "pictures"
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int = 40, height: int = 24) -> Image.Image:
+    ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+def pixels(data: bytes) -> list[int]:
+    return np.asarray(decode(data)).reshape(-1).tolist()
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(ImageError) as error:
+        decode(data)
+    return str(error.value)
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "MPO"])
+def test_every_format_of_the_list_is_read(format: str) -> None:
+    found = np.asarray(decode(encoded(gradient(), format))).astype(int)
+    assert abs(found - np.asarray(gradient())).mean() < (40 if format == "GIF" else 12)
+
+
+def test_a_camera_s_second_picture_does_not_matter() -> None:
+    data = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])
+    assert read_header(data).format == "MPO"
+    assert decode(data).size == (40, 24)
+    assert decode(data.replace(b"MPF\0", b"MPF\0\xff\xff\xff\xff"[:4] + b"", 1)).size == (40, 24)
+
+
+@pytest.mark.parametrize("format", ["EPS", "DDS", "ICO", "TGA", "PCX", "IM", "SGI", "PDF", "ICNS"])
+def test_other_formats_are_not_opened(format: str) -> None:
+    """EPS starts Ghostscript; some bytes of DDS take minutes."""
+    data = encoded(gradient(64, 64), format)
+    assert reason(data).startswith("not an image: ")
+    assert "JPEG, PNG, WEBP" in reason(data)
+
+
+def test_the_decoder_s_own_reason_is_given() -> None:
+    assert reason(b"\x89PNG\r\n\x1a\n" + b"\0" * 40).startswith("cannot be decoded: PNG: ")
+    assert "truncated" in reason(encoded(gradient(400, 400), "JPEG")[:900])
+    assert "secret" not in reason(b"P6 secret")
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["noitem.avif", "broken2.avif", "ftex.jpg"])
+def test_a_case_that_is_no_picture_is_one_reject(name: str) -> None:
+    assert reason((CASES / name).read_bytes())
+
+
+def test_an_odd_rational_beside_the_orientation() -> None:
+    data = (CASES / "neg_zero_rational.jpg").read_bytes()
+    assert decode(data).size == decode(data, compat=True).size[::-1] == seen_size(data)
+
+
+def test_an_odd_colour_profile() -> None:
+    assert decode((CASES / "icc_bad_method.png").read_bytes()).size
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, data: bytes, broken: bool = False) -> bytes:
+    checksum = zlib.crc32(kind + data) ^ (0xFF if broken else 0)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def with_chunk(data: bytes, new: bytes) -> bytes:
+    """Behind the header of a PNG."""
+    return data[:33] + new + data[33:]
+
+
+ANCILLARY = {
+    "iCCP bad method": chunk(b"iCCP", b"name\0\x07garbage"),
+    "iCCP without a name": chunk(b"iCCP", b"x" * 100),
+    "iCCP cut": chunk(b"iCCP", b"name\0\0" + zlib.compress(b"x" * 1000)[:20]),
+    "zTXt of 3 MB": chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(3 << 20))),
+    "zTXt bad method": chunk(b"zTXt", b"key\0\x09abc"),
+    "iTXt of 3 MB": chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(3 << 20))),
+    "iTXt cut": chunk(b"iTXt", b"key\0\1"),
+    "tEXt bad checksum": chunk(b"tEXt", b"key\0value", broken=True),
+    "gAMA bad checksum": chunk(b"gAMA", struct.pack(">I", 45455), broken=True),
+    "short pHYs": chunk(b"pHYs", b"\0"),
+    "short cHRM": chunk(b"cHRM", b"\0\0\0"),
+    "short gAMA": chunk(b"gAMA", b"\0"),
+    "short sRGB": chunk(b"sRGB", b""),
+    "short tIME": chunk(b"tIME", b"\0"),
+    "eXIf garbage": chunk(b"eXIf", b"garbage" * 9),
+    "eXIf cut": chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x09"),
+    "acTL short": chunk(b"acTL", b"\0"),
+    "acTL of no frames": chunk(b"acTL", struct.pack(">II", 0, 0)),
+    "unknown": chunk(b"teSt", b"x" * 1000, broken=True),
+}
+
+
+@pytest.mark.parametrize("name", ANCILLARY)
+def test_an_ancillary_chunk_does_not_decide_over_the_pixels_of_a_png(name: str) -> None:
+    plain = encoded(gradient())
+    assert pixels(with_chunk(plain, ANCILLARY[name])) == pixels(plain)
+
+
+def test_a_png_keeps_transparency_and_orientation_where_its_other_chunks_are_odd() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (8, 4), (10, 20, 30)), transparency=(10, 20, 30), exif=exif)
+    image = decode(with_chunk(data, ANCILLARY["iCCP bad method"]))
+    assert image.size == (4, 8)
+    assert np.asarray(image).min() == 255
+
+
+def test_a_critical_chunk_does() -> None:
+    data = bytearray(encoded(gradient()))
+    data[29] ^= 1  # the header's checksum
+    assert reason(bytes(data)).startswith("cannot be decoded: ")
+    assert reason(encoded(gradient(400, 400))[:-900])
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+SEGMENTS = {
+    "garbage EXIF": segment(0xE1, b"Exif\0\0" + b"garbage" * 9),
+    "EXIF cut": segment(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\x09"),
+    "ICC without a number": segment(0xE2, b"ICC_PROFILE\0"),
+    "MPF garbage": segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\0\x02" + b"\xff" * 40),
+    "MPF cut": segment(0xE2, b"MPF\0II"),
+    "Photoshop garbage": segment(0xED, b"Photoshop 3.0\0" + b"8BIM" + b"\xff" * 20),
+    "Adobe cut": segment(0xEE, b"Adobe"),
+    "JFIF cut": segment(0xE0, b"JFIF\0\1"),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_a_segment_of_metadata_does_not_decide_over_the_pixels_of_a_jpeg(name: str) -> None:
+    plain = encoded(gradient(), "JPEG")
+    assert decode(plain[:2] + SEGMENTS[name] + plain[2:]).size == (40, 24)
+
+
+def tiff_with(entry: bytes) -> bytes:
+    """A TIFF of little endian whose last entry is followed by one more."""
+    data = encoded(gradient(), "TIFF")
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    entries = data[start + 2 : start + 2 + 12 * count]
+    moved = struct.pack("<H", count + 1) + entries + entry + bytes(4)
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + moved
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        struct.pack("<HHII", 0x8769, 4, 1, 0xFFFFFF),  # EXIF beyond the file
+        struct.pack("<HHII", 0x8825, 2, 9, 3),  # GPS as text
+        struct.pack("<HHII", 0xC4A5, 7, 0x7FFFFFFF, 8),  # PrintIM of 2 GB
+        struct.pack("<HHII", 0x9999, 77, 1, 1),  # a type that there is not
+    ],
+)
+def test_an_entry_of_metadata_does_not_decide_over_the_pixels_of_a_tiff(entry: bytes) -> None:
+    assert pixels(tiff_with(entry)) == pixels(encoded(gradient(), "TIFF"))
+
+
+@pytest.mark.parametrize("format", ["WEBP", "AVIF", "PNG", "JPEG"])
+@pytest.mark.parametrize("exif", [b"garbage" * 9, b"Exif\0\0MM\0*\0\0\0\x08\0\x09", b"II*\0\xff\xff\xff\xff"])
+def test_an_exif_that_is_none_does_not_decide(format: str, exif: bytes) -> None:
+    base = encoded(gradient(), format)
+    try:
+        data = encoded(gradient(), format, exif=exif)
+    except Exception:  # Pillow itself does not write it
+        return
+    assert decode(data).size == decode(base).size == (40, 24)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_pillow_turns_it(format: str, orientation: int) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x011A] = 72.0
+    data = encoded(gradient(), format, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (np.asarray(decode(data)) == np.asarray(expected.convert("RGB"))).all()
+    assert seen_size(data) == decode(data).size
+
+
+# --- greys of 16 and 32 bits -----------------------------------------------------------------------------------------
+
+
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (RAMP, np.rint(RAMP * 255)),
+        (RAMP * 255, np.rint(RAMP * 255)),
+        (RAMP * 65535, (RAMP * 65535).astype(int) >> 8),
+        ((RAMP * 65535).astype(np.int32), (RAMP * 65535).astype(int) >> 8),
+        ((RAMP * 255).astype(np.int32), (RAMP * 255).astype(int)),
+        ((RAMP * 65535).astype(np.uint16), (RAMP * 65535).astype(int) >> 8),
+        ((RAMP * 255).astype(np.uint16), (RAMP * 255).astype(int) >> 8),  # 16 bits are said, so it is nearly black
+    ],
+)
+def test_greys_are_scaled_by_their_range(values: np.ndarray, expected: np.ndarray) -> None:
+    assert (np.asarray(decode(encoded(Image.fromarray(values), "TIFF")))[:, :, 0] == expected).all()
+
+
+@pytest.mark.parametrize(
+    "values", [RAMP - 0.5, RAMP * 70000, np.full((8, 8), np.inf, np.float32), np.full((8, 8), np.nan, np.float32)]
+)
+def test_greys_of_another_range_are_rejected_by_mode_and_range(values: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):
+        assert "greys of mode F from " in reason(encoded(Image.fromarray(values.astype(np.float32)), "TIFF"))
+
+
+def test_the_case_of_a_float_from_0_to_1_is_not_black() -> None:
+    assert np.asarray(decode((CASES / "float01.tif").read_bytes())).max() > 100
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+PEAK = """
+import io, re, sys
+from PIL import Image
+from unitoken.streaming_data.images import decoded, tokenizer_pixels
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+data, before = sys.stdin.buffer.read(), peak()
+with decoded(data) as image:
+    tokenizer_pixels(image, (64, 64))
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_a_picture_takes_at_most_16_bytes_a_pixel_beyond_itself(mode: str) -> None:
+    """24 million pixels of RGBA took 1.65 GB."""
+    data = encoded(Image.new(mode, (4000, 3000)))
+    found = subprocess.run([sys.executable, "-c", PEAK], input=data, capture_output=True, check=True)
+    assert float(found.stdout) < 12 * (4 + 16)
+
+
+def test_all_threads_together_keep_to_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pictures of which two fit: the third waits until one is done; one larger than all goes alone."""
+    data = encoded(Image.new("RGB", (100, 100)))  # counts 8 bytes a pixel
+    monkeypatch.setattr(images, "_memory", images._Memory(170_000))
+    inside, most, lock = 0, 0, threading.Lock()
+    two = threading.Barrier(2, timeout=20)
+
+    def work(number: int) -> tuple[int, int]:
+        nonlocal inside, most
+        with decoded(data) as image:
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            two.wait()
+            with lock:
+                inside -= 1
+            return image.size
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(work, range(6))) == {(100, 100)}
+    assert most == 2
+    with decoded(encoded(Image.new("RGB", (400, 400)))) as image:
+        assert image.size == (400, 400)
+
+
+def test_a_jpeg_of_very_many_scans_is_not_decoded() -> None:
+    data = encoded(gradient(), "JPEG", progressive=True)
+    assert decode(data).size == (40, 24)
+    begin = data.index(b"\xff\xda")
+    assert "scans" in reason(data[:begin] + data[begin:-2] * 40 + data[-2:])
+
+
+def test_whatever_is_raised_while_a_picture_is_used_is_one_reason() -> None:
+    for error in (MemoryError(), RuntimeError("no\n  way"), AssertionError()):
+        with pytest.raises(ImageError, match=r"out of memory|no way|AssertionError"), decoded(encoded(gradient())):
+            raise error
+
+
+def test_a_thread_that_fails_gives_its_memory_back() -> None:
+    held = images._memory._held
+    for _ in range(3):
+        with pytest.raises(ImageError):
+            decode(encoded(gradient(400, 400))[:-900])
+    assert images._memory._held == held
+    assert open_image(encoded(gradient())).size == tokenizer_pixels(gradient(), (40, 24)).shape[1::-1] == (40, 24)
