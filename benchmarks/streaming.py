@@ -177,7 +177,9 @@ def start_here(folder: str, repeat: str, percent: str) -> dict[str, float]:
 def fill(count: int) -> dict[str, Any]:
     def stream(name: str, lengths: np.ndarray, **weight: float) -> StreamSamples:
         shards = np.full(len(lengths) // 1000, 1000)
-        return StreamSamples(name, shards, lengths, lengths // 2, np.zeros(len(lengths), np.uint16), weight)
+        return StreamSamples(
+            name, shards, lengths, lengths // 2, np.zeros(len(lengths), np.uint16), np.zeros(len(lengths), np.uint8), weight
+        )
 
     def fill_of(streams: list[StreamSamples], length: int) -> float:
         recipes = {s.name: StreamRecipe(dataset="", samples=len(s.lengths), weight=s.weight) for s in streams}

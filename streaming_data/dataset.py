@@ -27,10 +27,11 @@ from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, to_streams
 from unitoken.streaming_data.null_prompts import drop_captions
-from unitoken.streaming_data.plan import Ids, Plan, Share, load_or_build
+from unitoken.streaming_data.plan import Ids, Plan, load_or_build
 from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shard, Shards
+from unitoken.streaming_data.share import Share
 from unitoken.streaming_data.views import Views
 
 STATE_VERSION: Literal[1] = 1
@@ -155,6 +156,9 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             raise ConfigError(
                 f"the checkpoint holds no data state of version {STATE_VERSION}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from None
+        if state.plan == self.recipe.of_version_2().hash and self.recipe.batching_method != "per_stream":
+            self.recipe = self.recipe.of_version_2()  # it was begun before batches were stratified
+            self.plan = self._plan_of(0)
         where = f"the checkpoint was made in epoch {state.epoch} after {state.packs} packs of data plan {state.plan}"
         if state.plan != self.recipe.hash:
             raise ConfigError(f"{where}; this run's plan is {self.recipe.hash}: {self.recipe.differences(state.recipe)}")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from unitoken.streaming_data.views import Views
 
 ROWS = 1 << 20  # of the sidecar, read at once
+KINDS = 3  # `StreamSamples.kinds` names them
 Ids = npt.NDArray[np.int64]
 
 
@@ -38,6 +39,7 @@ class StreamSamples:
     lengths: npt.NDArray[np.uint32]  # positions in a pack, continuous features included; 0: no candidate
     target_tokens: npt.NDArray[np.uint32]  # at most so many, where a sample is cut; 0: no candidate
     images: npt.NDArray[np.uint16]  # that bring continuous features
+    kinds: npt.NDArray[np.uint8]  # 0: text, 1: understanding, 2: generation
     weight: dict[str, float]
     over_long: int = 0  # left out
     cut: int = 0  # to the stream's length
@@ -67,6 +69,7 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
         if shard_sizes.sum() != count:
             raise ConfigError(f"{path}: {count} samples, the shards of the index hold {shard_sizes.sum()}")
         lengths, target_tokens = np.empty(count, np.uint32), np.empty(count, np.uint32)
+        kinds = np.empty(count, np.uint8)
         counted = recipe.continuous != "none" and views is not None
         images = np.empty(count, np.uint16) if counted else np.broadcast_to(np.uint16(0), count)
         wanted = ["tokens", "target_tokens", "images", "question_images"]
@@ -80,7 +83,8 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
         for batch in sidecar.iter_batches(ROWS, columns=wanted):
             rows = slice(begin, begin := begin + len(batch))
             ours = _on_our_side(batch, stream, recipe.split)
-            candidates = ours & _of_kinds(batch, stream)
+            kinds[rows] = of_batch = _kinds(batch)
+            candidates = ours & _wanted(of_batch, stream)
             held_out += len(batch) - int(ours.sum())
             filtered += len(batch) - int(candidates.sum())
             of_images, features = _features(batch, recipe.continuous, views)
@@ -102,6 +106,7 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
         lengths,
         target_tokens,
         images,
+        kinds,
         stream.weight,
         over_long if recipe.over_long == "reject" else 0,
         over_long if recipe.over_long != "reject" else 0,
@@ -129,17 +134,17 @@ def _numbers(batch: pyarrow.RecordBatch, column: str) -> Any:
     return batch.column(column).to_numpy()
 
 
-def _of_kinds(batch: pyarrow.RecordBatch, stream: StreamConfig) -> npt.NDArray[np.bool_]:
-    if stream.kinds is None:
-        return np.ones(len(batch), bool)
+def _kinds(batch: pyarrow.RecordBatch) -> npt.NDArray[np.uint8]:
     images, asked = _numbers(batch, "images"), _numbers(batch, "question_images")
-    of_kind: dict[Kind, npt.NDArray[np.bool_]] = {
-        "text": images == 0,
-        "understanding": (images > 0) & (asked == images),
-        "generation": asked < images,
-    }
-    result: npt.NDArray[np.bool_] = np.any([of_kind[kind] for kind in stream.kinds], axis=0)
-    return result
+    kinds: npt.NDArray[np.uint8] = np.where(images == 0, 0, np.where(asked == images, 1, 2)).astype(np.uint8)
+    return kinds
+
+
+def _wanted(kinds: npt.NDArray[np.uint8], stream: StreamConfig) -> npt.NDArray[np.bool_]:
+    if stream.kinds is None:
+        return np.ones(len(kinds), bool)
+    names: tuple[Kind, ...] = ("text", "understanding", "generation")
+    return np.isin(kinds, [names.index(kind) for kind in stream.kinds])
 
 
 def _on_our_side(batch: pyarrow.RecordBatch, stream: StreamConfig, split: str) -> npt.NDArray[np.bool_]:

@@ -53,6 +53,7 @@ Unit = Literal["samples", "tokens", "target_tokens"]
 Kind = Literal["understanding", "generation", "text"]  # all images are asked about; one at least is generated; no image
 Continuous = Literal["questions", "all", "none"]
 OverLong = Literal["reject", "truncate_text"]
+BatchingMethod = Literal["stratified", "random", "per_stream"]
 
 
 class StreamConfig(Config):
@@ -102,6 +103,9 @@ class DataConfig(Config):
     canonical_nodes: PositiveInt = 1  # rows of shards that are read side by side: the most nodes that share no shard
     shuffle: bool = True
     window: PositiveInt = 131072  # samples that are packed together
+    # stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream: each batch is of one
+    # stream, in proportion. Without `shuffle` packs come in the order of the samples.
+    batching_method: BatchingMethod = "stratified"
     over_long: OverLong = "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
     null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the drawings are trained on without their prompt's text
     workers: NonNegativeInt = 0  # processes a rank; 0 loads in the training process

@@ -1,6 +1,6 @@
 """The epoch plan: which samples make up which pack, and in which order the packs are trained on.
 
-    chosen samples -> canonical rows -> windows (order.py) -> packs (packing.py) -> packs of global batch 0, 1, 2, ...
+    chosen samples -> canonical rows -> windows (order.py) -> packs (packing.py) -> packs of global batch 0, 1, 2, ... (batches.py)
 
 A pure function of `Recipe`, the samples' lengths and the epoch; nodes, ranks and workers of the day have no part in it. Global
 batch b of a run is packs [b * G, (b + 1) * G) of the plan, whatever the shape of the world (`Share`).
@@ -15,25 +15,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.balance import balance
+from unitoken.streaming_data.batches import Surplus, deal, scheduled
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import AsideFolder, locked, remove_abandoned
-from unitoken.streaming_data.lengths import StreamSamples
-from unitoken.streaming_data.order import amounts, choose, random_order, rows_of, windows_of
+from unitoken.streaming_data.lengths import KINDS, StreamSamples
+from unitoken.streaming_data.order import SampleIds, amounts, choose, random_order, rows_of, windows_of
 from unitoken.streaming_data.packing import pack, split_packs
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.report import Report, StreamShare
+from unitoken.streaming_data.report import Report, StreamShare, in_batches_of
 
 AT_ONCE = 1 << 18  # packs that are put in their final order at a time
 ARRAYS = ("ids", "offsets", "squares", "images")  # the files of a saved plan
@@ -64,58 +65,8 @@ class Plan:
         return self.ids[places].astype(np.int64), borders.tolist()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Share:
-    """The packs that one worker of one rank reads, in its order, after `seen` packs of the epoch.
-
-    Within a rank, worker w of W reads the batches w, w + W, ...: the order in which a DataLoader asks its workers. With as many
-    canonical rows as nodes (or a multiple), each node keeps to its own rows and so to its own shards, and the work is
-    balanced among its ranks; otherwise among all ranks.
-    """
-
-    plan: Plan
-    seen: int
-    nodes: int
-    ranks_per_node: int
-    rank: int
-    batch_packs: int
-    canonical_nodes: int = 1
-    worker: int = 0
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        assert not self.seen % self.global_batch, "checked where the state is loaded"
-        assert not self.plan.packs % self.global_batch, "so the plan is made"
-
-    @property
-    def global_batch(self) -> int:
-        return self.nodes * self.ranks_per_node * self.batch_packs
-
-    def __len__(self) -> int:
-        """Batches of this worker."""
-        return len(range(self.worker, (self.plan.packs - self.seen) // self.global_batch, self.workers))
-
-    def __iter__(self) -> Iterator[Ids]:
-        return (self[number] for number in range(len(self)))
-
-    def __getitem__(self, number: int) -> Ids:
-        """(batch_packs,) the packs of this worker's batch `number`; where there is a choice, from heavy to light."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        begin = self.seen + (self.worker + number * self.workers) * self.global_batch
-        packs = np.arange(begin, begin + self.global_batch)
-        rank, ranks = self.rank, self.nodes * self.ranks_per_node
-        if self.canonical_nodes % self.nodes == 0:
-            node, rank = divmod(self.rank, self.ranks_per_node)
-            packs, ranks = packs[node :: self.nodes], self.ranks_per_node
-        if ranks == 1:
-            return packs
-        mine: Ids = packs[balance(self.plan.squares[packs], self.plan.images[packs], ranks)[rank]]
-        return mine
-
-
-def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, packs: int | None) -> Plan:
-    """Make the plan of an epoch. `packs` is epoch 0's number of them; None for epoch 0 itself. Raises ConfigError."""
+def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: Report | None) -> Plan:
+    """Make the plan of an epoch. `first` is epoch 0's report, None for epoch 0 itself. Raises ConfigError."""
     nodes, group = recipe.canonical_nodes, math.lcm(recipe.global_batch, recipe.canonical_nodes)
     if sum(len(stream.lengths) for stream in streams) >= 1 << 32:
         raise ConfigError("more than 4,294,967,295 samples in all streams; plans hold sample numbers of 32 bits")
@@ -126,33 +77,29 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, packs: i
     ]
     if not (samples := sum(c.count for c in chosen)):
         raise ConfigError("the streams' weights choose no sample at all")
-    rows: list[tuple[npt.NDArray[np.uint32], Ids]] = []
-    for row in rows_of(chosen, nodes, recipe.window):
-        row_ids = np.empty(sum(end - begin for begin, end in row.stretches), np.uint32)
-        filled, all_sizes = 0, []
-        for number, (ids, lengths) in enumerate(windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle)):
-            row_ids[filled : filled + len(ids)], sizes = _pack_window(ids, lengths, recipe, epoch, row.number, number)
-            filled += len(ids)
-            all_sizes.append(sizes)
-        rows.append((row_ids, np.concatenate(all_sizes)))
-    found = sum(len(sizes) for _, sizes in rows)
-    packs = packs or found // group * group
-    if packs == 0:
-        way_out = "`held_out`" if recipe.split == "held_out" else "`repeat` or `epoch_samples`"
-        raise ConfigError(
-            f"{samples} samples make {found} packs of packed_length: {recipe.packed_length}; an epoch needs at least {group}, "
-            f"the least common multiple of global_batch: {recipe.global_batch} and canonical_nodes: {nodes}; "
-            f"lower data.global_batch, or raise {way_out}"
-        )
+    surplus = Surplus(KINDS * len(streams) + 1)
+    rows = [
+        _pack_row(recipe, streams, windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle), surplus, epoch, row.number)
+        for row in rows_of(chosen, nodes, recipe.window)
+    ]
+    found = [[len(sizes) for _, sizes in row] for row in rows]  # (rows, parts)
+    kept = _kept(recipe, found, first)  # (parts,) packs of all rows together
+    if any(not packs and any(row[part] for row in found) for part, packs in enumerate(kept)):
+        raise ConfigError(_too_few(recipe, streams, samples, found, kept, group))
     dropped = split = 0
-    for number, (ids, sizes) in enumerate(rows):
-        more = packs // nodes - len(sizes)
-        split, dropped = split + max(more, 0), dropped + max(-more, 0)
-        sizes = split_packs(sizes, max(more, 0))[: packs // nodes]
-        rows[number] = ids[: sizes.sum()], sizes
-    ids, offsets = _interleave(rows)
+    for row in rows:
+        for number, (ids, sizes) in enumerate(row):
+            more = kept[number] // nodes - len(sizes)
+            split, dropped = split + max(more, 0), dropped + max(-more, 0)
+            sizes = _split(recipe, sizes, max(more, 0))[: kept[number] // nodes]
+            row[number] = ids[: sizes.sum()], sizes
+    turns = scheduled([packs // group for packs in kept], "turns", recipe.seed, epoch)
+    ids, offsets = _interleave([_in_turns(row, turns, group // nodes) for row in rows])
     del rows
-    squares, images, shares = _weigh(streams, ids, offsets)
+    packs = len(offsets) - 1
+    squares, images, shares = _weigh(streams, ids, offsets, recipe.global_batch)
+    if recipe.batching_method == "per_stream":
+        shares = [share.model_copy(update={"packs": packs}) for share, packs in zip(shares, kept, strict=True)]
     asked = [amount / max(sum(wanted), 1e-9) for amount in wanted]
     order = hashlib.sha256(np.ascontiguousarray(ids, "<u4").data)
     order.update(np.ascontiguousarray(offsets, "<u8").data)
@@ -176,13 +123,13 @@ def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[]
 
     `streams` is asked for the lengths only where the plan has to be made.
     """
-    packs = load_or_build(folder, recipe, 0, streams).packs if epoch else None
+    first = load_or_build(folder, recipe, 0, streams).report if epoch else None
     place = folder / recipe.hash / f"epoch-{epoch:06d}"
     if not place.exists():
         with locked(folder / recipe.hash / "lock"):
             if not place.exists():
                 _remove_unused(folder)
-                _save(build(recipe, streams(), epoch, packs), place)
+                _save(build(recipe, streams(), epoch, first), place)
     os.utime(place)
     arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}  # memmap's own slices are slow
     return Plan(report=Report.model_validate_json((place / "report.json").read_bytes()), **arrays)
@@ -205,27 +152,120 @@ def _save(plan: Plan, place: Path) -> None:
         folder.publish()
 
 
-def _pack_window(
-    ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.uint32], recipe: Recipe, epoch: int, row: int, window: int
-) -> tuple[npt.NDArray[np.uint32], Ids]:
+Part = tuple[npt.NDArray[np.uint32], Ids]  # sample ids, pack after pack, and the packs' sizes
+
+
+def _pack_row(
+    recipe: Recipe,
+    streams: Sequence[StreamSamples],
+    windows: Iterable[tuple[SampleIds, SampleIds]],
+    surplus: Surplus,
+    epoch: int,
+    row: int,
+) -> list[Part]:
+    """The packs of a row, window after window: in one part, or a part for each stream where batches are of one stream."""
+    batch = recipe.global_batch // math.gcd(recipe.global_batch, recipe.canonical_nodes)  # packs that it takes of a row
+    firsts = np.cumsum([0] + [len(stream.lengths) for stream in streams])
+    per_stream = recipe.batching_method == "per_stream"
+    borders = list(itertools.pairwise(firsts.tolist())) if per_stream else [(0, int(firsts[-1]))]
+    parts: list[list[Part]] = [[(np.empty(0, np.uint32), np.empty(0, np.int64))] for _ in borders]
+    placed = 0
+    for window, (all_ids, all_lengths) in enumerate(windows):
+        for number, (begin, end) in enumerate(borders):
+            mine: Any = (all_ids >= begin) & (all_ids < end) if per_stream else slice(None)
+            ids, lengths = all_ids[mine], all_lengths[mine]
+            name = (recipe.seed, epoch, row, window, *([streams[number].name] if per_stream else []))
+            ids, sizes = _pack_window(ids, lengths, recipe, *name)
+            if recipe.batching_method == "stratified" and recipe.shuffle:
+                order = deal(_amounts(streams, firsts, ids, sizes), placed, batch, surplus, *name)
+                ids, sizes = _reorder(ids, sizes, order)
+            placed += len(sizes)
+            parts[number].append((ids, sizes.astype(np.uint32)))
+    return [(np.concatenate([ids for ids, _ in part]), np.concatenate([sizes for _, sizes in part])) for part in parts]
+
+
+def _pack_window(ids: SampleIds, lengths: SampleIds, recipe: Recipe, *name: Any) -> Part:
     """Samples -> ids pack after pack, and the packs' sizes; the packs in random order, or in that of their first samples."""
     order, sizes = pack(lengths, recipe.packed_length)
     if recipe.shuffle:
-        permutation = random_order(len(sizes), "packs", recipe.seed, epoch, row, window)
+        permutation = random_order(len(sizes), "packs", *name)
     else:
         permutation = np.argsort(order[np.cumsum(sizes) - sizes], kind="stable")
-    packed, sizes = _reorder(ids[order], sizes, permutation)
-    return packed, sizes.astype(np.uint32)
+    return _reorder(ids[order], sizes, permutation)
 
 
-def _reorder(ids: npt.NDArray[np.uint32], sizes: Ids, permutation: Ids) -> tuple[npt.NDArray[np.uint32], Ids]:
+def _amounts(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes: Ids) -> Ids:
+    """What each pack holds: tokens of every stream and kind, and images: (3 * streams + 1, packs)."""
+    packs, packs_of = len(sizes), np.repeat(np.arange(len(sizes)), sizes)
+    tokens, images = np.zeros((len(streams), KINDS, packs)), np.zeros(packs)
+    for number, stream in enumerate(streams):
+        mine: Any = slice(None)
+        if len(streams) > 1:
+            mine = np.flatnonzero((ids >= firsts[number]) & (ids < firsts[number + 1]))
+        rows = ids[mine] - np.uint32(firsts[number])
+        cells = stream.kinds[rows] * np.int64(packs) + packs_of[mine]
+        tokens[number] = np.bincount(cells, stream.lengths[rows], KINDS * packs).reshape(KINDS, packs)
+        images += np.bincount(packs_of[mine], stream.images[rows], packs)
+    return np.vstack([tokens.reshape(-1, packs), images]).astype(np.int64)
+
+
+def _kept(recipe: Recipe, found: list[list[int]], first: Report | None) -> list[int]:
+    """How many packs of each part the epoch has: whole global batches and as many of every row; in all epochs epoch 0's."""
+    group = math.lcm(recipe.global_batch, recipe.canonical_nodes)
+    if recipe.batching_method != "per_stream":
+        return [first.packs if first is not None else sum(map(sum, found)) // group * group]
+    if first is not None:
+        return [share.packs or 0 for share in first.streams]
+    return [min(column) * recipe.canonical_nodes // group * group for column in zip(*found, strict=True)]
+
+
+def _too_few(
+    recipe: Recipe, streams: Sequence[StreamSamples], samples: int, found: list[list[int]], kept: list[int], group: int
+) -> str:
+    part = next(part for part, packs in enumerate(kept) if not packs and any(row[part] for row in found))
+    of_stream = f"stream '{streams[part].name}': " if len(kept) > 1 else ""
+    what = "with batching_method: per_stream an epoch needs" if len(kept) > 1 else "an epoch needs"
+    count = f"its samples make {sum(row[part] for row in found)}" if of_stream else f"{samples} samples make {sum(map(sum, found))}"
+    way_out = "`held_out`" if recipe.split == "held_out" else "`repeat` or `epoch_samples`"
+    return (
+        f"{of_stream}{count} packs of packed_length: {recipe.packed_length}; {what} at least {group}, "
+        f"the least common multiple of global_batch: {recipe.global_batch} and canonical_nodes: {recipe.canonical_nodes}; "
+        f"lower data.global_batch, or raise {way_out}"
+    )
+
+
+def _split(recipe: Recipe, sizes: Ids, more: int) -> Ids:
+    """Make `more` packs of the last ones, so that the batches before stay as they were dealt."""
+    if recipe.version == 2 or not more:
+        return split_packs(sizes, more)
+    last = len(sizes)
+    while sizes[last:].sum() < len(sizes) - last + more:
+        last = max(0, last - 4 * more)
+    return np.concatenate([sizes[:last], split_packs(sizes[last:], more)])
+
+
+def _in_turns(parts: list[Part], turns: Ids, each: int) -> Part:
+    """The parts of a row in one, `each` packs in turn."""
+    if len(parts) == 1:
+        return parts[0]
+    begins = np.cumsum([0] + [len(sizes) for _, sizes in parts])[turns]
+    seen = np.empty(len(turns), np.int64)
+    order = np.argsort(turns, kind="stable")
+    counts = np.bincount(turns, minlength=len(parts))
+    seen[order] = np.arange(len(turns)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = ((begins + seen * each)[:, None] + np.arange(each)).reshape(-1)
+    ids, sizes = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return _reorder(ids, sizes.astype(np.int64), places)
+
+
+def _reorder(ids: SampleIds, sizes: Ids, permutation: Ids) -> Part:
     """The packs in another order."""
     starts, new_sizes = (np.cumsum(sizes) - sizes)[permutation], sizes[permutation]
     shift = np.repeat(starts - (np.cumsum(new_sizes) - new_sizes), new_sizes)
     return ids[np.arange(len(ids)) + shift], new_sizes
 
 
-def _interleave(rows: list[tuple[npt.NDArray[np.uint32], Ids]]) -> tuple[npt.NDArray[np.uint32], Any]:
+def _interleave(rows: list[Part]) -> tuple[SampleIds, Any]:
     """Deal the packs of the rows (equally many each) in turn: pack 0 of each row, pack 1 of each row, ... With offsets."""
     each = len(rows[0][1])
     sizes = np.stack([sizes for _, sizes in rows], axis=1).reshape(-1)
@@ -248,23 +288,31 @@ def _interleave(rows: list[tuple[npt.NDArray[np.uint32], Ids]]) -> tuple[npt.NDA
     return ids, offsets
 
 
-def _weigh(streams: Sequence[StreamSamples], ids: npt.NDArray[np.uint32], offsets: Any) -> tuple[Any, Any, list[StreamShare]]:
-    """Each pack's squares and images, and what each stream has in all of them."""
+def _weigh(streams: Sequence[StreamSamples], ids: SampleIds, offsets: Any, batch: int) -> tuple[Any, Any, list[StreamShare]]:
+    """Each pack's squares and images, and what each stream has in all of them and in each global batch."""
     packs = len(offsets) - 1
     squares, images = np.empty(packs, np.float32), np.empty(packs, np.uint16)
     firsts = np.cumsum([0] + [len(stream.lengths) for stream in streams])
-    sums = np.zeros((len(streams), 3), np.int64)  # samples, tokens, target tokens
+    sums = np.zeros((len(streams), 4), np.int64)  # samples, tokens, target tokens, squares of lengths
+    in_batches = np.zeros((len(streams), packs // batch))  # tokens
     for begin in range(0, packs, AT_ONCE):
         end = min(begin + AT_ONCE, packs)
         some = ids[int(offsets[begin]) : int(offsets[end])]
+        sizes = np.diff(offsets[begin : end + 1].astype(np.int64))
+        batches = np.repeat((np.arange(begin, end) // batch).astype(np.int32), sizes)
         lengths, of_images = np.empty(len(some), np.float64), np.empty(len(some), np.int64)
         for number, stream in enumerate(streams):
             mine: Any = slice(None)
             if len(streams) > 1:
                 mine = np.flatnonzero((some >= firsts[number]) & (some < firsts[number + 1]))
             rows = some[mine] - np.uint32(firsts[number])
-            lengths[mine], of_images[mine] = stream.lengths[rows], stream.images[rows]
-            sums[number] += len(rows), int(lengths[mine].sum()), int(stream.target_tokens[rows].sum(dtype=np.int64))
+            own = lengths[mine] = stream.lengths[rows]
+            of_images[mine] = stream.images[rows]
+            square = int((own * own.astype(np.uint64)).sum())
+            sums[number] += len(rows), int(own.sum(dtype=np.int64)), int(stream.target_tokens[rows].sum(dtype=np.int64)), square
+            in_batches[number, begin // batch :][: (end - 1) // batch - begin // batch + 1] += np.bincount(
+                batches[mine] - begin // batch, own, (end - 1) // batch - begin // batch + 1
+            )
         starts = (offsets[begin:end] - offsets[begin]).astype(np.int64)
         squares[begin:end] = np.add.reduceat(lengths * lengths, starts)
         images[begin:end] = np.add.reduceat(of_images, starts)
@@ -279,7 +327,8 @@ def _weigh(streams: Sequence[StreamSamples], ids: npt.NDArray[np.uint32], offset
             samples=int(counts[0]),
             tokens=int(counts[1]),
             target_tokens=int(counts[2]),
+            in_batches=in_batches_of(in_batches, number, sums[:, 3].tolist()),
         )
-        for stream, counts in zip(streams, sums, strict=True)
+        for number, (stream, counts) in enumerate(zip(streams, sums, strict=True))
     ]
     return squares, images, shares

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from unitoken.streaming_data.config import Config, changed, flat
-from unitoken.streaming_data.mixture import Continuous, DataConfig, Kind, OverLong, Source, Unit
+from unitoken.streaming_data.mixture import BatchingMethod, Continuous, DataConfig, Kind, OverLong, Source, Unit
 
-VERSION = 2  # of the algorithm: another one makes other plans, so it is part of the hash
+# Of the algorithm: another one makes other plans, so it is part of the hash. Version 2 knew no batching_method: its packs
+# stood in random order. A run that was begun with it goes on with it.
+VERSION = 3
 
 
 class StreamRecipe(Config):
@@ -33,6 +35,7 @@ class Recipe(Config):
     canonical_nodes: int
     window: int
     shuffle: bool
+    batching_method: BatchingMethod = "stratified"
     unit: Unit = "samples"
     epoch_samples: int | None = None
     epoch_tokens: int | None = None
@@ -67,7 +70,11 @@ class Recipe(Config):
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.model_dump()).encode()).hexdigest()[:16]
+        later = {"batching_method"} if self.version == 2 else set()
+        return hashlib.sha256(json.dumps(self.model_dump(exclude=later)).encode()).hexdigest()[:16]
+
+    def of_version_2(self) -> Recipe:
+        return self.model_copy(update={"version": 2, "batching_method": "random"})
 
     def differences(self, other: dict[str, Any]) -> str:
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""

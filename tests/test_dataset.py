@@ -188,6 +188,23 @@ def test_a_run_resumes_anywhere_on_any_world(make_loader, data, epoch, stopped):
         assert sorted(row for share in shares for row in share[number]) == sorted(batch)
 
 
+def test_a_run_begun_before_batches_were_stratified_goes_on_as_it_was(make_loader):
+    """With the state as version 2 wrote it, which knew no `batching_method`; from the middle of epoch 1."""
+    old = make_loader(batching_method="random")
+    old.dataset.recipe = old.dataset.recipe.of_version_2()
+    old.dataset.plan = old.dataset._plan_of(0)
+    whole = [epoch_of(old), epoch_of(old)]
+    state = {**old.dataset.state_dict(0, True), "epoch": 1, "packs": 3 * GROUP}
+    state |= {"order": old.dataset._plan_of(1).report.order}
+    del state["recipe"]["batching_method"]
+    resumed = make_loader(workers=2)
+    resumed.dataset.load_state_dict(json.loads(json.dumps(state)))
+    assert epoch_of(resumed) == whole[1][3:]
+    refused = make_loader(batching_method="per_stream", streams={"a": {"local": resumed.dataset.streams[0].local}})
+    with pytest.raises(ConfigError, match="batching_method: nothing, now per_stream"):
+        refused.dataset.load_state_dict(state)
+
+
 def test_a_run_resumes_on_another_world(make_loader):
     expected = epoch_of(make_loader())
     _, state = train(make_loader(), 3)

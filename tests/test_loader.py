@@ -120,7 +120,7 @@ def test_more_workers_than_batches_are_no_trouble(make, folder):
 def test_shares_are_reported_for_printing(make):
     table = make().dataset.plan.report.table()
     assert "images" in table
-    assert "over-long" in table
+    assert "of a global batch's tokens" in table
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -17,7 +17,7 @@ def make_stream(name: str, samples: int, mean: float, shard: int = 100, gaps: in
         lengths[::gaps] = 0
     shards = np.full(-(-samples // shard), shard)
     shards[-1] -= shards.sum() - samples
-    return StreamSamples(name, shards, lengths, lengths // 3, np.zeros(samples, np.uint16), weight)
+    return StreamSamples(name, shards, lengths, lengths // 3, np.zeros(samples, np.uint16), np.zeros(samples, np.uint8), weight)
 
 
 def taken(streams: list[StreamSamples], wanted: list[float], unit: str, epoch: int = 0, shuffle: bool = True) -> list[np.ndarray]:

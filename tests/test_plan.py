@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.order import amounts, choose
-from unitoken.streaming_data.plan import Plan, Share, _pack_window, build, load_or_build
+from unitoken.streaming_data.plan import Plan, _pack_window, build, load_or_build
 from unitoken.streaming_data.recipe import Recipe, StreamRecipe
+from unitoken.streaming_data.share import Share
 
 LENGTH = 64
 
@@ -22,7 +23,8 @@ def make_stream(name: str, samples: int, longest: int = LENGTH, seed: int = 0, *
     lengths = np.random.default_rng([seed, samples]).integers(1, longest + 1, samples).astype(np.uint32)
     shards = np.full(math.ceil(samples / 17), 17)
     shards[-1] -= shards.sum() - samples
-    return StreamSamples(name, shards, lengths, lengths // 2, (lengths % 3).astype(np.uint16), weight)
+    thirds = (lengths % 3).astype(np.uint8)
+    return StreamSamples(name, shards, lengths, lengths // 2, thirds.astype(np.uint16), thirds, weight)
 
 
 def make_recipe(streams: list[StreamSamples], **settings) -> Recipe:
@@ -41,7 +43,7 @@ def test_an_epoch_is_every_chosen_sample_once_but_for_those_reported_as_dropped(
     streams = [make_stream("a", 500), make_stream("b", 333, seed=1)]
     recipe = make_recipe(streams, canonical_nodes=nodes)
     first = build(recipe, streams, 0, None)
-    plan = build(recipe, streams, epoch, first.packs)
+    plan = build(recipe, streams, epoch, first.report)
     counts = Counter(plan.ids.tolist())
     assert set(counts.values()) == {1}
     assert len(counts) == 833 - plan.report.dropped_samples
@@ -97,7 +99,7 @@ def test_the_number_of_packs_is_constant_over_epochs_and_a_shortage_loses_nothin
     first = build(recipe, streams, 0, None)
     split = 0
     for epoch in range(1, 12):
-        plan = build(recipe, streams, epoch, first.packs)
+        plan = build(recipe, streams, epoch, first.report)
         assert plan.packs == first.packs
         assert len(plan.ids) + plan.report.dropped_samples == 390
         split += plan.report.split_packs
@@ -120,7 +122,7 @@ def test_the_same_inputs_make_the_same_plan_and_each_input_another():
         other = build(recipe.model_copy(update=change), streams, 0, None)
         assert other.report.order != plan.report.order, change
         assert other.report.recipe != recipe.hash
-    assert build(recipe, streams, 1, plan.packs).report.order != plan.report.order
+    assert build(recipe, streams, 1, plan.report).report.order != plan.report.order
 
 
 def test_the_differences_name_what_changed():
@@ -164,9 +166,7 @@ def test_packs_are_shuffled_anew_for_each_seed_epoch_row_and_window():
     recipe, lengths = make_recipe([make_stream("a", 200)]), np.full(100, LENGTH, np.uint32)  # a sample a pack
 
     def shuffled(seed: int = 0, epoch: int = 0, row: int = 0, window: int = 0) -> tuple[int, ...]:
-        ids, _ = _pack_window(
-            np.arange(100, dtype=np.uint32), lengths, recipe.model_copy(update={"seed": seed}), epoch, row, window
-        )
+        ids, _ = _pack_window(np.arange(100, dtype=np.uint32), lengths, recipe, seed, epoch, row, window)
         return tuple(ids.tolist())
 
     orders = [shuffled(), shuffled(seed=1), shuffled(epoch=1), shuffled(row=1), shuffled(window=1)]
@@ -217,7 +217,7 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         plans = list(pool.map(lambda _: load_or_build(tmp_path, recipe, 1, lengths), range(4)))
     assert len(asked) == 2, "epoch 0, which the number of packs is from, and epoch 1"
-    expected = build(recipe, streams, 1, build(recipe, streams, 0, None).packs)
+    expected = build(recipe, streams, 1, build(recipe, streams, 0, None).report)
     for plan in plans:
         assert samples_of(plan) == samples_of(expected)
         assert plan.report == expected.report
@@ -283,7 +283,7 @@ def test_a_plan_is_a_partition_of_what_was_chosen_and_no_pack_is_over_length(
 ):
     streams = [make_stream("a", samples, longest, seed, repeat=repeat), make_stream("b", 100, seed=seed + 1)]
     recipe = make_recipe(streams, seed=seed, global_batch=1, canonical_nodes=canonical_nodes, window=window, shuffle=shuffle)
-    plan = build(recipe, streams, epoch, build(recipe, streams, 0, None).packs)
+    plan = build(recipe, streams, epoch, build(recipe, streams, 0, None).report)
     wanted = amounts(streams, "samples", None)
     chosen = Counter(
         int(sample) + offset
@@ -328,16 +328,15 @@ def test_a_plan_prints_its_realised_shares():
     table = build(make_recipe(streams, global_batch=1), streams, 0, None).report.table().splitlines()
     assert len({len(line) for line in table[:3]}) == 1, "aligned"
     assert table[1].startswith("captions")
-    assert "75.00%" in table[1]
+    assert "75.0%" in table[1]
     assert "packs" in table[3]
+    assert [line.split()[0] for line in table[6:]] == ["of", "captions", "b"], "and what a batch holds of each"
 
 
 def test_a_plan_tells_held_out_samples_from_other_kinds_and_warns_of_many_over_long_ones():
     streams = [dataclasses.replace(make_stream("captions", 300), filtered=18, held_out=12, over_long=40), make_stream("b", 100)]
     report = build(make_recipe(streams, global_batch=1), streams, 0, None).report
-    head, first, _, _ = report.table().splitlines()
-    assert head.endswith("over-long  other kinds  held out")
-    assert first.split()[-3:] == ["40", "6", "12"]
+    assert "captions: of 300 samples 40 over-long, 6 of other kinds, 12 held out" in report.table().splitlines()
     assert report.warnings() == [
         "stream 'captions': 40 of 282 samples (14.2%) are longer than a pack and are left out; "
         "see data.packed_length and data.over_long"

@@ -17,7 +17,7 @@ from unitoken.streaming_data.__main__ import app
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.plan import Share
+from unitoken.streaming_data.share import Share
 from unitoken.streaming_data.simulate import (
     Shape,
     _cache_needed,

@@ -49,8 +49,10 @@ def test_plan_prints_the_mixture_of_a_stage_or_of_its_data_alone(stage, file):
     code, out = run("plan", stage.parent / file, "data.seed=3", "--image-size", "16", "--patch-size", "4")
     assert code == 0
     assert "of tokens" in out
-    assert "50.00%" in out
-    assert "packs" in out.splitlines()[-1]
+    assert "50.0%" in out
+    assert "packs" in out
+    assert "sd of independent draws" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_plan_sweeps_lengths_and_marks_the_best(stage):
