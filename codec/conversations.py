@@ -8,7 +8,8 @@ An image is a path, a URL (`data:` too), its bytes, {"base64": text}, or {"bytes
 `datasets` stores it.
 
 Turns alternate, human first. Every `<|image|>` stands for one image, in order; if none is written, the images stand
-before the first human turn. The last assistant turn may be null: it is what a model would be asked for.
+before the first human turn. `<image>` is read as `<|image|>` where there are as many as images. The
+last assistant turn may be null: it is what a model would be asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,21 @@ from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
 ROLES = (("human",), ("gpt", "assistant"))  # by the turn's place, in any case
+PICTURE_KEYS = (  # the symbol itself is a key the reference knows, too
+    *(IMAGE_PLACEHOLDER, "image", "images", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls"),
+    *("img", "imgs", "img_path", "img_paths", "img_url", "picture", "pictures", "photo", "photos"),
+)
+PICTURE_SUFFIXES = (  # of files in the formats that image_files.py reads
+    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff"),
+    *("avif", "jp2", "j2k", "jpx", "jpf", "pbm", "pgm", "ppm", "pnm"),
+)
+OTHER_MEDIA = ("video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url")
+LLAVA_PLACEHOLDER = "<image>"
+TAGS_OF_HTML = ("<img>", "[img]")  # may be meant as such in a text without pictures
+FOREIGN_PLACEHOLDER = re.compile(
+    r"<image>|<video>|<audio>|<img>|\[IMG\]|<\|?(?:image|video|audio|vision)_(?:pad|start|placeholder|token)\|?>"
+    r"|<\|?(?:image|img|picture|video)_?\d+\|?>|<ImageHere>|<im_patch>|<IMG_CONTEXT>|<\|video\|>|<\|audio\|>|<Image>",
+)
 
 
 class ItemError(ValueError):
@@ -56,10 +73,22 @@ def brief(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """In place of a file's bytes, which no message quotes."""
+
+    count: int
+
+    def __repr__(self) -> str:
+        return f"{self.count} bytes"
+
+
 def _trimmed(value: object, limit: int, depth: int = 4) -> object:
     """As much of `value` as can show: an item may hold a picture's bytes, or be nested deeper than repr() can follow."""
-    if isinstance(value, str | bytes):
+    if isinstance(value, str):
         return value[: limit + 1]
+    if isinstance(value, bytes):
+        return _Bytes(len(value))
     if isinstance(value, list):
         return [_trimmed(part, limit, depth - 1) for part in value[:limit]] if depth else "..."
     if isinstance(value, dict):
@@ -78,6 +107,16 @@ def shown(source: str | bytes) -> str:
 
 def is_inline(source: str) -> bool:
     return source[:5].lower() == "data:"
+
+
+# What the base64 of a JPEG, PNG, GIF, WebP, TIFF, AVIF, JPEG 2000 or BMP begins with.
+_PICTURE_IN_BASE64 = re.compile(r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|AAAA.GZ0eXB|AAAADGpQ|Qk.{6}AAAA")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+def _is_bare_base64(source: str) -> bool:
+    """A picture's bytes without `data:image/...;base64,` before them. No path: so long, without a dot."""
+    return _PICTURE_IN_BASE64.match(source) is not None and _BASE64.fullmatch(source) is not None
 
 
 def inline(source: str) -> bytes:
@@ -120,7 +159,8 @@ def parse(item: object, name: str) -> Conversation:
         found = f"found {brief(raw_turns)}" if "conversations" in item else f"the item's keys are {brief(list(item))}"
         raise ItemError(f"no conversations: expected a list of turns under 'conversations', {found}")
     texts = [_text(turn, number, last=number == len(raw_turns) - 1) for number, turn in enumerate(raw_turns)]
-    images = _images(item)
+    images = tuple(_image(image) for image in pictures_of(item))
+    texts = _with_our_placeholders(texts, len(images))
     written = sum(text.count(IMAGE_PLACEHOLDER) for text in texts if text is not None)
     if written == 0:
         texts[0] = f"{IMAGE_PLACEHOLDER} " * len(images) + (texts[0] or "")
@@ -154,17 +194,65 @@ def _text(turn: Any, number: int, last: bool) -> str | None:
     return checked_text(text, f"turn {number}")
 
 
-def _images(item: dict[str, Any]) -> tuple[str | bytes, ...]:
-    images = item.get(IMAGE_PLACEHOLDER, item.get("image"))  # the symbol itself is a key the reference knows, too
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    return tuple(_image(image) for image in images)
+def pictures_of(item: dict[str, Any]) -> list[Any]:
+    """What an item names as its pictures, under any of the names in use. Raises ItemError where it is not plain which."""
+    for key, value in item.items():
+        if isinstance(key, str) and key.lower() in OTHER_MEDIA and _listed(value):
+            raise ItemError(f"video and audio are not read: the item names some under '{key}'")
+    named = {key: found for key in PICTURE_KEYS if (found := _listed(item.get(key)))}
+    if not named:
+        return []
+    first, *others = named
+    for other in others:  # such as the path beside the bytes; what differs would be dropped
+        if not _same_pictures(named[first], named[other]):
+            raise ItemError(f"which pictures: the item names some under '{first}' and others under '{other}'")
+    return named[first]
+
+
+def _listed(value: Any) -> list[Any]:
+    """None, "" and [] name nothing."""
+    return value if isinstance(value, list) else [] if value is None or (isinstance(value, str) and not value) else [value]
+
+
+def _same_pictures(some: list[Any], others: list[Any]) -> bool:
+    """As far as their names tell: a path and a URL may be of the same picture, two paths with other file names are not."""
+
+    def name(picture: Any) -> str | None:
+        if isinstance(picture, dict):
+            picture = next((picture[key] for key in ("path", "url") if isinstance(picture.get(key), str)), None)
+        if not isinstance(picture, str) or is_inline(picture) or _is_bare_base64(picture):
+            return None
+        return picture.partition("?")[0].rpartition("/")[2]
+
+    if len(some) != len(others):
+        return False
+    return all(None in (name(a), name(b)) or name(a) == name(b) for a, b in zip(some, others, strict=True))
+
+
+def _with_our_placeholders(texts: list[str | None], images: int) -> list[str | None]:
+    """`<image>` becomes `<|image|>` where there are as many as pictures and none of ours.
+
+    Raises ItemError for other placeholders of other formats: trained on as text they would be learnt as text.
+    """
+    found = [match[0] for text in texts if text is not None for match in FOREIGN_PLACEHOLDER.finditer(text)]
+    found = [one for one in found if images or one.lower() not in TAGS_OF_HTML]
+    if not found:
+        return texts
+    ours = sum(text.count(IMAGE_PLACEHOLDER) for text in texts if text is not None)
+    if found.count(LLAVA_PLACEHOLDER) == len(found) == images and not ours:
+        return [text and text.replace(LLAVA_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in texts]
+    counts = f"{len(found)} of them, {images} picture{'s' if images != 1 else ''}"
+    hint = ": adapter=sharegpt?" if found[0] == LLAVA_PLACEHOLDER else f"; {IMAGE_PLACEHOLDER} stands for a picture"
+    raise ItemError(f"placeholder of another format: the text says {found[0]} ({counts}){hint}")
 
 
 def _image(image: Any) -> str | bytes:
     if isinstance(image, dict):
         if isinstance(text := image.get("base64"), str):
             return f"data:image;base64,{text}"
-        image = image["path"] if image.get("bytes") is None and image.get("path") else image.get("bytes", image)
+        image = next((image[key] for key in ("bytes", "path", "url") if image.get(key)), image)
+    if isinstance(image, str) and _is_bare_base64(image):
+        return f"data:image;base64,{image}"
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str) or not image:

@@ -21,10 +21,6 @@ from PIL import Image, UnidentifiedImageError
 
 # Of the 43 that Pillow knows. Others start a program (EPS), or take minutes or gigabytes for some bytes (DDS, FITS, ICNS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-SUFFIXES = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff"),
-    *("avif", "jp2", "j2k", "jpx", "jpf", "pbm", "pgm", "ppm", "pnm"),
-)
 MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
 MAX_SCANS = 100  # of a progressive JPEG, each of which runs over all pixels; encoders write about ten
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tokenizing import turns
 
 from unitoken.codec.conversations import Conversation, ItemError, parse
@@ -225,7 +228,8 @@ def test_ways_and_words_follow_from_the_id_and_are_spread() -> None:
     [
         ({"text": "a"}, "no picture: expected one under jpg, "),
         ({"image": "a.png"}, "no caption: expected text under txt, "),
-        ({"image": "a.png", "text": ["a"]}, "no caption: "),
+        ({"image": "a.png", "text": {"a": 1}}, "no caption: expected text under 'text'"),
+        ({"image": "a.png", "text": None}, "no caption: .*'text' is null"),
         ({"image": "a.png", "text": " \n"}, "empty text: "),
         ({"image": "a.png", "text": "forged <|image|>"}, "image counts differ: "),
     ],
@@ -335,3 +339,128 @@ def test_fingerprints_follow_the_file_and_not_its_place(tmp_path: Path) -> None:
     assert one == same != other
     assert one.startswith("f ")
     assert adapter_fingerprint("sharegpt") == "sharegpt"
+
+
+# --- pictures and placeholders that other formats name ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *(
+            {key: "a.png"}
+            for key in ("image", "images", "image_path", "image_url", "img", "img_path", "picture", "pictures", "photo")
+        ),
+        {"images": ["a.png"]},
+        {"image": "a.png", "image_path": "data/a.png"},
+        {"image": {"path": "a.png", "bytes": None}},
+        {"images": [{"url": "a.png"}]},
+        {"image": "", "images": ["a.png"]},
+        {"image": None, "img": "a.png"},
+    ],
+)
+@pytest.mark.parametrize("adapter", ["standard", "sharegpt", "messages"])
+def test_a_picture_is_used_under_whatever_name(adapter: str, named: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
+    raw = {"messages": messages} if adapter == "messages" else {"conversations": turns("What?", "A.")}
+    conversation = adapted(adapter, {**raw, **named})
+    assert conversation.images == ("a.png",)
+    assert texts(conversation)[0] == "<|image|> What?", "in front"
+
+
+@pytest.mark.parametrize("adapter", ["standard", "sharegpt", "caption"])
+@pytest.mark.parametrize("named", [{"video": "a.mp4"}, {"audios": ["a.wav"]}, {"Video": "a.mp4"}])
+def test_films_and_sounds_reject_the_item(adapter: str, named: dict[str, Any]) -> None:
+    with pytest.raises(ItemError, match=r"^video and audio are not read: the item names some under "):
+        adapted(adapter, {"conversations": turns("a", "b"), "image": "a.png", "caption": "c", **named})
+
+
+@pytest.mark.parametrize("named", [{"image": "a.png", "images": ["a.png", "b.png"]}, {"image": "a.png", "img": "b.png"}])
+def test_two_names_of_different_pictures_reject_the_item(named: dict[str, Any]) -> None:
+    with pytest.raises(ItemError, match=r"^which pictures: "):
+        adapted("standard", {"conversations": turns("a", "b"), **named})
+
+
+@pytest.mark.parametrize(
+    ("text", "pictures", "expected"),
+    [
+        ("<image>\nWhat?", 1, "<|image|>\nWhat?"),
+        ("<image> or <image>?", 2, "<|image|> or <|image|>?"),
+        ("<image> or <image>?", 1, None),
+        ("<image>", 0, None),
+        ("<video> What?", 1, None),
+        ("<|image_pad|> What?", 1, None),
+        ("<|vision_start|> What?", 0, None),
+        ("<image_1> What?", 1, None),
+        ("<|image_1|> What?", 1, None),
+        ("<ImageHere> What?", 1, None),
+        ("<image_placeholder> What?", 1, None),
+        ("[IMG] What?", 1, None),
+        ("<img> is a tag of HTML", 0, "<img> is a tag of HTML"),
+        ("<img> What?", 1, None),
+        ("<|image|> and <image>?", 1, None),
+        ("an <imagery> of x<imagex", 0, "an <imagery> of x<imagex"),
+    ],
+)
+def test_placeholders_of_other_formats_are_never_trained_on_as_text(text: str, pictures: int, expected: str | None) -> None:
+    raw = {"conversations": turns(text, "b"), "image": ["a.png"] * pictures}
+    if expected is None:
+        with pytest.raises(ItemError, match=r"^placeholder of another format: the text says "):
+            adapted("standard", raw)
+    else:
+        assert texts(adapted("standard", raw))[0] == expected
+
+
+def test_bare_base64_is_a_picture() -> None:
+    for format in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (30, 30), (1, 2, 3)).save(buffer, format)
+        text = base64.b64encode(buffer.getvalue()).decode()
+        (image,) = adapted("standard", {"conversations": turns("a", "b"), "image": text}).images
+        assert Pictures(False, False, 1).read(".", image, 1 << 20) == buffer.getvalue(), format
+    for path in ("/9j/a.jpg", "/9j/" + "a" * 70 + ".jpg", "iVBORw0KGgo", "images/" + "a" * 90):
+        assert adapted("standard", {"conversations": turns("a", "b"), "image": path}).images == (path,)
+
+
+def test_the_cauldron() -> None:
+    raw = {"images": [b"1"], "texts": [{"user": "What?", "assistant": "A."}, {"user": "And?", "assistant": "B."}]}
+    assert texts(adapted("standard", raw)) == ["<|image|> What?", "A.", "And?", "B."]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"input_image": b"1", "edited_image": b"2", "edit_prompt": "Make it red."},
+        {"original_image": b"1", "output_image": b"2", "instruction": ["Make it red."]},
+        {"__key__": "a", "input.jpg": b"1", "edited.png": b"2", "txt": "Make it red."},
+        {"__key__": "a", "source.jpg": b"1", "target.png": b"2", "json": {"instruction": "Make it red."}},
+    ],
+)
+def test_editing(raw: dict[str, Any]) -> None:
+    conversation = adapted("editing", raw)
+    assert texts(conversation) == ["<|image|> Make it red.", "<|image|>"]
+    assert conversation.images == (b"1", b"2")
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"jpg": None, "url": "http://a/b", "caption": "a", "status": "failed", "error_message": "404"}, "not downloaded: '404'"),
+        ({"__key__": "a", "jpg": b"1", "png": b"2", "txt": "a"}, "several pictures: "),
+        ({"images": ["a", "b"], "caption": "a"}, "several pictures: "),
+        ({"__key__": "a", "mp4": b"1", "txt": "a"}, "not a format that is read: a.mp4"),
+        ({"__key__": "a", "heic": b"1", "txt": "a"}, "not a format that is read: a.heic"),
+        ({"image": "a", "caption": None}, "no caption: .* 'caption' is null"),
+    ],
+)
+def test_pairs_that_can_not_be_used_say_why(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(ItemError, match=f"^{words}"):
+        adapted("caption", raw)
+
+
+def test_a_table_and_a_tar_of_img2dataset_go_the_same_way() -> None:
+    for n in range(20):
+        row = {"key": f"{n:09d}", "jpg": b"1", "caption": "a"}
+        tar = {"__key__": f"{n:09d}", "jpg": b"1", "txt": "a", "json": {"key": f"{n:09d}", "caption": "a"}}
+        ways = [find_adapter("caption_or_drawing")(raw) for raw in (row, tar)]
+        assert ways[0]["conversations"] == ways[1]["conversations"]

@@ -87,7 +87,8 @@ BAD = {
         {"conversations": turns("<|image|>", "a"), "image": ["1", "2"]},
     ],
     "bad image path": [
-        {"conversations": turns("a", "b"), "image": image} for image in ([1], "", {}, {"bytes": None, "path": None}, {"base64": 3})
+        {"conversations": turns("a", "b"), "image": image}
+        for image in ([1], [""], {}, {"bytes": None, "path": None}, {"base64": 3})
     ],
     "bad id": [{"id": 1.5, "conversations": turns("a", "b")}, {"id": True, "conversations": turns("a", "b")}],
     "text that is not Unicode": [{"conversations": turns("\ud800", "b")}, {"id": "\udfff", "conversations": turns("a", "b")}],

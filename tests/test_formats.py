@@ -152,9 +152,8 @@ def test_bad_samples_are_counted_in_their_place(tmp_path: Path, monkeypatch: pyt
         ("README", b"no suffix"),
         ("last.txt", b"2"),
     ]
-    first, *bad, readme, last = whole(source_of(tar_of(tmp_path / "i.tar", members)))
+    first, *bad, last = whole(source_of(tar_of(tmp_path / "i.tar", members)))
     assert (first, last) == ({"__key__": "good", "txt": "1"}, {"__key__": "last", "txt": "2"})
-    assert readme == {"__key__": "README", "": b"no suffix"}
     assert [str(error) for error in bad] == [
         "not readable as JSON: bad.json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         "bad sample: twice: two files that end in .txt",
@@ -199,9 +198,7 @@ def test_a_broken_header_is_not_taken_for_the_end(tmp_path: Path, at: int) -> No
     path.write_bytes(content)
     *before, error = whole(source_of(path))
     assert len(before) == at // 1536 - 1  # the one before may go on behind the damage
-    assert str(error).startswith(
-        f"input cut: at byte {at} of {len(content)}: expected a file or the end of the archive, found b'???"
-    )
+    assert str(error).startswith(f"input cut: at byte {at} of {len(content)}: expected a file or the end of the archive, found ")
 
 
 def test_a_tar_behind_a_tar_is_reported(tmp_path: Path) -> None:

@@ -160,10 +160,10 @@ def test_the_summary_says_what_a_person_asks(out: Path) -> None:
 @pytest.mark.parametrize(
     ("rejected", "items", "allowed", "too_many"),
     [
-        (9, 9, 0.01, False),
+        (9, 10, 0.01, False),
         (10, 1000, 0.01, False),
         (11, 1000, 0.01, True),
-        (10, 10, 1.0, False),
+        (10, 11, 1.0, False),
         (10, 20, 0.0, True),
     ],
 )

@@ -89,10 +89,31 @@ def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Pat
     assert call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=0.7")[0] == 0
 
 
-def test_a_dataset_without_samples_is_warned_of(vqgan: Path, tmp_path: Path) -> None:
-    status, stdout, _ = call(*arguments(write_items(tmp_path, [{}]), tmp_path / "out", vqgan))
-    assert status == 0
-    assert "warning: the dataset has no samples" in stdout
+def test_a_run_that_keeps_nothing_ends_with_status_1_and_the_corrected_command_works(vqgan: Path, tmp_path: Path) -> None:
+    source = write_items(tmp_path, [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3)
+    status, _, stderr = call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=1")
+    assert status == 1
+    assert "nothing was kept of 3 items; the commonest reason, 3 times: no conversations: " in stderr
+    assert call(*arguments(source, tmp_path / "out", vqgan), "adapter=messages")[0] == 0
+
+
+def test_where_none_of_the_first_200_items_can_be_used_nothing_is_begun(vqgan: Path, tmp_path: Path) -> None:
+    raw = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    source = write_items(tmp_path, [raw] * 200 + [good])
+    status, _, stderr = call(*arguments(source, tmp_path / "out", vqgan))
+    assert status == 2
+    assert "none of the first 200 items can be used; 200 times: " in stderr
+    assert stderr.endswith(". adapter=messages reads 200 of them\n")
+    assert not (tmp_path / "out").exists()
+    assert call(*arguments(write_items(tmp_path, [raw] * 199 + [good]), tmp_path / "out", vqgan), "max_reject_fraction=1")[0] == 0
+
+
+def test_missing_pictures_are_told_before_the_work(vqgan: Path, tmp_path: Path) -> None:
+    item = {"conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": "b"}], "image": "lost.png"}
+    status, _, stderr = call(*arguments(write_items(tmp_path, [item] * 201), tmp_path / "out", vqgan))
+    assert status == 2
+    assert stderr.endswith("items.json item 0: no such image: lost.png\n")
 
 
 def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:

@@ -16,17 +16,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.codec.conversations import ItemError, brief
+from unitoken.codec.conversations import OTHER_MEDIA, PICTURE_KEYS, PICTURE_SUFFIXES, ItemError, brief, pictures_of
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.image_files import SUFFIXES
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
 Raw = dict[str, Any]
 Adapter = Callable[[Raw], Raw]
 
 HUMAN, ASSISTANT, SYSTEM = ("human", "user"), ("gpt", "assistant", "chatbot", "model"), ("system", "developer")
-PICTURE_KEYS = (*SUFFIXES, "image", "img", "picture", "image_path", "file_name", "image_url", "url")
-TEXT_KEYS = ("txt", "caption", "text")
+NAMES_OF_PICTURES = (*PICTURE_SUFFIXES, *PICTURE_KEYS, "file_name", "filename", "filepath", "url")  # of a pair, in this order
+TEXT_KEYS = ("txt", "caption", "text", "captions", "vlm_caption", "prompt", "description")
+OTHER_SUFFIXES = (  # of tars: what is seen or heard, and not read
+    *("heic", "heif", "jxl", "svg", "psd", "eps", "pdf", "ico", "dds", "tga", "exr", "hdr", "raw", "dng"),
+    *("mp4", "webm", "avi", "mov", "mkv", "mpeg", "mpg", "mp3", "wav", "flac", "ogg", "opus", "m4a"),
+)
+SOURCE_KEYS = ("input_image", "original_image", "source_image", "source_img", "input", "original", "source", "before")
+EDITED_KEYS = ("edited_image", "output_image", "target_image", "target_img", "edited", "output", "target", "after")
+INSTRUCTION_KEYS = ("edit_prompt", "edit_instruction", "instruction", "edit", "prompt", "txt", "text", "caption")
 
 DESCRIBE = (
     "Describe this image.",
@@ -45,17 +51,24 @@ DRAW = (
 
 
 def standard(raw: Raw) -> Raw:
-    """As it is; of a tar's sample its `.json`, with the pictures that it names by their suffix, or else all of them."""
-    if "__key__" not in raw:
-        return raw
-    item = raw.get("json")
-    if not isinstance(item, dict):
-        raise ItemError(f"no conversations: expected a .json file with an object, the sample's files are {brief(_files(raw))}")
-    named = next((key for key in (IMAGE_PLACEHOLDER, "image", "images") if item.get(key) is not None), None)
-    if named is None:
-        return {**item, "image": [raw[suffix] for suffix in _files(raw) if suffix.rpartition(".")[2] in SUFFIXES]}
-    images = item[named] if isinstance(item[named], list) else [item[named]]
-    return {**item, named: [_member(raw, image) for image in images]}
+    """As it is; of a tar's sample its `.json`, with the pictures that it names by their suffix, or else all of them.
+
+    `texts: [{"user": ..., "assistant": ...}]` are turns, too (The Cauldron).
+    """
+    item = raw
+    if "__key__" in raw:
+        found = raw.get("json")
+        if not isinstance(found, dict):
+            raise ItemError(f"no conversations: expected a .json file with an object, the sample's files are {brief(_files(raw))}")
+        named = pictures_of(found)
+        others = {key: value for key, value in found.items() if key not in PICTURE_KEYS}
+        says_none = any(isinstance(found.get(key), list) for key in PICTURE_KEYS)
+        item = {**others, "image": [_member(raw, image) for image in named] if named or says_none else _pictures(raw)}
+    if "conversations" not in item and isinstance(item.get("texts"), list):
+        pairs = [pair if isinstance(pair, dict) else {} for pair in item["texts"]]
+        turns = [turn for pair in pairs for turn in _turns(pair.get("user"), pair.get("assistant"))]
+        item = {**{key: value for key, value in item.items() if key != "texts"}, "conversations": turns}
+    return item
 
 
 def sharegpt(raw: Raw) -> Raw:
@@ -64,13 +77,13 @@ def sharegpt(raw: Raw) -> Raw:
     turns = [_turn(turn) for turn in _list(item, "conversations")]
     turns = [{**turn, "value": _with_symbols(turn["value"])} for turn in turns]
     system = [{"from": "system", "value": item["system"]}] if item.get("system") else []
-    return {"id": item.get("id"), "conversations": _join_system(system + turns), "image": _images(item)}
+    return {"id": item.get("id"), "conversations": _join_system(system + turns), "image": pictures_of(item)}
 
 
 def messages(raw: Raw) -> Raw:
     """OpenAI's: `messages` with a `role` and a `content` that is text or a list of parts."""
     item = standard(raw)
-    apart = iter(_images(item))
+    apart = iter(pictures_of(item))
     images: list[Any] = []
     turns = [_turn(message) for message in _list(item, "messages")]
     for turn in turns:
@@ -84,14 +97,14 @@ def caption(raw: Raw) -> Raw:
     """A picture and its text -> the model is asked to describe the picture."""
     picture, text = _pair(raw)
     request = _choose(DESCRIBE, raw, text)
-    return {"id": raw.get("id"), "conversations": _turns(f"{IMAGE_PLACEHOLDER} {request}", text), "image": [picture]}
+    return {"id": _id(raw), "conversations": _turns(f"{IMAGE_PLACEHOLDER} {request}", text), "image": [picture]}
 
 
 def drawing(raw: Raw) -> Raw:
     """A picture and its text -> the model is asked to draw it."""
     picture, text = _pair(raw)
     request = _choose(DRAW, raw, text).format(text)
-    return {"id": raw.get("id"), "conversations": _turns(request, IMAGE_PLACEHOLDER), "image": [picture]}
+    return {"id": _id(raw), "conversations": _turns(request, IMAGE_PLACEHOLDER), "image": [picture]}
 
 
 def caption_or_drawing(raw: Raw) -> Raw:
@@ -101,6 +114,22 @@ def caption_or_drawing(raw: Raw) -> Raw:
     return way(raw)
 
 
+def editing(raw: Raw) -> Raw:
+    """A picture and an instruction -> the model is asked to draw the edited picture (InstructPix2Pix, MagicBrush)."""
+    fields = _fields(raw)
+    for key in _files(raw) if "__key__" in raw else []:  # of a tar: x.input.jpg, x.edited.jpg
+        if key.rpartition(".")[2] in PICTURE_SUFFIXES:
+            fields[key.rpartition(".")[0]] = raw[key]
+    source, edited = _one_picture(raw, fields, SOURCE_KEYS), _one_picture(raw, fields, EDITED_KEYS)
+    name = next((key for key in INSTRUCTION_KEYS if key in fields), None)
+    text = fields[name] if name is not None else None
+    text = text[0] if isinstance(text, list) and text else text
+    if not isinstance(text, str) or not text.strip():
+        raise ItemError(f"no instruction: expected text under {', '.join(INSTRUCTION_KEYS)}, found the keys {brief(list(raw))}")
+    turns = _turns(f"{IMAGE_PLACEHOLDER} {text.strip()}", IMAGE_PLACEHOLDER)
+    return {"id": _id(raw), "conversations": turns, "image": [source, edited]}
+
+
 ADAPTERS: dict[str, Adapter] = {
     "standard": standard,
     "sharegpt": sharegpt,
@@ -108,6 +137,7 @@ ADAPTERS: dict[str, Adapter] = {
     "caption": caption,
     "drawing": drawing,
     "caption_or_drawing": caption_or_drawing,
+    "editing": editing,
 }
 
 
@@ -122,6 +152,8 @@ def find_adapter(name: str) -> Adapter:
     def adapter(raw: Raw) -> Raw:
         if not isinstance(raw, dict):
             raise ItemError(f"not an item: expected a JSON object, found {brief(raw)}")
+        if name in ADAPTERS:
+            _refuse_what_is_not_read(raw)
         try:
             return function(raw)
         except ItemError:
@@ -180,6 +212,21 @@ def _load(name: str) -> Adapter:
 # --- parts of items --------------------------------------------------------------------------------------------------
 
 
+def _refuse_what_is_not_read(raw: Raw) -> None:
+    """Videos, sounds and pictures of other formats are named, not left out: their texts would be trained on alone."""
+    if "__key__" not in raw:
+        pictures_of({key: value for key, value in raw.items() if isinstance(key, str) and key.lower() in OTHER_MEDIA})
+        return
+    if others := [key for key in _files(raw) if key.rpartition(".")[2] in OTHER_SUFFIXES]:
+        raise ItemError(f"not a format that is read: {raw['__key__']}.{others[0]}; pictures may be {', '.join(PICTURE_SUFFIXES)}")
+    if isinstance(nested := raw.get("json"), dict):
+        _refuse_what_is_not_read({key: value for key, value in nested.items() if key != "__key__"})
+
+
+def _pictures(raw: Raw) -> list[Any]:
+    return [raw[suffix] for suffix in _files(raw) if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
+
+
 def _files(raw: Raw) -> list[str]:
     return [key for key in raw if key != "__key__"]
 
@@ -197,11 +244,6 @@ def _list(item: Raw, key: str) -> list[Any]:
     if not isinstance(found, list) or not found:
         raise ItemError(f"no conversations: expected a list of turns under '{key}', the item's keys are {brief(list(item))}")
     return found
-
-
-def _images(item: Raw) -> list[Any]:
-    found: Any = next((item[key] for key in ("image", "images") if item.get(key) is not None), [])
-    return found if isinstance(found, list) else [found]
 
 
 def _turn(turn: Any) -> Raw:
@@ -246,29 +288,66 @@ def _content(parts: list[Any], apart: Iterator[Any]) -> tuple[str, list[Any]]:
     return "".join(texts), images
 
 
-def _turns(question: str, answer: str) -> list[Raw]:
+def _turns(question: Any, answer: Any) -> list[Raw]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def _fields(raw: Raw) -> Raw:
+    """By lower-case name, with those of a tar's .json where no file has the name; what is null is left out."""
+    nested = raw.get("json")
+    merged = {**(nested if isinstance(nested, dict) else {}), **raw}
+    return {key.lower(): value for key, value in merged.items() if isinstance(key, str) and value is not None}
 
 
 def _pair(raw: Raw) -> tuple[Any, str]:
     """The picture and the text, under one of the names in use (in any case)."""
-    fields = {key.lower(): value for key, value in raw.items() if value is not None}
-    nested = fields.get("json")
-    if isinstance(nested, dict):
-        fields = {key.lower(): value for key, value in nested.items() if value is not None} | fields
-    picture = next((fields[key] for key in PICTURE_KEYS if key in fields), None)
-    text = next((fields[key] for key in TEXT_KEYS if key in fields), None)
-    if picture is None:
-        raise ItemError(f"no picture: expected one under {', '.join(PICTURE_KEYS)}, found the keys {brief(list(raw))}")
+    fields = _fields(raw)
+    if (status := fields.get("status")) not in (None, "success") and raw.get("jpg") is None and "error_message" in fields:
+        raise ItemError(f"not downloaded: {brief(fields['error_message'])} (img2dataset's status is {brief(status)})")
+    text = _caption(raw, fields)
+    return _one_picture(raw, fields, NAMES_OF_PICTURES), text
+
+
+def _one_picture(raw: Raw, fields: Raw, names: Sequence[str]) -> Any:
+    files = [key for key in _files(raw) if key.rpartition(".")[2] in PICTURE_SUFFIXES] if "__key__" in raw else []
+    if len(files) > 1 and names is NAMES_OF_PICTURES:
+        raise ItemError(f"several pictures: expected one, found {brief(files)}")
+    name = next((key for key in names if fields.get(key) not in (None, "", [])), None)
+    if name is None and files:
+        return raw[files[0]]
+    if name is None:
+        raise ItemError(f"no picture: expected one under {', '.join(names)}, found the keys {brief(list(raw))}")
+    picture = fields[name]
+    if isinstance(picture, list):
+        if len(picture) != 1:
+            raise ItemError(f"several pictures: expected one, found {len(picture)} under '{name}'")
+        picture = picture[0]
+    return _member(raw, picture) if "__key__" in raw else picture
+
+
+def _caption(raw: Raw, fields: Raw) -> str:
+    name = next((key for key in TEXT_KEYS if key in fields), None)
+    if name is None:
+        null = [key for key in raw if isinstance(key, str) and key.lower() in TEXT_KEYS]
+        found = f"'{null[0]}' is null" if null else f"found the keys {brief(list(raw))}"
+        raise ItemError(f"no caption: expected text under {', '.join(TEXT_KEYS)}, {found}")
+    text = fields[name]
+    if isinstance(text, list) and text:  # several captions of one picture
+        text = text[0]
     if not isinstance(text, str):
-        raise ItemError(f"no caption: expected text under {', '.join(TEXT_KEYS)}, found the keys {brief(list(raw))}")
+        raise ItemError(f"no caption: expected text under '{name}', found {brief(fields[name])}")
     if not text.strip():
         raise ItemError("empty text: the caption is empty")
-    return picture, text.strip()
+    return text.strip()
+
+
+def _id(raw: Raw) -> Any:
+    """img2dataset's tables have their tars' names in `key`."""
+    return raw.get("id", raw.get("key"))
 
 
 def _choose(choices: Sequence[Any], raw: Raw, text: str) -> Any:
     """By a hash of the item's id, or of its text where it has none: the same in each run, and not by its place."""
-    name = raw.get("id", raw.get("__key__"))
+    name = _id(raw) if _id(raw) is not None else raw.get("__key__")
     digest = hashlib.sha256(f"{text if name is None else name}".encode(errors="backslashreplace")).digest()
     return choices[int.from_bytes(digest[:8], "big") % len(choices)]

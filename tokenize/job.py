@@ -23,7 +23,7 @@ from unitoken.codec.text import load_tokenizer
 from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import Config, ConfigError, load_config, parse_config
 from unitoken.streaming_data.files import ASIDE
-from unitoken.streaming_data.manifest import VOCABULARY, VisionTokenizer
+from unitoken.streaming_data.manifest import MANIFEST, VOCABULARY, VisionTokenizer, read_manifest
 from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url, open_store
 from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
@@ -162,11 +162,16 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         adapter=adapter,
         **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
     )
+    if not output.exists(JOB):
+        from unitoken.tokenize.first_items import check_first_items  # Pillow, which a merge does without
+
+        check_first_items(config, pieces)
     return begin(output, file, pieces, vocabulary, config)
 
 
 def begin(output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, config: TokenizeConfig) -> Job:
     """Claim the output and leave in it what every process and the merge read. Raises ConfigError where it is another's."""
+    _clear_if_nothing_was_kept(output, file)
     claim(output, file)
     if not output.exists(INPUT):
         output.store.write(INPUT, dump(_without_signatures(pieces)))
@@ -191,16 +196,32 @@ def settings_of(out: str, config: Path | None, default: Path, overrides: Sequenc
     return load_config(TokenizeConfig, config or default, overrides)
 
 
+def _clear_if_nothing_was_kept(output: Output, file: JobFile) -> None:
+    """A finished dataset without a sample is a mistake that the corrected command must not collide with."""
+    if not output.exists(MANIFEST) or read_manifest(output.store).samples or not _differences(output, file):
+        return
+    names = sorted(output.store.sizes(), key=lambda name: name != MANIFEST)  # the manifest first: without it nothing is finished
+    for name in names:
+        output.store.delete(name)
+    if not is_url(output.url):
+        for folder in Path(output.url).glob("*/"):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def claim(output: Output, file: JobFile) -> None:
     """Leave `job.json` in the output, or compare with the one that is there. Raises ConfigError with the differences."""
-    theirs = _settings(_parse(JobFile, output.claim(JOB, dump(file)), f"{output.url}/{JOB}"))
-    ours = _settings(file)
-    differences = [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
-    if differences:
+    if differences := _differences(output, file):
         raise ConfigError(
             f"{output.url}: was begun with other settings: {'; '.join(differences)}. Go on with what it was begun with "
             f"({SETTINGS} there), or choose another folder"
         )
+
+
+def _differences(output: Output, file: JobFile) -> list[str]:
+    theirs = _settings(_parse(JobFile, output.claim(JOB, dump(file)), f"{output.url}/{JOB}"))
+    ours = _settings(file)
+    return [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
 
 
 def load_job(store: Store) -> JobFile:

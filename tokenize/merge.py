@@ -206,8 +206,6 @@ def summary(out: str, manifest: Manifest) -> str:
     if m.rejected:
         lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
         lines += [f"{count:>8,}  {kind}" for kind, count, _ in grouped(out)[:5]]
-    if not m.samples:
-        lines.append("warning: the dataset has no samples")
     return "\n".join(lines)
 
 
@@ -216,6 +214,11 @@ def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[s
     found = []
     if cut := sum(count for kind, count, _ in grouped(out) if kind == "input cut"):
         found.append(f"{cut} input file{'s end' if cut > 1 else ' ends'} in the middle of an item; see 'input cut' in {REJECTS}")
+    if not manifest.samples:
+        kinds = grouped(out)
+        commonest = f"; the commonest reason, {kinds[0][1]} times: {kinds[0][0]}: {kinds[0][2]}" if kinds else ""
+        found.append(f"{out}: nothing was kept of {manifest.items} items{commonest}")
+        return found
     # Ten bad items are always forgiven: they say little about the rest.
     if manifest.rejected >= 10 and manifest.rejected > max_reject_fraction * manifest.items:
         share = f"{manifest.rejected} of {manifest.items} items were rejected ({manifest.rejected / manifest.items:.1%})"

@@ -9,6 +9,7 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError, is_url, join, open_store
 from unitoken.tokenize.web import PrivateHostError, TooLargeError, Web, is_web
 
+LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull"
 MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
 
 
@@ -88,7 +89,13 @@ def _from_file(file: Path, name: str, room: int) -> bytes:
         raise ItemError(f"image not reachable: {shown(name)}: {error.strerror}") from None
 
 
+def is_lfs_pointer(data: bytes) -> bool:
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def _checked(data: bytes, name: str, room: int) -> bytes:
+    if is_lfs_pointer(data):
+        raise ItemError(f"not downloaded: {name}: {LFS_POINTER}")
     if len(data) > room:
         raise _too_large(name, room)
     return data

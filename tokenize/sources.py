@@ -4,8 +4,8 @@
     input = cut(files, chunk_size=1000)          # piece n becomes chunk n; no piece crosses a file
     for item in read(input, piece=12): ...       # that part of the file alone is read
 
-The format follows from the name: `.jsonl` and `.ndjson` hold an item a line, `.tar` a WebDataset, `.parquet` and
-`.arrow` an item a row; anything else is one JSON list.
+The format follows from the name: `.json` holds one list, `.jsonl` and `.ndjson` an item a line, `.tar` is a WebDataset,
+`.parquet` and `.arrow` hold an item a row. A name without an ending is taken for JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,10 +26,13 @@ from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.stores import Folder, MissingError, Store, StoreError, is_url, join, open_store, split
 from unitoken.tokenize import json_files, tables, tars
 from unitoken.tokenize.formats import SourceFile, Span
+from unitoken.tokenize.pictures import LFS_POINTER, is_lfs_pointer
 from unitoken.tokenize.web import Web, is_web
 
 Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow"]
 SUFFIXES: dict[str, Format] = {
+    ".json": "json",
+    "": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".tar": "webdataset",
@@ -147,7 +151,8 @@ def item_name(input: Input, item: Item) -> str:
 
 
 def _expand(name: str) -> list[str]:
-    files = [file for one in _ranges(name) for match in _matches(one) for file in _dataset_files(match)]
+    matches = _without_the_rest_of_img2dataset([match for one in _ranges(name) for match in _matches(one)])
+    files = [file for match in matches for file in _dataset_files(match)]
     if not files:
         raise ConfigError(f"{name}: no file matches")
     return files
@@ -176,6 +181,16 @@ def _matches(name: str) -> list[str]:
         found = open_store(folder).sizes(re.split(r"[*?\[]", pattern)[0])
     fits = (one for one in found if one.count("/") == pattern.count("/") and PurePosixPath(one).match(pattern))
     return [join(folder, one) for one in sorted(fits)]
+
+
+def _without_the_rest_of_img2dataset(names: list[str]) -> list[str]:
+    """Beside 00000.tar lie 00000.parquet, which lists the same items, and 00000_stats.json: a glob means the tars."""
+    tars = {name.removesuffix(".tar") for name in names if name.endswith(".tar")}
+    beside = [name for name in names if name.removesuffix(".parquet") in tars or name.removesuffix("_stats.json") in tars]
+    beside = [name for name in beside if not name.endswith(".tar")]
+    if beside:
+        print(f"passed over {len(beside)} files that img2dataset writes beside its tars, such as {beside[0]}", file=sys.stderr)
+    return [name for name in names if name not in set(beside)]
 
 
 def _dataset_files(name: str) -> list[str]:
@@ -218,8 +233,15 @@ def _input_file(name: str) -> InputFile:
         if isinstance(store, Folder) and Path(name).exists() and not Path(name).is_file():  # a pipe would never end
             raise ConfigError(f"{name}: cannot read the input: not a file")
         size = store.size(file)
+        if suffix not in SUFFIXES:
+            known = ", ".join(one for one in SUFFIXES if one)
+            raise ConfigError(
+                f"{name}: a file of an unknown type {suffix}; known are {known}, and folders of Hugging Face's `datasets`"
+            )
+        if is_lfs_pointer(store.read_range(file, 0, 200)):
+            raise ConfigError(f"{name}: {LFS_POINTER}")
         version = _content_version(store, file, size) if isinstance(store, Folder) else store.version(file)
-    return InputFile(name=name, format=SUFFIXES.get(suffix, "json"), size=size, version=version)
+    return InputFile(name=name, format=SUFFIXES[suffix], size=size, version=version)
 
 
 def _content_version(store: Store, file: str, size: int) -> str:

@@ -1,4 +1,8 @@
-"""WebDataset tars: files that share a name up to the first dot are one sample."""
+"""WebDataset tars: files that share a name up to the first dot are one sample.
+
+As for webdataset itself, names that begin with a dot, have no suffix, or are `__like_this__` are no samples. Links and
+devices are passed over.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator
 
-from unitoken.codec.conversations import ItemError, brief
+from unitoken.codec.conversations import PICTURE_SUFFIXES, ItemError
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import StoreError
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES
 
@@ -44,9 +49,11 @@ def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[i
     try:
         for member, tar in _members(file):
             name, suffix = _key(member.name)
+            if not _is_of_a_sample(name, suffix):
+                continue
             if name != key:
                 if key is not None and (wanted is None or number in wanted):
-                    yield number, sample
+                    yield number, _checked(sample)
                 number, key, sample, room = number + 1, name, {"__key__": name}, MAX_ITEM_BYTES
             if isinstance(sample, dict) and (wanted is None or number in wanted):
                 room -= member.size
@@ -54,7 +61,7 @@ def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[i
     except BrokenError as error:
         number, key, sample = max(number, 0), "", ItemError(f"input cut: {error}")
     if key is not None and (wanted is None or number in wanted):
-        yield number, sample
+        yield number, _checked(sample)
 
 
 def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
@@ -70,13 +77,15 @@ def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFil
                 if member.isfile():
                     yield member, tar
             end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise BrokenError(f"at byte {end} of {file.size}: {error}") from None
+    except (BrokenError, StoreError):
+        raise
+    except Exception as error:  # tarfile raises all kinds for odd pax and sparse headers
+        raise BrokenError(f"at byte {end} of {file.size}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
     if file.size - end < tarfile.BLOCKSIZE:
         raise BrokenError(f"at byte {end} of {file.size}: no end of the archive")
     for block in file.blocks(end, file.size):
-        if rest := block.lstrip(b"\0"):
-            raise BrokenError(f"at byte {end} of {file.size}: expected a file or the end of the archive, found {brief(rest[:20])}")
+        if block.lstrip(b"\0"):
+            raise BrokenError(f"at byte {end} of {file.size}: expected a file or the end of the archive, found something else")
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -87,6 +96,27 @@ def _key(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
+def _is_of_a_sample(name: str, suffix: str) -> bool:
+    file = name.rpartition("/")[2]
+    return bool(file and suffix) and not (file.startswith("__") and file.endswith("__"))
+
+
+def _checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemError:
+    """`cat.000.png cat.000.txt cat.001.png ...` are one sample for WebDataset, and are not meant as one."""
+    if not isinstance(sample, dict):
+        return sample
+    parts = [suffix.rpartition(".") for suffix in sample]
+    described = {middle for middle, _, kind in parts if middle and kind in TEXTS}
+    pairs = described & {middle for middle, _, kind in parts if middle and kind in PICTURE_SUFFIXES}
+    if len(pairs) < 2:
+        return sample
+    key, some = sample["__key__"], sorted(pairs)[:2]
+    return ItemError(
+        f"bad sample: names hold dots: {key}.{some[0]}, {key}.{some[1]}, ... are one sample of {len(pairs)} pictures and texts, "
+        f"as a sample's name ends at the first dot; rename them"
+    )
+
+
 def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> dict[str, object] | ItemError:
     name = _key(member.name)[0]
     if suffix in sample:
@@ -95,11 +125,14 @@ def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: 
     assert content is not None
     try:
         data = content.read()
-    except tarfile.TarError as error:
-        raise BrokenError(f"inside {name}.{suffix}: {error}") from None
+    except StoreError:
+        raise
+    except Exception as error:
+        raise BrokenError(f"inside {name}.{suffix}: {' '.join(str(error).split())[:200]}") from None
     kind = suffix.rpartition(".")[2]
     try:
-        value = json.loads(data.decode()) if kind == "json" else data.decode() if kind in TEXTS else data
+        text = data.decode("utf-8-sig") if kind == "json" or kind in TEXTS else ""  # without a byte order mark
+        value = json.loads(text) if kind == "json" else text if kind in TEXTS else data
     except UnicodeDecodeError as error:
         return ItemError(f"not UTF-8: {name}.{suffix}: byte {error.start} is {data[error.start]:#04x}")
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,81 @@
+"""A look at the first items before the work begins: where none of them can be used, something is wrong with all.
+
+Nothing is written, so that a corrected command finds the output as it was. What is looked at depends on the input alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+
+from unitoken.codec.conversations import Conversation, ItemError, parse, refuse_empty
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.image_files import ImageError
+from unitoken.streaming_data.images import decoded
+from unitoken.tokenize import sources
+from unitoken.tokenize.adapters import ADAPTERS, Adapter, find_adapter
+from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures
+
+COUNT = 200
+SECONDS = 60.0  # for pictures that are far away; what is not seen by then is left to the work
+
+
+def check_first_items(config: TokenizeConfig, input: sources.Input) -> None:
+    """Raises ConfigError where the first `COUNT` items would all be rejected: with the commonest reason, and the adapter that
+    takes more of them."""
+    adapter, pictures = find_adapter(config.adapter), Pictures(config.allow_http, config.allow_private, config.timeout_seconds)
+    items = itertools.chain.from_iterable(sources.read(input, piece) for piece in range(len(input.pieces)))
+    reasons: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    seen: list[sources.Item] = []
+    end = time.monotonic() + SECONDS
+    for item in itertools.islice(items, COUNT):
+        try:
+            conversation = _conversation(adapter, item, config.compat is not None)
+            for source in conversation.images:
+                if time.monotonic() > end:
+                    return
+                with decoded(pictures.read(sources.base(input, item.file), source, MAX_ITEM_BYTES)):
+                    pass
+            return  # one that can be used is enough
+        except (ItemError, ImageError) as error:
+            kind = str(error).partition(": ")[0]
+            reasons[kind] += 1
+            examples.setdefault(kind, f"{input.files[item.file].name} item {item.position}: {error}")
+            seen.append(item)
+    if len(seen) < COUNT:
+        return  # so few are soon done, and their rejects tell more
+    (kind, count), *_ = reasons.most_common(1)
+    raise ConfigError(f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}{_likelier(config, seen)}")
+
+
+def _conversation(adapter: Adapter, item: sources.Item, compat: bool) -> Conversation:
+    if isinstance(item.value, ItemError):
+        raise item.value
+    conversation = parse(adapter(item.value), "")  # type: ignore[arg-type]
+    if not compat:
+        refuse_empty(conversation)
+    return conversation
+
+
+def _likelier(config: TokenizeConfig, items: list[sources.Item]) -> str:
+    taken: Counter[str] = Counter()
+    for name in ADAPTERS:
+        if name != config.adapter:
+            for item in items:
+                try:
+                    _conversation(find_adapter(name), item, config.compat is not None)
+                except ItemError:
+                    continue
+                taken[name] += 1
+    before = 0
+    for item in items:
+        try:
+            _conversation(find_adapter(config.adapter), item, config.compat is not None)
+        except ItemError:
+            continue
+        before += 1
+    best = taken.most_common(1)
+    return f". adapter={best[0][0]} reads {best[0][1]} of them" if best and best[0][1] > before else ""
