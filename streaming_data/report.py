@@ -69,6 +69,7 @@ class Report(Config):
 
     recipe: str  # its hash
     order: str  # sha256 of the order itself: another version of this code could draw another
+    weights: str | None = None  # sha256 of the packs' squares and images; None in plans that were saved before
     epoch: int
     packs: int
     dropped_packs: int  # beyond the constant number of packs

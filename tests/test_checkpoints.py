@@ -11,8 +11,9 @@ import torch
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.train import checkpoints
-from unitoken.train.checkpoints import check_resumable, clean_up, path_of, publish, read, source_of, step_of
+from unitoken.train.checkpoints import check_resumable, clean_up, path_of, publish, read, set_aside_damaged, source_of, step_of
 from unitoken.train.folders import LATEST, find_origin, latest_checkpoint
+from unitoken.train.integrity import check_checkpoint, check_finite, damage
 
 STAGE = {"name": "one", "trainable": ["vit"]}
 
@@ -145,3 +146,54 @@ def test_a_folder_without_a_checkpoint_is_an_error_for_init_from(tmp_path: Path)
     with pytest.raises(ConfigError, match="did that stage run"):
         find_origin(str(tmp_path))
     assert checkpoints.SAFE_TYPES
+
+
+def flipped(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", range(7))
+def test_a_flipped_bit_of_a_tensor_is_found(part: int, tmp_path: Path) -> None:
+    path = save(tmp_path, 5, big=torch.arange(2000))
+    assert damage(path) is None
+    at = path.read_bytes().index(torch.arange(2000).numpy().tobytes())
+    flipped(path, at + part * 2000)
+    assert str(damage(path)).startswith("Bad CRC-32 for file")
+    with pytest.raises(ConfigError, match=r"step-00000005\.pt: damaged: Bad CRC-32"):
+        check_checkpoint(path)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, -1, -300])
+def test_a_cut_checkpoint_is_found(size: int, tmp_path: Path) -> None:
+    path = save(tmp_path, 5, big=torch.arange(2000))
+    path.write_bytes(path.read_bytes()[:size])
+    assert damage(path)
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save(tmp_path, step, keep=3)
+    assert set_aside_damaged(tmp_path) == []
+    for step in (10, 15):
+        path = path_of(tmp_path, step)
+        path.write_bytes(path.read_bytes()[:-200])
+    lines = set_aside_damaged(tmp_path)
+    assert [line.rpartition("; ")[2] for line in lines] == ["goes on from step-00000010.pt", "goes on from step-00000005.pt"]
+    assert latest_checkpoint(tmp_path) == path_of(tmp_path, 5)
+    assert len(list(tmp_path.glob("damaged-*"))) == 2, "kept to be looked at"
+    path_of(tmp_path, 5).write_bytes(b"")
+    with pytest.raises(ConfigError, match="no other to go on from: remove it to begin anew"):
+        set_aside_damaged(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+    check_finite([("a", torch.ones(3)), ("b", torch.ones(3, dtype=torch.int64))], "here")
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="here: the tensor b holds NaN"):
+            check_finite([("a", torch.ones(3)), ("b", torch.tensor([1.0, bad]))], "here")
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"state": {"model": {"network.x": torch.tensor([float("nan")])}}}, path)
+    with pytest.raises(ConfigError, match="the tensor x holds NaN"):
+        source_of(path).load()

@@ -27,6 +27,7 @@ from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, Visio
 from unitoken.train.export import export
 from unitoken.train.folders import find_origin, model_configs
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights
+from unitoken.train.weights import decoder_source
 
 ROOT = Path(__file__).parent.parent
 TOKENIZERS = {"tokenizer": "tokenizer", "vision.weights": "vqgan"}
@@ -121,6 +122,7 @@ def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
     fields = json.loads((exported / "config.json").read_bytes())
     files = sorted(path.name for path in exported.iterdir())
+    assert set(fields["unitoken"].pop("sha256")) == {*files, "tower/preprocessor_config.json", ""} - {"config.json", "tower"}
     assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7, "checkpoint": None, "files": files}
     assert fields["dtype"] == "float32"
 
@@ -473,3 +475,22 @@ def test_a_stages_settings_come_back_from_its_folder(path: Path, tmp_path: Path)
     sizes = read_about(tmp_path / "step-00000001.pt").sizes
     assert sizes is not None
     assert sizes.decoder == DecoderConfig(**DECODER)
+
+
+def test_a_changed_file_of_an_export_is_named(exported: Path, tmp_path: Path) -> None:
+    for name in sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()):
+        copy = tmp_path / "copy"
+        shutil.copytree(exported, copy)
+        content = bytearray((copy / name).read_bytes())
+        if name == "config.json":
+            content = content.replace(b'"rms_norm_eps": 1e-05', b'"rms_norm_eps": 1e-04')
+            assert bytes(content) != (exported / name).read_bytes()
+        else:
+            content[-9] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(ConfigError, match="changed"):  # noqa: PT012 - either tells
+            read_about(copy)
+            decoder_source(str(copy)).load()
+        shutil.rmtree(copy)
+    read_about(exported)
+    decoder_source(str(exported)).load()

@@ -341,3 +341,26 @@ def test_a_plan_tells_held_out_samples_from_other_kinds_and_warns_of_many_over_l
         "stream 'captions': 40 of 282 samples (14.2%) are longer than a pack and are left out; "
         "see data.packed_length and data.over_long"
     ]
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "squares.npy", "images.npy", "report.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_plan_is_made_anew(tmp_path, name, damage, capsys):
+    """One flipped bit of `ids` lost a sample and repeated another."""
+    streams = [make_stream("a", 500)]
+    recipe = make_recipe(streams)
+    load_or_build(tmp_path, recipe, 0, lambda: streams)
+    whole = build(recipe, streams, 0, None)
+    path = tmp_path / recipe.hash / "epoch-000000" / name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        at = content.index(b'"order"') + 11 if name == "report.json" else len(content) - 5
+        flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        path.write_bytes({"flip": flipped, "cut": content[:-6], "empty": b""}[damage])
+    again = load_or_build(tmp_path, recipe, 0, lambda: streams)
+    assert again.report == whole.report
+    assert samples_of(again) == samples_of(whole)
+    assert again.squares.tolist() == whole.squares.tolist()
+    assert "damaged, so it is made anew" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from unitoken.streaming_data.mixture import check_mixture
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, has_vision, model_configs, read_decoder, read_vision
+from unitoken.train.integrity import check_small_files
 
 STAGE = "stage.yaml"
 MODEL = "model.json"
@@ -81,6 +82,8 @@ def read_about(origin: Path) -> About:
     """Of what `find_origin` found. Raises ConfigError for files that are there and can not be read."""
     folder = origin if origin.is_dir() else origin.parent
     told = is_export(folder) if origin.is_dir() else True
+    if told and origin.is_dir():
+        check_small_files(folder, json.loads((folder / CONFIG).read_bytes()))
     vocabulary = Vocabulary.load(folder / VOCABULARY) if told and (folder / VOCABULARY).is_file() else None
     pictures = _read(Pictures, folder / PICTURES, "the sizes of pictures") if told else None
     if origin.is_dir():

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside
-from unitoken.train.folders import LATEST, STEP
+from unitoken.train.folders import LATEST, STEP, latest_checkpoint
+from unitoken.train.integrity import check_finite, damage
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source
 
 LOCK = ".lock"
@@ -93,11 +94,14 @@ def _network(state: dict[str, Any]) -> Tensors:
 def source_of(checkpoint: Path) -> Source:
     """The model's weights in a checkpoint."""
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in _network(read(checkpoint)).items()}
-    return Source(str(checkpoint), shapes, lambda names: _copies(_network(read(checkpoint)), names))
+    return Source(str(checkpoint), shapes, lambda names: _copies(checkpoint, names))
 
 
-def _copies(tensors: Tensors, names: Collection[str]) -> Tensors:
-    return {name: tensors[name].clone() for name in names}
+def _copies(checkpoint: Path, names: Collection[str]) -> Tensors:
+    tensors = _network(read(checkpoint))
+    copies = {name: tensors[name].clone() for name in names}
+    check_finite(copies.items(), str(checkpoint))
+    return copies
 
 
 def open_source(origin: Path) -> Source:
@@ -118,15 +122,40 @@ def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -
     check_shapes({name: tuple(tensor.shape) for name, tensor in _network(state).items()}, expected, str(checkpoint))
 
 
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Rename the newest checkpoint while it is damaged, so that the run goes on from the one before, which gives the same losses.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        ConfigError: none is whole. To begin anew is for the user to say, by removing them.
+    """
+    lines: list[str] = []
+    while (checkpoint := latest_checkpoint(folder)) is not None and (found := damage(checkpoint)) is not None:
+        before = [path for path in sorted(folder.glob("step-*.pt")) if STEP.fullmatch(path.name) and path != checkpoint]
+        if not before:
+            raise ConfigError(f"{checkpoint}: damaged: {found}; there is no other to go on from: remove it to begin anew")
+        _point_to(before[-1])
+        checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+        lines.append(f"{checkpoint}: damaged: {found}; renamed to damaged-{checkpoint.name}; goes on from {before[-1].name}")
+    return lines
+
+
+def _point_to(checkpoint: Path) -> None:
+    """Let `latest` name it."""
+    link = aside(checkpoint.parent / LATEST)
+    link.symlink_to(checkpoint.name)
+    os.replace(link, checkpoint.parent / LATEST)
+
+
 def publish(written: Path, checkpoint: Path, keep: int) -> None:
     """Give a finished file its name, point `latest` at it, and delete all but the newest `keep`."""
     with open(written, "rb") as file:
         os.fsync(file.fileno())
     os.replace(written, checkpoint)
     folder = checkpoint.parent
-    link = aside(folder / LATEST)
-    link.symlink_to(checkpoint.name)
-    os.replace(link, folder / LATEST)
+    _point_to(checkpoint)
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         if old != checkpoint:
             old.unlink()

@@ -29,6 +29,7 @@ from unitoken.train import checkpoints
 from unitoken.train.about import PICTURES, STAGE, Sizes, check_target, dump_stage, found_anywhere, mark_of, read_whole
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, find_origin, latest_checkpoint
+from unitoken.train.integrity import check_checkpoint, digests
 from unitoken.train.model import build_model, shapes_of
 from unitoken.train.tokenizers import check_image_tokenizer, checked_tokenizer, manifests_here
 from unitoken.train.weights import Source, Tensors, check_shapes, fit_norms
@@ -76,6 +77,8 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     _settle(out)
     origin = find_origin(source)
     whole = read_whole(origin, stage)
+    if origin.is_file():
+        check_checkpoint(origin)
     weights = _in_transformers_layout(checkpoints.open_source(origin), whole.sizes)
     codec = whole.stage.codec if whole.stage else None
     tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
@@ -104,8 +107,9 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
             **_config(whole.sizes, whole.vocabulary, tokenizer),
             **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
             "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-            "unitoken": {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin), "files": files},
         }
+        mark = {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin), "files": files}
+        fields["unitoken"] = {**mark, "sha256": digests(folder.path, fields)}
         _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
     if codec is None:

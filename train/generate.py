@@ -31,6 +31,7 @@ from unitoken.train.about import sizes_of
 from unitoken.train.config import StageConfig, VisionConfig
 from unitoken.train.decoder import KVCache, causal_mask
 from unitoken.train.folders import find_origin
+from unitoken.train.integrity import check_checkpoint
 from unitoken.train.model import UniToken, build_model, load_weights, shapes_of
 from unitoken.train.sampling import Grammar, Sampling, Turn, draw, generator_of
 from unitoken.train.weights import check_shapes, fit_norms
@@ -44,6 +45,8 @@ def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> Uni
     """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
     origin = find_origin(str(checkpoint or config.save.folder))
     model = build_model(*sizes_of(origin, config.model), config.model)
+    if origin.is_file():
+        check_checkpoint(origin)
     source = fit_norms(checkpoints.open_source(origin), shapes_of(model))
     check_shapes(source.shapes, shapes_of(model), source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)

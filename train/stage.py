@@ -22,6 +22,7 @@ from unitoken.train.evaluation import Evaluation, evaluation_loader
 from unitoken.train.export import export_at_end
 from unitoken.train.flops import step_flops
 from unitoken.train.folders import find_origin, latest_checkpoint
+from unitoken.train.integrity import check_checkpoint
 from unitoken.train.loggers import build_loggers
 from unitoken.train.memory import Need, needs
 from unitoken.train.metrics import Metrics
@@ -46,6 +47,8 @@ def run(config: StageConfig, checked: Checked) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
                 stack.enter_context(checkpoints.held(folder))
+                for line in checkpoints.set_aside_damaged(folder):
+                    say(f"warning: {line}")
         _run(config, checked)
 
 
@@ -139,6 +142,8 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
 
 def _earlier(init_from: str) -> Source:
     origin = find_origin(init_from)
+    if origin.is_file() and ranks.is_first_rank():  # which alone reads the weights
+        check_checkpoint(origin)
     if origin.is_file() and (where := checkpoints.unfinished(origin)) is not None:
         say(f"init_from: {origin}: {where}")
     return checkpoints.open_source(origin)

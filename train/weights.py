@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.train.folders import Stored, checkpoint_folder, stored_tensors
+from unitoken.train.integrity import check_finite, check_tensor_file
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -74,6 +75,7 @@ def _read(wanted: Mapping[str, tuple[Stored, str]]) -> Tensors:
 
     tensors: Tensors = {}
     for path in sorted({stored.path for stored, _ in wanted.values()}):
+        check_tensor_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for ours, (stored, name) in wanted.items():
@@ -81,6 +83,8 @@ def _read(wanted: Mapping[str, tuple[Stored, str]]) -> Tensors:
                         tensors[ours] = file.get_tensor(name).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not readable as safetensors: {error}") from None
+        names = [(name, tensors[ours]) for ours, (stored, name) in wanted.items() if stored.path == path]
+        check_finite(names, str(path))
     return tensors
 
 
