@@ -6,7 +6,8 @@
 
 Settings come from the YAML file and from `key=value` after it; unitoken/train/config.py lists them. The run's folder
 (`save.folder`) gets metrics.jsonl, checkpoints, and `latest`, a link to the newest. The same command goes on where a killed run
-was saved last; a finished one is left as it is. Wrong settings end with status 2 and one line.
+was saved last; a finished one is left as it is. Wrong settings end with status 2 and one line. SIGTERM and Ctrl-C finish the step,
+save, and end with status 143 or 130; a second one ends at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from __future__ import annotations
 import os
 import sys
 
+from unitoken.streaming_data.interruption import end_with_launcher, install_handlers
+
+if __name__ == "__main__":
+    install_handlers("interrupted; the same command goes on from where the run was saved last")
+    if "LOCAL_WORLD_SIZE" in os.environ:  # of the launchers
+        end_with_launcher()
+
 from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.files import own_temporary_folder
 
 
 def main(arguments: list[str]) -> None:
@@ -22,6 +31,8 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         raise SystemExit(0 if arguments else 2)
     with one_line_errors():
+        if __name__ == "__main__":
+            own_temporary_folder()
         if "=" in arguments[0]:
             raise ConfigError(f"'{arguments[0]}': the first argument is the YAML file, overrides come after it")
         from unitoken.train.check import check
@@ -39,9 +50,15 @@ def main(arguments: list[str]) -> None:
                 with ranks.together():
                     raise
             raise
+        from unitoken.streaming_data.cache import ShardError
         from unitoken.train.stage import run  # torch and Composer: ten seconds, and only for settings that fit
 
-        run(config, checked)
+        try:
+            run(config, checked)
+        except (OSError, MemoryError, ShardError) as error:  # a disk that is full, a store that is gone
+            words = " ".join(str(error).split()) or "out of memory"
+            print(f"error: {words}; the same command goes on from where the run was saved last", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

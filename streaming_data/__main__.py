@@ -10,6 +10,11 @@ A stage's YAML file, or its `data:` part alone, with settings as in training (da
 
 from __future__ import annotations
 
+from unitoken.streaming_data.interruption import install_handlers
+
+if __name__ == "__main__":
+    install_handlers("interrupted")  # before all other imports
+
 import json
 import sys
 from collections.abc import Iterator

@@ -119,6 +119,7 @@ class Cache:
         self._stamps = stamps / hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
         try:
             self._stamps.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self._stamps)
             if store is not None:
                 for chunk in {(folder / entry["basename"]).parent for entry in self._entries}:
                     if chunk.is_dir():

@@ -6,15 +6,21 @@ run left behind can be told from what another run is writing just now (`remove_a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
+import getpass
 import glob
 import os
 import shutil
+import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from unitoken.streaming_data.config import ConfigError
 
 ASIDE = ".aside-"
 
@@ -121,3 +127,31 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def scratch_folder() -> Path:
+    """Of this user alone. Names in the machine's temporary folder are everybody's: another user may have made this one,
+    or a link that leads elsewhere.
+
+    Raises:
+        ConfigError: it is there and is no folder of this user's with mode 0700.
+    """
+    path = Path(tempfile.gettempdir(), f"unitoken-{getpass.getuser()}")
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
+        raise ConfigError(f"{path}: expected a folder of your own with mode 0700; remove it, or set TMPDIR to another place")
+    return path
+
+
+def own_temporary_folder() -> None:
+    """Give this process a temporary folder of its own, which the next one removes where it was killed.
+
+    torch makes a temporary folder where it is imported, and libraries make others: each kill left one for good.
+    """
+    parent = scratch_folder()
+    remove_abandoned(parent, "process")
+    folder = AsideFolder(parent / "process").__enter__()
+    atexit.register(folder.__exit__)
+    tempfile.tempdir = str(folder.path)

@@ -18,6 +18,7 @@ from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
+from unitoken.streaming_data.interruption import leave_signals_to_parent
 from unitoken.streaming_data.limits import limit_of
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
 from unitoken.streaming_data.views import Views
@@ -115,5 +116,10 @@ def build_loader(
         # Workers get their seeds from it. Without one each epoch's start would draw from the global generator, which the
         # trainer restores when it resumes.
         generator=torch.Generator().manual_seed(config.seed),
+        worker_init_fn=_begin_worker if config.workers else None,
         **workers,
     )
+
+
+def _begin_worker(_: int) -> None:
+    leave_signals_to_parent()

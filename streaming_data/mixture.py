@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from unitoken.streaming_data.cache import PATIENCE, ShardError, fetch
 from unitoken.streaming_data.config import Bytes, Config, ConfigError, also_text
-from unitoken.streaming_data.files import locked, write_aside
+from unitoken.streaming_data.files import locked, remove_abandoned, write_aside
 from unitoken.streaming_data.limits import check_images_fit
 from unitoken.streaming_data.manifest import (
     INDEX,
@@ -261,6 +261,7 @@ def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
     """
     try:
         with locked(folder / ".lock"):
+            remove_abandoned(folder)  # what killed runs left
             manifest_path, fresh = folder / MANIFEST, store.read(MANIFEST)
             if manifest_path.exists() and manifest_path.read_bytes() != fresh:
                 raise ConfigError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from unitoken.streaming_data import files
 from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.tokenize import output as output_module
 from unitoken.tokenize.output import Output
@@ -31,7 +32,7 @@ class Bucket(Folder):
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     store = Bucket(tmp_path / "bucket")
     monkeypatch.setattr(output_module, "open_store", lambda url: store)
-    monkeypatch.setattr(output_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     return store
 
 

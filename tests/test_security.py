@@ -13,12 +13,12 @@ from served import Server, served  # noqa: F401 - a fixture
 from tokenizing import settings
 
 from unitoken.codec.conversations import ItemError
+from unitoken.streaming_data import files
 from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError
 from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.web_session import PrivateAddressError, WebSession, is_public
-from unitoken.tokenize import output
 from unitoken.tokenize.job import prepare
 from unitoken.tokenize.pictures import Pictures
 
@@ -168,24 +168,24 @@ def test_credentials_are_never_taken_from_netrc(
 
 
 def test_the_scratch_folder_is_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(output.getpass, "getuser", lambda: "me")
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(files.getpass, "getuser", lambda: "me")
     path = tmp_path / "unitoken-me"
-    assert output._scratch() == output._scratch() == path
+    assert files.scratch_folder() == files.scratch_folder() == path
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o755)
     with pytest.raises(ConfigError, match="mode 0700"):
-        output._scratch()
+        files.scratch_folder()
     path.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="folder of your own"):
-        output._scratch()
+        files.scratch_folder()
     path.unlink()
     path.mkdir(mode=0o700)
-    monkeypatch.setattr(output.os, "getuid", lambda: path.lstat().st_uid + 1)
+    monkeypatch.setattr(files.os, "getuid", lambda: path.lstat().st_uid + 1)
     with pytest.raises(ConfigError, match="folder of your own"):
-        output._scratch()
+        files.scratch_folder()
 
 
 # --- the page itself -------------------------------------------------------------------------------------------------

@@ -10,6 +10,11 @@ where it was stopped. On several machines `--engine ray`, or by hand `run ... --
 
 from __future__ import annotations
 
+from unitoken.streaming_data.interruption import install_handlers
+
+if __name__ == "__main__":
+    install_handlers("interrupted; the same command goes on from here")  # before all other imports
+
 import dataclasses
 import sys
 from collections.abc import Iterator

@@ -7,17 +7,13 @@ when its index is there, and what a killed run left behind is never taken for on
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
-import stat
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned
+from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned, scratch_folder
 from unitoken.streaming_data.manifest import INDEX
 from unitoken.streaming_data.stores import MissingError, is_url, open_store
 
@@ -45,7 +41,7 @@ class Output:
             with AsideFolder(self._folder / name) as folder:
                 yield folder
             return
-        with AsideFolder(_scratch() / name) as folder:
+        with AsideFolder(scratch_folder() / name) as folder:
             yield _Upload(self, name, folder.path)
 
     def done(self) -> set[str]:
@@ -85,7 +81,7 @@ class Output:
 
     def remove_abandoned(self) -> None:
         """What killed runs left aside on this machine."""
-        remove_abandoned(self._folder if self._folder is not None else _scratch())
+        remove_abandoned(self._folder if self._folder is not None else scratch_folder())
 
 
 class _Upload:
@@ -97,19 +93,3 @@ class _Upload:
         with ThreadPoolExecutor(UPLOADS) as pool:
             list(pool.map(lambda path: self._output.store.upload(path, f"{self._name}/{path.name}"), files))
         self._output.store.upload(self.path / INDEX, f"{self._name}/{INDEX}")
-
-
-def _scratch() -> Path:
-    """Of this user alone. Names in the machine's temporary folder are everybody's: another user may have made this one,
-    or a link that leads elsewhere.
-
-    Raises:
-        ConfigError: it is there and is no folder of this user's with mode 0700.
-    """
-    path = Path(tempfile.gettempdir(), f"unitoken-{getpass.getuser()}")
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
-        raise ConfigError(f"{path}: expected a folder of your own with mode 0700; remove it, or set TMPDIR to another place")
-    return path

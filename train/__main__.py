@@ -8,6 +8,11 @@ Training itself is `composer train.py yamls/stage1.yaml`.
 
 from __future__ import annotations
 
+from unitoken.streaming_data.interruption import install_handlers
+
+if __name__ == "__main__":
+    install_handlers("interrupted")  # before all other imports
+
 import math
 from pathlib import Path
 from typing import Annotated, Literal

@@ -95,25 +95,48 @@ class Saver(Callback):  # type: ignore[misc]
     def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         # The last batch of an epoch is saved after the epoch's end, or the resumed run would begin with an empty rest of it.
         if self._due(state) and state.timestamp.batch_in_epoch.value != state.dataloader_len.value:
-            self._save(state)
+            self.save(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         if self._due(state) or (self.unit == "ep" and state.timestamp.epoch.value % self.number == 0):
-            self._save(state)
+            self.save(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        self._save(state)
+        self.save(state)
 
     def _due(self, state: State) -> bool:
         return self.unit == "ba" and state.timestamp.batch.value % self.number == 0
 
-    def _save(self, state: State) -> None:
+    def save(self, state: State) -> None:
         step = state.timestamp.batch.value
         if step == self.saved_at:
             return
         self.saved_at = step
         written = self.folder / f".aside-step-{step:08d}.pt"  # the same name on all ranks
-        parallel.write_checkpoint(state, written)
-        if ranks.is_first_rank():
-            checkpoints.publish(written, checkpoints.path_of(self.folder, step), self.keep)
-        ranks.barrier()
+        with ranks.together():
+            try:
+                parallel.write_checkpoint(state, written)
+                if ranks.is_first_rank():
+                    checkpoints.publish(written, checkpoints.path_of(self.folder, step), self.keep)
+            except OSError as error:  # a full disk: what is half written must not keep it full
+                written.unlink(missing_ok=True)
+                raise OSError(f"step {step} could not be saved: {error}") from None
+
+
+class Interruption(Callback):  # type: ignore[misc]
+    """After SIGTERM or Ctrl-C on any rank: all finish the same step, save, and end. Comes after `Saver` in the callbacks."""
+
+    def __init__(self, optimisation: Optimisation, saver: Saver) -> None:
+        self._optimisation, self._saver = optimisation, saver
+        self.signal = 0
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        self.signal = self._optimisation.measured.signal
+        if self.signal:
+            if state.timestamp.batch_in_epoch.value != state.dataloader_len.value:  # else after the epoch's end, as `Saver` does
+                self._saver.save(state)
+            state.stop_training()
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        if self.signal:
+            self._saver.save(state)

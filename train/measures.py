@@ -1,7 +1,7 @@
 """What a step measures: sums that stay on the device until its end, then one all-reduce and one transfer to the host.
 
     of each microbatch:  losses, cross-entropy by kind of token and document, tokens by stream, what FLOPs are counted from
-    of each rank:        the most memory it has held
+    of each rank:        the most memory it has held; a signal that asks it to end
 
 The cross-entropies are those of the loss itself, so `loss_text` and `loss_image`, weighted by their tokens, are `ce`;
 so are the three kinds of documents.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unitoken.streaming_data.collate import KINDS, Batch, num_packs
+from unitoken.streaming_data.interruption import received
 from unitoken.train import ranks
 
 BUCKETS = 2 * len(KINDS)  # the values of batch["kinds"]
@@ -43,6 +44,7 @@ class Measured(NamedTuple):
     stream_tokens: list[int]
     memory: float  # bytes, of the rank with the most; 0 without a GPU
     norm: float  # of the gradients, before clipping
+    signal: int = 0  # that some rank has got, SIGTERM or SIGINT; 0: none
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,9 @@ class Measures:
         local, self.sums = self.sums, None
         memory = local.new_zeros(ranks.world_size())  # each rank has a place of its own, so that the sum is all of them
         memory[ranks.rank()] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
-        total = ranks.sum_over_ranks(torch.cat([local, memory]))
+        signals = torch.zeros_like(memory)  # so ranks agree at which step they stop
+        signals[ranks.rank()] = received()
+        total = ranks.sum_over_ranks(torch.cat([local, signals, memory]))
         last = total.new_zeros(1) if norm is None else norm.double().reshape(1)
         values: list[float] = torch.cat([total, last]).tolist()
         weight, loss, ce, z, squares, views = values[:HEAD]
@@ -112,7 +116,8 @@ class Measures:
             squares=int(squares),
             views=int(views),
             by_kind=[(value, int(count)) for value, count in zip(sums, counts, strict=True)],
-            stream_tokens=[int(count) for count in values[HEAD + 2 * BUCKETS : -1 - len(memory)]],
+            stream_tokens=[int(count) for count in values[HEAD + 2 * BUCKETS : -1 - 2 * len(memory)]],
             memory=max(values[-1 - len(memory) : -1]),
             norm=values[-1],
+            signal=int(max(values[-1 - 2 * len(memory) : -1 - len(memory)])),
         )

@@ -212,8 +212,15 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def write_checkpoint(state: State, path: Path) -> None:
-    """Called on all ranks; the first one writes."""
-    save_checkpoint(state, str(path))
+    """Called on all ranks; the first one writes. Raises OSError on the first rank alone where it can not."""
+    try:
+        save_checkpoint(state, str(path))
+    except (OSError, RuntimeError) as error:
+        of_file = isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+        if not of_file or dist.get_global_rank() > 0:
+            raise
+        dist.barrier()  # at which Composer lets the others wait until the file is written
+        raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from None
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from composer import Callback
 
+from unitoken.streaming_data.interruption import end_on_signals, remember_signals
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import other_codes
 from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, check_finished, shared, write_about
-from unitoken.train.callbacks import Optimisation, Saver
+from unitoken.train.callbacks import Interruption, Optimisation, Saver
 from unitoken.train.check import Checked, needs_codec
 from unitoken.train.config import StageConfig
 from unitoken.train.evaluation import Evaluation, evaluation_loader
@@ -93,7 +94,9 @@ def _run(config: StageConfig, checked: Checked) -> None:
     warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
     metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
-    callbacks: list[Callback] = [optimisation, Saver(config.save, stage_identity(config), total_steps), metrics]
+    saver = Saver(config.save, stage_identity(config), total_steps)
+    interruption = Interruption(optimisation, saver)
+    callbacks: list[Callback] = [optimisation, saver, interruption, metrics]
     if held_out is not None:
         callbacks.append(Evaluation(config, held_out, metrics, length.epoch_steps))
     trainer = parallel.build_trainer(
@@ -109,12 +112,17 @@ def _run(config: StageConfig, checked: Checked) -> None:
     )
     if ranks.is_first_rank():  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
         write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures)
+    remember_signals()
     try:
         trainer.fit()
     except BaseException:
         trainer.engine.close()  # files and loggers; Trainer.close waits for all ranks, and the others wait for this one's shards
         raise
     trainer.close()
+    if interruption.signal:
+        say(f"{config.name}: interrupted at step {saver.saved_at}, saved; the same command goes on")
+        raise SystemExit(128 + interruption.signal)
+    end_on_signals("interrupted after the last step, which is saved; the same command goes on")
     if ranks.is_first_rank():
         export_at_end(config)
 
