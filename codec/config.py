@@ -4,17 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from unitoken.streaming_data.config import Config
+from unitoken.streaming_data.config import Config, Name
 
 
 class VisionConfig(Config):
     kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
-    weights: str  # folder, file or hub id
-    batch_size: int = Field(default=8, ge=1)  # images encoded at once
+    weights: Name  # folder, file or hub id
+    batch_size: int = Field(default=8, ge=1, le=65536)  # images encoded at once
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # changes codes; tf32 is what the reference runs with on a GPU
     compile: bool = False
 
 
 class CodecConfig(Config):
-    tokenizer: str  # folder or hub id of the text tokenizer
+    tokenizer: Name  # folder or hub id of the text tokenizer
     vision: VisionConfig  # the image tokenizer

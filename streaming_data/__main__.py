@@ -37,25 +37,26 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: data.packed_length=8192")] = None,
     sweep_length: Annotated[bool, typer.Option(help="also print how full packs of 1k to 16k tokens are")] = False,
     epoch: Annotated[int, typer.Option(min=0)] = 0,
-    image_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 384,
-    patch_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 14,
+    image_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
 ) -> None:
     """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
     with _errors():
-        data = load_data(config, overrides or [])
+        data, vision = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
-        from unitoken.streaming_data.mixture import open_sources, other_codes
+        from unitoken.streaming_data.mixture import open_sources, other_codes, uneven_proportions
         from unitoken.streaming_data.plan import load_or_build
         from unitoken.streaming_data.recipe import Recipe
         from unitoken.streaming_data.views import Views
 
-        sources, views = open_sources(data), Views(image_size, patch_size, data.anyres)
+        size = tower_size(vision, image_size, patch_size)
+        sources, views = open_sources(data), Views(*size, data.anyres)
         recipe = Recipe.of(data, sources, views)
         try:
             samples = [read_lengths(source, recipe, views) for source in sources]
             report = load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report
             typer.echo(report.table())
-            for line in [*other_codes(sources), *report.warnings()]:
+            for line in [*uneven_proportions(data), *other_codes(sources), *report.warnings()]:
                 typer.echo(f"warning: {line}", err=True)
         finally:  # where there is no such plan, the lengths say which there are
             if sweep_length:
@@ -64,21 +65,52 @@ def plan(
                 typer.echo(f"\n{table(sweep(recipe, sources, views))}")
 
 
-def load_data(path: Path, overrides: list[str]) -> Any:
-    """The settings under `data:`, or a file that is these settings."""
+def load_data(path: Path, overrides: list[str]) -> tuple[Any, Any]:
+    """The settings under `data:`, or a file that is these settings; and what a stage says under `model.vision`."""
     from unitoken.streaming_data.mixture import DataConfig
+
+    class Model(Config):
+        model_config = pydantic.ConfigDict(extra="ignore")
+        vision: dict[str, Any] | str | None = None
 
     class Stage(Config):
         model_config = pydantic.ConfigDict(extra="ignore")  # the rest of the stage is not for us
         data: DataConfig
+        model: Model = Model()
 
     try:
         alone = any(line.startswith("streams:") for line in path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError):
         alone = False  # reported by load_config
     if alone:
-        return load_config(DataConfig, path, [override.removeprefix("data.") for override in overrides])
-    return load_config(Stage, path, overrides).data
+        return load_config(DataConfig, path, [override.removeprefix("data.") for override in overrides]), None
+    stage = load_config(Stage, path, overrides)
+    return stage.data, stage.model.vision
+
+
+SO400M = (384, 14)  # SigLIP's, which the reference uses
+
+
+def tower_size(vision: Any, image_size: int | None, patch_size: int | None) -> tuple[int, int]:
+    """Pixels of a view and of a patch, each way: as the command line says, or the stage's model, or its folder's config.json."""
+    found = vision if isinstance(vision, dict) else {}
+    if isinstance(vision, str):
+        path = Path(vision).expanduser() / "config.json"
+        try:
+            fields = json.loads(path.read_bytes())
+            found = fields.get("vision_config", fields) if isinstance(fields, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            if image_size is None or patch_size is None:
+                typer.echo(
+                    f"model.vision: {vision} is not on this machine: taken for views of {SO400M[0]} pixels with patches of {SO400M[1]}",
+                    err=True,
+                )
+            found = {"image_size": SO400M[0], "patch_size": SO400M[1]}
+    defaults = SO400M if vision is None else (224, 16)  # as SigLIP's own configuration
+    size = [image_size or found.get("image_size", defaults[0]), patch_size or found.get("patch_size", defaults[1])]
+    if not all(isinstance(one, int) and 0 < one <= 1 << 14 for one in size) or size[1] > size[0]:
+        raise ConfigError(f"model.vision: expected image_size and patch_size in pixels, found {size[0]!r} and {size[1]!r}")
+    return size[0], size[1]
 
 
 @app.command()
@@ -92,17 +124,17 @@ def simulate(
     bandwidth: Annotated[str, typer.Option(help="of a node: 500mbit, 10gbit")] = "1gbit",
     cache_limit: Annotated[str | None, typer.Option(help="of a node: 100gb; default: the settings' cache_limit")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    image_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 384,
-    patch_size: Annotated[int, typer.Option(help="of the vision tower, pixels")] = 14,
+    image_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
 ) -> None:
     """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
     with _errors():
-        data = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
+        data, vision = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
         from unitoken.streaming_data.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
 
         counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
         demands, impossible = simulate_nodes(
-            data, counts, ranks_per_node, (image_size, patch_size), bits, batch_seconds, tokens_per_second
+            data, counts, ranks_per_node, tower_size(vision, image_size, patch_size), bits, batch_seconds, tokens_per_second
         )
         if as_json:
             typer.echo(json.dumps({"nodes": [demand.model_dump() for demand in demands], "not_possible": impossible}))

@@ -31,6 +31,12 @@ class ConfigError(ValueError):
         super().__init__(without_secrets(message))
 
 
+# Bounds that no real run comes near, so that a slip of the hand is an error at the start: 10**12 epochs, a rate of 1e308.
+Name = Annotated[str, pydantic.Field(min_length=1, max_length=4096)]  # of a file, a folder, a hub id
+Count = Annotated[int, pydantic.Field(gt=0, le=10**6)]  # processes, steps, pixels, layers
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+
+
 class Config(pydantic.BaseModel):
     """Base of all settings: frozen, and a key it does not know is an error."""
 
@@ -92,24 +98,28 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not readable as YAML: nested too deeply") from None
+    except Exception as error:  # besides YAMLError whatever int(), float() and datetime() object to: 2024-99-99, !!int x
+        raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def _override(settings: dict[str, Any], override: str) -> None:
+    shown = " ".join(override.split())
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override '{override}': expected key=value or key.subkey=value")
+        raise ConfigError(f"override '{shown}': expected key=value or key.subkey=value")
     for depth, key in enumerate(keys[:-1]):
         below = settings.get(key)
         if below is None:
             below = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' is {below!r}, it has no keys of its own")
+            raise ConfigError(f"override '{shown}': '{'.'.join(keys[: depth + 1])}' is {below!r}, it has no keys of its own")
         settings[key] = dict(below)
         settings = settings[key]
-    settings[keys[-1]] = _parse(value, f"override '{override}'")
+    settings[keys[-1]] = _parse(value, f"override '{shown}'")
 
 
 def _nested_model(annotation: Any) -> type[pydantic.BaseModel] | None:
@@ -144,16 +154,51 @@ def _valid_keys(model: type[pydantic.BaseModel], location: Sequence[str | int]) 
     return list(current.model_fields)
 
 
-def _describe(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str) -> str:
+# What others call it.
+_OTHER_NAMES = {
+    **dict.fromkeys(("learning_rate", "base_lr", "max_lr"), "optimizer.lr"),
+    **dict.fromkeys(("batch_size", "global_batch_size", "train_batch_size"), "data.global_batch"),
+    **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size", "device_train_microbatch_size"), "microbatch"),
+    **dict.fromkeys(("max_steps", "num_epochs", "epochs", "num_train_epochs", "train_steps", "max_iters"), "max_duration"),
+    **dict.fromkeys(("seq_length", "seq_len", "max_seq_len", "max_length", "block_size", "sequence_length"), "data.packed_length"),
+    **dict.fromkeys(("output_dir", "save_dir", "save_folder", "checkpoint_dir"), "save.folder"),
+    **dict.fromkeys(("warmup_steps", "warmup_ratio", "lr_warmup"), "optimizer.warmup"),
+    **dict.fromkeys(("gradient_clipping", "max_grad_norm", "grad_clip"), "optimizer.clip_norm"),
+    **dict.fromkeys(("num_workers", "dataloader_num_workers"), "data.workers"),
+}
+
+
+def _dotted_names(model: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for key, field in model.model_fields.items():
+        names.append(f"{prefix}{key}")
+        if (nested := _nested_model(field.annotation)) and prefix.count(".") < 3:
+            names += _dotted_names(nested, f"{prefix}{key}.")
+    return names
+
+
+def _meant(key: str, valid: Sequence[str], model: type[pydantic.BaseModel]) -> str | None:
+    """The key that is probably meant: one of this place, one of this name elsewhere, or what others call so."""
+    if close := difflib.get_close_matches(key, valid, n=1):
+        return close[0]
+    everywhere = _dotted_names(model)
+    if (other := _OTHER_NAMES.get(key)) in everywhere:
+        return other
+    return next((name for name in everywhere if name.rpartition(".")[2] == key), None)
+
+
+def _describe(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str, overrides: Sequence[str]) -> str:
     """One line for the first thing wrong, and how many more there are."""
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains the missing one
     location = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "missing" and any(f"{location}.".startswith(f"{one.partition('=')[0]}.") for one in overrides):
+        where = "on the command line"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else "."
+        meant = _meant(str(first["loc"][-1]), valid, model)
+        hint = f"; did you mean '{meant}'?" if meant else "."
         return f"{where}: unknown key '{location}'{hint} Valid keys: {', '.join(valid)}{more}"
     if first["type"] == "missing":
         return f"{where}: the key '{location}' is missing{more}"
@@ -189,7 +234,7 @@ def parse_config(model: type[ConfigT], text: str, where: str, overrides: Sequenc
     try:
         return model.model_validate(settings)
     except pydantic.ValidationError as error:
-        raise ConfigError(_describe(error, model, where)) from None
+        raise ConfigError(_describe(error, model, where, overrides)) from None
 
 
 @contextlib.contextmanager

@@ -80,6 +80,8 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
             if "generated" not in sidecar.schema_arrow.names:
                 raise ConfigError(f"{path} has no column `generated`, which AnyRes needs: tokenize the dataset again")
         filtered = held_out = begin = 0
+        shortest: tuple[int, int, int] | None = None  # of the over-long: positions, tokens, images that bring features
+        limit = limit_of(stream, recipe.packed_length)
         for batch in sidecar.iter_batches(ROWS, columns=wanted):
             rows = slice(begin, begin := begin + len(batch))
             ours = _on_our_side(batch, stream, recipe.split)
@@ -91,10 +93,14 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
             if counted:
                 images[rows] = of_images
             lengths[rows] = (_numbers(batch, "tokens") + features) * candidates
+            if len(long_here := np.flatnonzero(lengths[rows] > limit)):
+                at = int(long_here[np.argmin(lengths[rows][long_here])])
+                bring = int(of_images[at]) if counted else 0
+                found = int(lengths[rows][at]), int(_numbers(batch, "tokens")[at]), bring
+                shortest = min(shortest or found, found)
             target_tokens[rows] = _numbers(batch, "target_tokens") * candidates
-    limit = limit_of(stream, recipe.packed_length)
     long = lengths > limit
-    over_long, shortest = int(long.sum()), int(lengths[long].min()) if long.any() else 0
+    over_long = int(long.sum())
     if recipe.over_long == "reject":
         lengths[long] = target_tokens[long] = 0
     else:
@@ -118,7 +124,7 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
     return samples
 
 
-def _why_nothing(samples: StreamSamples, limit: int, shortest: int) -> str:
+def _why_nothing(samples: StreamSamples, limit: int, shortest: tuple[int, int, int] | None) -> str:
     count = len(samples.lengths)
     if not count:
         return "holds no samples"
@@ -126,7 +132,10 @@ def _why_nothing(samples: StreamSamples, limit: int, shortest: int) -> str:
     if not samples.over_long:
         return left_out
     rest = f"each of the other {samples.over_long}" if samples.filtered else f"each of its {count} samples"
-    too_long = f"{rest} is longer than {limit} tokens (the shortest has {shortest})"
+    assert shortest is not None
+    length, tokens, images = shortest
+    features = f": {tokens} tokens + {length - tokens} features of {images} picture{'s' if images != 1 else ''}" if images else ""
+    too_long = f"{rest} is longer than {limit} positions (the shortest has {length}{features})"
     return f"{left_out}, {too_long}" if samples.filtered else too_long
 
 

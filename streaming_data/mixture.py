@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from unitoken.streaming_data.cache import PATIENCE, ShardError, fetch
-from unitoken.streaming_data.config import Bytes, Config, ConfigError, also_text
+from unitoken.streaming_data.config import Bytes, Config, ConfigError, Count, Name, Seed, also_text
 from unitoken.streaming_data.files import locked, remove_abandoned, write_aside
 from unitoken.streaming_data.limits import check_images_fit
 from unitoken.streaming_data.manifest import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from unitoken.streaming_data.views import Views
 
 
+Length = Annotated[int, Field(gt=0, le=2**24)]  # positions in a pack
 Unit = Literal["samples", "tokens", "target_tokens"]
 Kind = Literal["understanding", "generation", "text"]  # all images are asked about; one at least is generated; no image
 Continuous = Literal["questions", "all", "none"]
@@ -59,13 +60,13 @@ BatchingMethod = Literal["stratified", "random", "per_stream"]
 class StreamConfig(Config):
     """One dataset of the mixture. Without proportion, repeat or choose every sample is seen once an epoch."""
 
-    local: str | None = None  # the dataset folder; with `remote`, the folder that caches it
-    remote: str | None = None  # a folder, s3://, gs://, azure://, hf:// ...
-    endpoint: str | None = None  # the S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's
-    proportion: NonNegativeFloat | None = None  # share of the epoch in `unit`, relative to the other streams'
-    repeat: NonNegativeFloat | None = None  # times all it has
-    choose: NonNegativeInt | None = None  # so many of `unit`
-    max_tokens: PositiveInt | None = None  # a longer sample, features included, is over-long; default packed_length
+    local: Name | None = None  # the dataset folder; with `remote`, the folder that caches it
+    remote: Name | None = None  # a folder, s3://, gs://, azure://, hf:// ...
+    endpoint: Name | None = None  # the S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's
+    proportion: Annotated[float, Field(ge=0, le=1e9)] | None = None  # share of the epoch in `unit`, relative to the other streams'
+    repeat: Annotated[float, Field(ge=0, le=1e6)] | None = None  # times all it has
+    choose: Annotated[int, Field(ge=0, le=10**15)] | None = None  # so many of `unit`
+    max_tokens: Length | None = None  # a longer sample, features included, is over-long; default packed_length
     kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = None  # only samples of these kinds; default all
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the samples, by hash of their ids, that is not trained on
 
@@ -89,30 +90,34 @@ class DataConfig(Config):
     """What is streamed, and in which order. All but the last five settings decide the order of the samples."""
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
-    packed_length: PositiveInt  # tokens a pack, image features included
+    packed_length: Length  # tokens a pack, image features included
     global_batch: Annotated[
-        PositiveInt, also_text("^[1-9][0-9]* *tok$")
+        Count, also_text("^[1-9][0-9]* *tok$")
     ]  # packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     unit: Unit = "samples"  # what proportion and choose count
-    epoch_samples: PositiveInt | None = None  # an epoch's size, where the streams have proportions or no weights at all
-    epoch_tokens: PositiveInt | None = None  # the same in tokens, features included; default: what all streams have together
+    epoch_samples: Annotated[int, Field(gt=0, lt=2**32)] | None = (
+        None  # an epoch's size, where the streams have proportions or no weights at all
+    )
+    epoch_tokens: Annotated[int, Field(gt=0, le=10**15)] | None = (
+        None  # the same in tokens, features included; default: what all streams have together
+    )
     split: Literal["train", "held_out"] = "train"  # held_out: what training leaves out, to evaluate on
     continuous: Continuous = "questions"  # which images bring their continuous features
     anyres: bool = False  # besides the whole picture its tiles at full resolution
-    canonical_nodes: PositiveInt = 1  # rows of shards that are read side by side: the most nodes that share no shard
+    canonical_nodes: Count = 1  # rows of shards that are read side by side: the most nodes that share no shard
     shuffle: bool = True
-    window: PositiveInt = 131072  # samples that are packed together
+    window: Annotated[int, Field(gt=0, lt=2**31)] = 131072  # samples that are packed together
     # stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream: each batch is of one
     # stream, in proportion. Without `shuffle` packs come in the order of the samples.
     batching_method: BatchingMethod = "stratified"
     over_long: OverLong = "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
     null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the drawings are trained on without their prompt's text
-    workers: NonNegativeInt = 0  # processes a rank; 0 loads in the training process
-    prefetch: PositiveInt = 2  # batches that each worker prepares ahead
-    timeout: PositiveInt = 600  # seconds without a batch from a worker until that is an error
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes a rank; 0 loads in the training process
+    prefetch: Annotated[int, Field(gt=0, le=1024)] = 2  # batches that each worker prepares ahead
+    timeout: Count = 600  # seconds without a batch from a worker until that is an error
     cache_limit: Bytes | None = None  # that downloaded shards may take in each cache folder: 500gb
-    cache: str | None = None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
+    cache: Name | None = None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -235,6 +240,16 @@ def other_codes(sources: list[Source]) -> list[str]:
             names = f"streams '{first.name}' and '{other.name}'"
             lines.append(f"{names} have image codes of different tokenizers: {', '.join(differences)}")
     return lines
+
+
+def uneven_proportions(config: DataConfig) -> list[str]:
+    """A warning where proportions look like shares of 1 and are not."""
+    given = {name: stream.proportion for name, stream in config.streams.items() if stream.proportion is not None}
+    total = sum(given.values())
+    if not given or abs(total - 1) < 1e-6 or all(value.is_integer() for value in given.values()):
+        return []  # 3 to 1 is meant as it is said
+    shares = ", ".join(f"{name} {value / total:.1%}" for name, value in given.items())
+    return [f"the proportions sum to {total:g} and not to 1: the shares are {shares}"]
 
 
 def check_vocabulary(sources: list[Source], vocabulary: Vocabulary, owner: str) -> None:

@@ -14,6 +14,7 @@ from unitoken.streaming_data.views import Views
 
 LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 UNLIMITED = (1 << 31) - 1
+FEW_PACKS = 100
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Row:
     fill: float  # share of the packs' positions that hold a token
     over_long: int  # samples that are left out, or cut
     kept: float  # share of the datasets' tokens that is not
+    packs: int = 0
     problem: str = ""  # why there is no such plan
 
 
@@ -39,10 +41,11 @@ def sweep(recipe: Recipe, sources: Sequence[Source], views: Views | None) -> lis
             other, streams = samples(length)
             report = build(other, streams, 0, None).report
         except ConfigError as error:  # each sample of a stream may be longer
-            rows.append(Row(length, 0.0, 0, 0.0, str(error)))
+            rows.append(Row(length, 0.0, 0, 0.0, problem=str(error)))
             continue
         over_long = sum(stream.over_long + stream.cut for stream in streams)
-        rows.append(Row(length, report.fill, over_long, sum(s.total("tokens") for s in streams) / everything))
+        kept = sum(s.total("tokens") for s in streams) / everything
+        rows.append(Row(length, report.fill, over_long, kept, report.packs))
     return rows
 
 
@@ -57,4 +60,6 @@ def table(rows: Sequence[Row]) -> str:
         else:
             mark = "  <- best" if row is best else ""
             lines.append(f"{row.length:>13,}  {row.fill:>6.2%}  {row.over_long:>17,}  {row.kept:>11.2%}{mark}")
+    if best.packs < FEW_PACKS:
+        lines.append(f"too few packs to tell: {best.packs:,} at {best.length:,}; with more data others may be fuller")
     return "\n".join(lines)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,98 @@ def test_command_lines_print_one_line_and_exit_2(capsys):
         raise ConfigError("a: b")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: a: b\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("batch_size", "data.global_batch"),
+        ("max_steps", "max_duration"),
+        ("seq_len", "data.packed_length"),
+        ("output_dir", "save.folder"),
+        ("weight_decay", "optimizer.weight_decay"),
+    ],
+)
+def test_names_of_other_frameworks_are_understood(key, meant):
+    from unitoken.train.config import StageConfig
+
+    with pytest.raises(ConfigError, match=f"^on the command line: unknown key '{key}'; did you mean '{meant}'"):
+        load_config(StageConfig, None, [f"{key}=1"])
+
+
+ALMOST_YAML = {
+    "date": "a: 2024-99-99",
+    "time": "a: 2024-01-01T99:99:99",
+    "int": "a: !!int x",
+    "float": "a: !!float x",
+    "bool": "a: !!bool x",
+    "brackets": "a: " + "[" * 3000,
+    "braces": "{" * 3000,
+    "digits": "a: " + "9" * 5000,
+    "escape": 'a: "\\U99999999"',
+    "python": "a: !!python/object/apply:os.system [ls]",
+    "tag": "a: !foo x",
+    "nul": "a: \0",
+    "tab": "a:\n\tb: 1",
+    "anchor": "a: *b",
+    "twice": "a: 1\na: 2",
+    "merge": "&a {<<: *a}",
+    "list": "[1]",
+    "text": "hello",
+    "key": "? [1, 2]\n: 3",
+}
+
+
+@pytest.mark.parametrize("name", ALMOST_YAML)
+def test_what_is_almost_yaml_is_one_line(name, tmp_path):
+    from unitoken.tokenize.config import TokenizeConfig
+
+    (tmp_path / "c.yaml").write_text(ALMOST_YAML[name])
+    for path, overrides in ((tmp_path / "c.yaml", []), (None, [f"tokenizer={ALMOST_YAML[name].removeprefix('a: ')}"])):
+        if path is None and name in ("twice", "list", "text", "key", "merge"):
+            continue  # a value may be these
+        with pytest.raises(ConfigError) as error:
+            load_config(TokenizeConfig, path, overrides)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 600
+
+
+OUT_OF_BOUNDS = (
+    "max_duration=1000000000000ep",
+    "optimizer.lr=1e308",
+    "optimizer.lr=.nan",
+    "optimizer.lr=-1",
+    "optimizer.lr=.inf",
+    "seed=" + "9" * 30,
+    "data.seed=" + "9" * 30,
+    "data.packed_length=1000000000000",
+    "data.workers=1000000000",
+    "name=''",
+    "save.folder=''",
+    "init_from=''",
+    "optimizer.betas=[0.9,1.5]",
+    "microbatch=0",
+    "save.interval=0ba",
+    "data.window=0",
+    "data.streams.all.local=''",
+    "data.streams.all.repeat=1e300",
+    "optimizer.eps=0",
+    "log.every=-1",
+    "data.timeout=.inf",
+    "model.decoder.rope_theta=0",
+    "model.decoder.hidden_size=1000000000000",
+    "optimizer.warmup=1e9ep",
+    "data.cache=''",
+)
+
+
+@pytest.mark.parametrize("override", OUT_OF_BOUNDS)
+def test_numbers_and_names_have_bounds(override, tmp_path):
+    from stages import stage
+
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=re.escape(key.rpartition(".")[2])) as error:
+        stage(tmp_path, override)
+    assert str(error.value).startswith("on the command line: ")

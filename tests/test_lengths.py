@@ -89,7 +89,7 @@ def test_a_larger_fraction_holds_out_all_of_a_smaller_one(tmp_path):
 @pytest.mark.parametrize(
     ("stream", "settings", "found"),
     [
-        ({}, {"packed_length": 6}, r"stream 'a': each of its 6 samples is longer than 6 tokens \(the shortest has 7\)"),
+        ({}, {"packed_length": 6}, r"stream 'a': each of its 6 samples is longer than 6 positions \(the shortest has 7\)"),
         (
             {"kinds": ["text"], "max_tokens": 5},
             {},

@@ -59,7 +59,8 @@ def test_plan_sweeps_lengths_and_marks_the_best(stage):
     code, out = run("plan", stage, "--sweep-length")
     assert code == 0
     table = out[out.index("packed_length") :].splitlines()
-    assert len(table) == 10
+    assert len(table) == 11
+    assert table[-1].startswith("too few packs to tell: ")
     assert sum("<- best" in line for line in table) == 1
     short = table[1]  # 729 features and the tokens of a picture go into 1,024
     assert "1,024" in short
@@ -291,7 +292,51 @@ def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
 
 
 def test_the_best_length_is_no_short_one_that_leaves_samples_out():
-    rows = [Row(1024, 0.999, 900, 0.4), Row(2048, 0.9, 0, 1.0), Row(4096, 0.97, 0, 1.0), Row(8192, 0.9703, 0, 1.0)]
-    text = table([*rows, Row(16384, 0.0, 0, 0.0, "each is longer")])
+    rows = [
+        Row(1024, 0.999, 900, 0.4, 900),
+        Row(2048, 0.9, 0, 1.0, 800),
+        Row(4096, 0.97, 0, 1.0, 400),
+        Row(8192, 0.9703, 0, 1.0, 200),
+    ]
+    text = table([*rows, Row(16384, 0.0, 0, 0.0, problem="each is longer")])
     assert [line.split()[0] for line in text.splitlines() if "<- best" in line] == ["4,096"]
     assert "16,384       -  each is longer" in text
+
+
+def test_the_towers_size_is_that_of_the_stages_model(stage, tmp_path):
+    """729 features of views of 384 pixels would not fit into packs of 512; 16 of the stage's own do."""
+    settings = yaml.safe_load(stage.read_text())
+    settings["data"]["packed_length"] = 512
+    stage.write_text(yaml.safe_dump(settings))
+    assert run("plan", stage)[0] == 2
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text('{"vision_config": {"image_size": 16, "patch_size": 4}}')
+    for vision in ({"image_size": 16, "patch_size": 4}, str(tmp_path / "tower")):
+        stage.write_text(yaml.safe_dump({**settings, "model": {"decoder": "somewhere", "vision": vision}}))
+        assert run("plan", stage)[0] == 0
+        assert run("simulate", stage, "--nodes", "1", "--ranks-per-node", "1", "--batch-seconds", "1")[0] == 0
+    stage.write_text(yaml.safe_dump({**settings, "model": {"vision": "google/siglip-so400m-patch14-384"}}))
+    code, out = run("plan", stage)
+    assert code == 2
+    assert "not on this machine: taken for views of 384 pixels with patches of 14" in out
+    assert "tokens + 729 features" in out or "a separator and 729 features" in out
+
+
+def test_proportions_that_are_no_shares_of_1_are_said_as_shares(stage):
+    code, out = run("plan", stage, "data.streams.text.proportion=0.7", "data.streams.pictures.proportion=0.7")
+    assert code == 0
+    assert "the proportions sum to 1.4 and not to 1: the shares are " in out
+    assert "sum to" not in run("plan", stage, "data.streams.text.proportion=3")[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.packed_lenght=3", "on the command line: unknown key 'data.packed_lenght'; did you mean 'packed_length'?"),
+        ("data.seq_len=3", "on the command line: unknown key 'data.seq_len'"),
+    ],
+)
+def test_a_typo_on_the_command_line_is_not_blamed_on_the_file(stage, override, words):
+    code, out = run("plan", stage, override)
+    assert code == 2
+    assert words in out

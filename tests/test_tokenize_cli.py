@@ -129,7 +129,7 @@ def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
     [
         (["vision.weight=x"], "unknown key 'vision.weight'; did you mean 'weights'?"),
         (["target_sise=x"], "did you mean 'target_size'?"),
-        (["vision.kind=emu9"], "chameleon.yaml: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', found 'emu9'"),
+        (["vision.kind=emu9"], "on the command line: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', found 'emu9'"),
         (["vision.weights=/no/such"], "vision.weights: /no/such: no such file or folder"),
         (["tokenizer=/no/such"], "tokenizer: /no/such: no such folder"),
         (["target_size=17"], "target_size: expected a multiple of 8 pixels (2 latents) up to 792, found 17"),

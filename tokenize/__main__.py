@@ -218,7 +218,9 @@ def _errors() -> Iterator[None]:
         with one_line_errors():
             yield
     except OSError as error:  # a StoreError is one
-        print(f"error: {' '.join(str(error).split())}; the same command goes on from here", file=sys.stderr)
+        words = " ".join(str(error).split())
+        lasting = any(one in words for one in ("ermission denied", "no such bucket", "Read-only file system", "Not a directory"))
+        print(f"error: {words}{'' if lasting else '; the same command goes on from here'}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

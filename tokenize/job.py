@@ -174,16 +174,28 @@ def begin(output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, 
     _clear_if_nothing_was_kept(output, file)
     claim(output, file)
     if not output.exists(INPUT):
-        output.store.write(INPUT, dump(_without_signatures(pieces)))
+        output.store.write(INPUT, dump(_to_be_stored(pieces)))
     output.store.write(VOCABULARY, vocabulary.dump())
-    told = config.model_dump(mode="json", exclude=OF_THE_MACHINE)
+    told = _found_anywhere(config).model_dump(mode="json", exclude=OF_THE_MACHINE)
     output.store.write(SETTINGS, yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode())
     return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), output.url, file)
 
 
-def _without_signatures(input: Input) -> Input:
-    """To be stored: what is signed or holds a password would let every reader of the dataset read the input."""
-    files = [file.model_copy(update={"name": without_secrets(file.name)}) for file in input.files]
+def _found_anywhere(config: TokenizeConfig) -> TokenizeConfig:
+    """With whole paths, for commands that are run from elsewhere."""
+    path, _, function = config.adapter.rpartition(":")
+    adapter = f"{_whole_path(path)}:{function}" if path else config.adapter
+    vision = config.vision.model_copy(update={"weights": _whole_path(config.vision.weights)})
+    return config.model_copy(update={"tokenizer": _whole_path(config.tokenizer), "vision": vision, "adapter": adapter})
+
+
+def _whole_path(name: str) -> str:
+    return str(Path(name).absolute()) if not is_url(name) and Path(name).exists() else name
+
+
+def _to_be_stored(input: Input) -> Input:
+    """What is signed or holds a password would let every reader of the dataset read the input; paths are whole ones."""
+    files = [file.model_copy(update={"name": without_secrets(_whole_path(file.name))}) for file in input.files]
     return input.model_copy(update={"files": files})
 
 

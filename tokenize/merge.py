@@ -29,7 +29,7 @@ from unitoken.streaming_data.manifest import (
     samples_schema,
     sha256_file,
 )
-from unitoken.streaming_data.stores import Store
+from unitoken.streaming_data.stores import Store, is_url
 from unitoken.tokenize.job import Chunk, Work, load_job, load_work
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.rejects import grouped
@@ -206,6 +206,9 @@ def summary(out: str, manifest: Manifest) -> str:
     if m.rejected:
         lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
         lines += [f"{count:>8,}  {kind}" for kind, count, _ in grouped(out)[:5]]
+    if m.samples:
+        where = f"{{remote: {out}}}" if is_url(out) else f"{{local: {out}}}"
+        lines.append(f"next: python -m unitoken.tokenize preview {out}; in a stage's YAML: data.streams: {{NAME: {where}}}")
     return "\n".join(lines)
 
 

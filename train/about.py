@@ -54,7 +54,7 @@ class About(NamedTuple):
 
 
 def write_about(folder: Path, stage: StageConfig, sizes: Sizes, vocabulary: Vocabulary, pictures: Pictures | None = None) -> None:
-    write_aside(folder / STAGE, dump_stage(stage))
+    write_aside(folder / STAGE, dump_stage(found_anywhere(stage)))
     write_aside(folder / MODEL, sizes.model_dump_json(indent=2).encode() + b"\n")
     if pictures is not None:
         write_aside(folder / PICTURES, pictures.model_dump_json().encode() + b"\n")

@@ -12,27 +12,28 @@ import pydantic
 from pydantic import Field
 
 from unitoken.codec.config import CodecConfig
-from unitoken.streaming_data.config import Config
+from unitoken.streaming_data.config import Config, Count, Name
 from unitoken.streaming_data.mixture import DataConfig, StreamConfig
 
-Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Duration = Annotated[str, Field(pattern=r"^[1-9][0-9]*(ep|ba|tok)$")]  # epochs, batches or tokens
-Interval = Annotated[str, Field(pattern=r"^[1-9][0-9]*(ep|ba)$")]
-Warmup = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(ep|ba|tok)$")]
+Duration = Annotated[
+    str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$|^[1-9][0-9]{0,15}tok$")
+]  # epochs, batches, tokens
+Interval = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$")]
+Warmup = Annotated[str, Field(pattern=r"^[0-9]{1,16}(\.[0-9]{1,16})?(ep|ba|tok)$")]
 
 
 class DecoderConfig(Config):
     """A Chameleon decoder; the names are those of the checkpoints' config.json."""
 
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive | None = None  # None: as many as attention heads
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Annotated[int, Field(gt=0, le=2**24)]
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None  # None: as many as attention heads
+    rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
+    rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
     swin_norm: bool = False  # True in the 34B model
     qk_norm: Literal["shared", "per_head"] = "shared"  # one gain for all heads (UniToken, Lumina-mGPT) or one a head (transformers)
 
@@ -52,13 +53,13 @@ class DecoderConfig(Config):
 class VisionConfig(Config):
     """A SigLIP vision tower; names and defaults are those of the checkpoints' config.json."""
 
-    hidden_size: Positive = 768
-    intermediate_size: Positive = 3072
-    num_hidden_layers: Positive = 12
-    num_attention_heads: Positive = 12
-    image_size: Positive = 224
-    patch_size: Positive = 16
-    layer_norm_eps: float = 1e-6
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    image_size: Count = 224
+    patch_size: Count = 16
+    layer_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-6
 
     @property
     def features(self) -> int:
@@ -78,12 +79,12 @@ def _sizes(model: type[Config]) -> pydantic.BeforeValidator:
 
 
 class ModelConfig(Config):
-    decoder: Annotated[str | DecoderConfig, _sizes(DecoderConfig)]  # folder or hub id of a checkpoint; or the sizes of a new one
-    vision: Annotated[str | VisionConfig | None, _sizes(VisionConfig)] = (
+    decoder: Annotated[Name | DecoderConfig, _sizes(DecoderConfig)]  # folder or hub id of a checkpoint; or the sizes of a new one
+    vision: Annotated[Name | VisionConfig | None, _sizes(VisionConfig)] = (
         None  # the same for SigLIP; null: no vision tower and no adapter
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # on both residual branches of the decoder
-    z_loss: Annotated[float, Field(ge=0)] = 1e-5  # weight of the mean of logsumexp squared
+    z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5  # weight of the mean of logsumexp squared
     mask_image_logits: bool = False  # image codes get no probability: only for data in which no image is drawn
     attention: Literal["sdpa", "flex"] = "sdpa"  # flex skips the blocks between documents; compiled, so for GPUs
     compile: bool = False  # torch.compile of each decoder layer: some minutes at the start
@@ -92,18 +93,20 @@ class ModelConfig(Config):
 class OptimizerConfig(Config):
     """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr` at the run's end."""
 
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0, le=1e3)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Warmup = "0.01ep"
-    lr_scales: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(
         default={}
     )  # times `lr`, by the names of modules or parameters: {vit: 1e-2}
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # not on norms and biases; with compat on everything, as the reference
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = (
+        0.1  # not on norms and biases; with compat on everything, as the reference
+    )
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_norm: Annotated[float, Field(gt=0)] = 4.0  # L2 norm of all gradients together
-    max_skipped: Positive = 10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] = 4.0  # L2 norm of all gradients together
+    max_skipped: Count = 10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
 
     @pydantic.model_validator(mode="after")
     def _falls(self) -> OptimizerConfig:
@@ -116,7 +119,7 @@ class FSDPConfig(Config):
     """How the model is shared by the ranks (FSDP2)."""
 
     reshard: bool = True  # free gathered parameters after the forward pass; false: more memory, less traffic
-    replicas: Positive = 1  # groups of ranks that each hold the whole model (HSDP); as many as nodes keeps gathering inside a node
+    replicas: Count = 1  # groups of ranks that each hold the whole model (HSDP); as many as nodes keeps gathering inside a node
     reduce: Literal["fp32", "bf16"] = "fp32"  # what gradients are summed in under bf16
 
 
@@ -129,18 +132,18 @@ def _local(value: str) -> str:
         raise ValueError(str(error)) from None
 
 
-LocalFolder = Annotated[str, pydantic.AfterValidator(_local)]
+LocalFolder = Annotated[Name, pydantic.AfterValidator(_local)]
 
 
 class SaveConfig(Config):
     folder: LocalFolder  # the run's folder: step-*.pt, latest, metrics.jsonl
     interval: Interval = "1000ba"
-    keep: Positive = 2
+    keep: Count = 2
     export: LocalFolder | None = None  # at the end of the stage: a folder for Hugging Face's layout
 
 
 class LogConfig(Config):
-    every: Positive = 10  # batches between two points of the loggers; metrics.jsonl has every batch
+    every: Count = 10  # batches between two points of the loggers; metrics.jsonl has every batch
     progress: bool = True  # a bar on a terminal, lines elsewhere
     tensorboard: bool = True  # into save.folder/tensorboard
     wandb: str | None = None  # a Weights & Biases project, where wandb is installed
@@ -152,7 +155,7 @@ class EvalConfig(Config):
 
     interval: Interval = "1000ba"  # and after the last step
     streams: dict[str, StreamConfig] | None = None  # default: what `held_out` keeps back of the training streams, all of it
-    batches: Positive | None = None  # global batches an evaluation; default all
+    batches: Count | None = None  # global batches an evaluation; default all
 
 
 class SamplesConfig(Config):
@@ -160,30 +163,30 @@ class SamplesConfig(Config):
 
     interval: Interval = "1000ba"
     draw: list[str] = Field(default=[])  # what to draw
-    size: tuple[Positive, Positive] | None = None  # pixels, height and width, of drawings; default: those of the data's pictures
+    size: tuple[Count, Count] | None = None  # pixels, height and width, of drawings; default: those of the data's pictures
     answer: dict[str, str] = Field(default={})  # picture file -> question; `<|image|>` is put before it where it has none
-    max_tokens: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # of drawings; answers are the likeliest
-    top_k: Positive | None = None  # image codes that drawings are made of at each place
-    guidance: Annotated[float, Field(ge=0)] | None = (
+    max_tokens: Count = 64
+    temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0  # of drawings; answers are the likeliest
+    top_k: Count | None = None  # image codes that drawings are made of at each place
+    guidance: Annotated[float, Field(ge=0, le=1e3)] | None = (
         None  # away from the null prompt; 1: none; default 3, or 1 without data.null_prompt_fraction
     )
 
 
 class StageConfig(Config):
-    name: str
+    name: Name
     model: ModelConfig
-    init_from: str | None = None  # weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id
+    init_from: Name | None = None  # weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id
     trainable: Annotated[list[str], Field(min_length=1)]  # names of modules or parameters, e.g. [vit, adapter]
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig
-    microbatch: Positive = 1  # packs a rank computes at once
+    microbatch: Count = 1  # packs a rank computes at once
     precision: Literal["fp32", "bf16"] = "bf16"
     fsdp: FSDPConfig = FSDPConfig()
     # What the backward pass computes again instead of keeping: nothing; all of every layer, the tower's too; all of every
     # k-th layer; or all but what is dear, the matrix products and attention (`selective`; with flex it needs model.compile).
-    activation_checkpointing: Literal["none", "full", "selective"] | Positive = "none"
+    activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
     compat: Literal["unitoken"] | None = None  # the reference's behaviour wherever ours is a fix
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     deterministic: bool = False  # the same losses bit for bit each time on a GPU, too, where attention's gradient is slower then

@@ -137,6 +137,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def device_name() -> str:
+    if not torch.cuda.is_available():
+        return "the CPU: no GPU was found"
+    return f"{min(torch.cuda.device_count(), world_size())} x {torch.cuda.get_device_name()} a machine"
+
+
 def build_trainer(
     config: StageConfig,
     network: UniToken,

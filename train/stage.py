@@ -12,7 +12,7 @@ from composer import Callback
 
 from unitoken.streaming_data.interruption import end_on_signals, remember_signals
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.mixture import other_codes
+from unitoken.streaming_data.mixture import other_codes, uneven_proportions
 from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, check_finished, shared, write_about
@@ -68,7 +68,7 @@ def _run(config: StageConfig, checked: Checked) -> None:
     length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
     total_steps = math.ceil(length.steps(config.max_duration))
     say(report.table())
-    for line in [*other_codes(loader.dataset.sources), *report.warnings(), *checked.notes]:
+    for line in [*uneven_proportions(config.data), *other_codes(loader.dataset.sources), *report.warnings(), *checked.notes]:
         say(f"warning: {line}")
 
     network = build_model(
@@ -86,7 +86,7 @@ def _run(config: StageConfig, checked: Checked) -> None:
             export_at_end(config)
         return
     count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    where = f"{total_steps} steps on {ranks.world_size()} rank(s)"
+    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {parallel.device_name()}"
     say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
     if parallel.has_gpu():
         say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
@@ -122,6 +122,10 @@ def _run(config: StageConfig, checked: Checked) -> None:
     if interruption.signal:
         say(f"{config.name}: interrupted at step {saver.saved_at}, saved; the same command goes on")
         raise SystemExit(128 + interruption.signal)
+    say(
+        f"{config.name}: finished, saved in {folder}; next: init_from={folder} in another stage, or "
+        f'python -m unitoken.train generate {folder} --prompt "..." --out FOLDER'
+    )
     end_on_signals("interrupted after the last step, which is saved; the same command goes on")
     if ranks.is_first_rank():
         export_at_end(config)
