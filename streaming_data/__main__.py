@@ -101,10 +101,8 @@ def tower_size(vision: Any, image_size: int | None, patch_size: int | None) -> t
             found = fields.get("vision_config", fields) if isinstance(fields, dict) else {}
         except (OSError, ValueError, RecursionError):
             if image_size is None or patch_size is None:
-                typer.echo(
-                    f"model.vision: {vision} is not on this machine: taken for views of {SO400M[0]} pixels with patches of {SO400M[1]}",
-                    err=True,
-                )
+                assumed = f"views of {SO400M[0]} pixels with patches of {SO400M[1]}"
+                typer.echo(f"model.vision: {vision} is not on this machine: taken for {assumed}", err=True)
             found = {"image_size": SO400M[0], "patch_size": SO400M[1]}
     defaults = SO400M if vision is None else (224, 16)  # as SigLIP's own configuration
     size = [image_size or found.get("image_size", defaults[0]), patch_size or found.get("patch_size", defaults[1])]

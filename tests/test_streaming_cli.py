@@ -319,7 +319,7 @@ def test_the_towers_size_is_that_of_the_stages_model(stage, tmp_path):
     code, out = run("plan", stage)
     assert code == 2
     assert "not on this machine: taken for views of 384 pixels with patches of 14" in out
-    assert "tokens + 729 features" in out or "a separator and 729 features" in out
+    assert "17 tokens + 730 features of 1 picture" in out
 
 
 def test_proportions_that_are_no_shares_of_1_are_said_as_shares(stage):
