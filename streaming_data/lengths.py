@@ -59,6 +59,18 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
     Raises:
         ConfigError: the sidecar does not fit the index or the manifest, or no sample is a candidate.
     """
+    import pyarrow
+
+    try:
+        return _read_lengths(source, recipe, views)
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise ConfigError(f"stream '{source.name}': {source.folder / SIDECAR}: not readable as Parquet: {words}") from None
+
+
+def _read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamSamples:
     import pyarrow.parquet
 
     source.check(SIDECAR)

@@ -29,6 +29,16 @@ def check_images_fit(source: Source, config: DataConfig, views: Views | None) ->
     """
     if not source.manifest.images:
         return
+    import pyarrow
+
+    try:
+        _check_images_fit(source, config, views)
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ConfigError(f"stream '{source.name}': {source.folder / SIDECAR}: not readable as Parquet: {words}") from None
+
+
+def _check_images_fit(source: Source, config: DataConfig, views: Views | None) -> None:
     source.check(SIDECAR)
     limit, block = limit_of(source.config, config.packed_length), _block(source)
     found = _found(source)

@@ -62,8 +62,8 @@ class VisionTokenizer(Config):
 
     kind: str
     weights: str  # sha256 of the weights, first 16 digits
-    codebook_size: int
-    downsampling: int  # pixels a latent, each way
+    codebook_size: int = pydantic.Field(gt=0, lt=1 << 24)
+    downsampling: int = pydantic.Field(gt=0, le=1 << 10)  # pixels a latent, each way
     precision: str
 
 
@@ -74,7 +74,7 @@ class Manifest(Config):
     version: int = VERSION
     vocabulary: str  # fingerprint of vocabulary.json
     vision: VisionTokenizer
-    target_size: int
+    target_size: int = pydantic.Field(gt=0, le=1 << 14)
     adapter: str = "standard"
     crop: str
     crop_position: str = "center"
@@ -96,6 +96,12 @@ class Manifest(Config):
     def _reconciles(self) -> Manifest:
         if self.items != self.samples + self.rejected:
             raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
+        if min(self.samples, self.rejected, self.tokens, self.target_tokens, self.images, self.chunks) < 0:
+            raise ValueError("its counts are not all 0 or more")
+        if not self.crops():
+            raise ValueError(
+                f"no picture can be cut to target_size {self.target_size} for {self.vision.downsampling} pixels a latent"
+            )
         return self
 
     def crops(self) -> list[tuple[int, int]]:
@@ -130,7 +136,7 @@ def load_manifest(folder: Path) -> Manifest:
 def _parse(data: bytes, where: str) -> Manifest:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not readable: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
         found = f"{fields.get('format')!r} version {fields.get('version')!r}" if isinstance(fields, dict) else type(fields).__name__

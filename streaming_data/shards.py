@@ -44,12 +44,28 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
                 raise ConfigError(
                     f"{path}: {basename}: expected uncompressed MDS version 2, found {entry['format']}, {entry['compression']}"
                 )
-            _ = int(entry["samples"]), int(entry["raw_data"]["bytes"]), dict(entry["raw_data"]["hashes"])
+            _check_numbers(entry)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not an MDS index: {type(error).__name__}: {error}") from None
     return entries
+
+
+def _check_numbers(entry: dict[str, Any]) -> None:
+    """Raises ValueError or KeyError for what JSON can say and no shard can be."""
+    for name, value in (("samples", entry["samples"]), ("bytes", entry["raw_data"]["bytes"])):
+        if type(value) is not int or not 0 <= value < 1 << 32:  # as wide as a shard's own offsets
+            raise ValueError(f"`{name}`: expected a number from 0 to 2^32, found {value!r}")
+    hashes = entry["raw_data"]["hashes"]
+    if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
+        raise ValueError(f"`hashes`: expected texts by the names of algorithms, found {hashes!r}")
+    names, encodings, sizes = (entry[f"column_{part}"] for part in ("names", "encodings", "sizes"))
+    texts = isinstance(names, list) and isinstance(encodings, list) and all(isinstance(one, str) for one in [*names, *encodings])
+    if not texts or not isinstance(sizes, list) or not len(names) == len(encodings) == len(sizes) == len(set(names)):
+        raise ValueError("column_names, column_encodings and column_sizes: expected three lists of one length")
+    if not all(size is None or (type(size) is int and 0 <= size < 1 << 32) for size in sizes):
+        raise ValueError(f"`column_sizes`: expected numbers or null, found {sizes!r}")
 
 
 Ids = npt.NDArray[np.int64]
@@ -59,13 +75,18 @@ Decoder = Callable[[mmap.mmap, Ids, int], Iterator[Record]]  # (data, where samp
 class Shard(NamedTuple):
     """A shard in memory."""
 
+    name: str  # for messages
     data: mmap.mmap
     offsets: npt.NDArray[np.uint32]  # (samples + 1,) where each sample begins
     decode: Decoder
 
     def records(self, places: Ids, stream: int) -> Iterator[Record]:
-        """The samples at `places` (n,), each made when it is asked for."""
-        return self.decode(self.data, self.offsets[places].astype(np.int64), stream)
+        """The samples at `places` (n,), each made when it is asked for. Raises ShardError for one that is none."""
+        try:
+            yield from self.decode(self.data, self.offsets[places].astype(np.int64), stream)
+        except (IndexError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ShardError(f"{self.name} is corrupt: one of its samples is not readable: {words}") from None
 
 
 class Shards:
@@ -103,16 +124,24 @@ class Shards:
         """A shard, mapped: there and verified. Raises ShardError, naming it, where it can't be had."""
         if opened := self._open.get(shard):
             return opened
+        path = self.folder / self.entries[shard]["raw_data"]["basename"]
+        name = f"stream '{self._stream}': the shard {path}"
         with self.cache.open(shard) as file:
+            size = file.seek(0, 2)
+            if size < 8:
+                raise ShardError(f"{name} is corrupt: {size} bytes are no shard")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.frombuffer(data, "<u4", 1)[0])
         if count != self.samples[shard]:
-            path = self.folder / self.entries[shard]["raw_data"]["basename"]
-            found = f"it holds {count} samples, {INDEX} names {self.samples[shard]}"
-            raise ShardError(f"stream '{self._stream}': the shard {path} is corrupt: {found}")
+            raise ShardError(f"{name} is corrupt: it holds {count} samples, {INDEX} names {self.samples[shard]}")
+        if 4 * (count + 2) > size:
+            raise ShardError(f"{name} is corrupt: {size} bytes do not hold where {count} samples begin")
+        offsets = np.frombuffer(data, "<u4", count + 1, 4)
+        if int(offsets[0]) < 4 * (count + 2) or int(offsets[-1]) != size or (np.diff(offsets.astype(np.int64)) < 0).any():
+            raise ShardError(f"{name} is corrupt: its samples do not begin one after the other, and end where it ends")
         while len(self._open) >= self._most_open:
             self._open.pop(next(iter(list(self._open))), None)  # threads may have been faster
-        return self._open.setdefault(shard, Shard(data, np.frombuffer(data, "<u4", count + 1, 4), self._decoder_of[shard]))
+        return self._open.setdefault(shard, Shard(name, data, offsets, self._decoder_of[shard]))
 
     def _decoder(self, entry: dict[str, Any]) -> Decoder:
         """Ours for our columns alone; upstream's where there are others besides. One for all shards with the same columns."""
@@ -146,6 +175,7 @@ def _plain(token_type: str) -> Decoder:
         first_token = tokens + 1 + (1 << (raw[tokens] & 3))
         counts = (columns[:, 5] - first_token) // dtype.itemsize
         spans, borders = _gather(raw, first_span, (tokens - first_span) // 8)
+        _check_targets(spans, borders, counts)
         places = columns[:, :4].T.tolist(), counts.tolist(), first_token.tolist()
         return (
             Record(
@@ -162,6 +192,13 @@ def _plain(token_type: str) -> Decoder:
         )
 
     return decode
+
+
+def _check_targets(spans: npt.NDArray[np.uint32], borders: list[int], counts: Ids) -> None:
+    """Raises ValueError for what is trained on and no token: a slice beyond the end would be shorter without a word."""
+    ends = np.repeat(counts, np.diff(borders))
+    if (spans[:, 0] >= spans[:, 1]).any() or (spans[:, 1] > ends).any() or (counts <= 0).any():
+        raise ValueError("its target spans lie outside of its tokens")
 
 
 def _gather(raw: npt.NDArray[np.uint8], begins: Ids, counts: Ids) -> tuple[npt.NDArray[np.uint32], list[int]]:

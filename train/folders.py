@@ -102,7 +102,7 @@ def checkpoint_folder(source: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -185,6 +185,8 @@ def read_vision(source: str) -> VisionConfig:
     if fields.get("model_type") == "chameleon" and "vision_config" not in fields:
         raise ConfigError(f"{path}: the sizes of a Chameleon decoder and of no vision tower")
     fields = fields.get("vision_config", fields)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: `vision_config`: expected an object, found {type(fields).__name__}")
     _fixed(path, fields, "hidden_act", "gelu_pytorch_tanh")
     _fixed(path, fields, "num_channels", 3)
     return _validated(VisionConfig, {key: fields[key] for key in VisionConfig.model_fields if key in fields}, path)
