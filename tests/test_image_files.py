@@ -7,12 +7,14 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_inputs import damaged
 from PIL import Image
 
 from unitoken.streaming_data import images
@@ -257,6 +259,7 @@ def test_the_case_of_a_float_from_0_to_1_is_not_black() -> None:
 
 PEAK = """
 import io, re, sys
+from bad_inputs import damaged
 from PIL import Image
 from unitoken.streaming_data.images import decoded, tokenizer_pixels
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -320,3 +323,62 @@ def test_a_thread_that_fails_gives_its_memory_back() -> None:
             decode(encoded(gradient(400, 400))[:-900])
     assert images._memory._held == held
     assert open_image(encoded(gradient())).size == tokenizer_pixels(gradient(), (40, 24)).shape[1::-1] == (40, 24)
+
+
+# --- mutated pictures ------------------------------------------------------------------------------------------------
+
+
+def seeds() -> dict[str, bytes]:
+    """Small pictures of every format, in several of its ways."""
+    image, grey = gradient(), Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    clear = image.convert("RGBA")
+    clear.putalpha(grey.resize(clear.size))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "JPEG": encoded(image, "JPEG", exif=exif),
+        "JPEG progressive": encoded(image, "JPEG", progressive=True),
+        "JPEG of CMYK": encoded(image.convert("CMYK"), "JPEG"),
+        "MPO": encoded(image, "MPO", save_all=True, append_images=[image]),
+        "PNG": encoded(image, exif=exif),
+        "PNG with alpha": encoded(clear),
+        "PNG palette": encoded(image.quantize(16), transparency=3),
+        "PNG 16 bits": encoded(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)),
+        "WEBP": encoded(clear, "WEBP"),
+        "WEBP lossless": encoded(clear, "WEBP", lossless=True, exif=exif),
+        "GIF": encoded(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
+        "BMP": encoded(image, "BMP"),
+        "TIFF": encoded(image, "TIFF", exif=exif),
+        "TIFF LZW": encoded(clear, "TIFF", compression="tiff_lzw"),
+        "TIFF JPEG": encoded(image, "TIFF", compression="jpeg"),
+        "TIFF float": encoded(Image.fromarray(RAMP), "TIFF"),
+        "AVIF": encoded(image, "AVIF"),
+        "JPEG2000": encoded(image, "JPEG2000"),
+        "PPM": encoded(image, "PPM"),
+    }
+
+
+def test_a_mutated_picture_is_a_sample_or_a_reject() -> None:
+    """In threads, as the tokenizer decodes; nothing else is raised, nothing is warned of, and none takes long."""
+    count, found = 20_000, seeds()
+    each = count // len(found) + 1
+    cases = [(f"{name}: {how}", data) for n, (name, seed) in enumerate(found.items()) for how, data in damaged(seed, n, each)]
+
+    def use(case: tuple[str, bytes]) -> str:
+        name, data = case
+        begun = time.monotonic()
+        try:
+            with decoded(data) as image:
+                assert tokenizer_pixels(image, (16, 16)).shape == (16, 16, 3), name
+            outcome = "sample"
+        except ImageError as error:
+            outcome = "reject" if str(error).isprintable() and str(error) else f"not one line: {name}: {error}"
+        assert time.monotonic() - begun < 60, name
+        return outcome
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(use, cases))
+    assert len(outcomes) >= count
+    assert min(outcomes.count("sample"), outcomes.count("reject")) > count // 10
+    assert set(outcomes) == {"sample", "reject"}
+    print({kind: outcomes.count(kind) for kind in ("sample", "reject")})
