@@ -43,7 +43,7 @@ test-cloud: install $(AZURITE) ## The tests of S3, Google and Azure against serv
 $(AZURITE):
 	@npm install --silent --no-audit --no-fund --prefix build azurite@3
 
-chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items, 50 SIGKILLs, Ray, three clouds; about 40 minutes
+chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items, 50 SIGKILLs, Ray, three clouds, a disturbed training; about 55 minutes
 	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m chaos --timeout 7200
 
 bench-tokenize: install ## How fast the tokenizer is, against the reference's loop; the last line is one JSON object

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "demo" / "out"
@@ -94,6 +95,10 @@ def train() -> int:
     return killed_at
 
 
+def _rounded(shares: Any) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in shares.model_dump().items()}
+
+
 def describe_samples() -> Iterator[list[tuple[str, bool]]]:
     from streaming import StreamingDataset
     from transformers import AutoTokenizer
@@ -138,6 +143,7 @@ def main() -> None:
         "caption_accuracy": round(sum(a.answer == a.asked for a in answers) / len(answers), 4),
         "drawing_accuracy": sum(d.read == d.asked for d in drawings) / len(drawings),
         "resumed_equal": losses("stage2") == losses("stage2-resumed"),
+        "share_in_batches": {share.name: _rounded(share.in_batches) for share in plan.streams},
         "seconds": round(time.monotonic() - start, 1),
     }
     report.write_report(OUT / "report.html", figures, curves, killed_at, drawings, answers[:30], list(describe_samples()))

@@ -37,6 +37,9 @@ table.grid { border-collapse: separate; border-spacing: 4px } table.grid td { pa
 table.grid th { font-weight: 600; color: var(--soft); font-size: 13.5px; text-align: right; padding-right: 8px }
 table.grid img { display: block; width: 44px; border-radius: 5px; border: 2.5px solid transparent }
 table.grid img.wrong { border-color: var(--bad) }
+table.shares { border-collapse: collapse; font-size: 14px } table.shares th { color: var(--soft); font-weight: 600 }
+table.shares th, table.shares td { text-align: right; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line) }
+table.shares th:first-child, table.shares td:first-child { text-align: left }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(66px, 1fr)); gap: 12px 8px }
 .answers figure { margin: 0; text-align: center; font-size: 13px } .answers img { width: 56px; border-radius: 6px }
 .answers .wrong { color: var(--bad); font-weight: 600 }
@@ -131,6 +134,16 @@ def _answers(answers: Sequence[Answer]) -> str:
     )
 
 
+def _shares(shares: Mapping[str, Mapping[str, float]]) -> str:
+    head = ("stream", "mean", "standard deviation", "least", "most", "of independent draws")
+    rows = [
+        (name, *(f"{one[key]:.1%}" for key in ("mean", "sd", "least", "most", "independent_sd"))) for name, one in shares.items()
+    ]
+    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    return f'<table class="shares"><tr>{titles}</tr>{"".join(f"<tr>{row}</tr>" for row in cells)}</table>'
+
+
 def _tokens(sample: Sequence[tuple[str, bool]]) -> str:
     spans = "".join(f"<span{' class=trained' if trained else ''}>{html.escape(text)}</span>" for text, trained in sample)
     return f'<div class="tokens">{spans}</div>'
@@ -165,6 +178,8 @@ ranks with FSDP2: base training on text and image tokens, Stage I (vision tower 
 <div class="figures">{"".join(tiles)}</div>
 <section><h2>Loss</h2><p>Cross-entropy + z-loss over the tokens that are trained on, each step and smoothed. Stage II was killed
 with SIGKILL halfway and resumed by the same command.</p>{curves(losses, resumed_at)}</section>
+<section><h2>The mixture in every batch</h2><p>Share of each stream in the tokens of Stage II's global batches of eight packs. The
+last column is how much it would scatter if conversations were drawn one by one.</p>{_shares(figures["share_in_batches"])}</section>
 <div class="columns">
 <section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token, guided away from what is drawn
 without a caption. A red frame: an ordinary

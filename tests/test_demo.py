@@ -43,6 +43,7 @@ def test_the_report_needs_nothing_but_itself(tmp_path: Path) -> None:
         "caption_accuracy": 0.95,
         "drawing_accuracy": 0.5,
         "resumed_equal": True,
+        "share_in_batches": {"captions": dict.fromkeys(("mean", "sd", "least", "most", "independent_sd"), 0.5)},
     }
     path = tmp_path / "report.html"
     drawings = [report.Drawing(picture, "seven", "one")]

@@ -259,7 +259,6 @@ def test_the_case_of_a_float_from_0_to_1_is_not_black() -> None:
 
 PEAK = """
 import io, re, sys
-from bad_inputs import damaged
 from PIL import Image
 from unitoken.streaming_data.images import decoded, tokenizer_pixels
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
