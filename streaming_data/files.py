@@ -129,6 +129,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path`, where two who work in one folder would lose both; the holder's death gives it back.
+
+    With POSIX's locks: flock's would live on in forked workers. Where a file system has none, one goes without.
+    Raises ConfigError with `message` where another process has it.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(message) from None
+        except OSError:
+            pass
+        yield
+
+
 def scratch_folder() -> Path:
     """Of this user alone. Names in the machine's temporary folder are everybody's: another user may have made this one,
     or a link that leads elsewhere.

@@ -251,4 +251,13 @@ def test_a_bar_is_drawn_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     for words in (f"{steps}/{steps}", "tokens/s", "useful", " left", "evaluation at step 4: loss ", "━"):
         assert words in text, text
     assert text.count("step 4/") == 0  # no lines besides
-    assert text.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in text[-40:]  # the cursor is there again
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is there again
+
+
+def test_a_broken_line_costs_itself_alone_and_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "lo', bytes(20), b"\xff\xfe", b"[" * 3000, b"7", b'{"step": 3}', b'{"st']
+    path.write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition("jsonl: line ")[2][:1] for line in said] == ["2", "3", "4", "5", "6", "8"]

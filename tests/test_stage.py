@@ -384,9 +384,9 @@ def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from unitoken.train.checkpoints import held
+from unitoken.streaming_data.files import held
 
-with held(Path(sys.argv[1])):
+with held(Path(sys.argv[1], ".lock"), "never"):
     print("held", flush=True)
     time.sleep(300)
 """

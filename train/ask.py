@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from unitoken.codec.conversations import Conversation, shown
 from unitoken.codec.weights import find_weights
 from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.streaming_data.files import ASIDE, held
 from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.about import STAGE, is_export, read_about, sizes_of
 from unitoken.train.config import StageConfig
@@ -84,7 +85,14 @@ def check(request: Request, size: str | None, guidance: float, prompts: Path | N
 
 
 def reply(request: Request, checked: Checked, sampling: Sampling) -> None:
-    """Load the model, and batch by batch generate, write, print."""
+    """Load the model, and batch by batch generate, write, print. One at a time in a folder."""
+    lock = request.out / f"{ASIDE}lock"
+    with held(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
+        _reply(request, checked, sampling)
+    lock.unlink(missing_ok=True)
+
+
+def _reply(request: Request, checked: Checked, sampling: Sampling) -> None:
     import torch
 
     from unitoken.train.dialogue import Dialogue

@@ -9,12 +9,10 @@ Saving the 7B model with its optimizer takes 84 GB of memory on the first rank's
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -159,23 +157,6 @@ def publish(written: Path, checkpoint: Path, keep: int) -> None:
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         if old != checkpoint:
             old.unlink()
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to this process, as two that save into one lose both; its death gives it back.
-
-    With POSIX's locks: flock's would live on in the data's workers. Where a file system has none, a run goes without.
-    Raises ConfigError where another run has it.
-    """
-    with open(folder / LOCK, "ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ConfigError(f"save.folder: {folder}: another run is at work in it and holds {LOCK}") from None
-        except OSError:
-            pass
-        yield
 
 
 def clean_up(folder: Path) -> None:

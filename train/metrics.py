@@ -139,11 +139,15 @@ def named(line: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, evaluations among them; one that a killed run left half written is dropped."""
+    """The lines of a metrics file, evaluations among them. A broken one, by a kill or a disk, costs itself alone, and is said."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text) if text.strip() else None
+        except (ValueError, RecursionError):
+            line = text
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        elif line is not None:
+            print(f"warning: {path}: line {number} is broken and left out", flush=True)
     return lines

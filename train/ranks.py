@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError, changed
 
+FIRST_RANK_SECONDS = 300.0  # until the first rank must have been started
 TIMEOUT = 1800.0  # seconds a rank waits for the others; the first one reads tens of GB while they wait
 
 
@@ -33,7 +36,28 @@ def connect() -> None:
     """Meet the other ranks, if there are any."""
     if world_size() > 1:
         os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name of what Composer asks for
+        _wait_for_first_rank()
         dist.initialize_dist(get_device(None), timeout=TIMEOUT)
+
+
+def _wait_for_first_rank() -> None:
+    """Raises ConfigError where nobody answers at its address for minutes: torch would wait half an hour, and say little."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if is_first_rank() or not host or not port.isdigit():
+        return
+    end = time.monotonic() + FIRST_RANK_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"rank {rank()}: the first rank does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT) for "
+                    f"{FIRST_RANK_SECONDS:.0f} s: {error.strerror or error}; is the launcher of the first machine running?"
+                ) from None
+            time.sleep(0.5)
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from composer import Callback
 
+from unitoken.streaming_data.files import held
 from unitoken.streaming_data.interruption import end_on_signals, remember_signals
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import other_codes, uneven_proportions
@@ -47,7 +48,8 @@ def run(config: StageConfig, checked: Checked) -> None:
         with ranks.together():
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
-                stack.enter_context(checkpoints.held(folder))
+                at_work = f"save.folder: {folder}: another run is at work in it and holds {checkpoints.LOCK}"
+                stack.enter_context(held(folder / checkpoints.LOCK, at_work))
                 for line in checkpoints.set_aside_damaged(folder):
                     say(f"warning: {line}")
         _run(config, checked)

@@ -1,0 +1,110 @@
+"""Signals: one line, the right status, in time, also while a program still imports; ranks that are left alone end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unitoken.streaming_data.config import ConfigError
+from unitoken.train import ranks
+
+ROOT = Path(__file__).parent.parent
+ENDLESS = """
+from unitoken.streaming_data.interruption import install_handlers, end_with_launcher, leave_signals_to_parent, remember_signals
+import time
+install_handlers("interrupted")
+{}
+print("ready", flush=True)
+time.sleep(60)
+print("went on", flush=True)
+"""
+
+
+def started(body: str = "") -> subprocess.Popen[str]:
+    program = [sys.executable, "-c", ENDLESS.format(body)]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_ends_with_one_line(number: int, status: int) -> None:
+    process = started()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (status, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["unitoken.tokenize", "unitoken.streaming_data", "unitoken.train"])
+@pytest.mark.parametrize("after", [0.15, 0.4, 0.8])
+def test_a_signal_while_a_program_imports_is_no_traceback(module: str, after: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "--help"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    time.sleep(after)  # wherever it is then
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode in (0, 130, -signal.SIGINT)
+    if process.returncode == 130:
+        assert err.startswith("interrupted")
+        assert len(err.splitlines()) == 1
+
+
+def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() -> None:
+    process = started("import unitoken.streaming_data.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals()")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # what a launcher passes on of the same
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+
+
+def test_a_loader_process_leaves_the_groups_signals_to_its_parent() -> None:
+    process = started("leave_signals_to_parent()")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_rank_ends_with_its_launcher() -> None:
+    """The launcher is killed: its rank is told."""
+    launcher = f"""
+import subprocess, sys, time
+process = subprocess.Popen([sys.executable, "-c", {ENDLESS.format("end_with_launcher()")!r}], stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    rank = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2][:3]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_rank_whose_first_rank_never_comes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "FIRST_RANK_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match=r"^rank 1: the first rank does not answer at 127\.0\.0\.1:9 "):
+        ranks.connect()
+    assert os.environ["NODE_RANK"]
+    monkeypatch.delenv("NODE_RANK")
