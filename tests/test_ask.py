@@ -294,3 +294,24 @@ def test_help_takes_no_torch() -> None:
     code = f"import sys, unitoken.train.__main__, unitoken.train.ask; print({heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out == "set()\n"
+
+
+def test_two_generate_into_one_folder_are_not_both_at_work(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    holder = (
+        "import sys, time; from pathlib import Path; from unitoken.streaming_data.files import held\n"
+        "with held(Path(sys.argv[1]), 'never'):\n    print('held', flush=True); time.sleep(60)"
+    )
+    program = [sys.executable, "-c", holder, str(tmp_path / "out" / ".aside-lock")]
+    other = subprocess.Popen(program, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        status, output = ask(run, "--prompt", "Draw a two.", "--draw", "--out", tmp_path / "out", "--size", "32x16")
+        assert status == 2
+        assert "another `generate` is at work in it" in output
+    finally:
+        other.kill()
+        other.communicate()
+    assert ask(run, "--prompt", "Draw a two.", "--draw", "--out", tmp_path / "out", "--size", "32x16")[0] == 0
+    assert not list((tmp_path / "out").glob(".aside*"))
