@@ -4,9 +4,10 @@
     000000123.json         id, target_spans, image_spans, vocabulary (its fingerprint)
     000000123.0.jpg ...    the images' encoded originals, each with the ending of its kind
 
-beside vocabulary.json and, last, webdataset.json. Stock webdataset reads them by its own decoders; nothing is pickled. Keys are
-the samples' numbers in index order, since an id may hold dots, slashes, or what stands elsewhere, too. The same dataset gives the
-same bytes, and an export that was killed goes on with the tar it was at.
+beside vocabulary.json, README.md (a dataset card, from which Hugging Face's `datasets` knows every column) and, last,
+webdataset.json. Stock webdataset reads them by its own decoders; nothing is pickled. Keys are the samples' numbers in index
+order, since an id may hold dots, slashes, or what stands elsewhere, too. The same dataset gives the same bytes, and an export
+that was killed goes on with the tar it was at.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import remove_abandoned
@@ -29,6 +31,7 @@ from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shards
 from unitoken.streaming_data.stores import Store, is_url, open_store
 
+CARD = "README.md"
 LIST, BEGUN = "webdataset.json", "webdataset.begun.json"
 CACHE_BYTES = 1 << 30  # of a remote dataset's shards, at a time
 AT_ONCE = 256  # samples
@@ -69,24 +72,53 @@ def _begin(target: Store, begun: bytes) -> set[str]:
 def _write(source: Source, shards: Shards, target: Store, done: set[str], temporary: Path, samples_per_tar: int) -> int:
     samples = source.manifest.samples
     names: list[str] = []
+    endings: set[str] = set()
     for begin in range(0, samples, samples_per_tar):
         name = f"{len(names):06}.tar"
         names.append(name)
         if name in done:
+            for _, record in _records(shards, begin, min(begin + samples_per_tar, samples)):
+                endings |= {ending for ending, _ in _members(record, source.manifest.vocabulary)}
             continue
         with tarfile.open(temporary / name, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, record in _records(shards, begin, min(begin + samples_per_tar, samples)):
                 for ending, data in _members(record, source.manifest.vocabulary):
+                    endings.add(ending)
                     member = tarfile.TarInfo(f"{number:09}.{ending}")  # its time is 0, its owner is nobody
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         target.upload(temporary / name, name)
         (temporary / name).unlink()
     target.upload(source.folder / VOCABULARY, VOCABULARY)
+    token_type = dict(zip(shards.entries[0]["column_names"], shards.entries[0]["column_encodings"], strict=True))["tokens"]
+    target.write(CARD, _card(endings, token_type.removeprefix("ndarray:")))
     summary = {"samples": samples, "samples_per_tar": samples_per_tar, "tars": names, "dataset": source.manifest.model_dump()}
     target.write(LIST, json.dumps(summary, indent=1).encode() + b"\n")
     target.delete(BEGUN)
     return len(names)
+
+
+def _card(endings: set[str], token_type: str) -> bytes:
+    """A dataset card. `datasets` takes the columns of a WebDataset from its first samples, and would drop the pictures of later
+    ones or fail at them: here all are listed."""
+    features: list[dict[str, object]] = [
+        {"name": "json", "struct": [
+            {"name": "id", "dtype": "string"},
+            {"name": "target_spans", "sequence": {"sequence": "uint32"}},
+            {"name": "image_spans", "sequence": {"sequence": "uint32"}},
+            {"name": "vocabulary", "dtype": "string"},
+        ]},
+        {"name": "tokens.npy", "sequence": token_type},
+    ]  # fmt: skip
+    pictures = sorted((ending for ending in endings if ending[0].isdigit()), key=lambda one: (int(one.partition(".")[0]), one))
+    features += [{"name": ending, "dtype": "binary" if ending.endswith(".bin") else "image"} for ending in pictures]
+    features += [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
+    fields = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
+        "dataset_info": {"config_name": "default", "features": features},
+    }
+    text = yaml.safe_dump(fields, sort_keys=False)
+    return f"---\n{text}---\n\nTokenized conversations, written by `export-webdataset` of unitoken-streaming.\n".encode()
 
 
 def _records(shards: Shards, begin: int, end: int) -> Iterator[tuple[int, Record]]:

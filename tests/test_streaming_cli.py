@@ -1,8 +1,10 @@
 """python -m unitoken.streaming_data: what is printed and written, and what is refused."""
 
+import ast
 import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -215,12 +217,12 @@ def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(tmp_path, mixe
     assert "this export begun, found webdataset.begun.json" in out
     first = (tmp_path / "out" / "000000.tar").stat()
     assert run(*command)[0] == 0
-    assert uploaded[2:] == ["000001.tar", "000002.tar", "vocabulary.json"]
+    assert uploaded[2:] == ["000001.tar", "000002.tar", "vocabulary.json"]  # others are written
     assert (tmp_path / "out" / "000000.tar").stat() == first
     assert run(*command[:2], tmp_path / "whole", *command[3:])[0] == 0
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
-    assert sorted(files) == ["000000.tar", "000001.tar", "000002.tar", "vocabulary.json", "webdataset.json"]
+    assert sorted(files) == ["000000.tar", "000001.tar", "000002.tar", "README.md", "vocabulary.json", "webdataset.json"]
 
 
 def test_tars_that_are_not_an_export_are_left_alone(tmp_path, mixed):
@@ -340,3 +342,25 @@ def test_a_typo_on_the_command_line_is_not_blamed_on_the_file(stage, override, w
     code, out = run("plan", stage, override)
     assert code == 2
     assert words in out
+
+
+LOAD = """
+import sys
+import datasets
+rows = datasets.load_dataset(sys.argv[1])["train"]
+pictures = ("0.png", "1.png")
+print([(r["json"]["id"], r["tokens.npy"], r["json"]["image_spans"], sum(r[n] is not None for n in pictures)) for r in rows])
+"""
+
+
+def test_hugging_faces_datasets_loads_a_mixed_export_whole(tmp_path):
+    """It takes the columns from the first samples, which have no pictures here: the card names them."""
+    records = [make_record(f"t{n}", VOCABULARY, 6) for n in range(12)]
+    records += [make_record(f"q{n}", VOCABULARY, 6, question_images=1 + n % 2) for n in range(8)]
+    write_dataset(tmp_path / "data", records)
+    assert run("export-webdataset", tmp_path / "data", tmp_path / "out", "--samples-per-tar", 10)[0] == 0
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    program = [sys.executable, "-c", LOAD, str(tmp_path / "out")]
+    found = subprocess.run(program, capture_output=True, text=True, env=offline, check=True)
+    rows = ast.literal_eval(found.stdout.splitlines()[-1])
+    assert rows == [(r.id, r.tokens.tolist(), r.image_spans.tolist(), len(r.images)) for r in records]
