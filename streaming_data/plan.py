@@ -32,11 +32,13 @@ from unitoken.streaming_data.batches import Surplus, deal, scheduled
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import AsideFolder, locked, remove_abandoned
 from unitoken.streaming_data.lengths import KINDS, StreamSamples
+from unitoken.streaming_data.mixing import mix
 from unitoken.streaming_data.order import SampleIds, amounts, choose, random_order, rows_of, windows_of
 from unitoken.streaming_data.packing import pack, split_packs
 from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.report import Report, StreamShare, in_batches_of
 
+MIXED_BATCH = 32  # packs: in smaller batches whole packs are too coarse for the mixture, and are mixed themselves
 AT_ONCE = 1 << 18  # packs that are put in their final order at a time
 ARRAYS = ("ids", "offsets", "squares", "images")  # the files of a saved plan
 KEPT_SECONDS = 30 * 86400.0  # after its last use; one that is needed again is made again, and is the same
@@ -222,7 +224,9 @@ def _pack_row(
             ids, lengths = all_ids[mine], all_lengths[mine]
             name = (recipe.seed, epoch, row, window, *([streams[number].name] if per_stream else []))
             ids, sizes = _pack_window(ids, lengths, recipe, *name)
-            if recipe.batching_method == "stratified" and recipe.shuffle:
+            if recipe.batching_method == "stratified" and recipe.shuffle and len(ids):
+                if recipe.global_batch <= MIXED_BATCH:
+                    ids, sizes = _mixed(streams, firsts, ids, sizes, recipe.packed_length, name)
                 order = deal(_amounts(streams, firsts, ids, sizes), placed, batch, surplus, *name)
                 ids, sizes = _reorder(ids, sizes, order)
             placed += len(sizes)
@@ -238,6 +242,18 @@ def _pack_window(ids: SampleIds, lengths: SampleIds, recipe: Recipe, *name: Any)
     else:
         permutation = np.argsort(order[np.cumsum(sizes) - sizes], kind="stable")
     return _reorder(ids[order], sizes, permutation)
+
+
+def _mixed(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes: Ids, capacity: int, name: tuple[Any, ...]) -> Part:
+    """As many packs with the same samples, of which each holds about the mixture."""
+    packs_of = np.repeat(np.arange(len(sizes)), sizes)
+    lengths, cells = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+    for number, stream in enumerate(streams):
+        mine = np.flatnonzero((ids >= firsts[number]) & (ids < firsts[number + 1]))
+        rows = ids[mine] - np.uint32(firsts[number])
+        lengths[mine], cells[mine] = stream.lengths[rows], KINDS * number + stream.kinds[rows]
+    packs_of = mix(lengths, cells, packs_of, capacity, *name)
+    return ids[np.argsort(packs_of, kind="stable")], np.bincount(packs_of)
 
 
 def _amounts(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes: Ids) -> Ids:

@@ -6,13 +6,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import make_recipe, make_stream, samples_of
 
 from unitoken.streaming_data.batches import Surplus, deal, scheduled
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import StreamSamples
+from unitoken.streaming_data.mixing import mix
+from unitoken.streaming_data.packing import pack
 from unitoken.streaming_data.plan import Plan, build
 from unitoken.streaming_data.recipe import Recipe, StreamRecipe
 
@@ -175,11 +177,12 @@ def test_version_2_is_what_it_was(nodes: int, recipe_hash: str, orders: list[str
 
 def test_another_method_is_another_plan() -> None:
     streams = [make_stream("a", 500), make_stream("b", 333, seed=1)]
-    recipes = [make_recipe(streams, batching_method=method) for method in ("stratified", "random", "per_stream")]
+    methods = ("stratified", "random", "per_stream")
+    recipes = [make_recipe(streams, batching_method=method, global_batch=40) for method in methods]
     assert len({recipe.hash for recipe in recipes}) == 3
     assert len({build(recipe, streams, 0, None).report.order for recipe in recipes}) == 3
     packs = [Counter(map(tuple, samples_of(build(recipe, streams, 0, None)))) for recipe in recipes[:2]]
-    assert sum((packs[0] - packs[1]).values()) <= 3, "the same packs, but for those at the end that no batch holds"
+    assert sum((packs[0] - packs[1]).values()) <= 40, "the same packs, but for those at the end that no batch holds"
 
 
 @given(
@@ -213,3 +216,39 @@ def test_turns_are_spread_evenly() -> None:
     assert np.bincount(turns).tolist() == [30, 10, 0, 60]
     for begin in range(0, 100, 20):
         assert abs(np.count_nonzero(turns[begin : begin + 20] == 3) - 12) <= 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "length", "batch"),
+    [(*one, batch) for one in MIXTURES for batch in (8, 16, 32) if (one[1], batch) != (8192, 8)],  # that is 40 documents a batch
+)
+def test_small_batches_hold_the_mixture_though_whole_packs_are_too_coarse_for_it(
+    parts: dict[str, float], length: int, batch: int
+) -> None:
+    streams = mixture(parts, length, 16_384)
+    plan = build(recipe_of(streams, length, global_batch=batch), streams, 0, None)
+    assert (shares(plan, streams, batch).std(axis=1) <= filled_at_random(streams, length, batch).std(axis=1) / 3).all()
+    random = build(recipe_of(streams, length, global_batch=batch, batching_method="random"), streams, 0, None)
+    assert plan.report.fill == pytest.approx(random.report.fill, abs=0.001)
+    assert plan.packs == random.packs
+
+
+@given(
+    longest=st.integers(1, 100),
+    count=st.integers(2, 400),
+    kinds=st.integers(1, 4),
+    capacity=st.integers(100, 300),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_mixed_packs_are_as_many_hold_the_same_and_none_is_longer(
+    longest: int, count: int, kinds: int, capacity: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    lengths, cells = rng.integers(1, longest + 1, count), rng.integers(0, kinds, count)
+    order, sizes = pack(lengths.astype(np.uint32), capacity)
+    lengths, cells, before = lengths[order], cells[order], np.repeat(np.arange(len(sizes)), sizes)
+    after = mix(lengths, cells, before, capacity, "window", seed)
+    assert len(np.unique(after)) == len(sizes)
+    assert np.bincount(after, lengths).max() <= capacity
+    assert after.tolist() == mix(lengths, cells, before, capacity, "window", seed).tolist()

@@ -5,12 +5,13 @@
     for item in read(input, piece=12): ...       # that part of the file alone is read
 
 The format follows from the name: `.json` holds one list, `.jsonl` and `.ndjson` an item a line, `.tar` is a WebDataset,
-`.parquet` and `.arrow` hold an item a row. A name without an ending is taken for JSON.
+`.parquet`, `.arrow`, `.csv` and `.tsv` hold an item a row; `.gz` or `.zst` may follow. A name without an ending is taken for JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -24,12 +25,13 @@ from typing import Any, Literal
 from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.stores import Folder, MissingError, Store, StoreError, is_url, join, open_store, split
-from unitoken.tokenize import json_files, tables, tars
+from unitoken.tokenize import json_files, tables, tars, unpacked
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import LFS_POINTER, is_lfs_pointer
 from unitoken.tokenize.web import Web, is_web
 
-Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow"]
+Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow", "csv", "tsv"]
+PACKED = (".gz", ".zst")  # behind the suffix of what is in it; .tgz is .tar.gz
 SUFFIXES: dict[str, Format] = {
     ".json": "json",
     "": "json",
@@ -38,7 +40,10 @@ SUFFIXES: dict[str, Format] = {
     ".tar": "webdataset",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
 }
+UNPACKABLE: tuple[Format, ...] = ("json", "jsonl", "webdataset", "csv", "tsv")
 HASHED_BYTES = 1 << 28  # of a larger file only its size and some blocks are hashed
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
@@ -228,13 +233,13 @@ def _json_in(folder: Store, name: str) -> dict[str, Any] | None:
 
 def _input_file(name: str) -> InputFile:
     store, file = _locate(name)
-    suffix = PurePosixPath(name.partition("?")[0] if is_url(name) else name).suffix.lower()
+    suffix, packed = _suffixes(name)
     with _config_errors(name):
         if isinstance(store, Folder) and Path(name).exists() and not Path(name).is_file():  # a pipe would never end
             raise ConfigError(f"{name}: cannot read the input: not a file")
         size = store.size(file)
-        if suffix not in SUFFIXES:
-            known = ", ".join(one for one in SUFFIXES if one)
+        if suffix not in SUFFIXES or (packed and SUFFIXES[suffix] not in UNPACKABLE):
+            known = f"{', '.join(one for one in SUFFIXES if one)} (but tables of columns also as .gz or .zst), .tgz"
             raise ConfigError(
                 f"{name}: a file of an unknown type {suffix}; known are {known}, and folders of Hugging Face's `datasets`"
             )
@@ -242,6 +247,14 @@ def _input_file(name: str) -> InputFile:
             raise ConfigError(f"{name}: {LFS_POINTER}")
         version = _content_version(store, file, size) if isinstance(store, Folder) else store.version(file)
     return InputFile(name=name, format=SUFFIXES[suffix], size=size, version=version)
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """What a file is, and how it is packed: `.jsonl`, `.gz`; "" where it is not."""
+    path = PurePosixPath((name.partition("?")[0] if is_url(name) else name).lower())
+    if path.suffix == ".tgz":
+        return ".tar", ".gz"
+    return (PurePosixPath(path.stem).suffix, path.suffix) if path.suffix in PACKED else (path.suffix, "")
 
 
 def _content_version(store: Store, file: str, size: int) -> str:
@@ -262,6 +275,8 @@ def _locate(name: str) -> tuple[Store | Web, str]:
 
 def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
     source = SourceFile(*_locate(file.name), file.size, file.name)
+    if _suffixes(file.name)[1] or file.format in ("csv", "tsv"):
+        return unpacked.spans(source)
     match file.format:
         case "json":
             return json_files.list_spans(source, chunk_size)
@@ -273,11 +288,17 @@ def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
             return tables.parquet_spans(source, chunk_size)
         case "arrow":
             return tables.arrow_spans(source, chunk_size)
+        case other:
+            raise AssertionError(other)
 
 
 def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     source = SourceFile(*_locate(file.name), file.size, file.name)
+    if packed := _suffixes(file.name)[1]:
+        return unpacked.values(source, packed, functools.partial(_whole, file.format), wanted)
     match file.format:
+        case "csv" | "tsv":
+            return unpacked.rows(source, "," if file.format == "csv" else "\t", wanted)
         case "json":
             return json_files.list_values(source, piece.start, piece.end, wanted)
         case "jsonl":
@@ -288,6 +309,28 @@ def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> It
             return tables.parquet_values(source, piece.start, piece.end, wanted)
         case "arrow":
             return tables.arrow_values(source, piece.start, piece.end, wanted)
+
+
+def _whole(format: Format, source: SourceFile) -> Iterator[tuple[int, object]]:
+    """All items of a file that was unpacked."""
+    if format == "webdataset":
+        yield from tars.values(source, None)
+    elif format in ("csv", "tsv"):
+        yield from unpacked.rows(source, "," if format == "csv" else "\t", None)
+    else:
+        spans, read_span = (
+            (json_files.list_spans, json_files.list_values) if format == "json" else (json_files.line_spans, json_files.line_values)
+        )
+        number = 0
+        try:
+            for span in spans(source, 1 << 62):
+                for number, value in read_span(source, span.start, span.end, None):
+                    yield number, value
+                    number += 1
+                if span.cut is not None:
+                    yield number, ItemError(f"input cut: {span.cut}")
+        except ConfigError as error:  # not one item
+            yield number, ItemError(f"input cut: {error}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,143 @@
+"""Compressed sources and CSV: the same items as without, and what breaks off is a reject."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from bad_inputs import damaged
+from test_formats import tar_of
+from tokenizing import settings, turns, write_items
+
+from unitoken.codec.conversations import ItemError
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.files import scratch_folder
+from unitoken.tokenize.sources import cut, find_files, item_name, read
+
+TEXTS = [{"id": f"i{n}", "conversations": turns(f"What {n}?", "A.")} for n in range(30)]
+
+
+def packed(path: Path, content: bytes) -> Path:
+    if path.suffix == ".zst":
+        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(gzip.compress(content))
+    return path
+
+
+def content_of(kind: str, folder: Path) -> bytes:
+    if kind == "json":
+        return json.dumps(TEXTS).encode()
+    if kind == "jsonl":
+        return b"".join(json.dumps(one).encode() + b"\n" for one in TEXTS)
+    if kind == "tar":
+        members = [(f"{n:03}.json", json.dumps(one).encode()) for n, one in enumerate(TEXTS)]
+        return tar_of(folder / "i.tar", members).read_bytes()
+    tab = "," if kind == "csv" else "\t"
+    return "".join(f"{tab.join(row)}\n" for row in [("id", "text")] + [(f"00{n}", f'"a\nb{n}"') for n in range(30)]).encode()
+
+
+def whole(path: Path) -> list[Any]:
+    source = cut(find_files([str(path)]), 7)
+    return [item for piece in range(len(source.pieces)) for item in read(source, piece)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "tar", "csv", "tsv"])
+def test_what_is_compressed_is_read_as_without(kind: str, suffix: str, tmp_path: Path) -> None:
+    plain = tmp_path / f"i.{kind}"
+    plain.write_bytes(content_of(kind, tmp_path))
+    path = packed(tmp_path / f"i.{kind}{suffix}", plain.read_bytes())
+    assert [item.value for item in whole(path)] == [item.value for item in whole(plain)]
+    assert [item.position for item in whole(path)] == list(range(30))
+    source = cut(find_files([str(path)]), 7)
+    assert [item.position for item in read(source, 0, {3, 29})] == [3, 29]
+    assert not list(scratch_folder().glob(".aside-unpacked*"))
+
+
+def test_tgz_is_a_tar_and_its_items_have_their_names(tmp_path: Path) -> None:
+    path = packed(tmp_path / "i.tgz", content_of("tar", tmp_path))
+    source = cut(find_files([str(path)]), 7)
+    assert [item_name(source, item) for item in read(source, 0)] == [f"{n:03}" for n in range(30)]
+
+
+def test_a_row_of_csv_is_text_by_name_and_a_ragged_one_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_bytes(b'\xef\xbb\xbfid,caption\n007,"a, b\nc"\n1\n2,d,e\n3,\n')
+    *good, one, two = [item.value for item in whole(tmp_path / "i.csv")]
+    assert good == [{"id": "007", "caption": "a, b\nc"}, {"id": "3", "caption": ""}]
+    assert [str(error) for error in (one, two)] == [f"bad row: expected 2 columns, found {count}" for count in (1, 3)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "json.gz", "tar.gz", "jsonl.zst", "csv", "csv.gz"])
+def test_what_breaks_off_keeps_what_came_before_and_is_counted(kind: str, tmp_path: Path) -> None:
+    inner = kind.partition(".")[0]
+    path = tmp_path / f"i.{kind}"
+    content = content_of(inner, tmp_path)
+    if kind == "csv":
+        path.write_bytes(content)
+    else:
+        packed(path, content)
+    good = path.read_bytes()
+    for _, bad in damaged(good, 0, 60):
+        path.write_bytes(bad)
+        try:
+            values = [item.value for item in whole(path)]
+        except ConfigError:  # nothing in it can be read
+            continue
+        assert bad == good or kind.startswith("csv") or any(isinstance(value, ItemError) for value in values) or len(values) == 30
+    path.write_bytes(good[: len(good) * 2 // 3])
+    values = [item.value for item in whole(path)]
+    assert isinstance(values[-1], ItemError) or kind == "csv"
+    assert not list(scratch_folder().glob(".aside-unpacked*"))
+
+
+def test_a_bomb_is_cut(tmp_path: Path) -> None:
+    """It takes neither memory nor more of the disk than its bound."""
+    path = tmp_path / "i.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        for _ in range(1200):
+            stream.write(b"{}".ljust((1 << 20) - 1) + b"\n")
+    program = f"""
+import re, sys
+sys.path.insert(0, "tests")
+from unitoken.tokenize import unpacked
+unpacked.MOST_RATIO = 0
+from test_unpacked import whole
+from pathlib import Path
+print(len(whole(Path({str(path)!r}))), str(whole(Path({str(path)!r}))[-1].value)[:90])
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, peak = found.stdout.splitlines()
+    assert "input cut: it unpacks to more than 0 times" in first
+    assert int(peak) < 1000
+
+
+@pytest.mark.parametrize("name", ["i.zip", "i.parquet.gz", "i.doc", "i.json.bz2", "i.gz"])
+def test_an_unknown_type_is_named_with_the_known_ones(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    if name == "i.gz":
+        return  # a name without an ending before it is taken for JSON
+    with pytest.raises(ConfigError, match=r"a file of an unknown type .*; known are \.json, \.jsonl"):
+        find_files([str(tmp_path / name)])
+
+
+def test_a_compressed_source_is_tokenized_to_the_bytes_of_the_plain_one(tmp_path: Path, vqgan: Path) -> None:
+    from unitoken.tokenize.job import prepare
+    from unitoken.tokenize.worker import run_rank
+
+    plain = write_items(tmp_path, TEXTS)
+    path = packed(tmp_path / "items.json.gz", plain.read_bytes())
+    shards = []
+    for source, out in ((plain, tmp_path / "plain"), (path, tmp_path / "packed")):
+        job = prepare(settings(vqgan, chunk_size=100), [str(source)], str(out))
+        run_rank(job, 0, 1, lambda finished, rejected: None)
+        shards.append((out / "chunk-000000" / "shard.00000.mds").read_bytes())
+    assert shards[0] == shards[1]

@@ -1,0 +1,136 @@
+"""Sources that have to be unpacked or parsed from their beginning, one piece each: .gz, .tgz, .zst, .csv, .tsv.
+
+What is compressed is unpacked into a file of this user's scratch folder and read from there as what it is: never as a whole in
+memory, and damage is found by the same code. The file goes when its last item is read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from unitoken.codec.conversations import ItemError
+from unitoken.streaming_data.files import AsideFolder, remove_abandoned, scratch_folder
+from unitoken.streaming_data.stores import Folder, StoreError
+from unitoken.tokenize.formats import BLOCK_BYTES, SourceFile, Span
+
+MOST_BYTES = 1 << 40  # of an unpacked file
+MOST_RATIO = 1 << 10  # and so many times what it was packed; text packs 3 to 20 times
+
+Values = Callable[[SourceFile], Iterator[tuple[int, object]]]
+
+
+def spans(file: SourceFile) -> Iterator[Span]:
+    """One: where an item begins can not be known without unpacking what is before it."""
+    if file.size:
+        yield Span(0, file.size, None)
+
+
+def values(file: SourceFile, suffix: str, inner: Values, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+    """The items of what is packed in `file`, as `inner` reads it. Where it breaks off an ItemError takes the place of the next."""
+    parent = scratch_folder()
+    remove_abandoned(parent, "unpacked")
+    with AsideFolder(parent / "unpacked") as folder:
+        name = "source"
+        cut = _unpack(file, suffix, folder.path / name)
+        size = (folder.path / name).stat().st_size
+        count = 0
+        for number, value in inner(SourceFile(Folder(folder.path), name, size, file.shown)) if size else ():
+            count = number + 1
+            if wanted is None or number in wanted:
+                yield number, value
+        if cut is not None and (wanted is None or count in wanted):
+            yield count, ItemError(f"input cut: {cut}")
+
+
+def _unpack(file: SourceFile, suffix: str, target: Path) -> str | None:
+    """Write the unpacked file; how it breaks off, or None."""
+    import pyarrow
+
+    room = min(MOST_BYTES, (1 << 30) + MOST_RATIO * file.size)
+    with open(target, "wb") as out, file.open() as packed, _opened(packed, suffix) as stream:
+        try:
+            while block := stream.read(BLOCK_BYTES):
+                room -= len(block)
+                if room < 0:
+                    return f"it unpacks to more than {MOST_RATIO} times its {file.size} bytes"
+                out.write(block)
+        except StoreError:
+            raise
+        except (EOFError, zlib.error, pyarrow.ArrowException, OSError) as error:  # OSError: gzip.BadGzipFile, and pyarrow's
+            return f"after {out.tell()} unpacked bytes: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+@contextlib.contextmanager
+def _opened(packed: BinaryIO, suffix: str) -> Iterator[Any]:
+    if suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.CompressedInputStream(packed, "zstd") as stream:
+            yield stream
+    else:
+        with gzip.GzipFile(fileobj=packed, mode="rb") as stream:
+            yield stream
+
+
+class _Checked(io.RawIOBase):
+    """A stream that must be UTF-8: pyarrow finds a byte that is none too late, while it reports a ragged row."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8")()
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._decoder.decode(data, final=not data)
+        return data
+
+
+def rows(file: SourceFile, delimiter: str, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+    """The rows of a .csv or .tsv by the names in its first line, all as text: a number may be a name with zeros before it.
+
+    Rows with another number of columns are ItemErrors, each behind the batch that it is in.
+    """
+    import pyarrow
+    import pyarrow.csv
+
+    bad: list[ItemError] = []
+
+    def count(row: Any) -> str:
+        bad.append(ItemError(f"bad row: expected {row.expected_columns} columns, found {row.actual_columns}"))
+        return "skip"
+
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=count)
+    read = pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
+    number = 0
+
+    def numbered(found: list[object]) -> Iterator[tuple[int, object]]:
+        nonlocal number
+        for value in found:
+            if wanted is None or number in wanted:
+                yield number, value
+            number += 1
+
+    try:
+        with file.open() as stream, pyarrow.csv.open_csv(_Checked(stream), read, parse) as head:
+            names = head.schema.names
+        bad.clear()
+        text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
+        with file.open() as stream, pyarrow.csv.open_csv(_Checked(stream), read, parse, text) as reader:
+            for batch in reader:
+                yield from numbered([*batch.to_pylist(), *bad])
+                bad.clear()
+        yield from numbered(list(bad))
+    except StoreError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        yield from numbered([ItemError(f"input cut: not readable as CSV: {' '.join(str(error).split())[:200]}")])
