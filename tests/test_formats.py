@@ -408,3 +408,14 @@ def test_every_format_is_read_from_a_store_as_from_a_folder(scheme: str, tmp_pat
             assert whole(there) == whole(here)
         with pytest.raises(ConfigError, match=r"none\.json: cannot read the input: No such file"):
             find_files([f"{url}/none.json"])
+
+
+def test_a_parquet_column_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    """29 kB of zstd became 2.5 GB in memory."""
+    path = tmp_path / "i.parquet"
+    rows = pa.table({"id": ["a", "b"], "blob": [bytes(200 << 20), bytes(200 << 20)]})
+    pq.write_table(rows, path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 1 << 20
+    values = whole(source_of(path))
+    assert len(values) == 2
+    assert all("column 'blob' unpacks from " in str(value) for value in values)

@@ -66,14 +66,11 @@ class _Count:
     def __init__(self, share: Share) -> None:
         self.share, self.done, self.rejected = share, share.done, 0
         self._begun_with = share.done
-        self._start: float | None = None  # of the first item: loading the models is no rate
-        self._last = 0.0
+        self._start = time.monotonic()  # loading the models counts: items come in bursts, and the first burst alone is no rate
+        self._last: float | None = None  # when items came
         self._chunks, self._chunks_counted = 0, float("-inf")
 
     def advance(self, finished: int, rejected: int) -> None:
-        if self._start is None:
-            self._start = time.monotonic()
-            self._begun_with = self.done + finished
         self.done += finished
         self.rejected += rejected
         self._last = time.monotonic()
@@ -81,7 +78,7 @@ class _Count:
     @property
     def rate(self) -> float:
         """Items a second."""
-        if self._start is None:
+        if self._last is None:
             return 0.0
         finished = self.share.items is not None and self.done >= self.share.items
         seconds = (self._last if finished else time.monotonic()) - self._start  # workers take a while to end
@@ -93,7 +90,7 @@ class _Count:
             count = f"{self.done:,}/{total:,} items"
         else:
             count = f"{self.done:,} items, {self._count_chunks(last)}/{self.share.chunks:,} chunks"
-        if self._start is None:
+        if self._last is None:
             return f"{count}, loading the models"
         rate = self.rate
         left = f", {(total - self.done) / rate / 60:,.1f} min left" if total and rate and self.done < total else ""

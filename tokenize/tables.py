@@ -12,6 +12,7 @@ from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.tokenize.formats import SourceFile, Span
 
 BATCH_ROWS = 32  # of Parquet are decoded at once: a row may hold pictures
+MOST_UNPACKED, MOST_RATIO = 1 << 28, 200  # bytes of a column in a row group, and times what it is packed: then it is no data
 READ_BYTES = 1 << 20  # a Parquet column is read in parts of this size, not a row group at once
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's reader takes a missing one for an end, too
 
@@ -103,6 +104,10 @@ def _parquet(file: SourceFile) -> Iterator[Any]:
 def _group_rows(table: Any, group: int, first: int, last: int, start: int) -> Iterator[tuple[int, tuple[Any, int] | ItemError]]:
     """The rows of a group from `start` on. Its batches begin where the group does, so that all pieces meet the same damage."""
     row = first
+    if (bomb := _unpacks_too_much(table.metadata.row_group(group))) is not None:
+        for number in range(max(row, start), last):
+            yield number, ItemError(f"unreadable rows: {row} to {last - 1}: {bomb}")
+        return
     try:
         for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False):
             for number in range(max(0, start - row), batch.num_rows):
@@ -114,6 +119,16 @@ def _group_rows(table: Any, group: int, first: int, last: int, start: int) -> It
         damage = ItemError(f"unreadable rows: {row} to {last - 1}: {_line(error)}")
         for number in range(max(row, start), last):
             yield number, damage
+
+
+def _unpacks_too_much(group: Any) -> str | None:
+    """29 kB of zstd can be 2.5 GB of zeros, and a page is unpacked whole."""
+    for number in range(group.num_columns):
+        column = group.column(number)
+        packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+        if unpacked > MOST_UNPACKED and unpacked > MOST_RATIO * packed:
+            return f"column '{column.path_in_schema}' unpacks from {packed:,} to {unpacked:,} bytes"
+    return None
 
 
 def _arrow_batches(file: SourceFile) -> Iterator[Any]:
