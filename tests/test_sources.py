@@ -56,7 +56,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")  # reading it would never end
     with pytest.raises(ConfigError, match=r"pipe.json: cannot read the input: not a file"):
         find_files([f"{tmp_path}/pipe.json"])
-    with pytest.raises(ConfigError, match="expected a file, or a folder that Hugging Face's `datasets` saved"):
+    with pytest.raises(ConfigError, match="expected a file, a folder that Hugging Face's `datasets` saved, or one of pictures"):
         find_files([str(tmp_path)])
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from bad_inputs import damaged
 from test_formats import tar_of
-from tokenizing import settings, turns, write_items
+from tokenizing import png, settings, turns, write_items
 
 from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import ConfigError
@@ -141,3 +141,30 @@ def test_a_compressed_source_is_tokenized_to_the_bytes_of_the_plain_one(tmp_path
         run_rank(job, 0, 1, lambda finished, rejected: None)
         shards.append((out / "chunk-000000" / "shard.00000.mds").read_bytes())
     assert shards[0] == shards[1]
+
+
+def test_a_folder_of_pictures_is_read_as_a_tar_of_them(tmp_path: Path, vqgan: Path) -> None:
+    """With what img2dataset writes beside, and what macOS does."""
+    folder = tmp_path / "images"
+    for n in range(5):
+        (folder / f"0000{n % 2}").mkdir(parents=True, exist_ok=True)
+        stem = folder / f"0000{n % 2}" / f"{n:09}"
+        stem.with_suffix(".jpg").write_bytes(png())
+        stem.with_suffix(".txt").write_text(f"picture {n}")
+        (stem.parent / f"._{n:09}.jpg").write_bytes(b"x")
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "00000.parquet").write_bytes(b"x")
+    source = cut(find_files([str(folder)]), 2)
+    items = [item for piece in range(len(source.pieces)) for item in read(source, piece)]
+    assert [item_name(source, item) for item in items] == [f"00000/{n:09}" for n in (0, 2, 4)] + [f"00001/{n:09}" for n in (1, 3)]
+    assert items[0].value == {"__key__": "00000/000000000", "jpg": png(), "txt": "picture 0"}
+    assert [item.position for item in read(source, 1, {3})] == [3]
+
+    from unitoken.tokenize.job import prepare
+    from unitoken.tokenize.worker import run_rank
+
+    job = prepare(settings(vqgan, adapter="caption", chunk_size=2), [str(folder)], str(tmp_path / "out"))
+    run_rank(job, 0, 1, lambda finished, rejected: None)
+    assert [line for path in (tmp_path / "out").rglob("rejects.jsonl") for line in path.read_text().splitlines()] == []
+    with pytest.raises(ConfigError, match="or one of pictures; found another folder"):
+        find_files([str(tmp_path / "out")])

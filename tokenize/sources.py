@@ -25,12 +25,12 @@ from typing import Any, Literal
 from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.stores import Folder, MissingError, Store, StoreError, is_url, join, open_store, split
-from unitoken.tokenize import json_files, tables, tars, unpacked
+from unitoken.tokenize import json_files, loose_files, tables, tars, unpacked
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import LFS_POINTER, is_lfs_pointer
 from unitoken.tokenize.web import Web, is_web
 
-Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow", "csv", "tsv"]
+Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow", "csv", "tsv", "folder"]
 PACKED = (".gz", ".zst")  # behind the suffix of what is in it; .tgz is .tar.gz
 SUFFIXES: dict[str, Format] = {
     ".json": "json",
@@ -142,12 +142,14 @@ def read(input: Input, piece: int, positions: Collection[int] | None = None) -> 
 
 def base(input: Input, file: int) -> str:
     """The folder or URL from where the relative names of a file's images are meant."""
+    if input.files[file].format == "folder":
+        return input.files[file].name
     return split(input.files[file].name.partition("?")[0] if is_url(input.files[file].name) else input.files[file].name)[0]
 
 
 def item_name(input: Input, item: Item) -> str:
     """The id of an item that has none: its key in a tar, else its place."""
-    if isinstance(item.value, dict) and input.files[item.file].format == "webdataset":
+    if isinstance(item.value, dict) and input.files[item.file].format in ("webdataset", "folder"):
         return str(item.value["__key__"])
     return str(item.position) if len(input.files) == 1 else f"{item.file}:{item.position}"
 
@@ -213,8 +215,12 @@ def _dataset_files(name: str) -> list[str]:
             return [name]
         else:
             names = sorted(path.name for path in Path(name).glob("*.arrow"))
+    if not names and not is_url(name) and loose_files.has_pictures(Path(name)):
+        return [name]
     if not names or any("/" in one for one in names):
-        raise ConfigError(f"{name}: expected a file, or a folder that Hugging Face's `datasets` saved; found another folder")
+        raise ConfigError(
+            f"{name}: expected a file, a folder that Hugging Face's `datasets` saved, or one of pictures; found another folder"
+        )
     return [join(name, one) for one in names]
 
 
@@ -232,6 +238,9 @@ def _json_in(folder: Store, name: str) -> dict[str, Any] | None:
 
 
 def _input_file(name: str) -> InputFile:
+    if not is_url(name) and Path(name).is_dir():
+        count, version = loose_files.version(Path(name))
+        return InputFile(name=name, format="folder", size=count, version=version)
     store, file = _locate(name)
     suffix, packed = _suffixes(name)
     with _config_errors(name):
@@ -274,6 +283,8 @@ def _locate(name: str) -> tuple[Store | Web, str]:
 
 
 def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
+    if file.format == "folder":
+        return loose_files.spans(file.size, chunk_size)
     source = SourceFile(*_locate(file.name), file.size, file.name)
     if _suffixes(file.name)[1] or file.format in ("csv", "tsv"):
         return unpacked.spans(source)
@@ -293,6 +304,8 @@ def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
 
 
 def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+    if file.format == "folder":
+        return loose_files.values(Path(file.name), piece.start, piece.end, wanted)
     source = SourceFile(*_locate(file.name), file.size, file.name)
     if packed := _suffixes(file.name)[1]:
         return unpacked.values(source, packed, functools.partial(_whole, file.format), wanted)

@@ -48,12 +48,12 @@ def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[i
     sample: dict[str, object] | ItemError = {}
     try:
         for member, tar in _members(file):
-            name, suffix = _key(member.name)
-            if not _is_of_a_sample(name, suffix):
+            name, suffix = key_of(member.name)
+            if not is_of_a_sample(name, suffix):
                 continue
             if name != key:
                 if key is not None and (wanted is None or number in wanted):
-                    yield number, _checked(sample)
+                    yield number, checked(sample)
                 number, key, sample, room = number + 1, name, {"__key__": name}, MAX_ITEM_BYTES
             if isinstance(sample, dict) and (wanted is None or number in wanted):
                 room -= member.size
@@ -61,7 +61,7 @@ def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[i
     except BrokenError as error:
         number, key, sample = max(number, 0), "", ItemError(f"input cut: {error}")
     if key is not None and (wanted is None or number in wanted):
-        yield number, _checked(sample)
+        yield number, checked(sample)
 
 
 def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
@@ -88,7 +88,7 @@ def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFil
             raise BrokenError(f"at byte {end} of {file.size}: expected a file or the end of the archive, found something else")
 
 
-def _key(name: str) -> tuple[str, str]:
+def key_of(name: str) -> tuple[str, str]:
     """`a/000012.seg.PNG` -> (`a/000012`, `seg.png`)."""
     name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     folder, slash, file = name.rpartition("/")
@@ -96,12 +96,12 @@ def _key(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _is_of_a_sample(name: str, suffix: str) -> bool:
+def is_of_a_sample(name: str, suffix: str) -> bool:
     file = name.rpartition("/")[2]
     return bool(file and suffix) and not (file.startswith("__") and file.endswith("__"))
 
 
-def _checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemError:
+def checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemError:
     """`cat.000.png cat.000.txt cat.001.png ...` are one sample for WebDataset, and are not meant as one."""
     if not isinstance(sample, dict):
         return sample
@@ -118,7 +118,7 @@ def _checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemE
 
 
 def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> dict[str, object] | ItemError:
-    name = _key(member.name)[0]
+    name = key_of(member.name)[0]
     if suffix in sample:
         return ItemError(f"bad sample: {name}: two files that end in .{suffix}")
     content = tar.extractfile(member)
@@ -129,15 +129,20 @@ def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: 
         raise
     except Exception as error:
         raise BrokenError(f"inside {name}.{suffix}: {' '.join(str(error).split())[:200]}") from None
+    value = value_of(name, suffix, data)
+    return value if isinstance(value, ItemError) else {**sample, suffix: value}
+
+
+def value_of(name: str, suffix: str, data: bytes) -> object:
+    """A file of a sample: text, what its JSON says, or its bytes. An ItemError for one that can not be read."""
     kind = suffix.rpartition(".")[2]
     try:
         text = data.decode("utf-8-sig") if kind == "json" or kind in TEXTS else ""  # without a byte order mark
-        value = json.loads(text) if kind == "json" else text if kind in TEXTS else data
+        return json.loads(text) if kind == "json" else text if kind in TEXTS else data
     except UnicodeDecodeError as error:
         return ItemError(f"not UTF-8: {name}.{suffix}: byte {error.start} is {data[error.start]:#04x}")
     except (ValueError, RecursionError) as error:
         return ItemError(f"not readable as JSON: {name}.{suffix}: {error}")
-    return {**sample, suffix: value}
 
 
 def _too_large(name: str) -> ItemError:
