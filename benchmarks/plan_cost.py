@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unitoken.streaming_data.lengths import read_lengths
 from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan import load_or_build
+from unitoken.streaming_data.plan_store import load_or_build
 from unitoken.streaming_data.recipe import Recipe
 
 

@@ -45,7 +45,7 @@ def plan(
         data, vision = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
         from unitoken.streaming_data.mixture import open_sources, other_codes, uneven_proportions
-        from unitoken.streaming_data.plan import load_or_build
+        from unitoken.streaming_data.plan_store import load_or_build
         from unitoken.streaming_data.recipe import Recipe
         from unitoken.streaming_data.views import Views
 

@@ -27,7 +27,8 @@ from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, to_streams
 from unitoken.streaming_data.null_prompts import drop_captions
-from unitoken.streaming_data.plan import Ids, Plan, load_or_build
+from unitoken.streaming_data.plan import Ids, Plan
+from unitoken.streaming_data.plan_store import load_or_build
 from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shard, Shards

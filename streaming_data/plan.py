@@ -12,17 +12,11 @@ dropped, and reported; an epoch that comes out below it has its fullest packs cu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import math
-import os
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +24,6 @@ import numpy.typing as npt
 
 from unitoken.streaming_data.batches import Surplus, deal, scheduled
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import AsideFolder, locked, remove_abandoned
 from unitoken.streaming_data.lengths import KINDS, StreamSamples
 from unitoken.streaming_data.mixing import mix
 from unitoken.streaming_data.order import SampleIds, amounts, choose, random_order, rows_of, windows_of
@@ -40,8 +33,6 @@ from unitoken.streaming_data.report import Report, StreamShare, in_batches_of
 
 MIXED_BATCH = 32  # packs: in smaller batches whole packs are too coarse for the mixture, and are mixed themselves
 AT_ONCE = 1 << 18  # packs that are put in their final order at a time
-ARRAYS = ("ids", "offsets", "squares", "images")  # the files of a saved plan
-KEPT_SECONDS = 30 * 86400.0  # after its last use; one that is needed again is made again, and is the same
 
 Ids = npt.NDArray[np.int64]
 
@@ -106,8 +97,8 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: R
     asked = [amount / max(sum(wanted), 1e-9) for amount in wanted]
     report = Report(
         recipe=recipe.hash,
-        order=_order(ids, offsets),
-        weights=_weights(squares, images),
+        order=order_of(ids, offsets),
+        weights=weights_of(squares, images),
         epoch=epoch,
         packs=packs,
         dropped_packs=dropped,
@@ -120,84 +111,18 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: R
     return Plan(ids, offsets, squares, images, report)
 
 
-def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[], Sequence[StreamSamples]]) -> Plan:
-    """The plan of an epoch, memory-mapped from `folder`; made there first, by one process, where it is missing.
-
-    `streams` is asked for the lengths only where the plan has to be made.
-    """
-    first = load_or_build(folder, recipe, 0, streams).report if epoch else None
-    place = folder / recipe.hash / f"epoch-{epoch:06d}"
-    if (plan := _load(place)) is None:
-        with locked(folder / recipe.hash / "lock"):
-            if (plan := _load(place)) is None:
-                _remove_unused(folder)
-                if place.exists():
-                    print(f"{place}: damaged, so it is made anew", file=sys.stderr, flush=True)
-                    shutil.rmtree(place)
-                _save(build(recipe, streams(), epoch, first), place)
-                plan = _load(place)
-                assert plan is not None
-    os.utime(place)
-    return plan
-
-
-def _load(place: Path) -> Plan | None:
-    """A saved plan; None where there is none, or its files are not those that were saved: one flipped bit would lose a sample
-    and repeat another."""
-    try:
-        report = Report.model_validate_json((place / "report.json").read_bytes())
-        mapped = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        changed = tuple((place / f"{name}.npy").stat().st_mtime_ns for name in ARRAYS)
-    except (OSError, ValueError, EOFError):
-        return None
-    plan = Plan(report=report, **{name: np.asarray(array) for name, array in mapped.items()})  # memmap's own slices are slow
-    return plan if _is_whole(str(place), changed, plan) else None
-
-
-_whole: set[tuple[str, tuple[int, ...], str]] = set()  # what this process has compared: 0.4 s for 100 M samples
-
-
-def _is_whole(place: str, changed: tuple[int, ...], plan: Plan) -> bool:
-    key = place, changed, plan.report.model_dump_json()
-    if key not in _whole:
-        report = plan.report
-        if (_order(plan.ids, plan.offsets), plan.packs) != (report.order, report.packs):
-            return False
-        if report.weights is not None and _weights(plan.squares, plan.images) != report.weights:
-            return False
-        if not len(plan.squares) == len(plan.images) == plan.packs:
-            return False
-        _whole.add(key)
-    return True
-
-
-def _order(ids: Any, offsets: Any) -> str:
+def order_of(ids: Any, offsets: Any) -> str:
+    """What is trained on, and when; checkpoints keep it."""
     digest = hashlib.sha256(np.ascontiguousarray(ids, "<u4").data)
     digest.update(np.ascontiguousarray(offsets, "<u8").data)
     return digest.hexdigest()[:16]
 
 
-def _weights(squares: Any, images: Any) -> str:
+def weights_of(squares: Any, images: Any) -> str:
+    """What ranks share the work by."""
     digest = hashlib.sha256(np.ascontiguousarray(squares, "<f4").data)
     digest.update(np.ascontiguousarray(images, "<u2").data)
     return digest.hexdigest()[:16]
-
-
-def _remove_unused(folder: Path) -> None:
-    for recipe in folder.iterdir():
-        remove_abandoned(recipe)  # what killed builders left
-    for place in folder.glob("*/epoch-*"):
-        with contextlib.suppress(FileNotFoundError):  # by another process
-            if time.time() - place.stat().st_mtime > KEPT_SECONDS:
-                shutil.rmtree(place)
-
-
-def _save(plan: Plan, place: Path) -> None:
-    with AsideFolder(place) as folder:
-        for name in ARRAYS:
-            np.save(folder.path / f"{name}.npy", getattr(plan, name))
-        (folder.path / "report.json").write_text(plan.report.model_dump_json(indent=1))
-        folder.publish()
 
 
 Part = tuple[npt.NDArray[np.uint32], Ids]  # sample ids, pack after pack, and the packs' sizes

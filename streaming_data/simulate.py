@@ -21,7 +21,8 @@ from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.dataset import REMOTE_RUN, RUNS_AHEAD
 from unitoken.streaming_data.lengths import read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, open_sources
-from unitoken.streaming_data.plan import Plan, load_or_build
+from unitoken.streaming_data.plan import Plan
+from unitoken.streaming_data.plan_store import load_or_build
 from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.shards import MOST_OPEN_LIMITED, read_index
 from unitoken.streaming_data.views import Views

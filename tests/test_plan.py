@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.order import amounts, choose
-from unitoken.streaming_data.plan import Plan, _pack_window, build, load_or_build
+from unitoken.streaming_data.plan import Plan, _pack_window, build
+from unitoken.streaming_data.plan_store import load_or_build
 from unitoken.streaming_data.recipe import Recipe, StreamRecipe
 from unitoken.streaming_data.share import Share
 
