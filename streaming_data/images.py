@@ -124,7 +124,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Raises ImageError for other ranges.
     """
     low, high = 0.0, 65535.0
-    if not image.mode.startswith("I;16") and image.format != "PPM":  # these have 16 bits
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # all others have 16 bits
         ends = [(float(part.min()), float(part.max())) for part in (np.asarray(strip) for _, strip in _strips(image))]
         low, high = min(low for low, _ in ends), max(high for _, high in ends)
         if not (low >= 0 and high <= 65535):  # so written, as NaN is neither

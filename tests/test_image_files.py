@@ -250,6 +250,13 @@ def test_greys_of_another_range_are_rejected_by_mode_and_range(values: np.ndarra
         assert "greys of mode F from " in reason(encoded(Image.fromarray(values.astype(np.float32)), "TIFF"))
 
 
+def test_floats_of_a_pfm_and_16_bits_of_a_pgm_keep_their_greys() -> None:
+    pfm = b"Pf\n8 8\n-1.0\n" + np.flipud(RAMP).astype("<f4").tobytes()
+    assert (np.asarray(decode(pfm))[:, :, 0] == np.rint(RAMP * 255)).all()
+    pgm = b"P5\n8 8\n65535\n" + (RAMP * 65535).astype(">u2").tobytes()
+    assert (np.asarray(decode(pgm))[:, :, 0] == (RAMP * 65535).astype(int) >> 8).all()
+
+
 def test_the_case_of_a_float_from_0_to_1_is_not_black() -> None:
     assert np.asarray(decode((CASES / "float01.tif").read_bytes())).max() > 100
 
