@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import re
 import sys
 import types
@@ -240,6 +241,9 @@ def parse_config(model: type[ConfigT], text: str, where: str, overrides: Sequenc
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For command lines: a `ConfigError` becomes one line on stderr and exit status 2, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a path that is not UTF-8, a terminal that knows ASCII alone
     try:
         yield
     except ConfigError as error:

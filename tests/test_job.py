@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,18 @@ def test_a_job_file_of_another_kind_is_named(begin: Any, tmp_path: Path) -> None
     (tmp_path / "out" / "job.json").write_text(json.dumps({"items": 3}))
     with pytest.raises(ConfigError, match=r"out/job.json: not readable: "):
         begin(source)
+
+
+def test_a_source_whose_name_is_not_utf_8_is_read_and_a_folder_of_such_a_name_is_refused(tmp_path: Path, vqgan: Path) -> None:
+    from unitoken.tokenize.job import load_work
+    from unitoken.tokenize.worker import run_rank
+
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/it\xffems.json"))
+    source.write_text(json.dumps([{"conversations": turns("a", "b")}, {"conversations": []}]))
+    job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
+    run_rank(job, 0, 1, lambda finished, rejected: None)
+    assert load_work(job.output.store).input.files[0].name == str(source)
+    (line,) = (tmp_path / "out" / "chunk-000000" / "rejects.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["file"] == source.name
+    with pytest.raises(ConfigError, match="must be UTF-8"):
+        prepare(settings(vqgan), [str(source)], os.fsdecode(os.fsencode(tmp_path) + b"/o\xfeut"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import PydanticSerializationError
 
 from unitoken.codec.text import load_tokenizer
 from unitoken.codec.weights import find_weights
@@ -268,14 +270,25 @@ def _parse(model: type[ConfigT], data: bytes, where: str) -> ConfigT:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
+        with contextlib.suppress(ValueError, RecursionError):  # of a path that is not UTF-8, see `dump`
+            return model.model_validate(json.loads(data))
         raise ConfigError(f"{where}: not readable: {' '.join(str(error).split())[:200]}") from None
 
 
 def dump(model: Config) -> bytes:
-    return model.model_dump_json(indent=1).encode() + b"\n"
+    try:
+        return model.model_dump_json(indent=1).encode() + b"\n"
+    except PydanticSerializationError:  # a path that is not UTF-8: its bytes as JSON's escapes of surrogates
+        return json.dumps(model.model_dump(mode="python"), indent=1).encode() + b"\n"
 
 
 def check_folder(output: Output) -> None:
+    try:
+        output.url.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{output.url}: the name of a dataset's folder must be UTF-8: the writer of shards knows no other"
+        ) from None
     if not is_url(output.url) and Path(output.url).exists() and not Path(output.url).is_dir():
         raise ConfigError(f"{output.url}: expected a folder to write to, found a file")
     if not output.exists(JOB):
