@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -419,3 +420,37 @@ def test_a_parquet_column_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Pa
     values = whole(source_of(path))
     assert len(values) == 2
     assert all("column 'blob' unpacks from " in str(value) for value in values)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_a_header_of_gigabytes_ends_the_tar(kind: bytes, tmp_path: Path) -> None:
+    """tarfile would read it whole: 6 GB of memory, or minutes of looking through it."""
+    path = tar_of(tmp_path / "a.tar", [("a.txt", b"x"), ("b.txt", b"y")])
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 3 << 30
+    content = path.read_bytes()[:2048] + header.tobuf(tarfile.GNU_FORMAT)
+    with open(path, "wb") as file:
+        file.write(content)
+        file.truncate(3 << 30)  # takes no room on the disk
+    begun = time.monotonic()
+    first, last = [item.value for item in read(cut(find_files([str(path)]), 10), 0)]
+    assert time.monotonic() - begun < 20
+    assert first == {"__key__": "a", "txt": "x"}
+    assert str(last).startswith("input cut: at byte 2048 of ")
+    assert "a header of 3221225472 bytes" in str(last)
+
+
+def test_a_sparse_file_larger_than_its_tar_is_a_reject(tmp_path: Path) -> None:
+    """5 kB would become a gigabyte of zeros."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = 10
+        info.pax_headers = {"GNU.sparse.map": "0,10", "GNU.sparse.size": str((1 << 30) - 5000)}
+        tar.addfile(info, io.BytesIO(b"x" * 10))
+        info = tarfile.TarInfo("b.txt")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"y"))
+    first, second = [item.value for item in read(cut(find_files([str(path)]), 10), 0)]
+    assert str(first).startswith("item too large: a")
+    assert second == {"__key__": "b", "txt": "y"}

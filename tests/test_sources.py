@@ -249,3 +249,9 @@ def test_a_source_behind_a_url_is_read_by_ranges(served: Server) -> None:  # noq
     assert base(source, 0) == f"{served.url}/x"
     with pytest.raises(ConfigError, match="No such file"):
         find_files([f"{served.url}/none.jsonl"])
+
+
+@pytest.mark.parametrize("last", ["9999999999", "9" * 5000])
+def test_a_range_of_too_many_files_is_one_line(last: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stands for more than 1000000 files"):
+        find_files([f"{tmp_path}/{{0..{last}}}.tar"])

@@ -44,6 +44,7 @@ SUFFIXES: dict[str, Format] = {
     ".tsv": "tsv",
 }
 UNPACKABLE: tuple[Format, ...] = ("json", "jsonl", "webdataset", "csv", "tsv")
+MOST_FILES = 1_000_000  # that one {first..last} may stand for
 HASHED_BYTES = 1 << 28  # of a larger file only its size and some blocks are hashed
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
@@ -172,6 +173,8 @@ def _ranges(name: str) -> list[str]:
         return [name]
     first, last = found.groups()
     width = max(len(first), len(last)) if first.startswith("0") else 0
+    if width > 18 or len(last) > 18 or int(last) - int(first) >= MOST_FILES:
+        raise ConfigError(f"{name[:200]}: stands for more than {MOST_FILES} files")
     numbers = range(int(first), int(last) + 1)
     return [tail for n in numbers for tail in _ranges(f"{name[: found.start()]}{n:0{width}d}{name[found.end() :]}")]
 

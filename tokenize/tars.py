@@ -17,10 +17,25 @@ from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES
 
 TEXTS = ("txt", "text", "transcript", "caption", "cls", "url")  # what ends in .json is parsed, all else stays bytes
+MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax header, which tarfile reads whole: of 3 GB it made a hang and 6 GB of memory
+HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 class BrokenError(ValueError):
     """How the tar breaks off."""
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses what tarfile takes as it comes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:  # type: ignore[override]
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0:
+            raise BrokenError("a file of a negative size")
+        if member.type in HEADERS and member.size > MAX_HEADER_BYTES:
+            raise BrokenError(f"a header of {member.size} bytes")
+        return member
 
 
 def spans(file: SourceFile) -> Iterator[Span]:
@@ -56,7 +71,8 @@ def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[i
                     yield number, checked(sample)
                 number, key, sample, room = number + 1, name, {"__key__": name}, MAX_ITEM_BYTES
             if isinstance(sample, dict) and (wanted is None or number in wanted):
-                room -= member.size
+                # A sparse file's holes are bytes that stand nowhere: 5 kB of tar made 1 GB of zeros.
+                room -= member.size if member.size <= file.size else MAX_ITEM_BYTES + 1
                 sample = _with(sample, suffix, member, tar) if room >= 0 else _too_large(name)
     except BrokenError as error:
         number, key, sample = max(number, 0), "", ItemError(f"input cut: {error}")
@@ -68,16 +84,16 @@ def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFil
     """The regular files in order. tarfile itself takes a broken header for the end."""
     end = 0
     try:
-        with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with file.open() as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined] # else it keeps them all
                 if tar.offset <= end:
-                    raise BrokenError(f"at byte {end} of {file.size}: a file of a negative size")  # would come round again for ever
+                    raise BrokenError("a file of a negative size")  # would come round again for ever
                 end = tar.offset
                 if member.isfile():
                     yield member, tar
             end = tar.offset
-    except (BrokenError, StoreError):
+    except StoreError:
         raise
     except Exception as error:  # tarfile raises all kinds for odd pax and sparse headers
         raise BrokenError(f"at byte {end} of {file.size}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
