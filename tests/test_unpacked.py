@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +170,40 @@ def test_a_folder_of_pictures_is_read_as_a_tar_of_them(tmp_path: Path, vqgan: Pa
     assert [line for path in (tmp_path / "out").rglob("rejects.jsonl") for line in path.read_text().splitlines()] == []
     with pytest.raises(ConfigError, match="or one of pictures; found another folder"):
         find_files([str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_cut_loses_little_of_what_came_before(suffix: str, tmp_path: Path) -> None:
+    """A read of 8 MB that met the damage gave nothing at all."""
+    texts = [{"id": f"i{n}", "conversations": turns(os.urandom(200).hex(), "A.")} for n in range(5000)]
+    path = packed(tmp_path / f"i.jsonl{suffix}", b"".join(json.dumps(one).encode() + b"\n" for one in texts))
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) * 9 // 10])
+    values = [item.value for item in whole(path)]
+    kept = [value for value in values if not isinstance(value, ItemError)]
+    assert kept == texts[: len(kept)]
+    assert len(kept) > 3900
+    assert str(values[-1]).startswith("input cut: after ")
+    path.write_bytes(good + b"secret")
+    values = [item.value for item in whole(path)]
+    assert [value for value in values if not isinstance(value, ItemError)][:4900] == texts[:4900]
+    assert "secr" not in str(values[-1])
+
+
+def test_a_full_disk_is_no_damage_of_the_file(tmp_path: Path) -> None:
+    """It would be counted as a cut, and a dataset without those items would be called finished."""
+    texts = [{"id": f"i{n}", "conversations": turns(f"What {n}?", "A.")} for n in range(5000)]
+    path = packed(tmp_path / "i.jsonl.gz", b"".join(json.dumps(one).encode() + b"\n" for one in texts))
+    program = f"""
+import resource, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_unpacked import whole
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    print("read", len(whole(Path({str(path)!r}))))
+except OSError as error:
+    print("OSError", error.errno)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == f"OSError {errno.EFBIG}\n"

@@ -21,6 +21,7 @@ from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.tokenize.formats import BLOCK_BYTES, SourceFile, Span
 
 MOST_BYTES = 1 << 40  # of an unpacked file
+READ_BYTES = 1 << 14  # unpacked at once: what a read holds is lost where it meets damage
 MOST_RATIO = 1 << 10  # and so many times what it was packed; text packs 3 to 20 times
 
 Values = Callable[[SourceFile], Iterator[tuple[int, object]]]
@@ -55,17 +56,20 @@ def _unpack(file: SourceFile, suffix: str, target: Path) -> str | None:
 
     room = min(MOST_BYTES, (1 << 30) + MOST_RATIO * file.size)
     with open(target, "wb") as out, file.open() as packed, _opened(packed, suffix) as stream:
-        try:
-            while block := stream.read(BLOCK_BYTES):
-                room -= len(block)
-                if room < 0:
-                    return f"it unpacks to more than {MOST_RATIO} times its {file.size} bytes"
-                out.write(block)
-        except StoreError:
-            raise
-        except (EOFError, zlib.error, pyarrow.ArrowException, OSError) as error:  # OSError: gzip.BadGzipFile, and pyarrow's
-            return f"after {out.tell()} unpacked bytes: {' '.join(str(error).split())[:200]}"
-    return None
+        while True:
+            try:
+                block = stream.read(READ_BYTES)
+            except StoreError:
+                raise
+            except (EOFError, zlib.error, pyarrow.ArrowException, OSError) as error:  # OSError: gzip.BadGzipFile, and pyarrow's
+                reason = "not a gzip file, or something behind its end" if isinstance(error, gzip.BadGzipFile) else str(error)
+                return f"after {out.tell()} unpacked bytes: {' '.join(reason.split())[:200]}"
+            if not block:
+                return None
+            room -= len(block)
+            if room < 0:
+                return f"it unpacks to more than {MOST_RATIO} times its {file.size} bytes"
+            out.write(block)  # a full disk is no damage of the file: it ends the run
 
 
 @contextlib.contextmanager
