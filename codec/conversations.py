@@ -33,6 +33,11 @@ PICTURE_SUFFIXES = (  # of files in the formats that image_files.py reads
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff"),
     *("avif", "jp2", "j2k", "jpx", "jpf", "pbm", "pgm", "ppm", "pnm"),
 )
+OTHER_SUFFIXES = (  # of tars: what is seen or heard, and not read
+    *("heic", "heif", "jxl", "svg", "psd", "eps", "pdf", "ico", "dds", "tga", "exr", "hdr", "raw", "dng"),
+    *("dib", "j2c", "jpm", "jpg_large"),
+    *("mp4", "webm", "avi", "mov", "mkv", "mpeg", "mpg", "mp3", "wav", "flac", "ogg", "opus", "m4a"),
+)
 OTHER_MEDIA = ("video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url")
 LLAVA_PLACEHOLDER = "<image>"
 TAGS_OF_HTML = ("<img>", "[img]")  # may be meant as such in a text without pictures

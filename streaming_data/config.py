@@ -238,6 +238,11 @@ def parse_config(model: type[ConfigT], text: str, where: str, overrides: Sequenc
         raise ConfigError(_describe(error, model, where, overrides)) from None
 
 
+def printable(text: str) -> str:
+    """For a terminal: a file's name may hold line breaks and what colours or clears the screen."""
+    return "".join(one if one.isprintable() else "?" for one in text)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For command lines: a `ConfigError` becomes one line on stderr and exit status 2, without a traceback."""
@@ -247,5 +252,5 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from bad_inputs import damaged
 from test_formats import tar_of
@@ -207,3 +208,57 @@ except OSError as error:
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == f"OSError {errno.EFBIG}\n"
+
+
+def test_what_lies_in_a_folder_and_can_not_be_used_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, content in (("a.png", png()), ("a.txt", b"a"), ("b.mp4", b"x"), ("b.txt", b"b"), ("c.png", png()), ("c.PNG", png())):
+        (folder / name).write_bytes(content)
+    (folder / "d.png").write_bytes(png())
+    (folder / "d.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "e.png").symlink_to(folder / "nowhere.png")
+    values = {item_name(source, item): item.value for source in [cut(find_files([str(folder)]), 10)] for item in read(source, 0)}
+    assert values["a"] == {"__key__": "a", "png": png(), "txt": "a"}
+    assert values["b"] == {"__key__": "b", "mp4": b"x", "txt": "b"}  # and so the adapter names it
+    errors = [str(value) for value in values.values() if isinstance(value, ItemError)]
+    assert sorted(errors)[:2] == [
+        "bad sample: c: two files that end in .png",
+        "bad sample: d.txt is a link that leads out of the folder",
+    ]
+    assert len(errors) == 3
+
+
+def test_a_byte_of_another_encoding_costs_no_row_before_it(tmp_path: Path) -> None:
+    rows = b"".join(b"%d,text\n" % n for n in range(1000))
+    (tmp_path / "i.csv").write_bytes(b"id,caption\n" + rows + b"1000,caf\xe9\n")
+    *good, last = [item.value for item in whole(tmp_path / "i.csv")]
+    assert len(good) == 1000
+    assert str(last) == f"input cut: byte {len(rows) + 11 + 8} is not UTF-8"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow"])
+def test_two_columns_of_one_name_are_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"i.{kind}"
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["image", "image"])
+    if kind == "csv":
+        path.write_text("image,image\na,b\n")
+        (value,) = [item.value for item in whole(path)]
+        assert str(value) == "input cut: two columns are called 'image'"
+        return
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(ConfigError, match="two columns are called 'image'"):
+        whole(path)
+
+
+def test_rows_that_stand_in_no_bytes_are_no_data(tmp_path: Path) -> None:
+    path = tmp_path / "i.arrow"
+    with pa.ipc.new_stream(path, pa.schema([("a", pa.null())])) as stream:
+        stream.write_batch(pa.record_batch([pa.nulls(2_000_000_000)], names=["a"]))
+    with pytest.raises(ConfigError, match=r"rows in .* bytes are no data"):
+        whole(path)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.codec.conversations import OTHER_MEDIA, PICTURE_KEYS, PICTURE_SUFFIXES, ItemError, brief, pictures_of
+from unitoken.codec.conversations import OTHER_MEDIA, OTHER_SUFFIXES, PICTURE_KEYS, PICTURE_SUFFIXES, ItemError, brief, pictures_of
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
@@ -26,10 +26,6 @@ Adapter = Callable[[Raw], Raw]
 HUMAN, ASSISTANT, SYSTEM = ("human", "user"), ("gpt", "assistant", "chatbot", "model"), ("system", "developer")
 NAMES_OF_PICTURES = (*PICTURE_SUFFIXES, *PICTURE_KEYS, "file_name", "filename", "filepath", "url")  # of a pair, in this order
 TEXT_KEYS = ("txt", "caption", "text", "captions", "vlm_caption", "prompt", "description")
-OTHER_SUFFIXES = (  # of tars: what is seen or heard, and not read
-    *("heic", "heif", "jxl", "svg", "psd", "eps", "pdf", "ico", "dds", "tga", "exr", "hdr", "raw", "dng"),
-    *("mp4", "webm", "avi", "mov", "mkv", "mpeg", "mpg", "mp3", "wav", "flac", "ogg", "opus", "m4a"),
-)
 SOURCE_KEYS = ("input_image", "original_image", "source_image", "source_img", "input", "original", "source", "before")
 EDITED_KEYS = ("edited_image", "output_image", "target_image", "target_img", "edited", "output", "target", "after")
 INSTRUCTION_KEYS = ("edit_prompt", "edit_instruction", "instruction", "edit", "prompt", "txt", "text", "caption")

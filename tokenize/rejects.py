@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.config import ConfigError, printable
 from unitoken.streaming_data.manifest import MANIFEST, REJECTS, read_manifest
 from unitoken.streaming_data.stores import open_store
 from unitoken.tokenize.job import Round, dump, load_work, round_name
@@ -29,7 +29,7 @@ def grouped(out: str) -> list[tuple[str, int, str]]:
     for reject in _rejects(out):
         kind, _, details = reject["reason"].partition(": ")
         counts[kind] += 1
-        examples.setdefault(kind, f"{reject['file']} item {reject['position']} ({reject['id']}) {details}")
+        examples.setdefault(kind, printable(f"{reject['file']} item {reject['position']} ({reject['id']}) {details}"))
     return [(kind, count, examples[kind]) for kind, count in counts.most_common()]
 
 

@@ -308,7 +308,7 @@ def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
 
 def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     if file.format == "folder":
-        return loose_files.values(Path(file.name), piece.start, piece.end, wanted)
+        return loose_files.values(Path(file.name), file.version, piece.start, piece.end, wanted)
     source = SourceFile(*_locate(file.name), file.size, file.name)
     if packed := _suffixes(file.name)[1]:
         return unpacked.values(source, packed, functools.partial(_whole, file.format), wanted)

@@ -13,6 +13,7 @@ from unitoken.tokenize.formats import SourceFile, Span
 
 BATCH_ROWS = 32  # of Parquet are decoded at once: a row may hold pictures
 MOST_UNPACKED, MOST_RATIO = 1 << 28, 200  # bytes of a column in a row group, and times what it is packed: then it is no data
+MOST_ROWS_A_BYTE = 1000
 READ_BYTES = 1 << 20  # a Parquet column is read in parts of this size, not a row group at once
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's reader takes a missing one for an end, too
 
@@ -21,6 +22,7 @@ def parquet_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
     """Raises ConfigError for a file that is no Parquet."""
     with _parquet(file) as table:
         rows = int(table.metadata.num_rows)
+        _check_names(file, table.schema_arrow.names)
     yield from _row_spans(rows, chunk_size)
 
 
@@ -45,6 +47,9 @@ def arrow_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
     try:
         for batch in _arrow_batches(file):
             rows += batch.num_rows
+            _check_names(file, batch.schema.names)
+            if rows > max(1_000_000, MOST_ROWS_A_BYTE * file.size):  # 224 bytes can say that they are 2 * 10**9 nulls
+                raise ConfigError(f"{file.shown}: {rows:,} rows in {file.size:,} bytes are no data")
     except _arrow_errors() as error:
         if isinstance(error, StoreError):
             raise
@@ -69,6 +74,12 @@ def arrow_values(file: SourceFile, start: int, end: int, wanted: Collection[int]
         if last >= end:
             return
         first = last
+
+
+def _check_names(file: SourceFile, names: list[str]) -> None:
+    """Of two columns of one name a row as an object keeps one."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{file.shown}: two columns are called {twice[0]!r}")
 
 
 def _row_spans(rows: int, chunk_size: int) -> Iterator[Span]:

@@ -122,14 +122,15 @@ def checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemEr
     if not isinstance(sample, dict):
         return sample
     parts = [suffix.rpartition(".") for suffix in sample]
-    described = {middle for middle, _, kind in parts if middle and kind in TEXTS}
+    described = {middle for middle, _, kind in parts if middle and (kind in TEXTS or kind == "json")}
     pairs = described & {middle for middle, _, kind in parts if middle and kind in PICTURE_SUFFIXES}
-    if len(pairs) < 2:
+    plain = any(not middle and (kind in TEXTS or kind == "json") for middle, _, kind in parts)  # what describes all of them
+    if not pairs or plain:
         return sample
-    key, some = sample["__key__"], sorted(pairs)[:2]
+    some = ", ".join(f"{sample['__key__']}.{middle}" for middle in sorted(pairs)[:2])
     return ItemError(
-        f"bad sample: names hold dots: {key}.{some[0]}, {key}.{some[1]}, ... are one sample of {len(pairs)} pictures and texts, "
-        f"as a sample's name ends at the first dot; rename them"
+        f"bad sample: names hold dots: {some}, ... are one sample of {len(pairs)} pictures and texts, as a sample's name ends "
+        "at the first dot; rename them"
     )
 
 

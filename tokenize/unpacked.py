@@ -85,17 +85,28 @@ def _opened(packed: BinaryIO, suffix: str) -> Iterator[Any]:
 
 
 class _Checked(io.RawIOBase):
-    """A stream that must be UTF-8: pyarrow finds a byte that is none too late, while it reports a ragged row."""
+    """A stream that ends with the last line before a byte that is no UTF-8, which `broken` then tells. pyarrow would find it
+    while it reports a ragged row, where it can not be raised, and would give none of the rows before it."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8")()
+        self._stream, self._decoder, self._at = stream, codecs.getincrementaldecoder("utf-8")(), 0
+        self.broken: str | None = None
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
+        if self.broken is not None:
+            return b""
         data = self._stream.read(size)
-        self._decoder.decode(data, final=not data)
+        pending = len(self._decoder.getstate()[0])  # of a character that the block before has begun
+        try:
+            self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            at = max(0, error.start - pending)
+            self.broken = f"byte {self._at + at} is not UTF-8"
+            data = data[: data.rfind(b"\n", 0, at) + 1]
+        self._at += len(data)
         return data
 
 
@@ -127,13 +138,18 @@ def rows(file: SourceFile, delimiter: str, wanted: Collection[int] | None) -> It
     try:
         with file.open() as stream, pyarrow.csv.open_csv(_Checked(stream), read, parse) as head:
             names = head.schema.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            yield from numbered([ItemError(f"input cut: two columns are called {twice[0]!r}")])
+            return
         bad.clear()
         text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
-        with file.open() as stream, pyarrow.csv.open_csv(_Checked(stream), read, parse, text) as reader:
-            for batch in reader:
-                yield from numbered([*batch.to_pylist(), *bad])
-                bad.clear()
-        yield from numbered(list(bad))
+        with file.open() as stream:
+            checked = _Checked(stream)
+            with pyarrow.csv.open_csv(checked, read, parse, text) as reader:
+                for batch in reader:
+                    yield from numbered([*batch.to_pylist(), *bad])
+                    bad.clear()
+        yield from numbered([*bad, *([ItemError(f"input cut: {checked.broken}")] if checked.broken else [])])
     except StoreError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
