@@ -106,6 +106,8 @@ def _open(data: bytes | memoryview, pixels: bool) -> Image.Image:
             return image
         except ImageError:
             raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(str(error)) from None
         except Exception as error:  # the decoders raise all kinds: RuntimeError, AssertionError, struct.error, ...
             if failure is None or not isinstance(error, UnidentifiedImageError):
                 failure = error

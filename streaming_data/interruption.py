@@ -76,15 +76,19 @@ def received() -> int:
 
 
 def leave_signals_to_parent() -> None:
-    """In a process that loads data: what is sent to the whole group is the parent's to act on. It ends with the parent, and
-    when the parent ends it, which asks twice."""
+    """In a process that loads data: what is sent to the whole group is the parent's to act on. It ends when the parent ends it,
+    and with the parent."""
+    parent = os.getppid()
 
-    def first(number: int, _: FrameType | None) -> None:  # noqa: ARG001
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def watch() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:  # a launcher's, a scheduler's
+            pass
+        os._exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, first)
-    _signal_at_parents_death(signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that begin from now on, too: `watch` alone is told
+    threading.Thread(target=watch, daemon=True).start()  # torch's own watch ends it with a parent that died
 
 
 def end_with_launcher() -> None:

@@ -98,7 +98,7 @@ class Manifest(Config):
             raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
         if min(self.samples, self.rejected, self.tokens, self.target_tokens, self.images, self.chunks) < 0:
             raise ValueError("its counts are not all 0 or more")
-        if not self.crops():
+        if self.target_size < self.vision.downsampling * LATENTS_PER_GRID_UNIT:
             raise ValueError(
                 f"no picture can be cut to target_size {self.target_size} for {self.vision.downsampling} pixels a latent"
             )

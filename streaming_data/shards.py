@@ -60,6 +60,10 @@ def _check_numbers(entry: dict[str, Any]) -> None:
     hashes = entry["raw_data"]["hashes"]
     if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
         raise ValueError(f"`hashes`: expected texts by the names of algorithms, found {hashes!r}")
+
+
+def _check_columns(entry: dict[str, Any]) -> None:
+    """Raises ValueError or KeyError."""
     names, encodings, sizes = (entry[f"column_{part}"] for part in ("names", "encodings", "sizes"))
     texts = isinstance(names, list) and isinstance(encodings, list) and all(isinstance(one, str) for one in [*names, *encodings])
     if not texts or not isinstance(sizes, list) or not len(names) == len(encodings) == len(sizes) == len(set(names)):
@@ -145,6 +149,10 @@ class Shards:
 
     def _decoder(self, entry: dict[str, Any]) -> Decoder:
         """Ours for our columns alone; upstream's where there are others besides. One for all shards with the same columns."""
+        try:
+            _check_columns(entry)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{self.folder / INDEX}: not an MDS index: {type(error).__name__}: {error}") from None
         key = json.dumps([entry["column_names"], entry["column_encodings"], entry["column_sizes"]])
         if key not in self._decoders:
             columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))

@@ -93,7 +93,7 @@ class ModelConfig(Config):
 class OptimizerConfig(Config):
     """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr` at the run's end."""
 
-    lr: Annotated[float, Field(gt=0, le=1e3)]
+    lr: Annotated[float, Field(gt=0, le=1e30)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Warmup = "0.01ep"
@@ -105,7 +105,7 @@ class OptimizerConfig(Config):
     )
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    clip_norm: Annotated[float, Field(gt=0, le=1e9)] = 4.0  # L2 norm of all gradients together
+    clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0  # L2 norm of all gradients together
     max_skipped: Count = 10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
 
     @pydantic.model_validator(mode="after")
