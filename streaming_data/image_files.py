@@ -17,14 +17,16 @@ import warnings
 import zlib
 from collections.abc import Iterator
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 # Of the 43 that Pillow knows. Others start a program (EPS), or take minutes or gigabytes for some bytes (DDS, FITS, ICNS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
 MAX_SCANS = 100  # of a progressive JPEG, each of which runs over all pixels; encoders write about ten
+MAX_RLE_WIDTH = 65_535  # of a run-length encoded BMP: Pillow writes out up to 255 rows for 6 bytes, however large the picture
 
 ORIENTATION = 0x0112  # the EXIF and TIFF tag
+TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143  # TIFF tags
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -53,7 +55,8 @@ def open_image(data: bytes | memoryview) -> Image.Image:
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """How the picture is to be turned to be seen as its EXIF says; None where it is as it is, or says nothing that can be read."""
     try:
-        orientation = image.getexif().get(ORIENTATION)
+        with QUIET:  # Pillow warns of what is cut or odd in it
+            orientation = Image.Image.getexif(image).get(ORIENTATION)  # PngImageFile's own decodes the picture first
     except Exception:  # Pillow raises all kinds for what is no EXIF
         return None
     return TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -63,9 +66,12 @@ def reason_of(error: BaseException) -> str:
     """A decoder's own words, in one line that is the same in each run and quotes no bytes of the file."""
     if isinstance(error, MemoryError):
         return "out of memory"
+    said = error.args[0] if error.args else ""
+    if isinstance(said, bytes):  # so Pillow says what is wrong in a PPM: the reason, then a piece of the file
+        return said.partition(b":")[0].decode(errors="replace")[:200]
     words = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "a file", " ".join(str(error).split()))
     words = re.sub(r"""b'(?:[^'\\]|\\.)*'|b"(?:[^"\\]|\\.)*"|(?<=header): .*""", "...", words)
-    return words[:200] or type(error).__name__
+    return words[:200] if re.search("[A-Za-z]", words) else f"{type(error).__name__} {words}".strip()  # KeyError says a key alone
 
 
 class _Quiet:
@@ -99,8 +105,7 @@ def _open(data: bytes | memoryview, pixels: bool) -> Image.Image:
         try:
             with QUIET:
                 image = Image.open(io.BytesIO(attempt), formats=_formats())
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
+                _refuse_costly(image)
                 if pixels:
                     image.load()
             return image
@@ -115,6 +120,29 @@ def _open(data: bytes | memoryview, pixels: bool) -> Image.Image:
         raise ImageError(_unidentified(data)) from None
     assert failure is not None
     raise ImageError(f"cannot be decoded: {reason_of(failure)}") from None
+
+
+def _refuse_costly(image: Image.Image) -> None:
+    """Raises ImageError for what a few bytes may blow up beyond all bounds, and for what has no pixels."""
+    pixels = decoded_pixels(image)
+    if not image.width * image.height:
+        raise ImageError(f"{image.width} x {image.height} pixels")
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
+    if pixels > MAX_PIXELS:
+        raise ImageError(f"a TIFF with a tile of {pixels} pixels, at most {MAX_PIXELS} are decoded")
+    run_lengths = isinstance(image, ImageFile.ImageFile) and any(tile[0] == "bmp_rle" for tile in image.tile)
+    if run_lengths and image.width > MAX_RLE_WIDTH:
+        raise ImageError(f"a run-length encoded BMP of {image.width} pixels a row, at most {MAX_RLE_WIDTH} are decoded")
+
+
+def decoded_pixels(image: Image.Image) -> int:
+    """Those that its decoder makes at once, by its header: a TIFF may put 10 x 10 pixels into a tile of a gigabyte."""
+    pixels = image.width * image.height
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        with contextlib.suppress(Exception):  # a damaged entry: libtiff refuses such a tile
+            return max(pixels, int(image.tag_v2[TILE_WIDTH]) * int(image.tag_v2[TILE_LENGTH]))
+    return pixels
 
 
 @functools.cache
@@ -144,7 +172,7 @@ def _unidentified(data: bytes | memoryview) -> str:
 
 def _attempts(data: bytes | memoryview) -> Iterator[bytes | memoryview]:
     """The file as it is, and where that fails without the metadata that a picture does not need, at last without its EXIF."""
-    if bytes(data[:2]) == b"\xff\xd8" and bytes(data).count(b"\xff\xda") > MAX_SCANS:
+    if bytes(data[:2]) == b"\xff\xd8" and bytes(data).count(b"\xff\xda") > MAX_SCANS and _scans(bytes(data)) > MAX_SCANS:
         raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
     yield data
     whole = bytes(data)
@@ -156,6 +184,9 @@ def _attempts(data: bytes | memoryview) -> Iterator[bytes | memoryview]:
                 yield _bare_jpeg(whole, keep_exif)
             elif whole[:4] in (b"II*\0", b"MM\0*"):
                 yield _bare_tiff(whole, keep_exif)
+            elif whole[4:8] == b"jP  ":
+                yield _bare_jp2(whole)
+                return
             elif whole[4:8] == b"ftyp":
                 # An EXIF that is not there can not be read wrongly; AVIF has its orientation in a box of its own.
                 yield re.sub(rb"II\*\0|MM\0\*", b"\0\0\0\0", whole)
@@ -198,6 +229,49 @@ def _bare_jpeg(data: bytes, keep_exif: bool) -> bytes:
             parts.append(segment)
         at += 2 + length
     return b"".join([*parts, data[at:]])
+
+
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # none that stands inside a scan: FF 00, FF D0 to FF D7
+
+
+def _scans(data: bytes) -> int:
+    """Of a JPEG's own picture: what lies behind its end, as a phone's video, or in its metadata is not decoded."""
+    count, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[1] != b"\xd9":
+        at = found.end()
+        if found[1] not in (b"\x01", b"\xd8"):  # these have no length
+            at += int.from_bytes(data[at : at + 2], "big")
+        count += found[1] == b"\xda"
+    return count
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """(kind, head, content) of each box of a JPEG 2000 file (ISO 15444-1, I.4)."""
+    at = 0
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        head = 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, at + 8)
+            head = 16
+        end = len(data) if length == 0 else at + max(length, head)
+        yield kind, data[at : at + head], data[at + head : end]
+        at = end
+
+
+def _bare_jp2(data: bytes) -> bytes:
+    """Without the resolution and other boxes that do not say how the pixels are stored; of the colours the first that is whole."""
+    parts = []
+    for kind, head, content in _boxes(data):
+        if kind == b"jp2h":
+            inside = list(_boxes(content))
+            colours = [box for box in inside if box[0] == b"colr" and len(box[2]) >= 7][:1]
+            kept = [box for box in inside if box in colours or box[0] in (b"ihdr", b"bpcc", b"pclr", b"cmap", b"cdef")]
+            content = b"".join(box[1] + box[2] for box in kept)
+            head = struct.pack(">I4s", 8 + len(content), kind)
+        if kind in (b"jP  ", b"ftyp", b"jp2h", b"jp2c"):
+            parts.append(head + content)
+    return b"".join(parts)
 
 
 # Sizes, bits, compression, colours, strips, tiles and what their decoders need (TIFF 6.0, section 8 and 15 to 22).

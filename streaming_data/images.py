@@ -18,12 +18,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from unitoken.streaming_data.image_files import MAX_PIXELS, QUIET, ImageError, open_image, read_header, reason_of, turn_of
+from unitoken.streaming_data.image_files import (
+    MAX_PIXELS,
+    QUIET,
+    ImageError,
+    decoded_pixels,
+    open_image,
+    read_header,
+    reason_of,
+    turn_of,
+)
 
 MEMORY_BYTES = 2 << 30  # that the pictures which are being decoded take, over all threads of a process
 EXTRA_BYTES = 16  # a pixel, at most, beyond the decoded picture, while it is blended and converted
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 0x0102, 0x0106, 0  # TIFF tags, and a value of the second
 STRIP_PIXELS = 1 << 18  # that are blended at a time: 72 bytes each
 ON_ITS_SIDE = (
     Image.Transpose.TRANSPOSE,
@@ -33,6 +43,8 @@ ON_ITS_SIDE = (
 )
 
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # that Pillow keeps a pixel in; all others: 4
+# A pixel, that a format's own library takes while it decodes (measured; JPEG 2000 with the smallest code blocks).
+_DECODER_BYTES = {"WEBP": 8, "AVIF": 8, "JPEG2000": 32}
 
 
 class _Memory:
@@ -74,9 +86,11 @@ def decoded(data: bytes | memoryview, compat: bool = False) -> Iterator[Image.Im
     with the picture inside the block.
     """
     header = read_header(data)
-    pixels = header.width * header.height
-    with _memory.hold(pixels * (_MODE_BYTES.get(header.mode, 4) + (4 if header.mode in ("RGB", "L") else EXTRA_BYTES))):
-        del header
+    plain = header.mode in ("RGB", "L") and "transparency" not in header.info
+    each = _MODE_BYTES.get(header.mode, 4) + (4 if plain else EXTRA_BYTES) + _DECODER_BYTES.get(header.format or "", 0)
+    size = decoded_pixels(header) * each
+    del header
+    with _memory.hold(size):
         image = open_image(data)
         try:
             yield image if compat else _seen(image)
@@ -130,13 +144,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         if not (low >= 0 and high <= 65535):  # so written, as NaN is neither
             wanted = "0 to 1, 0 to 255 or 0 to 65535" if image.mode == "F" else "0 to 255 or 0 to 65535"
             raise ImageError(f"greys of mode {image.mode} from {low:g} to {high:g}, expected {wanted}")
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    twelve = image.mode.startswith("I;16") and tags.get(BITS) == (12,)
+    clear = image.info.get("transparency")  # the one grey of a PNG that is transparent
     result = Image.new("L", image.size)
     for top, strip in _strips(image):
-        values = np.asarray(strip)
+        stored = values = np.asarray(strip)
         if high > 255:
-            values = values.astype(np.int64).clip(0, 65535) >> 8
+            values = values.astype(np.int32).clip(0, 65535) >> (4 if twelve else 8)
         elif image.mode == "F":
             values = np.rint(values * (255.0 if high <= 1 else 1.0))
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns those of 8 bits and less
+            values = 255 - values
+        if isinstance(clear, int):
+            values = np.where(stored == clear, 255, values)
         result.paste(Image.fromarray(values.astype(np.uint8)), (0, top))
     return result
 
@@ -145,6 +166,8 @@ def on_white(image: Image.Image) -> Image.Image:
     """To RGB; what is transparent becomes white. As the reference's `_whiten_transparency`, which leaves mode RGB as it is."""
     if image.mode == "RGB":
         return image
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ImageError(f"mode {image.mode} without a palette")
     if not image.has_transparency_data:
         return image.convert("RGB")
     result = Image.new("RGB", image.size)
@@ -220,7 +243,10 @@ def tokenizer_pixels(image: Image.Image, crop: tuple[int, int], chance: np.rando
 def opaque(image: Image.Image, compat: bool) -> Image.Image:
     """To RGB for the vision tower; with `compat` the colours that hide behind transparency show."""
     # From the array: PIL keeps info["transparency"] after convert("RGB"), and later steps would blend it.
-    return Image.fromarray(np.asarray(image.convert("RGB"))) if compat else on_white(image)
+    if not compat:
+        return on_white(image)
+    with QUIET:  # Pillow warns of a palette with transparency, and means to be asked for RGBA
+        return Image.fromarray(np.asarray(image.convert("RGB")))
 
 
 def resized(image: Image.Image, sizes: Sequence[tuple[int, int]], compat: bool) -> list[npt.NDArray[np.uint8]]:
