@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizing import settings, turns, write_items
+from tokenizing import run_here, settings, turns, write_items
 
 from unitoken.codec.conversations import parse
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.shards import Shards, read_index
 from unitoken.tokenize.adapters import find_adapter
-from unitoken.tokenize.job import prepare
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.sources import find_files
 
@@ -21,10 +20,7 @@ CASES = Path(__file__).parent / "data" / "cases"
 
 def tokenized(source: Path, out: Path, vqgan: Path, **changes: object) -> tuple[list[tuple[str, int]], list[str]]:
     """(id, pictures) of each sample, and the reasons of the rejects."""
-    from unitoken.tokenize.worker import run_rank
-
-    job = prepare(settings(vqgan, **changes), [str(source)], str(out))
-    run_rank(job, 0, 1, lambda finished, rejected: None)
+    run_here(settings(vqgan, **changes), source, out)
     manifest = merge(str(out))
     shards = Shards("cases", out, None, out / "stamps", None)
     samples = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizing import settings, turns, write_items
+from tokenizing import run_here, settings, turns, write_items
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import open_store
@@ -143,13 +143,9 @@ def test_a_job_file_of_another_kind_is_named(begin: Any, tmp_path: Path) -> None
 
 
 def test_a_source_whose_name_is_not_utf_8_is_read_and_a_folder_of_such_a_name_is_refused(tmp_path: Path, vqgan: Path) -> None:
-    from unitoken.tokenize.job import load_work
-    from unitoken.tokenize.worker import run_rank
-
     source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/it\xffems.json"))
     source.write_text(json.dumps([{"conversations": turns("a", "b")}, {"conversations": []}]))
-    job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
-    run_rank(job, 0, 1, lambda finished, rejected: None)
+    job = run_here(settings(vqgan), source, tmp_path / "out")
     assert load_work(job.output.store).input.files[0].name == str(source)
     (line,) = (tmp_path / "out" / "chunk-000000" / "rejects.jsonl").read_bytes().splitlines()
     assert json.loads(line)["file"] == source.name

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from served import Server, served  # noqa: F401 - a fixture
-from tokenizing import settings
+from tokenizing import run_here, settings
 
 from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data import files
@@ -19,7 +19,6 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.stores import MissingError, StoreError
 from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.web_session import PrivateAddressError, WebSession, is_public
-from unitoken.tokenize.job import prepare
 from unitoken.tokenize.pictures import Pictures
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +55,6 @@ def test_no_error_of_ours_holds_a_secret_also_when_it_comes_from_another_process
 
 def test_signed_urls_leave_no_trace_in_a_dataset(tmp_path: Path, served: Server, vqgan: Path) -> None:  # noqa: F811
     """As the input, as a picture that is not there, and as one that is no picture."""
-    from unitoken.tokenize.worker import run_rank
-
     signed = "?X-Amz-Signature=secret"
     served.files["/no.png"] = b"secret bytes"
     turns = [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "This."}]
@@ -65,8 +62,7 @@ def test_signed_urls_leave_no_trace_in_a_dataset(tmp_path: Path, served: Server,
     items = [{"conversations": turns, "image": served.url.replace("//", "//me:secret@") + name + signed} for name in names]
     served.files["/items.json"] = json.dumps(items).encode()
     config = settings(vqgan, allow_http=True, allow_private=True)
-    job = prepare(config, [f"{served.url}/items.json{signed}"], str(tmp_path / "out"))
-    run_rank(job, 0, 1, lambda finished, rejected: None)
+    run_here(config, f"{served.url}/items.json{signed}", tmp_path / "out")
     stored = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert len([line for path, data in stored.items() if path.name == "rejects.jsonl" for line in data.splitlines()]) == 2
     assert not [path for path, data in stored.items() if b"secret" in data]

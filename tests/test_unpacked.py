@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from bad_inputs import damaged
 from test_formats import tar_of
-from tokenizing import png, settings, turns, write_items
+from tokenizing import png, run_here, settings, turns, write_items
 
 from unitoken.codec.conversations import ItemError
 from unitoken.streaming_data.config import ConfigError
@@ -133,15 +133,11 @@ def test_an_unknown_type_is_named_with_the_known_ones(name: str, tmp_path: Path)
 
 
 def test_a_compressed_source_is_tokenized_to_the_bytes_of_the_plain_one(tmp_path: Path, vqgan: Path) -> None:
-    from unitoken.tokenize.job import prepare
-    from unitoken.tokenize.worker import run_rank
-
     plain = write_items(tmp_path, TEXTS)
     path = packed(tmp_path / "items.json.gz", plain.read_bytes())
     shards = []
     for source, out in ((plain, tmp_path / "plain"), (path, tmp_path / "packed")):
-        job = prepare(settings(vqgan, chunk_size=100), [str(source)], str(out))
-        run_rank(job, 0, 1, lambda finished, rejected: None)
+        run_here(settings(vqgan, chunk_size=100), source, out)
         shards.append((out / "chunk-000000" / "shard.00000.mds").read_bytes())
     assert shards[0] == shards[1]
 
@@ -163,11 +159,7 @@ def test_a_folder_of_pictures_is_read_as_a_tar_of_them(tmp_path: Path, vqgan: Pa
     assert items[0].value == {"__key__": "00000/000000000", "jpg": png(), "txt": "picture 0"}
     assert [item.position for item in read(source, 1, {3})] == [3]
 
-    from unitoken.tokenize.job import prepare
-    from unitoken.tokenize.worker import run_rank
-
-    job = prepare(settings(vqgan, adapter="caption", chunk_size=2), [str(folder)], str(tmp_path / "out"))
-    run_rank(job, 0, 1, lambda finished, rejected: None)
+    run_here(settings(vqgan, adapter="caption", chunk_size=2), folder, tmp_path / "out")
     assert [line for path in (tmp_path / "out").rglob("rejects.jsonl") for line in path.read_text().splitlines()] == []
     with pytest.raises(ConfigError, match="or one of pictures; found another folder"):
         find_files([str(tmp_path / "out")])

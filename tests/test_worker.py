@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from streaming import StreamingDataset
 from tokenizing import content, picture, png, run_here, settings, some_items, turns, write_items
@@ -227,6 +228,17 @@ def test_every_item_is_reported_once(vqgan: Path, tmp_path: Path) -> None:
     assert times.images == 31
     assert 0 <= times.gpu_wait_share < 1
     assert worker.run_rank(job, 0, 1, quiet).images == 0  # nothing is left
+
+
+def test_torchs_threads_are_as_before_when_the_work_is_done(vqgan: Path, tmp_path: Path) -> None:
+    """One that stayed gave whatever ran later in the process, such as training, sums with other last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run_here(settings(vqgan), write_items(tmp_path, some_items(tmp_path, 4)), tmp_path / "out")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bytes_do_not_depend_on_threads_nor_on_the_room(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def settings(vqgan: Path, **changes: Any) -> TokenizeConfig:
     return TokenizeConfig.model_validate(fields | changes)
 
 
-def run_here(config: TokenizeConfig, source: Path, out: Path, splits: int = 1) -> Job:
+def run_here(config: TokenizeConfig, source: Path | str, out: Path, splits: int = 1) -> Job:
     """All ranks one after the other, in this process, without the merge."""
     from unitoken.tokenize.worker import run_rank
 

@@ -239,10 +239,14 @@ def run_rank(job: Job, rank: int, splits: int, report: Report) -> Times:
 
 def run_chunks(job: Job, chunks: Iterable[Chunk], report: Report, device: str) -> Times:
     """The models stay loaded for the next call."""
+    threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)  # a sum's order depends on the threads: 1 everywhere gives the same codes everywhere
         keep_freed_memory()
-    return _tokenizer(job, device).write_chunks(chunks, report)
+    try:
+        return _tokenizer(job, device).write_chunks(chunks, report)
+    finally:
+        torch.set_num_threads(threads)  # of a program that goes on with other work
 
 
 def keep_freed_memory() -> None:
