@@ -201,9 +201,7 @@ def _text(turn: Any, number: int, last: bool) -> str | None:
 
 def pictures_of(item: dict[str, Any]) -> list[Any]:
     """What an item names as its pictures, under any of the names in use. Raises ItemError where it is not plain which."""
-    for key, value in item.items():
-        if isinstance(key, str) and key.lower() in OTHER_MEDIA and _listed(value):
-            raise ItemError(f"video and audio are not read: the item names some under '{key}'")
+    refuse_video_and_audio(item)
     named = {key: found for key in PICTURE_KEYS if (found := _listed(item.get(key)))}
     if not named:
         return []
@@ -212,6 +210,12 @@ def pictures_of(item: dict[str, Any]) -> list[Any]:
         if not _same_pictures(named[first], named[other]):
             raise ItemError(f"which pictures: the item names some under '{first}' and others under '{other}'")
     return named[first]
+
+
+def refuse_video_and_audio(item: dict[str, Any]) -> None:
+    for key, value in item.items():
+        if isinstance(key, str) and key.lower() in OTHER_MEDIA and _listed(value):
+            raise ItemError(f"video and audio are not read: the item names some under '{key}'")
 
 
 def _listed(value: Any) -> list[Any]:

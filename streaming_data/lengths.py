@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.limits import limit_of
-from unitoken.streaming_data.manifest import SIDECAR
+from unitoken.streaming_data.manifest import SIDECAR, sidecar_errors
 from unitoken.streaming_data.mixture import Kind, Source, StreamConfig
 from unitoken.streaming_data.shards import read_index
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from unitoken.streaming_data.views import Views
 
 ROWS = 1 << 20  # of the sidecar, read at once
-KINDS = 3  # `StreamSamples.kinds` names them
+KINDS: tuple[Kind, ...] = ("text", "understanding", "generation")  # a sample's kind is its place here
 Ids = npt.NDArray[np.int64]
 
 
@@ -39,7 +39,7 @@ class StreamSamples:
     lengths: npt.NDArray[np.uint32]  # positions in a pack, continuous features included; 0: no candidate
     target_tokens: npt.NDArray[np.uint32]  # at most so many, where a sample is cut; 0: no candidate
     images: npt.NDArray[np.uint16]  # that bring continuous features
-    kinds: npt.NDArray[np.uint8]  # 0: text, 1: understanding, 2: generation
+    kinds: npt.NDArray[np.uint8]  # places in KINDS
     weight: dict[str, float]
     over_long: int = 0  # left out
     cut: int = 0  # to the stream's length
@@ -59,15 +59,8 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
     Raises:
         ConfigError: the sidecar does not fit the index or the manifest, or no sample is a candidate.
     """
-    import pyarrow
-
-    try:
+    with sidecar_errors(source.name, source.folder):
         return _read_lengths(source, recipe, views)
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        words = " ".join(str(error).split())[:200]
-        raise ConfigError(f"stream '{source.name}': {source.folder / SIDECAR}: not readable as Parquet: {words}") from None
 
 
 def _read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamSamples:
@@ -164,8 +157,7 @@ def _kinds(batch: pyarrow.RecordBatch) -> npt.NDArray[np.uint8]:
 def _wanted(kinds: npt.NDArray[np.uint8], stream: StreamConfig) -> npt.NDArray[np.bool_]:
     if stream.kinds is None:
         return np.ones(len(kinds), bool)
-    names: tuple[Kind, ...] = ("text", "understanding", "generation")
-    return np.isin(kinds, [names.index(kind) for kind in stream.kinds])
+    return np.isin(kinds, [KINDS.index(kind) for kind in stream.kinds])
 
 
 def _on_our_side(batch: pyarrow.RecordBatch, stream: StreamConfig, split: str) -> npt.NDArray[np.bool_]:

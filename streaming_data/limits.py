@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import SIDECAR
+from unitoken.streaming_data.manifest import SIDECAR, sidecar_errors
 from unitoken.streaming_data.vocabulary import image_tokens
 
 if TYPE_CHECKING:
@@ -29,13 +29,8 @@ def check_images_fit(source: Source, config: DataConfig, views: Views | None) ->
     """
     if not source.manifest.images:
         return
-    import pyarrow
-
-    try:
+    with sidecar_errors(source.name, source.folder):
         _check_images_fit(source, config, views)
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise ConfigError(f"stream '{source.name}': {source.folder / SIDECAR}: not readable as Parquet: {words}") from None
 
 
 def _check_images_fit(source: Source, config: DataConfig, views: Views | None) -> None:

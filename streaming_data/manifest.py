@@ -12,9 +12,11 @@ Nothing in it depends on when, where or by how many workers it was written.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,20 @@ INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
     "manifest.json",
 )
 UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a dataset that was migrated
+
+
+@contextlib.contextmanager
+def sidecar_errors(stream: str, folder: Path) -> Iterator[None]:
+    """What goes wrong while a stream's sidecar is read is one ConfigError."""
+    import pyarrow
+
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ConfigError(f"stream '{stream}': {folder / SIDECAR}: not readable as Parquet: {words}") from None
 
 
 @functools.cache

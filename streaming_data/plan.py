@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: R
     ]
     if not (samples := sum(c.count for c in chosen)):
         raise ConfigError("the streams' weights choose no sample at all")
-    surplus = Surplus(KINDS * len(streams) + 1)
+    surplus = Surplus(len(KINDS) * len(streams) + 1)
     rows = [
         _pack_row(recipe, streams, windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle), surplus, epoch, row.number)
         for row in rows_of(chosen, nodes, recipe.window)
@@ -173,10 +173,8 @@ def _mixed(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes:
     """As many packs with the same samples, of which each holds about the mixture."""
     packs_of = np.repeat(np.arange(len(sizes)), sizes)
     lengths, cells = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
-    for number, stream in enumerate(streams):
-        mine = np.flatnonzero((ids >= firsts[number]) & (ids < firsts[number + 1]))
-        rows = ids[mine] - np.uint32(firsts[number])
-        lengths[mine], cells[mine] = stream.lengths[rows], KINDS * number + stream.kinds[rows]
+    for number, mine, rows in _by_stream(firsts, ids):
+        lengths[mine], cells[mine] = streams[number].lengths[rows], len(KINDS) * number + streams[number].kinds[rows]
     packs_of = mix(lengths, cells, packs_of, capacity, *name)
     return ids[np.argsort(packs_of, kind="stable")], np.bincount(packs_of)
 
@@ -184,16 +182,19 @@ def _mixed(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes:
 def _amounts(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes: Ids) -> Ids:
     """What each pack holds: tokens of every stream and kind, and images: (3 * streams + 1, packs)."""
     packs, packs_of = len(sizes), np.repeat(np.arange(len(sizes)), sizes)
-    tokens, images = np.zeros((len(streams), KINDS, packs)), np.zeros(packs)
-    for number, stream in enumerate(streams):
-        mine: Any = slice(None)
-        if len(streams) > 1:
-            mine = np.flatnonzero((ids >= firsts[number]) & (ids < firsts[number + 1]))
-        rows = ids[mine] - np.uint32(firsts[number])
-        cells = stream.kinds[rows] * np.int64(packs) + packs_of[mine]
-        tokens[number] = np.bincount(cells, stream.lengths[rows], KINDS * packs).reshape(KINDS, packs)
-        images += np.bincount(packs_of[mine], stream.images[rows], packs)
+    tokens, images = np.zeros((len(streams), len(KINDS), packs)), np.zeros(packs)
+    for number, mine, rows in _by_stream(firsts, ids):
+        cells = streams[number].kinds[rows] * np.int64(packs) + packs_of[mine]
+        tokens[number] = np.bincount(cells, streams[number].lengths[rows], len(KINDS) * packs).reshape(len(KINDS), packs)
+        images += np.bincount(packs_of[mine], streams[number].images[rows], packs)
     return np.vstack([tokens.reshape(-1, packs), images]).astype(np.int64)
+
+
+def _by_stream(firsts: Ids, ids: SampleIds) -> Iterator[tuple[int, Any, SampleIds]]:
+    """Of each stream: its number, where its samples stand in `ids`, and their rows in its sidecar."""
+    for number, (begin, end) in enumerate(itertools.pairwise(firsts.tolist())):
+        mine = np.flatnonzero((ids >= begin) & (ids < end)) if len(firsts) > 2 else slice(None)
+        yield number, mine, ids[mine] - np.uint32(begin)
 
 
 def _kept(recipe: Recipe, found: list[list[int]], first: Report | None) -> list[int]:
@@ -288,18 +289,14 @@ def _weigh(streams: Sequence[StreamSamples], ids: SampleIds, offsets: Any, batch
         sizes = np.diff(offsets[begin : end + 1].astype(np.int64))
         batches = np.repeat((np.arange(begin, end) // batch).astype(np.int32), sizes)
         lengths, of_images = np.empty(len(some), np.float64), np.empty(len(some), np.int64)
-        for number, stream in enumerate(streams):
-            mine: Any = slice(None)
-            if len(streams) > 1:
-                mine = np.flatnonzero((some >= firsts[number]) & (some < firsts[number + 1]))
-            rows = some[mine] - np.uint32(firsts[number])
+        for number, mine, rows in _by_stream(firsts, some):
+            stream = streams[number]
             own = lengths[mine] = stream.lengths[rows]
             of_images[mine] = stream.images[rows]
             square = int((own * own.astype(np.uint64)).sum())
             sums[number] += len(rows), int(own.sum(dtype=np.int64)), int(stream.target_tokens[rows].sum(dtype=np.int64)), square
-            in_batches[number, begin // batch :][: (end - 1) // batch - begin // batch + 1] += np.bincount(
-                batches[mine] - begin // batch, own, (end - 1) // batch - begin // batch + 1
-            )
+            first, last = begin // batch, (end - 1) // batch
+            in_batches[number, first : last + 1] += np.bincount(batches[mine] - first, own, last - first + 1)
         starts = (offsets[begin:end] - offsets[begin]).astype(np.int64)
         squares[begin:end] = np.add.reduceat(lengths * lengths, starts)
         images[begin:end] = np.add.reduceat(of_images, starts)

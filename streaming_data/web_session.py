@@ -114,11 +114,11 @@ def is_public(address: str) -> bool:
     """Is an IP address one of the public internet? Those that carry an IPv4 address inside are judged by that, too."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inside = [ip.ipv4_mapped, ip.sixtofour, ip.teredo[1] if ip.teredo else None]
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
-            inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
+        inside = [ip.sixtofour, ip.teredo[1] if ip.teredo else None]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
+            inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
         if any(v4 is not None and not is_public(str(v4)) for v4 in inside):
             return False
     return ip.is_global and not ip.is_multicast

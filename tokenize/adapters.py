@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.codec.conversations import OTHER_MEDIA, OTHER_SUFFIXES, PICTURE_KEYS, PICTURE_SUFFIXES, ItemError, brief, pictures_of
+from unitoken.codec.conversations import (
+    OTHER_SUFFIXES,
+    PICTURE_KEYS,
+    PICTURE_SUFFIXES,
+    ItemError,
+    brief,
+    pictures_of,
+    refuse_video_and_audio,
+)
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
@@ -211,7 +219,7 @@ def _load(name: str) -> Adapter:
 def _refuse_what_is_not_read(raw: Raw) -> None:
     """Videos, sounds and pictures of other formats are named, not left out: their texts would be trained on alone."""
     if "__key__" not in raw:
-        pictures_of({key: value for key, value in raw.items() if isinstance(key, str) and key.lower() in OTHER_MEDIA})
+        refuse_video_and_audio(raw)
         return
     if others := [key for key in _files(raw) if key.rpartition(".")[2] in OTHER_SUFFIXES]:
         raise ItemError(f"not a format that is read: {raw['__key__']}.{others[0]}; pictures may be {', '.join(PICTURE_SUFFIXES)}")

@@ -5,6 +5,7 @@ Nothing is written, so that a corrected command finds the output as it was. What
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -61,21 +62,14 @@ def _conversation(adapter: Adapter, item: sources.Item, compat: bool) -> Convers
 
 
 def _likelier(config: TokenizeConfig, items: list[sources.Item]) -> str:
-    taken: Counter[str] = Counter()
-    for name in ADAPTERS:
-        if name != config.adapter:
-            for item in items:
-                try:
-                    _conversation(find_adapter(name), item, config.compat is not None)
-                except ItemError:
-                    continue
-                taken[name] += 1
-    before = 0
-    for item in items:
-        try:
-            _conversation(find_adapter(config.adapter), item, config.compat is not None)
-        except ItemError:
-            continue
-        before += 1
-    best = taken.most_common(1)
-    return f". adapter={best[0][0]} reads {best[0][1]} of them" if best and best[0][1] > before else ""
+    def taken(name: str) -> int:
+        adapter, count = find_adapter(name), 0
+        for item in items:
+            with contextlib.suppress(ItemError):
+                _conversation(adapter, item, config.compat is not None)
+                count += 1
+        return count
+
+    counts = {name: taken(name) for name in dict.fromkeys((config.adapter, *ADAPTERS))}
+    best = max(counts, key=lambda name: counts[name])  # the first of equals: the one that was asked for
+    return f". adapter={best} reads {counts[best]} of them" if best != config.adapter else ""

@@ -43,6 +43,7 @@ SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
+DELIMITERS: dict[Format, str] = {"csv": ",", "tsv": "\t"}
 UNPACKABLE: tuple[Format, ...] = ("json", "jsonl", "webdataset", "csv", "tsv")
 MOST_FILES = 1_000_000  # that one {first..last} may stand for
 HASHED_BYTES = 1 << 28  # of a larger file only its size and some blocks are hashed
@@ -289,7 +290,7 @@ def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
     if file.format == "folder":
         return loose_files.spans(file.size, chunk_size)
     source = SourceFile(*_locate(file.name), file.size, file.name)
-    if _suffixes(file.name)[1] or file.format in ("csv", "tsv"):
+    if _suffixes(file.name)[1] or file.format in DELIMITERS:
         return unpacked.spans(source)
     match file.format:
         case "json":
@@ -314,7 +315,7 @@ def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> It
         return unpacked.values(source, packed, functools.partial(_whole, file.format), wanted)
     match file.format:
         case "csv" | "tsv":
-            return unpacked.rows(source, "," if file.format == "csv" else "\t", wanted)
+            return unpacked.rows(source, DELIMITERS[file.format], wanted)
         case "json":
             return json_files.list_values(source, piece.start, piece.end, wanted)
         case "jsonl":
@@ -331,8 +332,8 @@ def _whole(format: Format, source: SourceFile) -> Iterator[tuple[int, object]]:
     """All items of a file that was unpacked."""
     if format == "webdataset":
         yield from tars.values(source, None)
-    elif format in ("csv", "tsv"):
-        yield from unpacked.rows(source, "," if format == "csv" else "\t", None)
+    elif format in DELIMITERS:
+        yield from unpacked.rows(source, DELIMITERS[format], None)
     else:
         spans, read_span = (
             (json_files.list_spans, json_files.list_values) if format == "json" else (json_files.line_spans, json_files.line_values)

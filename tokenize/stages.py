@@ -54,9 +54,8 @@ class Rejects:
     def dump(self) -> bytes:
         """JSON lines by the items' places."""
         lines = sorted(self.lines, key=lambda line: (line["chunk"], line["position"]))
-        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode(
-            errors="backslashreplace"
-        )  # JSON's own
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        return text.encode(errors="backslashreplace")  # JSON's own escapes
 
 
 def _line(place: Place) -> dict[str, Any]:

@@ -71,6 +71,11 @@ class Optimisation(Callback):  # type: ignore[misc]
             )
 
 
+def _ends_epoch(state: State) -> bool:
+    ends: bool = state.timestamp.batch_in_epoch.value == state.dataloader_len.value
+    return ends
+
+
 class Saver(Callback):  # type: ignore[misc]
     """Saves at the interval and at the end. `stage` is kept in the checkpoints, and compared when one is resumed from.
 
@@ -94,7 +99,7 @@ class Saver(Callback):  # type: ignore[misc]
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         # The last batch of an epoch is saved after the epoch's end, or the resumed run would begin with an empty rest of it.
-        if self._due(state) and state.timestamp.batch_in_epoch.value != state.dataloader_len.value:
+        if self._due(state) and not _ends_epoch(state):
             self.save(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
@@ -133,7 +138,7 @@ class Interruption(Callback):  # type: ignore[misc]
     def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         self.signal = self._optimisation.measured.signal
         if self.signal:
-            if state.timestamp.batch_in_epoch.value != state.dataloader_len.value:  # else after the epoch's end, as `Saver` does
+            if not _ends_epoch(state):  # else after the epoch's end, as `Saver` does
                 self._saver.save(state)
             state.stop_training()
 
