@@ -2,77 +2,132 @@
 
 Installed before anything heavy is imported, since a KeyboardInterrupt in the middle of `import torch` is a page of traceback.
 Nothing here is heavy.
+
+Python runs a handler only when its main thread comes back from C, which may be minutes later: in a collective that waits for
+another rank, in a hash of 100 GB. So a thread hears of each signal through `signal.set_wakeup_fd`, and sees to the end itself
+where the main thread does not come back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 4.0  # seconds for what is to be tidied up
-ECHO_SECONDS = 3.0  # a launcher passes on what the terminal has sent to all: no second signal
+ECHO_SECONDS = 3.0  # a launcher passes a terminal's Ctrl-C on as a SIGTERM: no second signal
 PR_SET_PDEATHSIG = 1
 
 _installed = False  # a program that only imports ours keeps its own handlers
+_remembers = False  # in training
 _received = 0
 _received_at = 0.0
+_unsaid: list[str] = []  # the line to end with; `pop` is atomic, so it is said once
 
 
 def install_handlers(words: str) -> None:
     """For a program's first lines: see `end_on_signals`."""
     global _installed
     _installed = True
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget_all)
+    threading.Thread(target=_watch, args=(heard,), daemon=True).start()
     end_on_signals(words)
 
 
 def end_on_signals(words: str) -> None:
-    """From now on a signal prints `words` and ends the process with status 143 or 130, in `PATIENCE` seconds at most."""
+    """From now on a signal prints `words` and ends the process with status 143 or 130, in `PATIENCE` seconds at most.
+
+    So does one that was remembered (`remember_signals`) and that nobody has acted on.
+    """
+    global _remembers
     if not _installed:
         return
-
-    def end(number: int, _: FrameType | None) -> None:
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
-        if os.environ.get("RANK", "0") == "0":
-            print(words, file=sys.stderr, flush=True)
-        # What is raised in some places (a destructor, an import that tries all) is lost: then this thread ends it.
-        threading.Thread(target=_end_later, args=(128 + number,), daemon=True).start()
-        raise SystemExit(128 + number)
-
+    _unsaid[:] = [words]
+    _remembers = False
     for one in SIGNALS:
-        signal.signal(one, end)
-
-
-def _end_later(status: int) -> None:
-    time.sleep(PATIENCE)
-    os._exit(status)
+        signal.signal(one, _end)
+    if _received:
+        _end(_received, None)
 
 
 def remember_signals() -> None:
     """From now on a signal is remembered (`received`), and a second one ends the process at once."""
+    global _remembers
     if not _installed:
         return
-
-    def remember(number: int, _: FrameType | None) -> None:
-        global _received, _received_at
-        if not _received:
-            _received, _received_at = number, time.monotonic()
-        elif time.monotonic() - _received_at > ECHO_SECONDS:
-            os._exit(128 + number)
-
+    _remembers = True
     for one in SIGNALS:
-        signal.signal(one, remember)
+        signal.signal(one, _leave_it_to_watch)
 
 
 def received() -> int:
-    """The signal that was remembered; 0: none."""
+    """The signal that came first; 0: none."""
     return _received
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+    _say()
+    raise SystemExit(128 + number)
+
+
+def _leave_it_to_watch(number: int, _: FrameType | None) -> None:
+    pass
+
+
+def _say() -> None:
+    with contextlib.suppress(IndexError):
+        words = _unsaid.pop()
+        if os.environ.get("RANK", "0") == "0":
+            print(words, file=sys.stderr, flush=True)
+
+
+def _watch(heard: int) -> None:
+    global _received, _received_at
+    while True:
+        number = os.read(heard, 1)[0]
+        if number not in SIGNALS:  # a child's end
+            continue
+        if not _received:
+            _received, _received_at = number, time.monotonic()
+        elif _remembers and (number == signal.SIGINT or time.monotonic() - _received_at > ECHO_SECONDS):
+            os._exit(128 + number)
+        if not _remembers:
+            # What is raised in some places (a destructor, an import that tries all) is lost, too.
+            time.sleep(PATIENCE / 2)
+            _say()
+            time.sleep(PATIENCE / 2)
+            os._exit(128 + number)
+
+
+def _forget_all() -> None:
+    """A child that was forked has no thread that watches, and must not tell its parent's."""
+    global _installed
+    _installed = False
+    signal.set_wakeup_fd(-1)
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Processes begun in this block get SIGTERM and SIGINT only when they are ready for them (`leave_signals_to_parent`)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent() -> None:
@@ -85,9 +140,9 @@ def leave_signals_to_parent() -> None:
             pass
         os._exit(0)  # no failure: torch would raise it in the parent, wherever that is
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that begin from now on, too: `watch` alone is told
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that begin from now on, too: `watch` alone is told
     threading.Thread(target=watch, daemon=True).start()  # torch's own watch ends it with a parent that died
 
 

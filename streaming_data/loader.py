@@ -18,7 +18,7 @@ from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
-from unitoken.streaming_data.interruption import leave_signals_to_parent
+from unitoken.streaming_data.interruption import held_back, leave_signals_to_parent
 from unitoken.streaming_data.limits import limit_of
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
 from unitoken.streaming_data.views import Views
@@ -52,7 +52,8 @@ class PackedLoader(DataLoader[Any]):
             self._said = torch.zeros(distributed.get_world_size(), MOST_SAID, dtype=torch.uint8)
         if self.num_workers:  # without workers the dataset sees it itself
             dataset.start_epoch()
-        batches = super().__iter__()
+        with held_back():  # a loader process that is ended while it starts would be a failure here, wherever this rank is then
+            batches = super().__iter__()
         while True:
             batch, failure = None, None
             try:

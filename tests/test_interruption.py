@@ -16,7 +16,9 @@ from unitoken.train import ranks
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = """
-from unitoken.streaming_data.interruption import install_handlers, end_with_launcher, leave_signals_to_parent, remember_signals
+from unitoken.streaming_data.interruption import (
+    end_on_signals, end_with_launcher, install_handlers, leave_signals_to_parent, remember_signals
+)
 import time
 install_handlers("interrupted")
 {}
@@ -61,7 +63,7 @@ def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() 
     process = started("import unitoken.streaming_data.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals()")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)  # what a launcher passes on of the same
+    process.send_signal(signal.SIGTERM)  # what a launcher passes on of the same
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -69,15 +71,95 @@ def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() 
     assert process.returncode == 130
 
 
-def test_a_loader_process_leaves_the_groups_signals_to_its_parent() -> None:
-    process = started("leave_signals_to_parent()")
-    kill = "import os, sys; [os.kill(int(sys.argv[1]), number) for number in (2, 15)]"
-    subprocess.run([sys.executable, "-c", kill, str(process.pid)], check=True)  # from another process than its parent
-    time.sleep(0.3)
+IN_C = 'print("ready", flush=True); import hashlib; hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without the GIL
+
+
+def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_same() -> None:
+    process = started(f"import unitoken.streaming_data.interruption as i; i.PATIENCE = 0.6; {IN_C}")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_training_that_is_in_the_middle_of_c_code(second: int, status: int) -> None:
+    process = started(f"import unitoken.streaming_data.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals(); {IN_C}")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
     assert process.poll() is None
-    process.terminate()
+    process.send_signal(second)
     process.communicate(timeout=10)
-    assert process.returncode == 0
+    assert process.returncode == status
+
+
+def test_ctrl_c_pressed_again_is_a_second_signal_however_soon() -> None:
+    process = started("remember_signals()")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=2)
+    assert process.returncode == 130
+
+
+def test_a_signal_that_nobody_acted_on_ends_what_comes_after_training() -> None:
+    process = started('remember_signals(); print("ready", flush=True); time.sleep(0.5); end_on_signals("after")')
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (143, "after\n")
+
+
+def test_a_forked_child_does_not_tell_its_parents_watch() -> None:
+    body = """
+import os
+from unitoken.streaming_data.interruption import received
+remember_signals()
+child = os.fork()
+child or time.sleep(60)
+time.sleep(0.2)
+os.kill(child, 15)
+assert os.waitpid(child, 0)[1] == 15
+time.sleep(0.2)
+assert not received()
+"""
+    process = started(body)  # its assertions hold, or it is not ready
+    process.kill()
+    process.communicate()
+
+
+LOADER = """
+import os, subprocess, sys
+from unitoken.streaming_data.interruption import held_back
+with held_back():
+    child = os.fork()
+    if not child:
+        time.sleep({starts})  # it imports, it opens files
+        leave_signals_to_parent()
+        time.sleep(60)
+{signals}
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_loader_process_leaves_the_groups_signals_to_its_parent() -> None:
+    signals = """
+time.sleep(0.3)
+kill = "import os, sys; [os.kill(int(sys.argv[1]), number) for number in (2, 15)]"
+subprocess.run([sys.executable, "-c", kill, str(child)], check=True)  # from another process than its parent
+time.sleep(0.3)
+assert os.waitpid(child, os.WNOHANG) == (0, 0)
+os.kill(child, 15)
+"""
+    process = started(LOADER.format(starts=0, signals=signals))  # its assertions hold, or it is not ready
+    process.kill()
+    process.communicate()
+
+
+def test_a_loader_process_that_is_ended_while_it_starts_is_no_failure() -> None:
+    """By torch's own count: whatever ends by a signal is raised in the parent."""
+    process = started(LOADER.format(starts=0.5, signals="os.kill(child, 2); os.kill(child, 15)"))
+    process.kill()
+    process.communicate()
 
 
 def test_a_rank_ends_with_its_launcher() -> None:
