@@ -1,13 +1,15 @@
 """Train one stage.
 
-    python train.py yamls/demo/stage1.yaml                            one process
-    composer -n 2 train.py yamls/demo/stage1.yaml                     two ranks on this machine, sharded with FSDP2
-    composer -n 8 train.py yamls/stage2.yaml init_from=runs/stage1 optimizer.lr=2e-5
+    python train.py yamls/demo/stage1.yaml              one process
+    composer -n 2 train.py yamls/demo/stage1.yaml       two ranks, sharded (FSDP2)
+    composer -n 8 train.py yamls/stage2.yaml init_from=runs/stage1
 
-Settings come from the YAML file and from `key=value` after it; unitoken/train/config.py lists them. The run's folder
-(`save.folder`) gets metrics.jsonl, checkpoints, and `latest`, a link to the newest. The same command goes on where a killed run
-was saved last; a finished one is left as it is. Wrong settings end with status 2 and one line. SIGTERM and Ctrl-C finish the step,
-save, and end with status 143 or 130; a second one ends at once.
+Settings come from the YAML file and from `key=value` after it; train/config.py
+lists them. The run's folder (`save.folder`) gets metrics.jsonl, checkpoints, and
+`latest`, a link to the newest. The same command goes on where a killed run was
+saved last; a finished one is left as it is. Wrong settings end with status 2 and
+one line, a full disk or a lost store with status 1. SIGTERM and Ctrl-C finish the
+step, save, and end with status 143 or 130; Ctrl-C again ends at once.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import sys
 
 from unitoken.streaming_data.interruption import end_with_launcher, install_handlers
 
+GOES_ON = "the same command goes on from where the run was saved last"
+
 if __name__ == "__main__":
-    install_handlers("interrupted; the same command goes on from where the run was saved last")
+    install_handlers(f"interrupted; {GOES_ON}")
     if "LOCAL_WORLD_SIZE" in os.environ:  # of the launchers
         end_with_launcher()
 
-from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.streaming_data.files import own_temporary_folder
 
 
@@ -30,7 +35,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0 if arguments else 2)
-    with one_line_errors():
+    with one_line_errors(GOES_ON):
         if __name__ == "__main__":
             own_temporary_folder()
         if "=" in arguments[0]:
@@ -50,15 +55,9 @@ def main(arguments: list[str]) -> None:
                 with ranks.together():
                     raise
             raise
-        from unitoken.streaming_data.cache import ShardError
         from unitoken.train.stage import run  # torch and Composer: ten seconds, and only for settings that fit
 
-        try:
-            run(config, checked)
-        except (OSError, MemoryError, ShardError) as error:  # a disk that is full, a store that is gone
-            words = " ".join(str(error).split()) or "out of memory"
-            print(f"error: {words}; the same command goes on from where the run was saved last", file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+        run(config, checked)
 
 
 if __name__ == "__main__":

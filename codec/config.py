@@ -15,6 +15,15 @@ class VisionConfig(Config):
     compile: bool = False
 
 
+def how_to_get(name: str) -> str:
+    """For the end of a message that `name` is not there: where what our own `yamls/` name comes from."""
+    if not name.startswith("weights/"):
+        return ""
+    if name.startswith("weights/vqgan"):
+        return "; Meta gives it on request, and `python -m unitoken.tokenize convert-vqgan FOLDER weights/vqgan` converts it"
+    return "; `make weights` fetches it"
+
+
 class CodecConfig(Config):
     tokenizer: Name  # folder or hub id of the text tokenizer
     vision: VisionConfig  # the image tokenizer

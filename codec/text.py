@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unitoken.codec.config import how_to_get
 from unitoken.codec.conversations import ItemError, brief
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import Vocabulary
@@ -27,7 +28,7 @@ def check_folder(name: str) -> None:
     """Raises ConfigError where `name` can only be a folder and is none; else the hub would be asked for it."""
     path = Path(name)
     if (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not path.is_dir():
-        raise ConfigError(f"tokenizer: {name}: no such folder")
+        raise ConfigError(f"tokenizer: {name}: no such folder{how_to_get(name)}")
 
 
 def load_tokenizer(name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pydantic
 import yaml
 
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import VisionConfig, how_to_get
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import VisionTokenizer, sha256_file
 
@@ -110,14 +110,15 @@ def find_weights(config: VisionConfig) -> Weights:
 
 def _from_hub(name: str, patterns: list[str]) -> Path:
     if Path(name).is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):
-        raise ConfigError(f"vision.weights: {name}: no such file or folder")
+        raise ConfigError(f"vision.weights: {name}: no such file or folder{how_to_get(name)}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's, the network's and its cache's errors share no base
         reason = " ".join(str(error).split())
-        raise ConfigError(f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}") from None
+        here = f"vision.weights: {name}: no such folder here{how_to_get(name)}"
+        raise ConfigError(f"{here}, and the hub says: {reason[:200]}") from None
 
 
 # --- Meta's layout ---------------------------------------------------------------------------------------------------

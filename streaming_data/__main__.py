@@ -1,9 +1,11 @@
 """What can be known and done before training, and a way out of it.
 
     python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
-    python -m unitoken.streaming_data simulate yamls/stage1.yaml --tokens-per-second 100000
+    python -m unitoken.streaming_data simulate yamls/stage1.yaml \\
+        --tokens-per-second 100000
     python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
-    python -m unitoken.streaming_data export-webdataset data/cats s3://bucket/cats-tars
+    python -m unitoken.streaming_data export-webdataset data/cats \\
+        s3://bucket/cats-tars
 
 A stage's YAML file, or its `data:` part alone, with settings as in training (data.packed_length=8192) behind it.
 """
@@ -16,16 +18,14 @@ if __name__ == "__main__":
     install_handlers("interrupted")  # before all other imports
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 import typer
 
-from unitoken.streaming_data.config import Config, ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.config import Config, ConfigError, load_config
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -41,7 +41,7 @@ def plan(
     patch_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
 ) -> None:
     """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
-    with _errors():
+    with one_line_errors():
         data, vision = load_data(config, overrides or [])
         from unitoken.streaming_data.lengths import read_lengths
         from unitoken.streaming_data.mixture import open_sources, other_codes, uneven_proportions
@@ -126,7 +126,7 @@ def simulate(
     patch_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
 ) -> None:
     """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
-    with _errors():
+    with one_line_errors():
         data, vision = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
         from unitoken.streaming_data.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
 
@@ -157,7 +157,7 @@ def convert_config(
     datasets: Annotated[str, typer.Option(help="folder or URL where the tokenized datasets lie, or will")] = "data",
 ) -> None:
     """Turn the reference's data file into the `data:` part of a stage."""
-    with _errors():
+    with one_line_errors():
         from unitoken.streaming_data.convert import convert
         from unitoken.streaming_data.files import write_aside
 
@@ -180,23 +180,10 @@ def export_webdataset(
     samples_per_tar: Annotated[int, typer.Option(min=1)] = 10_000,
 ) -> None:
     """Write a dataset as WebDataset tars, for those who train on that stack."""
-    with _errors():
+    with one_line_errors():
         from unitoken.streaming_data.export import export
 
         typer.echo(f"{export(dataset, out, samples_per_tar)} tars in {out}")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A mistake of the user's ends with status 2, a disk, store or shard that fails with 1; both with one line."""
-    from unitoken.streaming_data.cache import ShardError
-
-    try:
-        with one_line_errors():
-            yield
-    except (OSError, ShardError) as error:  # a StoreError is an OSError
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

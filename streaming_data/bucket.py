@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, Ranges, StoreError, open_store
+from unitoken.streaming_data.stores import MissingError, Ranges, StoreError, TransientStoreError, open_store
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # at most, for one try
@@ -36,6 +36,7 @@ class Bucket(ABC):
         # A server that takes a request and never answers is to be found out by then, too.
         self._timeouts = min(CONNECT_SECONDS, patience / 4), min(READ_SECONDS, patience / 2)
         self._bucket = bucket
+        self._access = ""  # with which credentials, or where they were looked for; for messages
         self._folder = f"{folder}/" if folder else ""
         self._clients: dict[int, Any] = {os.getpid(): self._connected()}  # so that a wrong setting shows here
 
@@ -60,7 +61,8 @@ class Bucket(ABC):
     # What the libraries do differently. `key`: from the bucket's root.
 
     @abstractmethod
-    def _connect(self) -> Any: ...
+    def _connect(self) -> Any:
+        """A client. Sets `_access`."""
 
     @abstractmethod
     def _get(self, key: str, start: int, end: int | None) -> bytes: ...
@@ -148,15 +150,16 @@ class Bucket(ABC):
                         raise  # of this machine's own files
                     raise StoreError(f"{where}: {_line(error)}") from None
                 if status in (401, 403):
-                    raise StoreError(f"{where}: permission denied") from None
+                    raise StoreError(f"{where}: permission denied {self._access}") from None
                 if status == 404 and whole:
                     raise StoreError(f"{where}: no such bucket: {self._bucket}") from None
                 if status == 404:
                     raise MissingError(f"{where}: not there") from None
                 passing = status in (NO_ANSWER, 408, 429) or status >= 500
                 if not passing or time.monotonic() + pause > end:
-                    tried = f" (tried for {self.patience:.0f} s)" if passing else ""
-                    raise StoreError(f"{where}: {_line(error)}{tried}") from None
+                    if passing:
+                        raise TransientStoreError(f"{where}: {_line(error)} (tried for {self.patience:.0f} s)") from None
+                    raise StoreError(f"{where}: {_line(error)}") from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 

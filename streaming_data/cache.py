@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, locked, remove_abandoned, write_aside
-from unitoken.streaming_data.stores import MissingError, Store, StoreError
+from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_transient
 from unitoken.streaming_data.urls import without_secrets
 
 PATIENCE = 40.0  # seconds; a store that is gone ends training within a minute
@@ -35,6 +35,10 @@ class ShardError(RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
+
+
+class TransientShardError(ShardError):
+    """It may pass: its store does not answer. A class, as that is what comes through from a loader's process."""
 
 
 def what_is_wrong(entry: Mapping[str, Any], path: Path) -> str | None:
@@ -93,7 +97,7 @@ def fetch(store: Store, name: str, path: Path, wrong: Callable[[Path], str | Non
             failure = error
             time.sleep(PAUSE * attempt)
         except StoreError as error:
-            raise ShardError(str(error)) from None
+            raise (TransientShardError if is_transient(error) else ShardError)(str(error)) from None
         finally:
             temporary.unlink(missing_ok=True)
     raise ShardError(str(failure))
@@ -149,7 +153,7 @@ class Cache:
             try:
                 file = fetch(self._store, entry["basename"], path, lambda new: what_is_wrong(entry, new), entry["bytes"])
             except ShardError as error:
-                raise ShardError(f"stream '{self._stream}': the shard {entry['basename']} can not be had: {error}") from None
+                raise type(error)(f"stream '{self._stream}': the shard {entry['basename']} can not be had: {error}") from None
             self.downloads += 1
             self._stamp(shard, "downloaded", path, file)
             return file

@@ -61,7 +61,13 @@ class S3(Bucket):
         }
         if endpoint:  # other servers know few of Amazon's new checksums
             options |= {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-        if not keys and session.get_credentials() is None:
+        found = session.get_credentials()
+        if keys:
+            self._access = "with GCS_KEY and GCS_SECRET"
+        elif found is not None:
+            self._access = f"with the credentials of boto3's '{found.method}'"  # env, shared-credentials-file, iam-role, ...
+        else:
+            self._access = "without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
             options["signature_version"] = UNSIGNED  # a public bucket
         payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
         self._extra = {"RequestPayer": "requester"} if self._bucket in [name.strip() for name in payers] else {}
@@ -95,6 +101,8 @@ class S3(Bucket):
         from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError, NoCredentialsError
 
         if isinstance(error, ClientError):
+            if error.response.get("Error", {}).get("Code") in ("ExpiredToken", "InvalidToken"):  # S3 answers 400
+                return 401
             return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
         if isinstance(error, NoCredentialsError):
             return 401
@@ -108,11 +116,14 @@ class Google(Bucket):
         from google.cloud.storage import Client
 
         if os.environ.get("STORAGE_EMULATOR_HOST"):
+            self._access = "at STORAGE_EMULATOR_HOST"
             return Client.create_anonymous_client()
         try:
             credentials, project = default()
         except DefaultCredentialsError:
+            self._access = "without credentials: set GOOGLE_APPLICATION_CREDENTIALS, or GCS_KEY and GCS_SECRET"
             return Client.create_anonymous_client()  # a public bucket
+        self._access = "with Google's application default credentials"
         return Client(credentials=credentials, project=project or "none")
 
     @property
@@ -172,6 +183,7 @@ class Azure(Bucket):
             "retry_total": 0,
         }
         if connection := os.environ.get("AZURE_STORAGE_CONNECTION_STRING"):
+            self._access = "with AZURE_STORAGE_CONNECTION_STRING"
             return BlobServiceClient.from_connection_string(connection, **options).get_container_client(self._bucket)
         if not self._account:
             raise ConfigError(f"{self.url}: AZURE_ACCOUNT_NAME is not set")
@@ -180,7 +192,9 @@ class Azure(Bucket):
 
     def _credential(self) -> Any:
         if key := os.environ.get("AZURE_ACCOUNT_ACCESS_KEY"):
+            self._access = "with AZURE_ACCOUNT_ACCESS_KEY"
             return key
+        self._access = "with what azure-identity found; AZURE_ACCOUNT_ACCESS_KEY is not set"
         from azure.identity import DefaultAzureCredential
 
         return DefaultAzureCredential()

@@ -3,19 +3,16 @@
     settings = load_config(TokenizeConfig, "yamls/tokenize/chameleon.yaml", ["vision.batch_size=8"])
 
 There are only these two ways in. An unknown key, a wrong type or a missing value is a `ConfigError` that
-names the file, the key and what is needed; command lines print it as one line and exit 2 (`one_line_errors`).
+names the file, the key and what is needed; command lines print it as one line and exit 2 (command_line.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import re
-import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -166,6 +163,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("warmup_steps", "warmup_ratio", "lr_warmup"), "optimizer.warmup"),
     **dict.fromkeys(("gradient_clipping", "max_grad_norm", "grad_clip"), "optimizer.clip_norm"),
     **dict.fromkeys(("num_workers", "dataloader_num_workers"), "data.workers"),
+    **dict.fromkeys(("weight", "weights", "sampling_weight", "ratio"), "data.streams.proportion"),
 }
 
 
@@ -179,32 +177,49 @@ def _dotted_names(model: type[pydantic.BaseModel], prefix: str = "") -> list[str
 
 
 def _meant(key: str, valid: Sequence[str], model: type[pydantic.BaseModel]) -> str | None:
-    """The key that is probably meant: one of this place, one of this name elsewhere, or what others call so."""
-    if close := difflib.get_close_matches(key, valid, n=1):
-        return close[0]
+    """The key that is probably meant: what others call so, one of this name elsewhere, or one written much like it."""
     everywhere = _dotted_names(model)
     if (other := _OTHER_NAMES.get(key)) in everywhere:
-        return other
-    return next((name for name in everywhere if name.rpartition(".")[2] == key), None)
+        last = other.rpartition(".")[2]
+        return last if last in valid else other
+    if found := next((name for name in everywhere if name.rpartition(".")[2] == key), None):
+        return found
+    if close := difflib.get_close_matches(key, valid, n=1):
+        return close[0]
+    last_names = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
+    close = difflib.get_close_matches(key, last_names, n=1, cutoff=0.75)
+    return last_names[close[0]] if close else None
 
 
 def _describe(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str, overrides: Sequence[str]) -> str:
     """One line for the first thing wrong, and how many more there are."""
     errors = error.errors(include_url=False)
-    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains the missing one
+    order = {"extra_forbidden": 0, "missing": 2}  # a misspelt key explains the missing one
+    first = min(errors, key=lambda e: order.get(e["type"], 1))
     location = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "missing" and any(f"{location}.".startswith(f"{one.partition('=')[0]}.") for one in overrides):
+    unknown = first["type"] == "extra_forbidden"
+    given = [f"{one.partition('=')[0]}." for one in overrides]
+    # Of `optimzer.lr=1` the unknown key is `optimzer`.
+    if first["type"] != "missing" and any(
+        f"{location}.".startswith(key) or (unknown and key.startswith(f"{location}.")) for key in given
+    ):
         where = "on the command line"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if unknown:
         valid = _valid_keys(model, first["loc"][:-1])
         meant = _meant(str(first["loc"][-1]), valid, model)
         hint = f"; did you mean '{meant}'?" if meant else "."
+        if ":" in location:
+            hint = ": YAML needs a space after the colon."
         return f"{where}: unknown key '{location}'{hint} Valid keys: {', '.join(valid)}{more}"
     if first["type"] == "missing":
         return f"{where}: the key '{location}' is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     found = "" if isinstance(first["input"], dict | list) else f", found {first['input']!r}"
+    if first["type"] == "model_type":
+        message = "expected keys and values"
+        if isinstance(first["input"], str) and ":" in first["input"]:
+            found += ": YAML needs a space after the colon"
     return f"{where}: {'`' + location + '`: ' if location else ''}{message}{found}{more}"
 
 
@@ -236,21 +251,3 @@ def parse_config(model: type[ConfigT], text: str, where: str, overrides: Sequenc
         return model.model_validate(settings)
     except pydantic.ValidationError as error:
         raise ConfigError(_describe(error, model, where, overrides)) from None
-
-
-def printable(text: str) -> str:
-    """For a terminal: a file's name may hold line breaks and what colours or clears the screen."""
-    return "".join(one if one.isprintable() else "?" for one in text)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """For command lines: a `ConfigError` becomes one line on stderr and exit status 2, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a path that is not UTF-8, a terminal that knows ASCII alone
-    try:
-        yield
-    except ConfigError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None

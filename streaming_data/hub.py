@@ -30,7 +30,9 @@ class Hub(Bucket):
 
         self._server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         session = WebSession(public_only=False)
+        self._access = "without a token: set HF_TOKEN"
         if token := os.environ.get("HF_TOKEN"):
+            self._access = "with HF_TOKEN"
             session.headers["Authorization"] = f"Bearer {token}"
         session.headers["Accept-Encoding"] = "identity"  # ranges are of the file's own bytes
         return session

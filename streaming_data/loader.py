@@ -14,13 +14,14 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from unitoken.streaming_data.cache import ShardError
+from unitoken.streaming_data.cache import ShardError, TransientShardError
 from unitoken.streaming_data.collate import Batch, Collate
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
 from unitoken.streaming_data.interruption import held_back, leave_signals_to_parent
 from unitoken.streaming_data.limits import limit_of
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
+from unitoken.streaming_data.stores import is_transient
 from unitoken.streaming_data.views import Views
 from unitoken.streaming_data.vocabulary import Vocabulary
 
@@ -70,7 +71,7 @@ class PackedLoader(DataLoader[Any]):
             yield batch  # type: ignore[misc]
 
     def _agree(self, failure: Exception | None) -> None:
-        self._failed[0] = failure is not None
+        self._failed[0] = 0 if failure is None else 1 if is_transient(failure) else 2
         distributed.all_reduce(self._failed, distributed.ReduceOp.MAX, group=self._group)
         if self._failed.item():
             words = b"" if failure is None else str(failure).encode(errors="replace")[-MOST_SAID:] or b"?"
@@ -79,7 +80,8 @@ class PackedLoader(DataLoader[Any]):
             distributed.all_reduce(self._said, group=self._group)  # each rank's row is zero in all others
             said = [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in self._said]
             heard = "; ".join(f"rank {rank}: {words}" for rank, words in enumerate(said) if words)
-            raise ShardError(f"a batch can not be read on {heard}") from failure
+            kind = ShardError if self._failed.item() == 2 else TransientShardError
+            raise kind(f"a batch can not be read on {heard}") from failure
 
 
 def build_loader(

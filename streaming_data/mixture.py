@@ -12,13 +12,14 @@ Nothing here imports torch or streaming, except to fetch the small files of a re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -196,9 +197,10 @@ def open_sources(config: DataConfig) -> list[Source]:
             key = hashlib.sha256(f"{stream.endpoint or ''}{remote}".encode()).hexdigest()[:16]
             folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
             _fetch_small_files(name, store, folder)
-        source = Source(name, folder, store, stream, load_manifest(folder))
+        with _of_stream(name):
+            source = Source(name, folder, store, stream, load_manifest(folder))
+            read_index(folder)
         source.check(INDEX)
-        read_index(folder)
         sources.append(source)
     first = sources[0]
     for other in sources[1:]:
@@ -208,6 +210,14 @@ def open_sources(config: DataConfig) -> list[Source]:
                 f"{first.manifest.vocabulary}, {other.folder} has {other.manifest.vocabulary}; tokenize both with one tokenizer"
             )
     return sources
+
+
+@contextlib.contextmanager
+def _of_stream(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"stream '{name}': {error}") from None
 
 
 def crops_of(manifests: Sequence[Manifest]) -> list[tuple[int, int]]:

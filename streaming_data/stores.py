@@ -14,6 +14,7 @@ unless the caller has less patience.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -39,6 +40,27 @@ class StoreError(OSError):
 
 class MissingError(StoreError):
     pass
+
+
+class TransientStoreError(StoreError):
+    """It may pass: a server that does not answer, a disk that is full."""
+
+
+_TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same again may succeed without anything being mended in what was asked for."""
+    from unitoken.streaming_data.cache import TransientShardError
+
+    if isinstance(error, (TransientStoreError, TransientShardError, TimeoutError, ConnectionError)):
+        return True
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
+def store_error(message: str, cause: Exception) -> StoreError:
+    """A StoreError for an operating system's error; a transient one where that is."""
+    return (TransientStoreError if is_transient(cause) else StoreError)(message)
 
 
 class Store(Protocol):
@@ -214,7 +236,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # also where no folder can be: that is no file that is missing
-        raise StoreError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise store_error(f"{folder}: cannot be made: {error.strerror}", error) from None
 
 
 @contextlib.contextmanager
@@ -226,4 +248,4 @@ def _os_errors() -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"{error.filename}: {error.strerror}") from None
+        raise store_error(f"{error.filename}: {error.strerror}", error) from None

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, model_validator
 
-from unitoken.streaming_data.config import Config, ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.config import Config, ConfigError, load_config
 
 
 class Vision(Config):
@@ -154,13 +154,6 @@ def test_settings_are_frozen():
         Vision(kind="a").kind = "b"
 
 
-def test_command_lines_print_one_line_and_exit_2(capsys):
-    with pytest.raises(SystemExit) as caught, one_line_errors():
-        raise ConfigError("a: b")
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: a: b\n"
-
-
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
@@ -171,13 +164,47 @@ def test_command_lines_print_one_line_and_exit_2(capsys):
         ("seq_len", "data.packed_length"),
         ("output_dir", "save.folder"),
         ("weight_decay", "optimizer.weight_decay"),
+        ("weight_deacy", "optimizer.weight_decay"),
+        ("data.learning_rate", "optimizer.lr"),
+        ("optimizer.weigth_decay", "weight_decay"),
+        ("optimzer.lr", "optimizer"),
+        ("data.streams.a.weight", "proportion"),
     ],
 )
 def test_names_of_other_frameworks_are_understood(key, meant):
     from unitoken.train.config import StageConfig
 
-    with pytest.raises(ConfigError, match=f"^on the command line: unknown key '{key}'; did you mean '{meant}'"):
+    shown = "optimzer" if key == "optimzer.lr" else key
+    with pytest.raises(ConfigError, match=f"^on the command line: unknown key '{shown}'; did you mean '{meant}'"):
         load_config(StageConfig, None, [f"{key}=1"])
+
+
+def test_a_batch_size_of_tokenizing_is_the_image_tokenizers():
+    from unitoken.tokenize.config import TokenizeConfig
+
+    with pytest.raises(ConfigError, match=r"unknown key 'batch_size'; did you mean 'vision\.batch_size'"):
+        load_config(TokenizeConfig, None, ["batch_size=1"])
+
+
+@pytest.mark.parametrize("text", ["optimizer:\n  lr:1e-4\n", "optimizer:\n  lr:1e-4\n  warmup: 1ba\n", "optimizer:lr: 3\n"])
+def test_a_colon_without_a_space_is_named(text, tmp_path):
+    from unitoken.train.config import StageConfig
+
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml: .*(YAML needs a space after the colon|not readable as YAML)"):
+        load_config(StageConfig, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"), [("max_duration=10", "10ep, 1000ba or 1000000tok"), ("save.interval=10", "1ep or 1000ba")]
+)
+def test_a_number_without_its_unit_is_told_the_units(override, needed):
+    from unitoken.train.config import StageConfig
+
+    key = override.partition("=")[0]
+    message = f"on the command line: `{key}`: expected a number and its unit, as {needed}, found 10"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(StageConfig, "yamls/demo/stage1.yaml", [override])
 
 
 ALMOST_YAML = {

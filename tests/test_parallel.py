@@ -10,6 +10,7 @@ from composer.distributed.fsdp2 import create_mixed_precision_policy
 from stages import stage
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import StoreError, TransientStoreError, is_transient
 from unitoken.train import parallel, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
@@ -26,23 +27,48 @@ def test_gradients_are_summed_in_what_the_settings_say(reduce: Literal["bf16", "
     assert (config.device_mesh, config.reshard_after_forward) == (mesh, False)
 
 
-def say(monkeypatch: pytest.MonkeyPatch, *others: str | None) -> list[str | None]:
+def say(monkeypatch: pytest.MonkeyPatch, *others: Any) -> list[Any]:
     """This is the first of several ranks; the others say that. Gives back what this one says, as it does."""
-    said: list[str | None] = []
+    said: list[Any] = []
     monkeypatch.setattr(ranks, "_of_all_ranks", lambda mine: said.append(mine) or [mine, *others])
     return said
 
 
 def test_what_goes_wrong_on_another_rank_goes_wrong_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = say(monkeypatch, None, "no such folder")
+    said = say(monkeypatch, None, ("settings", "no such folder"))
     with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), ranks.together():
         pass
     with pytest.raises(KeyError, match="mine"), ranks.together():  # its own comes first
         raise KeyError("mine")
-    assert said == [None, "'mine'"]  # the others heard of it
+    assert said == [None, ("lasting", "'mine'")]  # the others heard of it
     say(monkeypatch, None, None)
     with ranks.together():
         pass
+
+
+def test_all_ranks_end_with_the_status_of_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for failure in (ConfigError("a"), TransientStoreError("b"), StoreError("c")):
+        said = say(monkeypatch)
+        with pytest.raises(type(failure)), ranks.together():
+            raise failure
+        say(monkeypatch, *said)
+        with pytest.raises(type(failure)) as heard, ranks.together():
+            pass
+        assert type(heard.value) is type(failure)
+
+
+def test_a_full_disk_is_named_as_the_system_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a write fails torch can not end the file either, and raises that."""
+
+    def save(*_: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            torch.save({"a": torch.zeros(100_000)}, file)
+
+    monkeypatch.setattr(parallel, "save_checkpoint", save)
+    state: Any = None
+    with pytest.raises(OSError, match="No space left on device") as error:
+        parallel.write_checkpoint(state, Path("x"))
+    assert is_transient(error.value)
 
 
 def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,8 @@ def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Pat
     status, stdout, stderr = call(*arguments(source, tmp_path / "out", vqgan))
     assert status == 1
     assert "       7  no conversations\n       5  no such image\n" in stdout
-    assert stderr == "error: 12 of 20 items were rejected (60.0%), max_reject_fraction is 0.01\n"
+    shows = f"`python -m unitoken.tokenize rejects {tmp_path / 'out'}` shows why, and with --retry tries them again"
+    assert stderr == f"error: 12 of 20 items were rejected (60.0%), max_reject_fraction is 0.01; {shows}\n"
     assert call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=0.7")[0] == 0
 
 
@@ -93,7 +94,8 @@ def test_a_run_that_keeps_nothing_ends_with_status_1_and_the_corrected_command_w
     source = write_items(tmp_path, [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3)
     status, _, stderr = call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=1")
     assert status == 1
-    assert "nothing was kept of 3 items; the commonest reason, 3 times: no conversations: " in stderr
+    assert "nothing was kept of 3 items; the commonest reason, of 3 items: no conversations: " in stderr
+    assert "none of the 3 items can be used. adapter=messages reads 3 of them" in stderr
     assert call(*arguments(source, tmp_path / "out", vqgan), "adapter=messages")[0] == 0
 
 

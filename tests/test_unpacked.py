@@ -123,7 +123,13 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) /
     assert int(peak) < 1000
 
 
-@pytest.mark.parametrize("name", ["i.zip", "i.parquet.gz", "i.doc", "i.json.bz2", "i.gz"])
+def test_a_table_of_columns_is_not_read_from_a_packed_file(tmp_path: Path) -> None:
+    (tmp_path / "i.parquet.gz").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"i\.parquet\.gz: a table of columns is not read from a \.gz file: unpack it"):
+        find_files([str(tmp_path / "i.parquet.gz")])
+
+
+@pytest.mark.parametrize("name", ["i.zip", "i.doc", "i.json.bz2", "i.gz"])
 def test_an_unknown_type_is_named_with_the_known_ones(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")
     if name == "i.gz":

@@ -1,7 +1,7 @@
 """Conversations and images -> a dataset of tokens that training streams.
 
-    python -m unitoken.tokenize run --config yamls/tokenize/chameleon.yaml --splits 8 \\
-        --in_filename items.json --out_dir out/items   tokenizer=PATH vision.weights=PATH
+    python -m unitoken.tokenize run --splits 8 --in_filename items.json \\
+        --out_dir out/items tokenizer=PATH vision.weights=PATH
 
 starts 8 processes (one a GPU where there are GPUs), shows their progress and merges. The same command again goes on
 where it was stopped. On several machines `--engine ray`, or by hand `run ... --rank R` for each R and then
@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from unitoken.streaming_data.interruption import install_handlers
 
+GOES_ON = "the same command goes on from here"
+
 if __name__ == "__main__":
-    install_handlers("interrupted; the same command goes on from here")  # before all other imports
+    install_handlers(f"interrupted; {GOES_ON}")  # before all other imports
 
 import dataclasses
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.tokenize.config import TokenizeConfig
 
 # Only light imports here: `--help` and the errors of a configuration answer within a second.
@@ -55,7 +56,11 @@ Overrides = Annotated[
 def run(
     in_filename: Annotated[
         list[str],
-        typer.Option("--in_filename", help="JSON list, .jsonl, .tar, .parquet, .arrow; a path, URL or glob; may be given often."),
+        typer.Option(
+            "--in_filename",
+            help="A JSON list, .jsonl, .csv, .tsv, .tar (these also as .gz, .tgz, .zst), .parquet, .arrow, or a folder of pictures "
+            "or of `datasets`; a path, URL or glob; may be given often.",
+        ),
     ],
     out_dir: OutOption,
     overrides: Overrides = None,
@@ -66,7 +71,7 @@ def run(
     target_size: Annotated[int | None, typer.Option("--target_size", help="Side of the images in pixels; as target_size=.")] = None,
 ) -> None:
     """Tokenize inputs into a dataset folder; run it again to go on after a stop."""
-    with _errors():
+    with one_line_errors(GOES_ON):
         size = [] if target_size is None else [f"target_size={target_size}"]
         settings = load_config(TokenizeConfig, config, [*size, *(overrides or [])])
         if rank is not None and rank >= splits:
@@ -86,7 +91,7 @@ def run(
 @app.command()
 def merge(out_dir: OutOption) -> None:
     """Make one dataset of the chunks that `run --rank` has written."""
-    with _errors():
+    with one_line_errors(GOES_ON):
         from unitoken.streaming_data.stores import open_store
         from unitoken.tokenize.job import load_job
 
@@ -105,7 +110,7 @@ def preview(
 
     With --out each image stands beside the picture that its codes give: what the image tokenizer kept of it.
     """
-    with _errors():
+    with one_line_errors():
         from unitoken.tokenize.job import settings_of
         from unitoken.tokenize.preview import show
 
@@ -124,7 +129,7 @@ def verify(
     sample: Annotated[float, typer.Option("--sample", min=0, max=1, help="The share of shards and samples to look at.")] = 1.0,
 ) -> None:
     """Check a dataset against its own hashes, counts and rules; status 1 if anything is wrong."""
-    with _errors():
+    with one_line_errors():
         from unitoken.tokenize.verify import verify as find_problems
 
         if problems := find_problems(out_dir, sample):
@@ -148,7 +153,7 @@ def rejects(
     engine: EngineOption = "local",
 ) -> None:
     """Show what was rejected, grouped by reason, or try it again."""
-    with _errors():
+    with one_line_errors(GOES_ON):
         if not retry:
             from unitoken.tokenize.rejects import show
 
@@ -181,7 +186,7 @@ def migrate(
 
     Relative names start where the command is run. Tell it what the reference ran with: tokenizer=, target_size=, crop=.
     """
-    with _errors():
+    with one_line_errors(GOES_ON):
         settings = load_config(TokenizeConfig, config, overrides or [])
 
         from unitoken.tokenize.migrate import migrate as convert
@@ -196,7 +201,7 @@ def convert_vqgan(
     out: Annotated[Path, typer.Argument(help="The folder to make: vqgan.yaml and vqgan.safetensors, for vision.weights.")],
 ) -> None:
     """Make safetensors of Meta's image tokenizer, once. No code in vqgan.ckpt is run; codes and fingerprint stay as they are."""
-    with _errors():
+    with one_line_errors():
         from unitoken.codec.convert import convert_vqgan as convert
 
         print(f"{out}: converted, fingerprint {convert(source, out)} as before")
@@ -205,38 +210,21 @@ def convert_vqgan(
 @app.command()
 def schema(out: Annotated[Path | None, typer.Argument(help="The file to write; without it the schema is printed.")] = None) -> None:
     """Write the JSON Schema of the settings' YAML file, for editors."""
-    with _errors():
+    with one_line_errors():
         from unitoken.streaming_data.schema import write_schema
 
         write_schema(TokenizeConfig, "A tokenization", out)
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A mistake of the user's ends with status 2, a disk or store that fails with 1; both with one line."""
-    try:
-        with one_line_errors():
-            yield
-    except OSError as error:  # a StoreError is one
-        words = " ".join(str(error).split())
-        lasting = any(one in words for one in ("ermission denied", "no such bucket", "Read-only file system", "Not a directory"))
-        print(f"error: {words}{'' if lasting else '; the same command goes on from here'}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
 def _launch(job: Job, splits: int, engine: str) -> list[str]:
     """Do the missing chunks. Returns what went wrong, in lines."""
-    try:
-        if engine == "ray":
-            from unitoken.tokenize.cluster import launch_on_ray
+    if engine == "ray":
+        from unitoken.tokenize.cluster import launch_on_ray
 
-            return launch_on_ray(job)
-        from unitoken.tokenize.launch import launch
+        return launch_on_ray(job)
+    from unitoken.tokenize.launch import launch
 
-        return launch(job, splits)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    return launch(job, splits)
 
 
 def _finish(out: str, max_reject_fraction: float, failures: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import time
 from collections import Counter
 
@@ -46,8 +47,10 @@ def check_first_items(config: TokenizeConfig, input: sources.Input) -> None:
             reasons[kind] += 1
             examples.setdefault(kind, f"{input.files[item.file].name} item {item.position}: {error}")
             seen.append(item)
-    if len(seen) < COUNT:
-        return  # so few are soon done, and their rejects tell more
+    if len(seen) < COUNT:  # so few are soon done, and their rejects tell more
+        if seen and (hint := _likelier(config, seen)):
+            print(f"none of the {len(seen)} items can be used{hint}", file=sys.stderr)
+        return
     (kind, count), *_ = reasons.most_common(1)
     raise ConfigError(f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}{_likelier(config, seen)}")
 

@@ -219,11 +219,12 @@ def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[s
         found.append(f"{cut} input file{'s end' if cut > 1 else ' ends'} in the middle of an item; see 'input cut' in {REJECTS}")
     if not manifest.samples:
         kinds = grouped(out)
-        commonest = f"; the commonest reason, {kinds[0][1]} times: {kinds[0][0]}: {kinds[0][2]}" if kinds else ""
+        commonest = f"; the commonest reason, of {kinds[0][1]} items: {kinds[0][0]}: {kinds[0][2]}" if kinds else ""
         found.append(f"{out}: nothing was kept of {manifest.items} items{commonest}")
         return found
     # Ten bad items are always forgiven: they say little about the rest.
     if manifest.rejected >= 10 and manifest.rejected > max_reject_fraction * manifest.items:
         share = f"{manifest.rejected} of {manifest.items} items were rejected ({manifest.rejected / manifest.items:.1%})"
-        found.append(f"{share}, max_reject_fraction is {max_reject_fraction}")
+        see = f"`python -m unitoken.tokenize rejects {out}` shows why, and with --retry tries them again"
+        found.append(f"{share}, max_reject_fraction is {max_reject_fraction}; {see}")
     return found

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from unitoken.streaming_data.config import ConfigError, printable
+from unitoken.streaming_data.command_line import printable
+from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import MANIFEST, REJECTS, read_manifest
 from unitoken.streaming_data.stores import open_store
 from unitoken.tokenize.job import Round, dump, load_work, round_name

@@ -1,7 +1,10 @@
 """What is done with a trained model.
 
-    python -m unitoken.train export runs/stage2 out/model            Hugging Face's layout
-    python -m unitoken.train generate out/model --prompt "Draw a cat." --out drawings
+    python -m unitoken.train export runs/stage2 out/model
+    python -m unitoken.train generate out/model --prompt "Draw a cat." \\
+        --out drawings
+
+The exported model is in Hugging Face's layout.
 
 Training itself is `composer train.py yamls/stage1.yaml`.
 """
@@ -19,7 +22,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.config import ConfigError, load_config, one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.config import ConfigError, load_config
 
 GUIDANCE = 4.0  # of `generate`, where training showed null prompts
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from composer import Callback, Logger, State
 
+from unitoken.streaming_data.stores import store_error
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.config import OptimizerConfig, SaveConfig
 from unitoken.train.measures import Measured, Measures
@@ -125,7 +126,7 @@ class Saver(Callback):  # type: ignore[misc]
                     checkpoints.publish(written, checkpoints.path_of(self.folder, step), self.keep)
             except OSError as error:  # a full disk: what is half written must not keep it full
                 written.unlink(missing_ok=True)
-                raise OSError(f"step {step} could not be saved: {error}") from None
+                raise store_error(f"step {step} could not be saved: {error.strerror or error}", error) from None
 
 
 class Interruption(Callback):  # type: ignore[misc]

@@ -6,21 +6,38 @@ config = load_config(StageConfig, "yamls/stage1.yaml", ["optimizer.lr=5e-4"])
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from unitoken.codec.config import CodecConfig
 from unitoken.streaming_data.config import Config, Count, Name
 from unitoken.streaming_data.mixture import DataConfig, StreamConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _written_as(examples: str) -> WrapValidator:
+    """What a wrong value is told in place of the pattern."""
+
+    def check(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except pydantic.ValidationError:
+            raise ValueError(f"expected a number and its unit, as {examples}") from None
+
+    return WrapValidator(check)
+
+
+# ep: epochs, ba: batches, tok: tokens
 Duration = Annotated[
-    str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$|^[1-9][0-9]{0,15}tok$")
-]  # epochs, batches, tokens
-Interval = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$")]
-Warmup = Annotated[str, Field(pattern=r"^[0-9]{1,16}(\.[0-9]{1,16})?(ep|ba|tok)$")]
+    str,
+    Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$|^[1-9][0-9]{0,15}tok$"),
+    _written_as("10ep, 1000ba or 1000000tok"),
+]
+Interval = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$"), _written_as("1ep or 1000ba")]
+Warmup = Annotated[str, Field(pattern=r"^[0-9]{1,16}(\.[0-9]{1,16})?(ep|ba|tok)$"), _written_as("0.01ep, 100ba or 1000000tok")]
 
 
 class DecoderConfig(Config):

@@ -226,7 +226,14 @@ def write_checkpoint(state: State, path: Path) -> None:
         if not of_file or dist.get_global_rank() > 0:
             raise
         dist.barrier()  # at which Composer lets the others wait until the file is written
-        raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from None
+        raise _os_error(error) or OSError(str(error).splitlines()[0]) from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the operating system said: where a write fails torch can not end the file either, and says that alone."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextlib.contextmanager

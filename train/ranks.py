@@ -14,6 +14,7 @@ from composer.utils import dist, get_device
 from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError, changed
+from unitoken.streaming_data.stores import StoreError, TransientStoreError, is_transient
 
 FIRST_RANK_SECONDS = 300.0  # until the first rank must have been started
 TIMEOUT = 1800.0  # seconds a rank waits for the others; the first one reads tens of GB while they wait
@@ -62,18 +63,23 @@ def _wait_for_first_rank() -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What goes wrong in this block on one rank ends all of them, and none waits for one that is gone."""
+    """What goes wrong in this block on one rank ends all of them with the same status, and none waits for one that is gone."""
     failure = None
     try:
         yield
     except Exception as error:
         failure = error
-    said = _of_all_ranks(str(failure) or type(failure).__name__ if failure is not None else None)
+    mine = None
+    if failure is not None:
+        kind = "settings" if isinstance(failure, ConfigError) else "transient" if is_transient(failure) else "lasting"
+        mine = kind, str(failure) or type(failure).__name__
+    said = _of_all_ranks(mine)
     if failure is not None:
         raise failure
-    for rank, words in enumerate(said):
-        if words is not None:
-            raise ConfigError(f"rank {rank}: {words}")
+    for rank, other in enumerate(said):
+        if other is not None:
+            kinds = {"settings": ConfigError, "transient": TransientStoreError, "lasting": StoreError}
+            raise kinds[other[0]](f"rank {rank}: {other[1]}")
 
 
 def check_alike(where: str, found: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from unitoken.streaming_data.config import one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors
 from unitoken.streaming_data.schema import write_schema
 from unitoken.train.config import StageConfig
 

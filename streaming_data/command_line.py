@@ -1,0 +1,50 @@
+"""How a command ends that can not do what it was asked to: one line on stderr, and a status."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+
+from unitoken.streaming_data.config import ConfigError
+
+
+def printable(text: str) -> str:
+    """For a terminal: a file's name may hold line breaks and what colours or clears the screen."""
+    return "".join(one if one.isprintable() else "?" for one in text)
+
+
+@contextlib.contextmanager
+def one_line_errors(goes_on: str = "") -> Iterator[None]:
+    """A mistake of the user's (`ConfigError`) ends with status 2; a disk, a store, a shard or memory that fails with 1.
+
+    Args:
+        goes_on: added where the failure may pass, as `the same command goes on from here`. Not to what lasts: a wrong secret.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a path that is not UTF-8, a terminal that knows ASCII alone
+    try:
+        yield
+    except ConfigError as error:
+        status, words = 2, str(error)
+    except (OSError, MemoryError) as error:
+        status, words = 1, _with_hint(error, goes_on)
+    except RuntimeError as error:
+        from unitoken.streaming_data.cache import ShardError
+
+        if not isinstance(error, ShardError):
+            raise
+        status, words = 1, _with_hint(error, goes_on)
+    else:
+        return
+    print(f"error: {printable(words)}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def _with_hint(error: Exception, goes_on: str) -> str:
+    from unitoken.streaming_data.stores import is_transient
+
+    words = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+    return f"{words}; {goes_on}" if goes_on and is_transient(error) else words

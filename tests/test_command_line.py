@@ -1,0 +1,59 @@
+"""How commands end that can not do what they were asked to: one line, a status, and a hint only where it is true."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from unitoken.streaming_data.cache import ShardError, TransientShardError
+from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.stores import MissingError, StoreError, TransientStoreError, open_store
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("a: b"), 2, "a: b"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device; go on"),
+        (OSError(errno.EACCES, "Permission denied"), 1, "[Errno 13] Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system"), 1, "[Errno 30] Read-only file system"),
+        (TimeoutError("no answer"), 1, "no answer; go on"),
+        (StoreError("s3://b/a: permission denied"), 1, "s3://b/a: permission denied"),
+        (MissingError("s3://b/a: not there"), 1, "s3://b/a: not there"),
+        (TransientStoreError("s3://b/a: HTTP 503"), 1, "s3://b/a: HTTP 503; go on"),
+        (ShardError("shard 3 is corrupt"), 1, "shard 3 is corrupt"),
+        (TransientShardError("shard 3: HTTP 503"), 1, "shard 3: HTTP 503; go on"),
+        (MemoryError(), 1, "out of memory"),
+        (ConfigError("a\nb\x1b[2J"), 2, "a?b?[2J"),
+    ],
+)
+def test_errors_are_one_line_and_a_status_and_say_that_one_can_go_on_only_where_that_is_so(
+    error: Exception, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, one_line_errors("go on"):
+        raise error
+    assert caught.value.code == status
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_fault_of_ours_stays_a_traceback() -> None:
+    with pytest.raises(RuntimeError, match="ours"), one_line_errors("go on"):
+        raise RuntimeError("ours")
+
+
+def test_a_full_disk_is_transient_and_a_folder_in_place_of_a_file_is_not(tmp_path, monkeypatch) -> None:
+    store = open_store(str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "index.json")
+
+    monkeypatch.setattr("unitoken.streaming_data.stores.write_aside", full)
+    with pytest.raises(TransientStoreError, match=r"index\.json: No space left on device"):
+        store.write("index.json", b"")
+    monkeypatch.undo()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StoreError) as error:
+        store.write("a", b"")
+    assert not isinstance(error.value, TransientStoreError)
