@@ -10,8 +10,8 @@ import atexit
 import contextlib
 import fcntl
 import getpass
-import glob
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -19,29 +19,52 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from unitoken.streaming_data.config import ConfigError
 
 ASIDE = ".aside-"
+_NAME = re.compile(r"\.aside-.+-[0-9a-f]{12}(\.lock)?")  # as `aside` makes them
+
+_tidied: set[tuple[int, Path]] = set()  # by which process, as forked ones are others
 
 
 def aside(path: Path) -> Path:
-    """A name beside `path` that no other process uses; hidden, and recognised by its prefix."""
+    """A name beside `path` that no other process uses; hidden, and recognised by its prefix.
+
+    A process that works in a folder for the first time removes what dead ones left there.
+    """
+    key = os.getpid(), path.parent
+    if key not in _tidied:
+        _tidied.add(key)
+        remove_abandoned(path.parent)
     return path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:12]}")
+
+
+@contextlib.contextmanager
+def aside_file(path: Path) -> Iterator[BinaryIO]:
+    """A locked file beside `path`, to be written and then published; its `name` says where. It is gone after the block."""
+    temporary = aside(path)
+    try:
+        with open(temporary, "w+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Bring a file that was written aside to the disk and give it its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def write_aside(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader, or a crash, sees all of it or nothing."""
-    temporary = aside(path)
-    try:
-        with open(temporary, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with aside_file(path) as file:
+        file.write(data)
+        publish(file, path)
 
 
 class AsideFolder:
@@ -84,26 +107,29 @@ class AsideFolder:
         self._lock.close()
 
 
-def remove_abandoned(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left aside in `folder` (of `name` only), and leave alone what is being written."""
-    for path in sorted(folder.glob(f"{ASIDE}{f'{glob.escape(name)}-' if name else ''}*")):  # a folder before its lock
-        if _is_abandoned(path):
-            if path.is_dir():
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left aside in `folder`, and leave alone what is being written, and what is not ours."""
+    for path in sorted(folder.glob(f"{ASIDE}*")):  # a folder before its lock
+        if _NAME.fullmatch(path.name) and _is_abandoned(path):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _is_abandoned(path: Path) -> bool:
     try:
-        if time.time() - path.stat().st_mtime < 1:
+        if time.time() - path.lstat().st_mtime < 1:
             return False  # perhaps just made and not yet locked
+        if path.is_symlink():
+            return True  # made and renamed within a moment
         with open(_lock_of(path) if path.is_dir() else path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     except FileNotFoundError:
         return path.is_dir()  # a file's writer has just finished; a folder never is without its lock
+    except OSError:  # it is held; or it is another user's, or nothing can be locked there
+        return False
     return True
 
 
@@ -168,7 +194,6 @@ def own_temporary_folder() -> None:
     torch makes a temporary folder where it is imported, and libraries make others: each kill left one for good.
     """
     parent = scratch_folder()
-    remove_abandoned(parent, "process")
     folder = AsideFolder(parent / "process").__enter__()
     atexit.register(folder.__exit__)
     tempfile.tempdir = str(folder.path)

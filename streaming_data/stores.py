@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import aside, write_aside
+from unitoken.streaming_data.files import aside_file, publish, write_aside
 from unitoken.streaming_data.urls import without_secrets
 
 CLOUDS = ("s3", "gs", "az", "azure", "hf")
@@ -191,14 +191,9 @@ class Folder:
         target = self._path / name
         with _os_errors():
             _make(target.parent)
-            temporary = aside(target)
-            try:
-                shutil.copyfile(path, temporary)
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())  # before it has its name: the manifest vouches for it next
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with aside_file(target) as file, open(path, "rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+                publish(file, target)  # with fsync: the manifest vouches for it next
 
     def delete(self, name: str) -> None:
         with _os_errors():

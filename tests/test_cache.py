@@ -105,7 +105,7 @@ def _read_and_exit(local: Path, remote: Path, limit: int) -> None:
 
 
 def test_what_a_killed_download_left_is_removed_by_the_next_start(remote, tmp_path):
-    left = tmp_path / "local" / "chunk-000000" / f"{ASIDE}shard.00000.mds-1"
+    left = tmp_path / "local" / "chunk-000000" / f"{ASIDE}shard.00000.mds-0123456789ab"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     os.utime(left, (0, 0))

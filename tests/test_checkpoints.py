@@ -10,8 +10,19 @@ import pytest
 import torch
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.files import AsideFolder
 from unitoken.train import checkpoints
-from unitoken.train.checkpoints import check_resumable, clean_up, path_of, publish, read, set_aside_damaged, source_of, step_of
+from unitoken.train.checkpoints import (
+    check_resumable,
+    clean_up,
+    path_of,
+    publish,
+    read,
+    set_aside_damaged,
+    source_of,
+    step_of,
+    unpublished,
+)
 from unitoken.train.folders import LATEST, find_origin, latest_checkpoint
 from unitoken.train.integrity import check_checkpoint, check_finite, damage
 
@@ -21,7 +32,7 @@ STAGE = {"name": "one", "trainable": ["vit"]}
 def save(folder: Path, step: int, keep: int = 2, **state: Any) -> Path:
     folder.mkdir(exist_ok=True)
     model = {"network.lm_head.weight": torch.full((3, 2), float(step))}
-    written = folder / f".aside-{step}.pt"
+    written = unpublished(folder, step)
     torch.save({"state": {"model": model, "callbacks": {"Saver": STAGE}, **state}}, written)
     publish(written, path_of(folder, step), keep)
     return path_of(folder, step)
@@ -33,7 +44,7 @@ def test_latest_names_the_newest_and_the_oldest_go(tmp_path: Path) -> None:
         save(tmp_path, step)
         assert latest_checkpoint(tmp_path) == path_of(tmp_path, step)
     assert {path.name for path in tmp_path.iterdir()} == {LATEST, "step-00000010.pt", "step-00000100.pt"}
-    assert step_of(path_of(tmp_path, 100)) == 100
+    assert step_of, unpublished(path_of(tmp_path, 100)) == 100
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
@@ -48,9 +59,12 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(call: str, tmp_path: P
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 10)
     assert latest_checkpoint(tmp_path) == path_of(tmp_path, 5)
-    (tmp_path / ".aside-model-0123").mkdir()  # an export's
-    clean_up(tmp_path)
-    assert [path.name for path in tmp_path.glob(".aside-*")] == [".aside-model-0123"]
+    with AsideFolder(tmp_path / "model") as export:  # into this folder, by another process
+        unpublished(tmp_path, 10).touch()
+        for path in tmp_path.glob(".aside-*"):
+            os.utime(path, (1, 1), follow_symlinks=False)
+        clean_up(tmp_path)
+        assert sorted(tmp_path.glob(".aside-*")) == [export.path, export.path.with_name(f"{export.path.name}.lock")]
     save(tmp_path, 10)
     assert latest_checkpoint(tmp_path) == path_of(tmp_path, 10)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from unitoken.streaming_data import files
 from unitoken.streaming_data.files import AsideFolder, remove_abandoned, write_aside
 
 
@@ -47,6 +48,7 @@ def test_the_first_of_two_stays(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
+from unitoken.streaming_data import files
 from unitoken.streaming_data.files import AsideFolder
 with AsideFolder(Path(sys.argv[1])) as folder:
     (folder.path / "x").write_text("x")
@@ -66,7 +68,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
             process.stdout.close()
         dead.send_signal(signal.SIGKILL)
         dead.wait()
-        (tmp_path / ".aside-file-0123").write_text("half")
+        (tmp_path / ".aside-file-0123456789ab").write_text("half")
         for path in tmp_path.iterdir():
             os.utime(path, (time.time() - 5, time.time() - 5))
         remove_abandoned(tmp_path)
@@ -79,15 +81,60 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_was_just_made_may_not_be_locked_yet(tmp_path: Path) -> None:
-    (tmp_path / ".aside-x-0123").write_text("half")
+    (tmp_path / ".aside-x-0123456789ab").write_text("half")
     remove_abandoned(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_only_what_was_left_of_one_name_is_removed_where_that_is_asked(tmp_path: Path) -> None:
-    """A run writes its checkpoints aside, unlocked, in the folder into which a model may be exported."""
-    for name in (".aside-model-0123", ".aside-step-00000010.pt"):
+def test_what_others_hide_there_stays(tmp_path: Path) -> None:
+    """A run's checkpoints, which torch writes, and locks; a model may be exported into that folder."""
+    for name in (".aside-step-00000010.pt", ".aside-lock", ".aside-0123456789ab"):
         (tmp_path / name).write_text("half")
-        os.utime(tmp_path / name, (time.time() - 5, time.time() - 5))
-    remove_abandoned(tmp_path, "model")
-    assert [path.name for path in tmp_path.iterdir()] == [".aside-step-00000010.pt"]
+        os.utime(tmp_path / name, (1, 1))
+    remove_abandoned(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+FILE_WRITERS = {
+    "write_aside": "import os; os.fsync = wait; write_aside(Path(sys.argv[1], 'a'), b'1')",
+    "upload": "import os; os.fsync = wait; open_store(sys.argv[1]).upload(Path(sys.argv[0]), 'a')",
+    "claim": "import os; os.link = wait; Output(sys.argv[1]).claim('a', b'1')",
+    "folder": "folder = AsideFolder(Path(sys.argv[1], 'a')).__enter__(); wait()",
+}
+
+
+@pytest.mark.parametrize("kind", FILE_WRITERS)
+def test_the_next_that_writes_somewhere_removes_what_was_left_there_and_nothing_of_the_living(kind: str, tmp_path: Path) -> None:
+    program = f"""
+import sys, time
+from pathlib import Path
+from unitoken.streaming_data import files
+from unitoken.streaming_data.files import AsideFolder, write_aside
+from unitoken.streaming_data.stores import open_store
+from unitoken.tokenize.output import Output
+sys.argv[0] = __import__('os').__file__
+def wait(*_):
+    print("writing", flush=True)
+    time.sleep(60)
+{FILE_WRITERS[kind]}
+"""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    writer = subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        writer.stdout.close()
+        written = sorted(folder.iterdir())
+        assert written
+        for one in range(2):  # alive, then dead
+            for path in written:
+                os.utime(path, (1, 1))
+            files._tidied.clear()
+            write_aside(folder / "b", b"2")
+            assert sorted(set(folder.iterdir()) - {folder / "b"}) == ([] if one else written)
+            writer.kill()
+            writer.wait()
+    finally:
+        writer.kill()
+        writer.wait()

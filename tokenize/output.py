@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from unitoken.streaming_data.files import AsideFolder, aside, remove_abandoned, scratch_folder
+from unitoken.streaming_data.files import AsideFolder, aside_file, remove_abandoned, scratch_folder
 from unitoken.streaming_data.manifest import INDEX
 from unitoken.streaming_data.stores import MissingError, is_url, open_store
 
@@ -69,14 +69,11 @@ class Output:
         else:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / name
-            temporary = aside(path)
-            temporary.write_bytes(data)
-            try:
-                os.link(temporary, path)  # unlike a rename it fails if another run was first
-            except FileExistsError:
-                pass
-            finally:
-                temporary.unlink(missing_ok=True)
+            with aside_file(path) as file, contextlib.suppress(FileExistsError):
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.link(file.name, path)  # unlike a rename it fails if another run was first
         return self.store.read(name)
 
     def remove_abandoned(self) -> None:

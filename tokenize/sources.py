@@ -252,16 +252,13 @@ def _input_file(name: str) -> InputFile:
             raise ConfigError(f"{name}: cannot read the input: not a file")
         size = store.size(file)
         if suffix not in SUFFIXES or (packed and SUFFIXES[suffix] not in UNPACKABLE):
+            if packed and suffix in SUFFIXES:
+                raise ConfigError(f"{name}: a table of columns is not read from a {packed} file: unpack it")
             known = ", ".join(one for one in SUFFIXES if one)
-            what = (
-                f"a table of columns is not read from a {packed} file: unpack it"
-                if packed and suffix in SUFFIXES
-                else (
-                    f"a file of an unknown type {suffix or '(its name has no suffix)'}; known are {known}, tars and lines of text also as .gz "
-                    "or .zst, .tgz, and folders of pictures or of Hugging Face's `datasets`"
-                )
+            raise ConfigError(
+                f"{name}: a file of an unknown type {suffix or '(its name has no suffix)'}; known are {known}, tars and lines of "
+                "text also as .gz or .zst, .tgz, and folders of pictures or of Hugging Face's `datasets`"
             )
-            raise ConfigError(f"{name}: {what}")
         if is_lfs_pointer(store.read_range(file, 0, 200)):
             raise ConfigError(f"{name}: {LFS_POINTER}")
         version = _content_version(store, file, size) if isinstance(store, Folder) else store.version(file)

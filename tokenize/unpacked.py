@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.files import AsideFolder, remove_abandoned, scratch_folder
+from unitoken.streaming_data.files import AsideFolder, scratch_folder
 from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.tokenize.formats import BLOCK_BYTES, SourceFile, Span
 
@@ -35,9 +35,7 @@ def spans(file: SourceFile) -> Iterator[Span]:
 
 def values(file: SourceFile, suffix: str, inner: Values, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     """The items of what is packed in `file`, as `inner` reads it. Where it breaks off an ItemError takes the place of the next."""
-    parent = scratch_folder()
-    remove_abandoned(parent, "unpacked")
-    with AsideFolder(parent / "unpacked") as folder:
+    with AsideFolder(scratch_folder() / "unpacked") as folder:
         name = "source"
         cut = _unpack(file, suffix, folder.path / name)
         size = (folder.path / name).stat().st_size

@@ -118,7 +118,7 @@ class Saver(Callback):  # type: ignore[misc]
         if step == self.saved_at:
             return
         self.saved_at = step
-        written = self.folder / f".aside-step-{step:08d}.pt"  # the same name on all ranks
+        written = checkpoints.unpublished(self.folder, step)
         with ranks.together():
             try:
                 parallel.write_checkpoint(state, written)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import aside
+from unitoken.streaming_data.files import aside, remove_abandoned
 from unitoken.train.folders import LATEST, STEP, latest_checkpoint
 from unitoken.train.integrity import check_finite, damage
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source
@@ -45,6 +45,11 @@ def allow_safe_types() -> None:
 
 def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.pt"
+
+
+def unpublished(folder: Path, step: int) -> Path:
+    """Where it is written first; the same name on all ranks."""
+    return folder / f".aside-step-{step:08d}.pt"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -161,6 +166,6 @@ def publish(written: Path, checkpoint: Path, keep: int) -> None:
 
 def clean_up(folder: Path) -> None:
     """Remove what a killed run was writing."""
-    for left in folder.glob(".aside-*"):
-        if not left.is_dir():  # an export into this folder, and its own to remove
-            left.unlink()
+    remove_abandoned(folder)
+    for left in folder.glob(".aside-step-*.pt"):  # by torch, unlocked: there is one run a folder
+        left.unlink()

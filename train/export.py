@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from unitoken.codec.weights import Parameters, Weights, find_weights
-from unitoken.streaming_data.files import AsideFolder, remove_abandoned
+from unitoken.streaming_data.files import AsideFolder
 from unitoken.streaming_data.manifest import VOCABULARY
 from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
 from unitoken.train import checkpoints
@@ -89,7 +89,6 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
         weights = _with_image_tokenizer(weights, image_tokenizer)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out.parent, out.name)
     with AsideFolder(out) as folder:
         _write_tensors(folder.path, weights, DTYPES[dtype])
         if whole.sizes.vision is not None:
