@@ -21,6 +21,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from unitoken.streaming_data.manifest import LEFT_OUT
 from unitoken.streaming_data.urls import without_secrets
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
@@ -70,6 +71,7 @@ class Conversation:
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...]  # paths, URLs or the bytes, in the order in which the images stand in the text
+    turns_left_out: int = 0  # by an adapter
 
 
 def brief(value: object, limit: int = 60) -> str:
@@ -175,7 +177,8 @@ def parse(item: object, name: str) -> Conversation:
     turns = tuple(
         Turn(tuple(text.split(IMAGE_PLACEHOLDER)), trained=number % 2 == 1) for number, text in enumerate(texts) if text is not None
     )
-    return Conversation(name, turns, images)
+    left_out = item.get(LEFT_OUT)
+    return Conversation(name, turns, images, left_out if isinstance(left_out, int) else 0)
 
 
 def refuse_empty(conversation: Conversation) -> None:

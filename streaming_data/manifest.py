@@ -38,6 +38,7 @@ INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
     "vocabulary.json",
     "manifest.json",
 )
+LEFT_OUT = "turns_left_out"  # beside an adapted item's conversations, in a chunk's index and in the manifest
 UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a dataset that was migrated
 
 
@@ -103,6 +104,7 @@ class Manifest(Config):
     tokens: int
     target_tokens: int
     images: int
+    turns_left_out: int = 0  # of conversations that begin with the assistant
     chunks: int
     chunk_size: int
     source: str  # fingerprint of the input's files
@@ -112,7 +114,7 @@ class Manifest(Config):
     def _reconciles(self) -> Manifest:
         if self.items != self.samples + self.rejected:
             raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
-        if min(self.samples, self.rejected, self.tokens, self.target_tokens, self.images, self.chunks) < 0:
+        if min(self.samples, self.rejected, self.tokens, self.target_tokens, self.images, self.turns_left_out, self.chunks) < 0:
             raise ValueError("its counts are not all 0 or more")
         if self.target_size < self.vision.downsampling * LATENTS_PER_GRID_UNIT:
             raise ValueError(

@@ -148,6 +148,17 @@ def test_a_system_text_may_stand_beside_the_turns() -> None:
     assert texts(adapted("sharegpt", {"system": "Be kind.", "conversations": turns("a", "b")})) == ["Be kind.\n\na", "b"]
 
 
+def test_a_sharegpt_conversation_that_the_assistant_begins_loses_that_turn_and_it_is_counted() -> None:
+    greeted = [{"from": "gpt", "value": "Hello!"}, *turns("a<image>", "b")]
+    for system in ([], [{"from": "system", "value": "Be kind."}]):
+        raw = {"conversations": [*system, *greeted], "image": "1.png"}
+        assert texts(adapted("sharegpt", raw)) == [f"{system[0]['value'] + chr(10) * 2 if system else ''}a<|image|>", "b"]
+        assert find_adapter("sharegpt")(raw)["turns_left_out"] == 1
+    assert find_adapter("sharegpt")({"conversations": turns("a", "b")})["turns_left_out"] == 0
+    with pytest.raises(ItemError, match="image counts differ"):  # a picture is not dropped with it
+        adapted("sharegpt", {"conversations": [{"from": "gpt", "value": "<image>"}, *turns("<image>a", "b")], "image": ["1", "2"]})
+
+
 @pytest.mark.parametrize("roles", [["system"], ["human", "system"], ["system", "gpt"], ["human", "function"], ["human", None]])
 def test_roles_in_the_wrong_place_are_rejects(roles: list[str]) -> None:
     with pytest.raises(ItemError, match="wrong turn order"):

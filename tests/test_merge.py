@@ -12,6 +12,7 @@ from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import load_manifest, load_vocabulary, sha256_file
 from unitoken.tokenize.job import Round, prepare, round_name
 from unitoken.tokenize.merge import UnfinishedError, merge, problems, summary
+from unitoken.tokenize.verify import verify as find_problems
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,15 @@ def test_ten_bad_items_are_forgiven_and_then_a_share(out: Path, rejected: int, i
     found = problems(str(out), manifest, allowed)
     assert len(found) == too_many
     assert all(line.startswith(f"{rejected} of {items} items were rejected") for line in found)
+
+
+def test_turns_that_sharegpt_leaves_out_are_counted_over_all_chunks(vqgan: Path, tmp_path: Path) -> None:
+    greeting = {"from": "gpt", "value": "Hello!"}
+    items = [{"conversations": [greeting] * (number % 3 == 0) + turns("a", "b")} for number in range(20)]
+    items.append({"conversations": [greeting, *turns("a", "b")], "image": "none.png"})  # rejected, and so not counted
+    run_here(settings(vqgan, adapter="sharegpt", chunk_size=6), write_items(tmp_path, items), tmp_path / "out")
+    manifest = merge(str(tmp_path / "out"))
+    assert (manifest.samples, manifest.rejected, manifest.turns_left_out) == (20, 1, 7)
+    assert "7 conversations begin with the assistant and lost that turn" in summary(str(tmp_path / "out"), manifest)
+    assert StreamingDataset(local=str(tmp_path / "out"), batch_size=1).num_samples == 20
+    assert find_problems(str(tmp_path / "out"), 1.0) == []

@@ -26,6 +26,7 @@ from unitoken.codec.conversations import (
     refuse_video_and_audio,
 )
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.manifest import LEFT_OUT
 from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
 
 Raw = dict[str, Any]
@@ -76,12 +77,13 @@ def standard(raw: Raw) -> Raw:
 
 
 def sharegpt(raw: Raw) -> Raw:
-    """LLaVA's and ShareGPT's: `<image>` in the text, other names of the roles, and a system turn."""
+    """LLaVA's and ShareGPT's: `<image>` in the text, other names of the roles, a system turn, a greeting by the assistant."""
     item = standard(raw)
     turns = [_turn(turn) for turn in _list(item, "conversations")]
     turns = [{**turn, "value": _with_symbols(turn["value"])} for turn in turns]
     system = [{"from": "system", "value": item["system"]}] if item.get("system") else []
-    return {"id": item.get("id"), "conversations": _join_system(system + turns), "image": pictures_of(item)}
+    turns, left_out = _from_the_first_question(system + turns)
+    return {"id": item.get("id"), "conversations": _join_system(turns), "image": pictures_of(item), LEFT_OUT: left_out}
 
 
 def messages(raw: Raw) -> Raw:
@@ -259,6 +261,15 @@ def _turn(turn: Any) -> Raw:
     lower = role.lower() if isinstance(role, str) else None
     role = "human" if lower in HUMAN else "gpt" if lower in ASSISTANT else "system" if lower in SYSTEM else role
     return {"from": role, "value": value}
+
+
+def _from_the_first_question(turns: list[Raw]) -> tuple[list[Raw], int]:
+    """Without a `gpt` turn that stands before it, as LLaVA's loader does (train.py, `preprocess`); and how many these are."""
+    first = next((number for number, turn in enumerate(turns) if turn["from"] != "system"), len(turns))
+    roles = [turn["from"] for turn in turns[first : first + 3]]
+    if roles != ["gpt", "human", "gpt"]:
+        return turns, 0
+    return turns[:first] + turns[first + 1 :], 1
 
 
 def _join_system(turns: list[Raw]) -> list[Raw]:

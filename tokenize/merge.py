@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import (
     INDEX,
+    LEFT_OUT,
     MANIFEST,
     REJECTS,
     SIDECAR,
@@ -100,6 +101,7 @@ class Part:
     shards: list[dict[str, Any]]
     samples: Any  # pyarrow.Table
     rejects: list[bytes]  # lines
+    turns_left_out: int
 
 
 @dataclass
@@ -129,6 +131,7 @@ def _join(store: Store, work: Work, sizes: dict[str, int], folder: Path) -> dict
             shards += part.shards
             samples.write_table(part.samples)
             counts.add(part.samples)
+            counts.values[LEFT_OUT] += part.turns_left_out
             for line in part.rejects:
                 if not work.rounds or is_last(line, part.chunk, last_round):
                     rejects.write(line)
@@ -157,7 +160,7 @@ def read_chunk(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) ->
 
     hint = f"; remove {store.url}/{chunk.name} and run again"
     try:
-        shards = _shards(store, chunk.name, sizes)
+        shards, turns_left_out = _index(store, chunk.name, sizes)
         samples = pq.read_table(pa.BufferReader(store.read(f"{chunk.name}/{SIDECAR}")), schema=samples_schema())
         rejects = store.read(f"{chunk.name}/{REJECTS}").splitlines(keepends=True)
     except (OSError, pa.ArrowException) as error:  # Arrow's own are of both kinds
@@ -169,15 +172,17 @@ def read_chunk(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) ->
             f"{store.url}/{chunk.name}: {stored} samples in the shards, {samples.num_rows} in {SIDECAR}, {len(rejects)} rejects, "
             f"of {'an unknown number of' if items is None else items} items{hint}"
         )
-    return Part(chunk, shards, samples, rejects)
+    return Part(chunk, shards, samples, rejects, turns_left_out)
 
 
-def _shards(store: Store, chunk: str, sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """The entries of a chunk's index, their files seen from the root."""
+def _index(store: Store, chunk: str, sizes: dict[str, int]) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a chunk's index, their files seen from the root; and how many turns were left out."""
     where = f"{store.url}/{chunk}/{INDEX}"
     hint = f"; remove {store.url}/{chunk} and run again"
     try:
-        shards: list[dict[str, Any]] = json.loads(store.read(f"{chunk}/{INDEX}"))["shards"]
+        index = json.loads(store.read(f"{chunk}/{INDEX}"))
+        shards: list[dict[str, Any]] = index["shards"]
+        left_out = int(index.get(LEFT_OUT, 0))
         for shard in shards:
             file, _ = shard["raw_data"], int(shard["samples"])
             # Readers join these names to paths unchecked.
@@ -191,7 +196,7 @@ def _shards(store: Store, chunk: str, sizes: dict[str, int]) -> list[dict[str, A
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: no MDS index: {error!r}{hint}") from None
-    return shards
+    return shards, left_out
 
 
 # --- what to say of it -----------------------------------------------------------------------------------------------
@@ -203,6 +208,8 @@ def summary(out: str, manifest: Manifest) -> str:
         f"{out}: {m.items:,} items -> {m.samples:,} samples, {m.rejected:,} rejected; "
         f"{m.tokens:,} tokens ({m.target_tokens:,} trained on), {m.images:,} images"
     ]
+    if m.turns_left_out:
+        lines.append(f"{m.turns_left_out:,} conversations begin with the assistant and lost that turn, as in LLaVA's loader")
     if m.rejected:
         lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
         lines += [f"{count:>8,}  {kind}" for kind, count, _ in grouped(out)[:5]]

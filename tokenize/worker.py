@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import time
@@ -24,7 +25,7 @@ from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
 from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.manifest import REJECTS
+from unitoken.streaming_data.manifest import INDEX, LEFT_OUT, REJECTS
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import is_url, split
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
@@ -35,7 +36,7 @@ from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures
 from unitoken.tokenize.pipeline import Group, Room
 from unitoken.tokenize.stages import Picture, Place, Rejects
 from unitoken.tokenize.times import Times, timed
-from unitoken.tokenize.writer import write
+from unitoken.tokenize.writer import Sizes, note_in_index, write
 
 GROUP_ITEMS, GROUP_IMAGES = 64, 8  # that travel together; a thread decodes the images of a group
 MAX_THREADS = 8
@@ -49,6 +50,7 @@ class ChunkWork:
 
     chunk: Chunk
     rejects: Rejects = field(default_factory=Rejects)
+    turns_left_out: int = 0
 
 
 class Tokenizer:
@@ -173,17 +175,21 @@ class Tokenizer:
 
     def _write(self, work: ChunkWork, groups: Iterable[Group], room: Room, report: Report) -> None:
         items = _items(groups, work.rejects, room, report)
-        records = work.rejects.sift("sequence", self._assemble, items)
+        records = work.rejects.sift("sequence", functools.partial(self._assemble, work), items)
         with self.job.output.chunk(work.chunk.name) as folder:
             write((value for _, value in records), folder.path, self.vocabulary, report)
             (folder.path / REJECTS).write_bytes(work.rejects.dump())
+            note_in_index(folder.path / INDEX, {LEFT_OUT: work.turns_left_out})
             folder.publish()
 
-    def _assemble(self, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, list[tuple[int, int]]]:
+    def _assemble(
+        self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]
+    ) -> tuple[Record, Sizes]:
         conversation, pictures = value
         codes = [picture.codes for picture in pictures if picture.codes is not None]
         record = assemble(conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary)
         check_length(len(record.tokens), self._config.max_tokens)
+        work.turns_left_out += conversation.turns_left_out
         return record, [picture.size for picture in pictures]
 
 

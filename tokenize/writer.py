@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def write(
             rows.append(_row(record, sizes))
             report(1, 0)
     write_samples(pa.Table.from_pylist(rows, samples_schema()), folder / SIDECAR)
+
+
+def note_in_index(path: Path, counts: dict[str, int]) -> None:
+    """Beside what streaming reads of a chunk's index; those that are 0 are left out."""
+    if found := {name: count for name, count in counts.items() if count}:
+        index = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**index, **found}, sort_keys=True), encoding="utf-8")
 
 
 def _row(record: Record, sizes: Sizes) -> dict[str, Any]:
