@@ -182,9 +182,7 @@ class Tokenizer:
             note_in_index(folder.path / INDEX, {LEFT_OUT: work.turns_left_out})
             folder.publish()
 
-    def _assemble(
-        self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]
-    ) -> tuple[Record, Sizes]:
+    def _assemble(self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, Sizes]:
         conversation, pictures = value
         codes = [picture.codes for picture in pictures if picture.codes is not None]
         record = assemble(conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary)
