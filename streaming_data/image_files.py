@@ -25,6 +25,8 @@ MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a 
 MAX_SCANS = 100  # of a progressive JPEG, each of which runs over all pixels; encoders write about ten
 MAX_RLE_WIDTH = 65_535  # of a run-length encoded BMP: Pillow writes out up to 255 rows for 6 bytes, however large the picture
 
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
+BLOCK_BYTES = 1 << 20  # of a PNG's rows that are unpacked at once
 ORIENTATION = 0x0112  # the EXIF and TIFF tag
 TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143  # TIFF tags
 TURNS = {
@@ -108,6 +110,7 @@ def _open(data: bytes | memoryview, pixels: bool) -> Image.Image:
                 _refuse_costly(image)
                 if pixels:
                     image.load()
+                    _refuse_unfinished(image, attempt)
             return image
         except ImageError:
             raise
@@ -134,6 +137,30 @@ def _refuse_costly(image: Image.Image) -> None:
     run_lengths = isinstance(image, ImageFile.ImageFile) and any(tile[0] == "bmp_rle" for tile in image.tile)
     if run_lengths and image.width > MAX_RLE_WIDTH:
         raise ImageError(f"a run-length encoded BMP of {image.width} pixels a row, at most {MAX_RLE_WIDTH} are decoded")
+
+
+def _refuse_unfinished(image: Image.Image, data: bytes | memoryview) -> None:
+    """Raises ImageError for a PNG whose compressed rows end early: Pillow leaves the others black, and says nothing.
+
+    To count the rows means to unpack them once more, so it is done only where that may be: the last row is black, or the
+    rows do not come in order.
+    """
+    if image.format != "PNG" or not isinstance(image, ImageFile.ImageFile):
+        return
+    width, height, depth, colours, *_, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
+        return
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    passes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in (ADAM7 if interlaced else ((0, 0, 1, 1),))]
+    expected = sum((1 + -(-columns * bits // 8)) * rows for columns, rows in passes if columns > 0)
+    found, rows = 0, zlib.decompressobj()
+    for kind, chunk, _ in _png_chunks(bytes(data)):
+        block = rows.decompress(chunk, BLOCK_BYTES) if kind == b"IDAT" else b""
+        while block:
+            found += len(block)
+            block = rows.decompress(rows.unconsumed_tail, BLOCK_BYTES)
+    if found < expected:
+        raise ImageError(f"cannot be decoded: its rows end after {found} of {expected} bytes")
 
 
 def decoded_pixels(image: Image.Image) -> int:
@@ -197,19 +224,25 @@ def _attempts(data: bytes | memoryview) -> Iterator[bytes | memoryview]:
 
 def _bare_png(data: bytes, keep_exif: bool) -> bytes:
     """The critical chunks and transparency; the check sums of these stay, so what is damaged in them is still found."""
-    parts, at = [data[:8]], 8
+    parts = [data[:8]]
+    for kind, content, checksum in _png_chunks(data):
+        length = struct.pack(">I", len(content))
+        if kind == b"tRNS" or (kind == b"eXIf" and keep_exif):
+            parts.append(length + kind + content + struct.pack(">I", zlib.crc32(kind + content)))
+        elif not kind[0] & 0x20:  # the first letter is a capital: critical
+            parts.append(length + kind + content + checksum)
+    return b"".join(parts)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Kind, content and check sum of each, to the end of the picture."""
+    at = 8
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
-        chunk = data[at : at + 12 + length]
-        if kind == b"tRNS" or (kind == b"eXIf" and keep_exif):
-            chunk = data[at : at + 8 + length] + struct.pack(">I", zlib.crc32(data[at + 4 : at + 8 + length]))
-            parts.append(chunk)
-        elif not kind[0] & 0x20:  # the first letter is a capital: critical
-            parts.append(chunk)
+        yield kind, data[at + 8 : at + 8 + length], data[at + 8 + length : at + 12 + length]
         at += 12 + length
         if kind == b"IEND":
-            break
-    return b"".join(parts)
+            return
 
 
 def _bare_jpeg(data: bytes, keep_exif: bool) -> bytes:

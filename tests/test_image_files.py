@@ -61,6 +61,34 @@ def test_a_camera_s_second_picture_does_not_matter() -> None:
     assert decode(data.replace(b"MPF\0", b"MPF\0\xff\xff\xff\xff"[:4] + b"", 1)).size == (40, 24)
 
 
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def png_of_rows(depth: int, colours: int, interlaced: bool, missing: int, value: int, size: tuple[int, int] = (19, 11)) -> bytes:
+    """Whole rows of one value; `missing` of them are not there, though the compressed data are well ended. In two pieces."""
+    width, height = size
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    rows = []
+    for x, y, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        row = b"\0" + bytes([value]) * (((width - x + across - 1) // across * bits + 7) // 8)
+        rows += [row] * ((height - y + down - 1) // down) if len(row) > 1 else []
+    packed = zlib.compress(b"".join(rows[: len(rows) - missing]))
+    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, interlaced)
+    palette = chunk(b"PLTE", bytes(range(256)) * 3) if colours == 3 else b""
+    data = chunk(b"IDAT", packed[:5]) + chunk(b"IDAT", packed[5:])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("depth", "colours"), [(1, 0), (8, 0), (16, 0), (8, 2), (16, 2), (4, 3), (8, 3), (8, 4), (8, 6), (16, 6)])
+def test_a_png_whose_rows_end_early_is_no_picture_that_is_black_below(depth: int, colours: int, interlaced: bool) -> None:
+    for value in (0, 1):
+        for size in ((19, 11), (1, 1), (3, 2)):
+            assert decode(png_of_rows(depth, colours, interlaced, 0, value, size)).size == size  # black is a colour
+        for missing in (1, 5):
+            assert "rows end after" in reason(png_of_rows(depth, colours, interlaced, missing, value))
+
+
 @pytest.mark.parametrize("format", ["EPS", "DDS", "ICO", "TGA", "PCX", "IM", "SGI", "PDF", "ICNS"])
 def test_other_formats_are_not_opened(format: str) -> None:
     """EPS starts Ghostscript; some bytes of DDS take minutes."""
