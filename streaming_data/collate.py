@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.image_files import ImageError
 from unitoken.streaming_data.record import IGNORED, Record
 from unitoken.streaming_data.views import NEWLINE, Pixels, Views
@@ -103,6 +104,7 @@ class Collate:
     compat: bool
     streams: int = 1  # S
     limits: tuple[int, ...] | None = None  # by stream: longer documents are cut; None: they are an error
+    vocabulary_size: int | None = None  # ids from it on are an error; None: unchecked
 
     def __call__(self, packs: Sequence[Sequence[Record]]) -> Batch:
         views, shape = self.views or NO_VIEWS, (len(packs), self.length)
@@ -152,6 +154,7 @@ class Collate:
             input_ids[row, :begin] = np.concatenate(parts)
             position_ids[row, :begin] = np.arange(begin) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             document_ids[row, :begin] = np.repeat(np.arange(len(parts)), lengths)
+            self._check_ids(records, input_ids[row])
         batch: dict[str, npt.NDArray[Any]] = {
             "input_ids": input_ids,
             "labels": labels,
@@ -165,7 +168,16 @@ class Collate:
 
     def _fits(self, record: Record, end: int) -> None:
         if end > self.length:
-            raise ValueError(f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong")
+            raise ShardError(f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong")
+
+    def _check_ids(self, records: Sequence[Record], ids: Ids) -> None:
+        """A GPU would say no more of it than that an assertion failed, and the process could not go on."""
+        if self.vocabulary_size is not None and ids.max() >= self.vocabulary_size:
+            record = next(record for record in records if record.tokens.max(initial=0) >= self.vocabulary_size)
+            raise ShardError(
+                f"sample '{record.id}' holds the token id {record.tokens.max()}, the vocabulary has {self.vocabulary_size}: "
+                "its shard is wrong"
+            )
 
     def _document(self, record: Record, counts: dict[int, int]) -> Document:
         document = insert_features(record, counts, self.separator, self.compat)

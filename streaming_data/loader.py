@@ -113,6 +113,7 @@ def build_loader(
             newline=vocabulary.newline,
             compat=compat,
             streams=len(sources),
+            vocabulary_size=vocabulary.size,
             limits=None if config.over_long == "reject" else tuple(limit_of(s.config, config.packed_length) for s in sources),
         ),
         pin_memory=torch.cuda.is_available(),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_datasets import BLOCK, make_record, small_vocabulary
 
+from unitoken.streaming_data.cache import ShardError
 from unitoken.streaming_data.collate import (
     PER_FEATURE,
     PER_VIEW,
@@ -164,7 +165,7 @@ def test_a_batch_without_images_keeps_its_shapes():
 
 
 def test_a_pack_that_is_too_long_is_an_error_that_names_the_sample():
-    with pytest.raises(ValueError, match="sample 'b' ends at 22 in a pack of 20"):
+    with pytest.raises(ShardError, match="sample 'b' ends at 22 in a pack of 20"):
         collate(length=20)([[record("a", text=10), record("b", text=8)]])
 
 
@@ -231,6 +232,16 @@ def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(text
         assert cut is whole
     elif len(cut.ids) < limit:
         assert whole.ids[len(cut.ids)] == VOCABULARY.image_start, "cut short only where an image begins"
+
+
+def test_an_id_beyond_the_vocabulary_names_its_sample():
+    """On a GPU the embedding would end the process by an assertion that names nothing."""
+    good, bad = record("a", text=5), record("b", text=5)
+    bad = dataclasses.replace(bad, tokens=np.array([*bad.tokens[:-1], VOCABULARY.size], np.uint32))
+    collate = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, vocabulary_size=VOCABULARY.size)
+    collate([[good, record("c", 1)]])
+    with pytest.raises(ShardError, match=rf"sample 'b' holds the token id {VOCABULARY.size}, the vocabulary has {VOCABULARY.size}"):
+        collate([[good], [good, bad]])
 
 
 def test_what_is_too_long_is_cut_to_its_streams_limit_where_that_is_the_rule():
