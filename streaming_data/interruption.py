@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 4.0  # seconds for what is to be tidied up
@@ -133,11 +134,19 @@ def held_back() -> Iterator[None]:
 def leave_signals_to_parent() -> None:
     """In a process that loads data: what is sent to the whole group is the parent's to act on. It ends when the parent ends it,
     and with the parent."""
+    import multiprocessing
+    import shutil
+
     parent = os.getppid()
+    settings: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    parents_folder = settings.get("tempdir")
 
     def watch() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:  # a launcher's, a scheduler's
             pass
+        folder = settings.get("tempdir")  # multiprocessing's, with the socket by which tensors are handed over
+        if folder and folder != parents_folder:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)  # no failure: torch would raise it in the parent, wherever that is
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that begin from now on, too: `watch` alone is told

@@ -162,6 +162,33 @@ def test_a_loader_process_that_is_ended_while_it_starts_is_no_failure() -> None:
     process.communicate()
 
 
+@pytest.mark.parametrize("parents", [False, True])
+def test_a_loader_process_that_is_ended_removes_its_own_temporary_folder(parents: bool, tmp_path: Path) -> None:
+    body = f"""
+import multiprocessing, tempfile
+from multiprocessing import util
+tempfile.tempdir = {str(tmp_path)!r}
+parents = util.get_temp_dir() if {parents} else None
+def load():
+    leave_signals_to_parent()
+    util.get_temp_dir()
+    queue.put(1)
+    time.sleep(60)
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=load, daemon=True)
+process.start()
+queue.get()
+assert len(__import__("os").listdir({str(tmp_path)!r})) == 1
+process.terminate()
+process.join()
+assert __import__("os").listdir({str(tmp_path)!r}) == ([parents.rpartition("/")[2]] if parents else [])
+"""
+    process = started(body)
+    process.kill()
+    process.communicate()
+
+
 def test_a_rank_ends_with_its_launcher() -> None:
     """The launcher is killed: its rank is told."""
     launcher = f"""
