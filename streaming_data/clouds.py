@@ -98,15 +98,17 @@ class S3(Bucket):
         self._client.delete_object(Bucket=self._bucket, Key=key, **self._extra)
 
     def _status(self, error: Exception) -> int | None:
-        from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError, NoCredentialsError
+        from botocore import exceptions
 
-        if isinstance(error, ClientError):
+        if isinstance(error, exceptions.ClientError):
             if error.response.get("Error", {}).get("Code") in ("ExpiredToken", "InvalidToken"):  # S3 answers 400
                 return 401
             return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
-        if isinstance(error, NoCredentialsError):
+        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.SSOError)):
             return 401
-        return NO_ANSWER if isinstance(error, (HTTPClientError, IncompleteReadError)) else None
+        # They share no base. A connection that is refused is not one of HTTPClientError.
+        no_answer = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
+        return NO_ANSWER if isinstance(error, (*no_answer, exceptions.CredentialRetrievalError)) else None
 
 
 class Google(Bucket):

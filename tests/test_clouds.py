@@ -16,7 +16,7 @@ from unitoken.streaming_data import bucket
 from unitoken.streaming_data.bucket import Bucket
 from unitoken.streaming_data.clouds import S3, open_bucket
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import PATIENCE, MissingError, StoreError, open_store
+from unitoken.streaming_data.stores import PATIENCE, MissingError, StoreError, TransientStoreError, open_store
 
 URLS = {"s3": "s3://name/folder", "gs": "gs://name/folder", "az": "az://name/folder"}
 DATA = b"the whole content"
@@ -88,13 +88,32 @@ def test_what_may_pass_is_repeated(cloud: tuple[str, list[int], list[str]]) -> N
     assert len(asked) == 7
 
 
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_server_that_refuses_connections_for_a_while_is_asked_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.05)
+    handler = type("Handler", (Failing,), {"answers": [], "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
+    server.server_bind()  # and does not listen
+    point_to(f"http://127.0.0.1:{server.server_address[1]}", monkeypatch)
+    open_store.cache_clear()
+    with server:
+        store = open_store(URLS[name])
+        with pytest.raises(TransientStoreError, match=r"\(tried for 0 s\)"):
+            open_store(URLS[name], patience=0.2).read("file")
+        timer = threading.Timer(0.5, lambda: (server.server_activate(), server.serve_forever(poll_interval=0.02)))
+        timer.start()
+        assert store.read("file") == DATA
+        server.shutdown()
+    open_store.cache_clear()
+
+
 def test_what_can_not_pass_is_not_repeated(cloud: tuple[str, list[int], list[str]]) -> None:
     url, answers, asked = cloud
     store = open_store(url)
     for status, error, words in (
         (404, MissingError, "/folder/file: not there"),
-        (401, StoreError, "/folder/file: permission denied"),
-        (403, StoreError, "/folder/file: permission denied"),
+        (401, StoreError, r"/folder/file: permission denied (with|at) \S"),
+        (403, StoreError, r"/folder/file: permission denied (with|at) \S"),
         (400, StoreError, "/folder/file: .*400|[Bb]ad"),
     ):
         answers.append(status)

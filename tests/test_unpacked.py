@@ -78,6 +78,36 @@ def test_a_row_of_csv_is_text_by_name_and_a_ragged_one_a_reject(tmp_path: Path) 
     assert [str(error) for error in (one, two)] == [f"bad row: expected 2 columns, found {count}" for count in (1, 3)]
 
 
+LONG = b"z" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("end", "closed"),
+    [
+        (b'3,"never closed\n4,d\n5,e\n', False),
+        (b'3,"never closed\n4,d\n5,e', False),
+        (b'3,"never ""closed""\r\n4,d\r\n', False),
+        (b'3,"' + LONG + b"\n4,d\n", False),
+        (b'3,"closed"\n', True),
+        (b'3,"clo\nsed"\n', True),
+        (b'3,"closed"', True),
+        (b'3,""""\n', True),
+        (b'3,"a"""', True),
+        (b'3,""', True),
+        (b"3,open", True),
+        (b'3,o"pen\n', True),
+        (b"3," + LONG, True),
+        (b'3,"' + LONG + b'\n"\n', True),
+        (b"3,\n", True),
+    ],
+)
+def test_a_quote_that_is_never_closed_is_a_cut_and_swallows_no_rows_in_silence(end: bytes, closed: bool, tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_bytes(b"id,caption\n1,a\n2,b\n" + end)
+    *good, last = [item.value for item in whole(tmp_path / "i.csv")]
+    assert [one["id"] for one in good] == ["1", "2"]
+    assert (str(last) != "input cut: a quote that is opened in this row is never closed") is closed
+
+
 @pytest.mark.parametrize("kind", ["jsonl.gz", "json.gz", "tar.gz", "jsonl.zst", "csv", "csv.gz"])
 def test_what_breaks_off_keeps_what_came_before_and_is_counted(kind: str, tmp_path: Path) -> None:
     inner = kind.partition(".")[0]

@@ -20,6 +20,8 @@ from unitoken.streaming_data.files import AsideFolder, scratch_folder
 from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.tokenize.formats import BLOCK_BYTES, SourceFile, Span
 
+TAIL_BYTES = 1 << 16  # of a table of text, to see how its last field ends
+
 MOST_BYTES = 1 << 40  # of an unpacked file
 READ_BYTES = 1 << 14  # unpacked at once: what a read holds is lost where it meets damage
 MOST_RATIO = 1 << 10  # and so many times what it was packed; text packs 3 to 20 times
@@ -89,6 +91,7 @@ class _Checked(io.RawIOBase):
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._decoder, self._at = stream, codecs.getincrementaldecoder("utf-8")(), 0
         self.broken: str | None = None
+        self.tail = b""  # the last bytes that were read
 
     def readable(self) -> bool:
         return True
@@ -105,7 +108,18 @@ class _Checked(io.RawIOBase):
             self.broken = f"byte {self._at + at} is not UTF-8"
             data = data[: data.rfind(b"\n", 0, at) + 1]
         self._at += len(data)
+        self.tail = (self.tail + data)[-TAIL_BYTES:]
         return data
+
+
+def _is_never_closed(row: Any, tail: bytes) -> bool:
+    """Whether the last field of the last row is all that came behind a quote, as pyarrow takes it: rows may be lost in it."""
+    text = list(row.values())[-1]
+    if not text or text.endswith('"'):
+        return False
+    # A field that was closed has a quote behind it, one without quotes a delimiter or a line's end before it.
+    end = b'"' + text.replace('"', '""').encode()
+    return tail.endswith(end[-TAIL_BYTES:]) and (len(end) <= TAIL_BYTES or "\n" in text)
 
 
 def rows(file: SourceFile, delimiter: str, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
@@ -144,10 +158,16 @@ def rows(file: SourceFile, delimiter: str, wanted: Collection[int] | None) -> It
         with file.open() as stream:
             checked = _Checked(stream)
             with pyarrow.csv.open_csv(checked, read, parse, text) as reader:
-                for batch in reader:
-                    yield from numbered([*batch.to_pylist(), *bad])
+                good: list[Any] = []
+                bad_of_batch: list[ItemError] = []
+                for batch in reader:  # the last one is kept until its end is seen
+                    yield from numbered([*good, *bad_of_batch])
+                    good, bad_of_batch = batch.to_pylist(), list(bad)
                     bad.clear()
-        yield from numbered([*bad, *([ItemError(f"input cut: {checked.broken}")] if checked.broken else [])])
+        if good and _is_never_closed(good[-1], checked.tail):
+            good[-1] = ItemError("input cut: a quote that is opened in this row is never closed")
+        cut = [ItemError(f"input cut: {checked.broken}")] if checked.broken else []
+        yield from numbered([*good, *bad_of_batch, *bad, *cut])
     except StoreError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
