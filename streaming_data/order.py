@@ -163,6 +163,10 @@ class Row:
     stretches: tuple[tuple[int, int], ...]
     windows: int
 
+    @property
+    def samples(self) -> int:
+        return sum(end - begin for begin, end in self.stretches)
+
 
 def rows_of(chosen: Sequence[Chosen], rows: int, window: int) -> list[Row]:
     """Cut the epoch into rows that share no shard, but for those at their ends. Raises ConfigError for an empty row."""
@@ -183,8 +187,7 @@ def windows_of(
     """The windows of a row, one after the other: sample ids, numbered through all streams, and their lengths; in random order."""
     total = sum(c.count for c in chosen)
     firsts = np.cumsum([0] + [len(stream.lengths) for stream in streams])
-    samples = sum(end - begin for begin, end in row.stretches)
-    at_once = max(1, STRETCH * row.windows // samples)
+    at_once = max(1, STRETCH * row.windows // row.samples)
     for first in range(0, row.windows, at_once):
         last = min(first + at_once, row.windows)
         columns: list[tuple[Any, ...]] = []

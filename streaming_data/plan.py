@@ -26,7 +26,7 @@ from unitoken.streaming_data.batches import Surplus, deal, scheduled
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import KINDS, StreamSamples
 from unitoken.streaming_data.mixing import mix
-from unitoken.streaming_data.order import SampleIds, amounts, choose, random_order, rows_of, windows_of
+from unitoken.streaming_data.order import Row, SampleIds, amounts, choose, random_order, rows_of, windows_of
 from unitoken.streaming_data.packing import pack, split_packs
 from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.report import Report, StreamShare, in_batches_of
@@ -73,7 +73,7 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: R
         raise ConfigError("the streams' weights choose no sample at all")
     surplus = Surplus(len(KINDS) * len(streams) + 1)
     rows = [
-        _pack_row(recipe, streams, windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle), surplus, epoch, row.number)
+        _pack_row(recipe, streams, windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle), surplus, epoch, row)
         for row in rows_of(chosen, nodes, recipe.window)
     ]
     found = [[len(sizes) for _, sizes in row] for row in rows]  # (rows, parts)
@@ -125,7 +125,7 @@ def weights_of(squares: Any, images: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-Part = tuple[npt.NDArray[np.uint32], Ids]  # sample ids, pack after pack, and the packs' sizes
+Part = tuple[npt.NDArray[np.uint32], Any]  # sample ids, pack after pack, and the packs' sizes
 
 
 def _pack_row(
@@ -134,20 +134,23 @@ def _pack_row(
     windows: Iterable[tuple[SampleIds, SampleIds]],
     surplus: Surplus,
     epoch: int,
-    row: int,
+    row: Row,
 ) -> list[Part]:
     """The packs of a row, window after window: in one part, or a part for each stream where batches are of one stream."""
     batch = recipe.global_batch // math.gcd(recipe.global_batch, recipe.canonical_nodes)  # packs that it takes of a row
     firsts = np.cumsum([0] + [len(stream.lengths) for stream in streams])
     per_stream = recipe.batching_method == "per_stream"
     borders = list(itertools.pairwise(firsts.tolist())) if per_stream else [(0, int(firsts[-1]))]
-    parts: list[list[Part]] = [[(np.empty(0, np.uint32), np.empty(0, np.int64))] for _ in borders]
+    # Room for all samples of each part, filled as they come: as a list of windows and then in one they would be there twice.
+    counts = [end - begin for begin, end in row.stretches] if per_stream else [row.samples]
+    parts = [(np.empty(count, np.uint32), np.empty(count, np.uint32)) for count in counts]  # ids, and packs' sizes
+    filled = [[0, 0] for _ in counts]
     placed = 0
     for window, (all_ids, all_lengths) in enumerate(windows):
         for number, (begin, end) in enumerate(borders):
             mine: Any = (all_ids >= begin) & (all_ids < end) if per_stream else slice(None)
             ids, lengths = all_ids[mine], all_lengths[mine]
-            name = (recipe.seed, epoch, row, window, *([streams[number].name] if per_stream else []))
+            name = (recipe.seed, epoch, row.number, window, *([streams[number].name] if per_stream else []))
             ids, sizes = _pack_window(ids, lengths, recipe, *name)
             if recipe.batching_method == "stratified" and recipe.shuffle and len(ids):
                 if recipe.global_batch <= MIXED_BATCH:
@@ -155,8 +158,11 @@ def _pack_row(
                 order = deal(_amounts(streams, firsts, ids, sizes), placed, batch, surplus, *name)
                 ids, sizes = _reorder(ids, sizes, order)
             placed += len(sizes)
-            parts[number].append((ids, sizes.astype(np.uint32)))
-    return [(np.concatenate([ids for ids, _ in part]), np.concatenate([sizes for _, sizes in part])) for part in parts]
+            for column, (values, room) in enumerate(zip((ids, sizes), parts[number], strict=True)):
+                at = filled[number][column]
+                filled[number][column] = at + len(values)
+                room[at : at + len(values)] = values
+    return [(ids[:samples], sizes[:packs]) for (ids, sizes), (samples, packs) in zip(parts, filled, strict=True)]
 
 
 def _pack_window(ids: SampleIds, lengths: SampleIds, recipe: Recipe, *name: Any) -> Part:
@@ -256,9 +262,9 @@ def _reorder(ids: SampleIds, sizes: Ids, permutation: Ids) -> Part:
 def _interleave(rows: list[Part]) -> tuple[SampleIds, Any]:
     """Deal the packs of the rows (equally many each) in turn: pack 0 of each row, pack 1 of each row, ... With offsets."""
     each = len(rows[0][1])
-    sizes = np.stack([sizes for _, sizes in rows], axis=1).reshape(-1)
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.uint64)])
-    offsets = offsets.astype(np.uint32 if int(offsets[-1]) < 1 << 32 else np.uint64)
+    sizes = rows[0][1] if len(rows) == 1 else np.stack([sizes for _, sizes in rows], axis=1).reshape(-1)
+    offsets: Any = np.zeros(len(sizes) + 1, np.uint32 if sizes.sum(dtype=np.int64) < 1 << 32 else np.uint64)
+    np.cumsum(sizes, dtype=offsets.dtype, out=offsets[1:])
     if len(rows) == 1:
         return rows[0][0], offsets
     ids = np.empty(int(offsets[-1]), np.uint32)
