@@ -19,16 +19,16 @@ import sys
 
 from unitoken.streaming_data.interruption import end_with_launcher, install_handlers
 
-GOES_ON = "the same command goes on from where the run was saved last"
-
 if __name__ == "__main__":
-    install_handlers(f"interrupted; {GOES_ON}")
+    install_handlers("interrupted")
     if "LOCAL_WORLD_SIZE" in os.environ:  # of the launchers
         end_with_launcher()
 
 from unitoken.streaming_data.command_line import one_line_errors
 from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.streaming_data.files import own_temporary_folder
+
+GOES_ON = "the same command goes on from where the run was saved last"
 
 
 def main(arguments: list[str]) -> None:

@@ -27,7 +27,7 @@ CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
 def check_folder(name: str) -> None:
     """Raises ConfigError where `name` can only be a folder and is none; else the hub would be asked for it."""
     path = Path(name)
-    if (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not path.is_dir():
+    if (path.is_absolute() or name.startswith((".", "~", "weights/")) or name.count("/") > 1) and not path.is_dir():
         raise ConfigError(f"tokenizer: {name}: no such folder{how_to_get(name)}")
 
 

@@ -109,7 +109,7 @@ def find_weights(config: VisionConfig) -> Weights:
 
 
 def _from_hub(name: str, patterns: list[str]) -> Path:
-    if Path(name).is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):
+    if Path(name).is_absolute() or name.count("/") != 1 or name.startswith((".", "~", "weights/")):
         raise ConfigError(f"vision.weights: {name}: no such file or folder{how_to_get(name)}")
     from huggingface_hub import snapshot_download
 
@@ -117,8 +117,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's, the network's and its cache's errors share no base
         reason = " ".join(str(error).split())
-        here = f"vision.weights: {name}: no such folder here{how_to_get(name)}"
-        raise ConfigError(f"{here}, and the hub says: {reason[:200]}") from None
+        raise ConfigError(f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}") from None
 
 
 # --- Meta's layout ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.interruption import end_on_signals
 
 
 def printable(text: str) -> str:
@@ -20,8 +21,11 @@ def one_line_errors(goes_on: str = "") -> Iterator[None]:
     """A mistake of the user's (`ConfigError`) ends with status 2; a disk, a store, a shard or memory that fails with 1.
 
     Args:
-        goes_on: added where the failure may pass, as `the same command goes on from here`. Not to what lasts: a wrong secret.
+        goes_on: said where the failure may pass, and after a signal, as `the same command goes on from here`. Not of what
+            lasts: a wrong secret.
     """
+    if goes_on:
+        end_on_signals(f"interrupted; {goes_on}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a path that is not UTF-8, a terminal that knows ASCII alone

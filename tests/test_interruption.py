@@ -44,6 +44,13 @@ def test_a_command_ends_with_one_line(number: int, status: int) -> None:
     assert (process.returncode, out, err) == (status, "", "interrupted\n")
 
 
+def test_a_command_that_can_go_on_says_so() -> None:
+    process = started('from unitoken.streaming_data.command_line import one_line_errors; one_line_errors("go on").__enter__()')
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (143, "interrupted; go on\n")
+
+
 @pytest.mark.parametrize("module", ["unitoken.tokenize", "unitoken.streaming_data", "unitoken.train"])
 @pytest.mark.parametrize("after", [0.15, 0.4, 0.8])
 def test_a_signal_while_a_program_imports_is_no_traceback(module: str, after: float) -> None:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from unitoken.streaming_data.interruption import install_handlers
 
-GOES_ON = "the same command goes on from here"
-
 if __name__ == "__main__":
-    install_handlers(f"interrupted; {GOES_ON}")  # before all other imports
+    install_handlers("interrupted")  # before all other imports
 
 import dataclasses
 import sys
@@ -32,6 +30,7 @@ from unitoken.tokenize.config import TokenizeConfig
 if TYPE_CHECKING:
     from unitoken.tokenize.job import Job
 
+GOES_ON = "the same command goes on from here"
 DEFAULT_CONFIG = Path("yamls/tokenize/chameleon.yaml")
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b

@@ -89,7 +89,7 @@ def checkpoint_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if source.startswith((".", "/", "~", "weights/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ConfigError(f"{source}: no such folder, and not a hub id (owner/name){how_to_get(source)}")
     from huggingface_hub import snapshot_download
 
@@ -97,7 +97,7 @@ def checkpoint_folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the hub's client raises a dozen kinds: offline, unknown, gated, disk full
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{source}: no such folder{how_to_get(source)}, and the hub did not give it: {first}") from None
+        raise ConfigError(f"{source}: no such folder, and the hub did not give it: {first}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
