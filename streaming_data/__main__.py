@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import pydantic
 import typer
 
-from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors, run_program
 from unitoken.streaming_data.config import Config, ConfigError, load_config
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
@@ -187,4 +187,4 @@ def export_webdataset(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m unitoken.streaming_data")
+    run_program(app, "streaming_data")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from unitoken.streaming_data.config import ConfigError
+from unitoken.streaming_data.files import own_temporary_folder
 from unitoken.streaming_data.interruption import end_on_signals
 
 
@@ -45,6 +46,13 @@ def one_line_errors(goes_on: str = "") -> Iterator[None]:
         return
     print(f"error: {printable(words)}", file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def run_program(app: Callable[..., None], name: str) -> None:
+    """A Typer application as the program `python -m unitoken.NAME`."""
+    with one_line_errors():
+        own_temporary_folder()
+    app(prog_name=f"python -m unitoken.{name}")
 
 
 def _with_hint(error: Exception, goes_on: str) -> str:

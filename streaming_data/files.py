@@ -24,6 +24,7 @@ from typing import BinaryIO
 from unitoken.streaming_data.config import ConfigError
 
 ASIDE = ".aside-"
+LONGEST_PATH_OF_SOCKETS = 107  # bytes, on Linux
 _NAME = re.compile(r"\.aside-.+-[0-9a-f]{12}(\.lock)?")  # as `aside` makes them
 
 _tidied: set[tuple[int, Path]] = set()  # by which process, as forked ones are others
@@ -189,11 +190,17 @@ def scratch_folder() -> Path:
 
 
 def own_temporary_folder() -> None:
-    """Give this process a temporary folder of its own, which the next one removes where it was killed.
+    """Give this process, and those that it starts, a temporary folder of its own, which the next one removes where it was killed.
 
-    torch makes a temporary folder where it is imported, and libraries make others: each kill left one for good.
+    torch makes a temporary folder where it is imported, and libraries make others: each kill left one for good. Where its
+    path would be too long for multiprocessing's sockets in it, all stays as it is.
     """
     parent = scratch_folder()
-    folder = AsideFolder(parent / "process").__enter__()
+    folder = AsideFolder(parent / "process")
+    if len(os.fsencode(folder.path)) > LONGEST_PATH_OF_SOCKETS - len("/pymp-01234567/listener-01234567"):
+        return
+    # What torch compiles is for the runs that follow, too; else it would lie in the temporary folder.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / "torchinductor"))
+    folder.__enter__()
     atexit.register(folder.__exit__)
-    tempfile.tempdir = str(folder.path)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder.path)

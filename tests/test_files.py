@@ -138,3 +138,40 @@ def wait(*_):
     finally:
         writer.kill()
         writer.wait()
+
+
+OWN_FOLDER = """
+import os, sys, tempfile, time
+from unitoken.streaming_data.files import own_temporary_folder
+own_temporary_folder()
+print(tempfile.mkdtemp(), os.environ["TMPDIR"], os.environ.get("TORCHINDUCTOR_CACHE_DIR"), flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts(tmp_path: Path) -> None:
+    def start(seconds: str, parent: Path) -> tuple[subprocess.Popen[str], list[Path]]:
+        environment = {**os.environ, "TMPDIR": str(parent)}
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        program = [sys.executable, "-c", OWN_FOLDER, seconds]
+        process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        return process, [Path(word) for word in process.stdout.readline().split()]
+
+    parent = tmp_path.parent / "own"  # a short name: a path of sockets may not be long
+    parent.mkdir(exist_ok=True)
+    killed, (made, temporary, compiled) = start("60", parent)
+    assert made.parent == temporary
+    assert compiled.parent == temporary.parent, "not lost with the run: what is compiled is for the next one, too"
+    killed.kill()
+    killed.communicate()
+    assert made.is_dir()
+    for path in temporary.parent.iterdir():
+        os.utime(path, (1, 1))
+    ended, _ = start("0", parent)
+    ended.communicate()
+    assert list(temporary.parent.iterdir()) == []
+    (long := tmp_path / ("long" * 15)).mkdir()
+    ended, (made, temporary, compiled) = start("0", long)
+    ended.communicate()
+    assert (made.parent, temporary, str(compiled)) == (long, long, "None"), "no room there for the path of a socket"

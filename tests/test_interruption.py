@@ -60,7 +60,7 @@ def test_a_signal_while_a_program_imports_is_no_traceback(module: str, after: fl
     time.sleep(after)  # wherever it is then
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert process.returncode in (0, 130, -signal.SIGINT)
+    assert process.returncode in (0, 130, -signal.SIGINT) or "init_import_site" in err, err  # Python itself was starting
     if process.returncode == 130:
         assert err.startswith("interrupted")
         assert len(err.splitlines()) == 1

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors, run_program
 from unitoken.streaming_data.config import ConfigError, load_config
 from unitoken.tokenize.config import TokenizeConfig
 
@@ -245,4 +245,4 @@ def _finish(out: str, max_reject_fraction: float, failures: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m unitoken.tokenize")
+    run_program(app, "tokenize")

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.command_line import one_line_errors, run_program
 from unitoken.streaming_data.config import ConfigError, load_config
 
 GUIDANCE = 4.0  # of `generate`, where training showed null prompts
@@ -110,4 +110,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m unitoken.train")
+    run_program(app, "train")
