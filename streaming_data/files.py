@@ -190,10 +190,10 @@ def scratch_folder() -> Path:
 
 
 def own_temporary_folder() -> None:
-    """Give this process, and those that it starts, a temporary folder of its own, which the next one removes where it was killed.
+    """Give this process a temporary folder of its own, which the next one removes where it was killed.
 
     torch makes a temporary folder where it is imported, and libraries make others: each kill left one for good. Where its
-    path would be too long for multiprocessing's sockets in it, all stays as it is.
+    path would be too long for multiprocessing's sockets in it, all stays as it is. TMPDIR stays: Ray looks there for others.
     """
     parent = scratch_folder()
     folder = AsideFolder(parent / "process")
@@ -203,4 +203,4 @@ def own_temporary_folder() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / "torchinductor"))
     folder.__enter__()
     atexit.register(folder.__exit__)
-    tempfile.tempdir = os.environ["TMPDIR"] = str(folder.path)
+    tempfile.tempdir = str(folder.path)

@@ -144,7 +144,7 @@ OWN_FOLDER = """
 import os, sys, tempfile, time
 from unitoken.streaming_data.files import own_temporary_folder
 own_temporary_folder()
-print(tempfile.mkdtemp(), os.environ["TMPDIR"], os.environ.get("TORCHINDUCTOR_CACHE_DIR"), flush=True)
+print(tempfile.mkdtemp(), tempfile.gettempdir(), os.environ.get("TORCHINDUCTOR_CACHE_DIR"), flush=True)
 time.sleep(float(sys.argv[1]))
 """
 

@@ -9,6 +9,7 @@ import operator
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,9 @@ def _devices(count: int) -> list[str | None]:
 def _start(job: Job, rank: int, splits: int, device: str | None) -> _Worker:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, rank, splits, sender), name=f"tokenize-{rank}", daemon=True)
+    process = context.Process(
+        target=_work, args=(job, rank, splits, sender, tempfile.tempdir), name=f"tokenize-{rank}", daemon=True
+    )
     with _environment("CUDA_VISIBLE_DEVICES", device):
         process.start()
     sender.close()  # else the end of the worker would not end its messages
@@ -147,7 +150,8 @@ def _listen(workers: list[_Worker], bar: Progress) -> list[Times]:
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
-def _work(job: Job, rank: int, splits: int, messages: Connection) -> None:
+def _work(job: Job, rank: int, splits: int, messages: Connection, temporary: str | None = None) -> None:
+    tempfile.tempdir = temporary  # the parent's own, which it removes
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     reporter = Reporter(messages)
