@@ -230,7 +230,10 @@ def _too_few(
 
 def _split(recipe: Recipe, sizes: Ids, more: int) -> Ids:
     """Make `more` packs of the last ones, so that the batches before stay as they were dealt."""
-    if recipe.version == 2 or not more:
+    if not more:
+        return sizes
+    sizes = sizes.astype(np.int64)
+    if recipe.version == 2:
         return split_packs(sizes, more)
     last = len(sizes)
     while sizes[last:].sum() < len(sizes) - last + more:
