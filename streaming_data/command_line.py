@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import own_temporary_folder
-from unitoken.streaming_data.interruption import end_on_signals
+from unitoken.streaming_data.interruption import end_on_signals, keep_status
 
 
 def printable(text: str) -> str:
@@ -44,6 +44,7 @@ def one_line_errors(goes_on: str = "") -> Iterator[None]:
         status, words = 1, _with_hint(error, goes_on)
     else:
         return
+    keep_status(status)
     print(f"error: {printable(words)}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 

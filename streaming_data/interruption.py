@@ -23,6 +23,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 4.0  # seconds for what is to be tidied up
+LONGEST_END = 20.0  # seconds for a process to come to its end; launchers send SIGKILL after 30
 ECHO_SECONDS = 3.0  # a launcher passes a terminal's Ctrl-C on as a SIGTERM: no second signal
 PR_SET_PDEATHSIG = 1
 
@@ -69,6 +70,21 @@ def remember_signals() -> None:
     _remembers = True
     for one in SIGNALS:
         signal.signal(one, _leave_it_to_watch)
+
+
+def keep_status(status: int) -> None:
+    """For a process that ends with an error: a launcher that ends all others with SIGTERM does not change its status, nor add a
+    line. Ctrl-C still ends it, and after `LONGEST_END` it ends by itself."""
+    if not _installed:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end() -> None:
+        time.sleep(LONGEST_END)
+        os._exit(status)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def received() -> int:

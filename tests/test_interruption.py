@@ -28,6 +28,9 @@ print("went on", flush=True)
 """
 
 
+IN_C = 'print("ready", flush=True); import hashlib; hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without the GIL
+
+
 def started(body: str = "") -> subprocess.Popen[str]:
     program = [sys.executable, "-c", ENDLESS.format(body)]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -49,6 +52,30 @@ def test_a_command_that_can_go_on_says_so() -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (143, "interrupted; go on\n")
+
+
+def test_a_command_that_ends_with_an_error_keeps_its_status_and_its_one_line() -> None:
+    """One rank ends first, and the launcher sends SIGTERM to the other while that is ending with the same error."""
+    body = """
+import atexit
+from unitoken.streaming_data.command_line import one_line_errors
+from unitoken.streaming_data.config import ConfigError
+atexit.register(time.sleep, 1)
+atexit.register(print, "ready", flush=True)
+with one_line_errors("go on"):
+    raise ConfigError("wrong")
+"""
+    process = started(body)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (2, "error: wrong\n")
+
+
+def test_a_process_that_does_not_come_to_its_end_is_ended_with_its_status() -> None:
+    body = f"import unitoken.streaming_data.interruption as i; i.LONGEST_END = 0.3; i.keep_status(1); {IN_C}"
+    process = started(body)
+    process.communicate(timeout=10)
+    assert process.returncode == 1
 
 
 @pytest.mark.parametrize("module", ["unitoken.tokenize", "unitoken.streaming_data", "unitoken.train"])
@@ -76,9 +103,6 @@ def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() 
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 130
-
-
-IN_C = 'print("ready", flush=True); import hashlib; hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without the GIL
 
 
 def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_same() -> None:
