@@ -5,6 +5,7 @@ Each test has a short form, which `make test` and `make test-cloud` run, and a l
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import subprocess
@@ -55,9 +56,24 @@ def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return undisturbed(request.param, tmp_path_factory.mktemp("undisturbed"))
 
 
+@functools.cache
+def short_of_clouds(folder: Path) -> Undisturbed:
+    return undisturbed(soak.SHORT_OF_CLOUDS, folder)
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(soak.SHORT, tmp_path_factory.mktemp("short"))
+    return short_of_clouds(tmp_path_factory.getbasetemp() / "short-of-clouds")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(None, id="short", marks=pytest.mark.slow), pytest.param(soak.FULL, id="full", marks=pytest.mark.chaos)],
+)
+def of_clouds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    if request.param is None:
+        return short_of_clouds(tmp_path_factory.getbasetemp() / "short-of-clouds")
+    return undisturbed(request.param, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="module", params=CLOUDS)
@@ -88,20 +104,20 @@ def test_a_cluster_that_loses_a_node_gives_the_same_bytes(expected: Undisturbed,
 
 
 @pytest.mark.cloud
-def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(expected: Undisturbed, cloud: Service, tmp_path: Path) -> None:
+def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(of_clouds: Undisturbed, cloud: Service, tmp_path: Path) -> None:
     """The run is killed once."""
     from streaming import StreamingDataset
 
     from unitoken.tokenize.verify import verify
 
-    out = cloud.url(f"soak-{expected.size.items}")
-    soak.kill_again_and_again(expected.source, out, soak.Size(expected.size.items, expected.size.chunk_size, kills=1))
-    soak.finish(expected.source, out, expected.size, "--splits", "2")
-    assert soak.content(out) == expected.content
+    out = cloud.url(f"soak-{of_clouds.size.items}")
+    soak.kill_again_and_again(of_clouds.source, out, soak.Size(of_clouds.size.items, of_clouds.size.chunk_size, kills=1))
+    soak.finish(of_clouds.source, out, of_clouds.size, "--splits", "2")
+    assert soak.content(out) == of_clouds.content
     assert verify(out, 1.0) == []
     theirs = StreamingDataset(remote=out, local=str(tmp_path / "cache"), batch_size=1, shuffle=False)
-    ours = StreamingDataset(local=expected.out, batch_size=1, shuffle=False)
-    assert len(theirs) == len(ours) == expected.size.items - expected.size.bad
+    ours = StreamingDataset(local=of_clouds.out, batch_size=1, shuffle=False)
+    assert len(theirs) == len(ours) == of_clouds.size.items - of_clouds.size.bad
     for there, here in zip(theirs, ours, strict=True):
         assert there["id"] == here["id"]
         assert there["tokens"].tolist() == here["tokens"].tolist()
