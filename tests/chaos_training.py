@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Start:
             cwd=ROOT,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(folder / "tmp")},
+            env={**os.environ, "TMPDIR": os.environ["SHORT_TMPDIR"]},
             start_new_session=True,
             preexec_fn=limit if small_files else None,
         )
@@ -177,6 +178,13 @@ def disturb(folder: Path, count: int, seed: int) -> Counter[str]:
 
 def main(folder: Path, count: int, seed: int = 0) -> None:
     (folder / "tmp").mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # where paths are long ranks have no folder of their own
+        (Path(short) / "t").symlink_to(folder / "tmp")
+        os.environ["SHORT_TMPDIR"] = f"{short}/t"
+        run(folder, count, seed)
+
+
+def run(folder: Path, count: int, seed: int) -> None:
     write_data(folder / "data")
     write_stage(folder, max_duration="4ep", save={"folder": "x", "interval": "3ba", "keep": 3})
     shared = sorted(path.name for path in Path("/dev/shm").iterdir())

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -149,29 +150,32 @@ time.sleep(float(sys.argv[1]))
 """
 
 
-def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts(tmp_path: Path) -> None:
-    def start(seconds: str, parent: Path) -> tuple[subprocess.Popen[str], list[Path]]:
-        environment = {**os.environ, "TMPDIR": str(parent)}
-        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-        program = [sys.executable, "-c", OWN_FOLDER, seconds]
-        process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout is not None
-        return process, [Path(word) for word in process.stdout.readline().split()]
+def started_with_own_folder(parent: Path, seconds: str) -> tuple[subprocess.Popen[str], list[Path]]:
+    environment = {**os.environ, "TMPDIR": str(parent)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    program = [sys.executable, "-c", OWN_FOLDER, seconds]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    words = process.stdout.readline().split()
+    if seconds == "60":
+        process.kill()
+    process.communicate()
+    return process, [Path(word) for word in words]
 
-    parent = tmp_path.parent / "own"  # a short name: a path of sockets may not be long
-    parent.mkdir(exist_ok=True)
-    killed, (made, temporary, compiled) = start("60", parent)
-    assert made.parent == temporary
-    assert compiled.parent == temporary.parent, "not lost with the run: what is compiled is for the next one, too"
-    killed.kill()
-    killed.communicate()
-    assert made.is_dir()
-    for path in temporary.parent.iterdir():
-        os.utime(path, (1, 1))
-    ended, _ = start("0", parent)
-    ended.communicate()
-    assert list(temporary.parent.iterdir()) == []
+
+def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a path of sockets may not be long
+        _, (made, temporary, compiled) = started_with_own_folder(Path(short), "60")
+        assert made.parent == temporary
+        assert compiled.parent == temporary.parent, "not lost with the run: what is compiled is for the next one, too"
+        assert made.is_dir()
+        for path in temporary.parent.iterdir():
+            os.utime(path, (1, 1))
+        started_with_own_folder(Path(short), "0")
+        assert list(temporary.parent.iterdir()) == []
+
+
+def test_where_a_temporary_folder_of_its_own_had_no_room_for_sockets_a_program_has_none(tmp_path: Path) -> None:
     (long := tmp_path / ("long" * 15)).mkdir()
-    ended, (made, temporary, compiled) = start("0", long)
-    ended.communicate()
-    assert (made.parent, temporary, str(compiled)) == (long, long, "None"), "no room there for the path of a socket"
+    _, (made, temporary, compiled) = started_with_own_folder(long, "0")
+    assert (made.parent, temporary, str(compiled)) == (long, long, "None")
