@@ -15,6 +15,9 @@ class VisionConfig(Config):
     compile: bool = False
 
 
+FOLDERS_BEGIN_WITH = (".", "/", "~", "weights/")  # and ids of the hub do not
+
+
 def how_to_get(name: str) -> str:
     """For the end of a message that `name` is not there: where what our own `yamls/` name comes from."""
     if not name.startswith("weights/"):

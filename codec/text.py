@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.codec.config import how_to_get
+from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.codec.conversations import ItemError, brief
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.vocabulary import Vocabulary
@@ -26,8 +26,7 @@ CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
 
 def check_folder(name: str) -> None:
     """Raises ConfigError where `name` can only be a folder and is none; else the hub would be asked for it."""
-    path = Path(name)
-    if (path.is_absolute() or name.startswith((".", "~", "weights/")) or name.count("/") > 1) and not path.is_dir():
+    if (name.startswith(FOLDERS_BEGIN_WITH) or name.count("/") > 1) and not Path(name).is_dir():
         raise ConfigError(f"tokenizer: {name}: no such folder{how_to_get(name)}")
 
 

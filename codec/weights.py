@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pydantic
 import yaml
 
-from unitoken.codec.config import VisionConfig, how_to_get
+from unitoken.codec.config import FOLDERS_BEGIN_WITH, VisionConfig, how_to_get
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.manifest import VisionTokenizer, sha256_file
 
@@ -109,7 +109,7 @@ def find_weights(config: VisionConfig) -> Weights:
 
 
 def _from_hub(name: str, patterns: list[str]) -> Path:
-    if Path(name).is_absolute() or name.count("/") != 1 or name.startswith((".", "~", "weights/")):
+    if name.count("/") != 1 or name.startswith(FOLDERS_BEGIN_WITH):
         raise ConfigError(f"vision.weights: {name}: no such file or folder{how_to_get(name)}")
     from huggingface_hub import snapshot_download
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.files import aside, locked, remove_abandoned, write_aside
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_transient
+from unitoken.streaming_data.stores import MissingError, Store, StoreError, Transient, is_transient
 from unitoken.streaming_data.urls import without_secrets
 
 PATIENCE = 40.0  # seconds; a store that is gone ends training within a minute
@@ -37,8 +37,8 @@ class ShardError(RuntimeError):
         super().__init__(without_secrets(message))
 
 
-class TransientShardError(ShardError):
-    """It may pass: its store does not answer. A class, as that is what comes through from a loader's process."""
+class TransientShardError(ShardError, Transient):
+    """Its store does not answer. A class, as that is what comes through from a loader's process."""
 
 
 def what_is_wrong(entry: Mapping[str, Any], path: Path) -> str | None:

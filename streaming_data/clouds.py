@@ -61,10 +61,9 @@ class S3(Bucket):
         }
         if endpoint:  # other servers know few of Amazon's new checksums
             options |= {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-        found = session.get_credentials()
         if keys:
             self._access = "with GCS_KEY and GCS_SECRET"
-        elif found is not None:
+        elif (found := session.get_credentials()) is not None:  # may ask the machine's metadata server: seconds
             self._access = f"with the credentials of boto3's '{found.method}'"  # env, shared-credentials-file, iam-role, ...
         else:
             self._access = "without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
@@ -40,6 +40,12 @@ INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
 )
 LEFT_OUT = "turns_left_out"  # beside an adapted item's conversations, in a chunk's index and in the manifest
 UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a dataset that was migrated
+
+
+def dump_index(shards: list[dict[str, Any]], turns_left_out: int = 0) -> bytes:
+    """An index as streaming writes and reads it; beside that, of a chunk, how many turns were left out, if any were."""
+    left_out = {LEFT_OUT: turns_left_out} if turns_left_out else {}
+    return json.dumps({"version": 2, "shards": shards, **left_out}, sort_keys=True).encode()
 
 
 @contextlib.contextmanager

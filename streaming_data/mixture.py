@@ -199,8 +199,9 @@ def open_sources(config: DataConfig) -> list[Source]:
             _fetch_small_files(name, store, folder)
         with _of_stream(name):
             source = Source(name, folder, store, stream, load_manifest(folder))
-            read_index(folder)
         source.check(INDEX)
+        with _of_stream(name):
+            read_index(folder)
         sources.append(source)
     first = sources[0]
     for other in sources[1:]:

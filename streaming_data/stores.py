@@ -42,8 +42,12 @@ class MissingError(StoreError):
     pass
 
 
-class TransientStoreError(StoreError):
+class Transient(Exception):  # noqa: N818 - a mark of errors, none of its own
     """It may pass: a server that does not answer, a disk that is full."""
+
+
+class TransientStoreError(StoreError, Transient):
+    pass
 
 
 _TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
@@ -51,9 +55,7 @@ _TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDO
 
 def is_transient(error: Exception) -> bool:
     """Whether the same again may succeed without anything being mended in what was asked for."""
-    from unitoken.streaming_data.cache import TransientShardError
-
-    if isinstance(error, (TransientStoreError, TransientShardError, TimeoutError, ConnectionError)):
+    if isinstance(error, (Transient, TimeoutError, ConnectionError)):
         return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT
 

@@ -39,6 +39,13 @@ def started(body: str = "") -> subprocess.Popen[str]:
     return process
 
 
+def holds(body: str) -> None:
+    """A program's assertions: it is ready behind them."""
+    process = started(body)
+    process.kill()
+    process.communicate()
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_ends_with_one_line(number: int, status: int) -> None:
     process = started()
@@ -153,9 +160,7 @@ assert os.waitpid(child, 0)[1] == 15
 time.sleep(0.2)
 assert not received()
 """
-    process = started(body)  # its assertions hold, or it is not ready
-    process.kill()
-    process.communicate()
+    holds(body)
 
 
 LOADER = """
@@ -181,16 +186,12 @@ time.sleep(0.3)
 assert os.waitpid(child, os.WNOHANG) == (0, 0)
 os.kill(child, 15)
 """
-    process = started(LOADER.format(starts=0, signals=signals))  # its assertions hold, or it is not ready
-    process.kill()
-    process.communicate()
+    holds(LOADER.format(starts=0, signals=signals))
 
 
 def test_a_loader_process_that_is_ended_while_it_starts_is_no_failure() -> None:
     """By torch's own count: whatever ends by a signal is raised in the parent."""
-    process = started(LOADER.format(starts=0.5, signals="os.kill(child, 2); os.kill(child, 15)"))
-    process.kill()
-    process.communicate()
+    holds(LOADER.format(starts=0.5, signals="os.kill(child, 2); os.kill(child, 15)"))
 
 
 @pytest.mark.parametrize("parents", [False, True])
@@ -215,9 +216,7 @@ process.terminate()
 process.join()
 assert __import__("os").listdir({str(tmp_path)!r}) == ([parents.rpartition("/")[2]] if parents else [])
 """
-    process = started(body)
-    process.kill()
-    process.communicate()
+    holds(body)
 
 
 def test_a_rank_ends_with_its_launcher() -> None:

@@ -26,6 +26,7 @@ from unitoken.streaming_data.manifest import (
     SIDECAR,
     VOCABULARY,
     Manifest,
+    dump_index,
     read_manifest,
     samples_schema,
     sha256_file,
@@ -136,7 +137,7 @@ def _join(store: Store, work: Work, sizes: dict[str, int], folder: Path) -> dict
                 if not work.rounds or is_last(line, part.chunk, last_round):
                     rejects.write(line)
                     counts.values["rejected"] += 1
-    (folder / INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / INDEX).write_bytes(dump_index(shards) + b"\n")
     return dict(counts.values)
 
 

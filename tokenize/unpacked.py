@@ -108,7 +108,7 @@ class _Checked(io.RawIOBase):
             self.broken = f"byte {self._at + at} is not UTF-8"
             data = data[: data.rfind(b"\n", 0, at) + 1]
         self._at += len(data)
-        self.tail = (self.tail + data)[-TAIL_BYTES:]
+        self.tail = (self.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
         return data
 
 

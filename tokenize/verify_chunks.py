@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import INDEX, LEFT_OUT, REJECTS, SIDECAR
+from unitoken.streaming_data.manifest import INDEX, REJECTS, SIDECAR, dump_index
 from unitoken.streaming_data.stores import Store
 from unitoken.tokenize import merge
 from unitoken.tokenize.job import Chunk, Work
@@ -118,8 +118,7 @@ def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tupl
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:  # of all kinds, for a broken Parquet file
         return None, [f"{chunk.name}: not readable: {' '.join(repr(error).split())}"]
     found = [f"{chunk.name}/{REJECTS}: {problem}" for problem in _wrong_rejects(part, work)]
-    left_out = {LEFT_OUT: part.turns_left_out} if part.turns_left_out else {}
-    if index != json.dumps({"version": 2, "shards": json.loads(index)["shards"], **left_out}, sort_keys=True).encode():
+    if index != dump_index(json.loads(index)["shards"], part.turns_left_out):
         found.append(f"{chunk.name}/{INDEX}: was changed by hand")
     if not as_written:
         found.append(f"{chunk.name}/{SIDECAR}: was changed by hand")

@@ -25,7 +25,7 @@ from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
 from unitoken.streaming_data import images
 from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.manifest import INDEX, LEFT_OUT, REJECTS
+from unitoken.streaming_data.manifest import INDEX, REJECTS
 from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.stores import is_url, split
 from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
@@ -36,7 +36,7 @@ from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures
 from unitoken.tokenize.pipeline import Group, Room
 from unitoken.tokenize.stages import Picture, Place, Rejects
 from unitoken.tokenize.times import Times, timed
-from unitoken.tokenize.writer import Sizes, note_in_index, write
+from unitoken.tokenize.writer import Sizes, note_left_out, write
 
 GROUP_ITEMS, GROUP_IMAGES = 64, 8  # that travel together; a thread decodes the images of a group
 MAX_THREADS = 8
@@ -179,7 +179,7 @@ class Tokenizer:
         with self.job.output.chunk(work.chunk.name) as folder:
             write((value for _, value in records), folder.path, self.vocabulary, report)
             (folder.path / REJECTS).write_bytes(work.rejects.dump())
-            note_in_index(folder.path / INDEX, {LEFT_OUT: work.turns_left_out})
+            note_left_out(folder.path / INDEX, work.turns_left_out)
             folder.publish()
 
     def _assemble(self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, Sizes]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from streaming import MDSWriter
 
-from unitoken.streaming_data.manifest import SIDECAR, samples_schema
+from unitoken.streaming_data.manifest import SIDECAR, dump_index, samples_schema
 from unitoken.streaming_data.record import Record, columns
 from unitoken.streaming_data.vocabulary import Vocabulary
 
@@ -32,11 +32,10 @@ def write(
     write_samples(pa.Table.from_pylist(rows, samples_schema()), folder / SIDECAR)
 
 
-def note_in_index(path: Path, counts: dict[str, int]) -> None:
-    """Beside what streaming reads of a chunk's index; those that are 0 are left out."""
-    if found := {name: count for name, count in counts.items() if count}:
-        index = json.loads(path.read_bytes())
-        path.write_text(json.dumps({**index, **found}, sort_keys=True), encoding="utf-8")
+def note_left_out(path: Path, turns: int) -> None:
+    """In a chunk's index, which streaming has written."""
+    if turns:
+        path.write_bytes(dump_index(json.loads(path.read_bytes())["shards"], turns))
 
 
 def _row(record: Record, sizes: Sizes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from unitoken.codec.config import how_to_get
+from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.streaming_data.config import ConfigError, ConfigT
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 
@@ -89,7 +89,7 @@ def checkpoint_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if source.startswith((".", "/", "~", "weights/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if source.startswith(FOLDERS_BEGIN_WITH) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ConfigError(f"{source}: no such folder, and not a hub id (owner/name){how_to_get(source)}")
     from huggingface_hub import snapshot_download
 
