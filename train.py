@@ -17,16 +17,17 @@ from __future__ import annotations
 import os
 import sys
 
-from unitoken.streaming_data.interruption import end_with_launcher, install_handlers
+from unitoken.common.interruption import end_with_launcher, install_handlers
 
 if __name__ == "__main__":
     install_handlers("interrupted")
     if "LOCAL_WORLD_SIZE" in os.environ:  # of the launchers
         end_with_launcher()
 
-from unitoken.streaming_data.command_line import one_line_errors
-from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.files import own_temporary_folder
+from unitoken.common.cli import one_line_errors
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import own_temporary_folder
 
 GOES_ON = "the same command goes on from where the run was saved last"
 

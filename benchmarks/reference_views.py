@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unitoken.streaming_data.views import Views, _inside
+from unitoken.dataset.vision_views import Views, _inside
 
 
 def processor(views: Views) -> Any:

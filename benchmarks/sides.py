@@ -18,8 +18,8 @@ from PIL import Image
 
 from unitoken.codec.text import load_tokenizer
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data import images
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.dataset import images
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import prepare
 from unitoken.tokenize.worker import keep_freed_memory, run_chunks

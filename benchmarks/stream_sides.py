@@ -22,20 +22,12 @@ import pyarrow.parquet
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer, sha256_file
+from unitoken.dataset.record import IGNORED, Record, columns
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.loader import PackedLoader, build_loader
-from unitoken.streaming_data.manifest import (
-    INDEX,
-    REJECTS,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    VisionTokenizer,
-    samples_schema,
-    sha256_file,
-)
 from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.record import IGNORED, Record, columns
-from unitoken.streaming_data.vocabulary import Vocabulary
 
 LENGTH, BATCH = 4096, 8
 Sample = tuple[Any, Any]  # tokens (T,), spans (S, 2)

@@ -42,7 +42,7 @@ from benchmarks.sides import Setting, baseline, ours
 from demo.digits import picture
 from unitoken.codec.config import VisionConfig
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data import images
+from unitoken.dataset import images
 from unitoken.tokenize.config import TokenizeConfig
 
 ROOT = Path(__file__).parent.parent

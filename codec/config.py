@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from unitoken.streaming_data.config import Config, Name
+from unitoken.common.config import Config, Name
 
 
 class VisionConfig(Config):

@@ -21,9 +21,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from unitoken.streaming_data.manifest import LEFT_OUT
-from unitoken.streaming_data.urls import without_secrets
-from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
+from unitoken.common.urls import without_secrets
+from unitoken.dataset.manifest import LEFT_OUT
+from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
 ROLES = (("human",), ("gpt", "assistant"))  # by the turn's place, in any case
 PICTURE_KEYS = (  # the symbol itself is a key the reference knows, too

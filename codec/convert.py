@@ -16,8 +16,8 @@ from unitoken.codec.chameleon import meta_name
 from unitoken.codec.config import VisionConfig
 from unitoken.codec.networks import load_network
 from unitoken.codec.weights import CONVERTED_FROM, CONVERTED_TO, Parameters, data_sha256, find_weights
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import AsideFolder
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import AsideFolder
 
 CHECKPOINT, CONVERTED = "vqgan.ckpt", "vqgan.safetensors"
 

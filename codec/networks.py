@@ -17,7 +17,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from unitoken.codec.chameleon import VQGAN, meta_name
 from unitoken.codec.emu3_janus import Emu3, Janus
 from unitoken.codec.weights import Parameters, Weights
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 
 
 def load_network(kind: str, weights: Weights) -> Any:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from unitoken.codec.conversations import Conversation, ItemError
 from unitoken.codec.text import TextEncoder
-from unitoken.streaming_data.record import Record, spans_of, token_type
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.dataset.record import Record, spans_of, token_type
+from unitoken.dataset.vocabulary import Vocabulary
 
 
 def assemble(

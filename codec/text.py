@@ -13,8 +13,8 @@ from typing import Any
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.codec.conversations import ItemError, brief
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vocabulary import Vocabulary
 
 # Characters that rarely merge with what follows, so that a text can be encoded behind one of them and it be dropped:
 # this keeps the tokenizer from putting a space before the text.

@@ -18,8 +18,8 @@ import pydantic
 import yaml
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, VisionConfig, how_to_get
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import VisionTokenizer, sha256_file
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import VisionTokenizer, sha256_file
 
 SUFFIXES = (".safetensors", ".ckpt")  # in the order of preference
 PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # of the image tokenizer's tensors in transformers' files

@@ -103,8 +103,8 @@ def describe_samples() -> Iterator[list[tuple[str, bool]]]:
     from streaming import StreamingDataset
     from transformers import AutoTokenizer
 
-    from unitoken.streaming_data.manifest import load_vocabulary
-    from unitoken.streaming_data.record import Record
+    from unitoken.dataset.manifest import load_vocabulary
+    from unitoken.dataset.record import Record
     from unitoken.tokenize.preview import describe
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer")

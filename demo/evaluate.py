@@ -12,11 +12,11 @@ from sklearn.svm import SVC
 
 from demo.digits import REQUESTS, WORDS, small, split
 from demo.report import Answer, Drawing
-from unitoken.streaming_data.config import load_config
-from unitoken.streaming_data.images import decode
+from unitoken.common.config import load_config
+from unitoken.dataset.images import decode
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.report import Report
-from unitoken.streaming_data.views import Views
 from unitoken.train.about import STAGE
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig

@@ -22,7 +22,7 @@ from unitoken.codec.chameleon import VQGAN, meta_name
 from unitoken.codec.config import VisionConfig
 from unitoken.codec.vision import load_vision
 from unitoken.codec.weights import Parameters
-from unitoken.streaming_data.images import tokenizer_pixels
+from unitoken.dataset.images import tokenizer_pixels
 
 FOLDER = Path(__file__).parent / "assets" / "vqgan"
 SIZE = 16  # target_size in yamls/tokenize/digits.yaml

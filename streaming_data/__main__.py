@@ -12,7 +12,7 @@ A stage's YAML file, or its `data:` part alone, with settings as in training (da
 
 from __future__ import annotations
 
-from unitoken.streaming_data.interruption import install_handlers
+from unitoken.common.interruption import install_handlers
 
 if __name__ == "__main__":
     install_handlers("interrupted")  # before all other imports
@@ -24,8 +24,9 @@ from typing import Annotated, Any
 import pydantic
 import typer
 
-from unitoken.streaming_data.command_line import one_line_errors, run_program
-from unitoken.streaming_data.config import Config, ConfigError, load_config
+from unitoken.common.cli import one_line_errors, run_program
+from unitoken.common.config import Config, load_config
+from unitoken.common.errors import ConfigError
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -43,11 +44,11 @@ def plan(
     """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
     with one_line_errors():
         data, vision = load_data(config, overrides or [])
+        from unitoken.dataset.vision_views import Views
         from unitoken.streaming_data.lengths import read_lengths
         from unitoken.streaming_data.mixture import open_sources, other_codes, uneven_proportions
         from unitoken.streaming_data.plan_store import load_or_build
         from unitoken.streaming_data.recipe import Recipe
-        from unitoken.streaming_data.views import Views
 
         size = tower_size(vision, image_size, patch_size)
         sources, views = open_sources(data), Views(*size, data.anyres)
@@ -158,8 +159,8 @@ def convert_config(
 ) -> None:
     """Turn the reference's data file into the `data:` part of a stage."""
     with one_line_errors():
+        from unitoken.common.files import write_aside
         from unitoken.streaming_data.convert import convert
-        from unitoken.streaming_data.files import write_aside
 
         text = convert(meta, datasets)
         if out is None:

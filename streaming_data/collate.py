@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from unitoken.streaming_data.cache import ShardError
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.record import IGNORED, Record
-from unitoken.streaming_data.views import NEWLINE, Pixels, Views
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.record import IGNORED, Record
+from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
+from unitoken.storage.shard_cache import ShardError
 
 Batch = dict[str, torch.Tensor]
 Ids = npt.NDArray[np.int64]

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 import yaml
 from pydantic import Field, NonNegativeFloat
 
-from unitoken.streaming_data.config import Config, ConfigError, load_config
-from unitoken.streaming_data.stores import is_url
+from unitoken.common.config import Config, load_config
+from unitoken.common.errors import ConfigError
+from unitoken.storage.store import is_url
 
 COMMON = {"record", "train", "data", "annotations", "json", "output", "tokens"}  # say nothing of what a dataset is
 

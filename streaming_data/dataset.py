@@ -23,17 +23,18 @@ from streaming import StreamingDataset
 from torch import distributed
 from torch.utils.data import get_worker_info
 
-from unitoken.streaming_data.config import Config, ConfigError
+from unitoken.common.config import Config
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.record import Record
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, to_streams
 from unitoken.streaming_data.null_prompts import drop_captions
 from unitoken.streaming_data.plan import Ids, Plan
 from unitoken.streaming_data.plan_store import load_or_build
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shard, Shards
 from unitoken.streaming_data.share import Share
-from unitoken.streaming_data.views import Views
 
 STATE_VERSION: Literal[1] = 1
 LOCAL_RUN, REMOTE_RUN = 256, 16  # packs that a worker reads together: what can be done once for many samples is

@@ -22,14 +22,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import remove_abandoned
-from unitoken.streaming_data.image_files import ImageError, read_header
-from unitoken.streaming_data.manifest import VOCABULARY
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import remove_abandoned
+from unitoken.dataset.image_files import ImageError, read_header
+from unitoken.dataset.manifest import VOCABULARY
+from unitoken.dataset.record import Record
+from unitoken.storage.open import open_store
+from unitoken.storage.store import Store, is_url
 from unitoken.streaming_data.mixture import DataConfig, Source, open_sources
-from unitoken.streaming_data.record import Record
 from unitoken.streaming_data.shards import Shards
-from unitoken.streaming_data.stores import Store, is_url, open_store
 
 CARD = "README.md"
 LIST, BEGUN = "webdataset.json", "webdataset.begun.json"

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.mds_index import read_index
+from unitoken.dataset.sidecar import sidecar_errors
 from unitoken.streaming_data.limits import limit_of
-from unitoken.streaming_data.manifest import SIDECAR, sidecar_errors
 from unitoken.streaming_data.mixture import Kind, Source, StreamConfig
-from unitoken.streaming_data.shards import read_index
 
 if TYPE_CHECKING:
     import pyarrow
 
+    from unitoken.dataset.vision_views import Views
     from unitoken.streaming_data.recipe import Recipe
-    from unitoken.streaming_data.views import Views
 
 ROWS = 1 << 20  # of the sidecar, read at once
 KINDS: tuple[Kind, ...] = ("text", "understanding", "generation")  # a sample's kind is its place here

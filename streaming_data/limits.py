@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import SIDECAR, sidecar_errors
-from unitoken.streaming_data.vocabulary import image_tokens
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.sidecar import sidecar_errors
+from unitoken.dataset.vocabulary import image_tokens
 
 if TYPE_CHECKING:
+    from unitoken.dataset.vision_views import Views
     from unitoken.streaming_data.mixture import DataConfig, Source, StreamConfig
-    from unitoken.streaming_data.views import Views
 
 ROWS = 1 << 16  # of the sidecar, read at once: most often the first image fits
 

@@ -14,16 +14,15 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from unitoken.streaming_data.cache import ShardError, TransientShardError
+from unitoken.common.errors import ConfigError, is_transient
+from unitoken.common.interruption import held_back, leave_signals_to_parent
+from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.shard_cache import ShardError, TransientShardError
 from unitoken.streaming_data.collate import Batch, Collate
-from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.dataset import PackedDataset
-from unitoken.streaming_data.interruption import held_back, leave_signals_to_parent
 from unitoken.streaming_data.limits import limit_of
 from unitoken.streaming_data.mixture import DataConfig, check_vocabulary, open_sources
-from unitoken.streaming_data.stores import is_transient
-from unitoken.streaming_data.views import Views
-from unitoken.streaming_data.vocabulary import Vocabulary
 
 MOST_SAID = 4096  # bytes of a rank's error that the others hear: its end, as a worker's begins with a traceback
 

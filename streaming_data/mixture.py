@@ -26,28 +26,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from unitoken.streaming_data.cache import PATIENCE, ShardError, fetch
-from unitoken.streaming_data.config import Bytes, Config, ConfigError, Count, Name, Seed, also_text
-from unitoken.streaming_data.files import locked, remove_abandoned, write_aside
+from unitoken.common.config import Bytes, Config, Count, Name, Seed, also_text
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import locked, remove_abandoned, write_aside
+from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, VOCABULARY, Manifest, load_manifest, load_vocabulary, sha256_file
+from unitoken.dataset.mds_index import read_index
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.open import open_store
+from unitoken.storage.shard_cache import PATIENCE, ShardError, fetch
+from unitoken.storage.store import Store
 from unitoken.streaming_data.limits import check_images_fit
-from unitoken.streaming_data.manifest import (
-    INDEX,
-    MANIFEST,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    load_manifest,
-    load_vocabulary,
-    sha256_file,
-)
-from unitoken.streaming_data.shards import read_index
-from unitoken.streaming_data.stores import Store, open_store
-from unitoken.streaming_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import streaming
 
-    from unitoken.streaming_data.views import Views
+    from unitoken.dataset.vision_views import Views
 
 
 Length = Annotated[int, Field(gt=0, le=2**24)]  # positions in a pack

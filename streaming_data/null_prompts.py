@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from unitoken.streaming_data.record import IGNORED, Record, spans_of
+from unitoken.dataset.record import IGNORED, Record, spans_of
 
 
 def without_text(record: Record, end: int) -> Record:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.lengths import StreamSamples
 
 SHUFFLE_BLOCK = 1 << 18  # samples of the mixture over which a sample may move; upstream's default

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.batches import Surplus, deal, scheduled
-from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import KINDS, StreamSamples
 from unitoken.streaming_data.mixing import mix
 from unitoken.streaming_data.order import Row, SampleIds, amounts, choose, random_order, rows_of, windows_of

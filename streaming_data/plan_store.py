@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unitoken.streaming_data.files import AsideFolder, locked, remove_abandoned
+from unitoken.common.files import AsideFolder, locked, remove_abandoned
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.plan import Plan, build, order_of, weights_of
 from unitoken.streaming_data.recipe import Recipe

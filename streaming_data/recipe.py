@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from unitoken.streaming_data.config import Config, changed, flat
+from unitoken.common.config import Config, changed, flat
 from unitoken.streaming_data.mixture import BatchingMethod, Continuous, DataConfig, Kind, OverLong, Source, Unit
 
 # Of the algorithm: another one makes other plans, so it is part of the hash. Version 2 knew no batching_method: its packs

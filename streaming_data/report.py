@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.config import Config
+from unitoken.common.config import Config
 
 MOST_OVER_LONG = 0.01  # share of a stream's samples that nobody need be told of
 NAME_WIDTH = 20  # of a stream, in a table of 80 columns

@@ -10,56 +10,24 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.cache import Cache, ShardError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import INDEX
-from unitoken.streaming_data.record import Record, unpack_bytes
-from unitoken.streaming_data.stores import Store
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import INDEX
+from unitoken.dataset.mds_index import read_index
+from unitoken.dataset.record import Record, unpack_bytes
+from unitoken.storage.shard_cache import Cache, ShardError
+from unitoken.storage.store import Store
 
 MOST_OPEN = 4096  # memory-maps a stream and process; Linux allows 65,530 a process
 MOST_OPEN_LIMITED = 64  # where evicted shards shall give their room back: a mapped file keeps its own
 
 _HEADER = np.arange(20)  # bytes: the sizes of a sample's five columns
 _NO_IMAGES = np.zeros((0, 4), np.uint32)
-
-
-def read_index(folder: Path) -> list[dict[str, Any]]:
-    """The shards' entries in `folder/index.json`. Raises ConfigError for what is no index, or not one we may follow."""
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_bytes())
-        entries: list[dict[str, Any]] = index["shards"]
-        for entry in entries:
-            basename = entry["raw_data"]["basename"]
-            parts = PurePosixPath(basename).parts
-            if not parts or ".." in parts or basename.startswith("/") or "\\" in basename or "\0" in basename:
-                raise ConfigError(f"{path}: the shard name {basename!r} leads out of the folder")
-            if entry["format"] != "mds" or entry["zip_data"] or entry["version"] != 2:
-                raise ConfigError(
-                    f"{path}: {basename}: expected uncompressed MDS version 2, found {entry['format']}, {entry['compression']}"
-                )
-            _check_numbers(entry)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not an MDS index: {type(error).__name__}: {error}") from None
-    return entries
-
-
-def _check_numbers(entry: dict[str, Any]) -> None:
-    """Raises ValueError or KeyError for what JSON can say and no shard can be."""
-    for name, value in (("samples", entry["samples"]), ("bytes", entry["raw_data"]["bytes"])):
-        if type(value) is not int or not 0 <= value < 1 << 32:  # as wide as a shard's own offsets
-            raise ValueError(f"`{name}`: expected a number from 0 to 2^32, found {value!r}")
-    hashes = entry["raw_data"]["hashes"]
-    if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
-        raise ValueError(f"`hashes`: expected texts by the names of algorithms, found {hashes!r}")
 
 
 def _check_columns(entry: dict[str, Any]) -> None:

@@ -16,16 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from unitoken.common.config import Config
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.mds_index import read_index
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.balance import balance
-from unitoken.streaming_data.config import Config, ConfigError
 from unitoken.streaming_data.dataset import REMOTE_RUN, RUNS_AHEAD
 from unitoken.streaming_data.lengths import read_lengths
 from unitoken.streaming_data.mixture import DataConfig, Source, open_sources
 from unitoken.streaming_data.plan import Plan
 from unitoken.streaming_data.plan_store import load_or_build
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.shards import MOST_OPEN_LIMITED, read_index
-from unitoken.streaming_data.views import Views
+from unitoken.streaming_data.shards import MOST_OPEN_LIMITED
 
 NODES_LOOKED_AT = 4  # of many: they differ by chance alone
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.mixture import Source
 from unitoken.streaming_data.plan import build
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.views import Views
 
 LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 UNLIMITED = (1 << 31) - 1

@@ -10,8 +10,8 @@ from small_datasets import make_record, write_dataset
 from stages import stage
 
 from unitoken.codec.config import CodecConfig
-from unitoken.streaming_data.config import load_config
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.config import load_config
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import model_configs
 from unitoken.train.model import build_model, load_weights

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unitoken.streaming_data.config import load_config
+from unitoken.common.config import load_config
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.metrics import Metrics

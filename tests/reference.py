@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unitoken.streaming_data.record import IGNORED, Record, spans_of
-from unitoken.streaming_data.views import NEWLINE, Pixels, Views
+from unitoken.dataset.record import IGNORED, Record, spans_of
+from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
 from unitoken.train.config import ModelConfig
 from unitoken.train.folders import read_decoder, read_vision
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights

@@ -86,7 +86,7 @@ def started(scheme: str, folder: Path) -> Iterator[Service]:
 @contextlib.contextmanager
 def used(service: Service) -> Iterator[None]:
     """This process, and what it starts, finds the service."""
-    from unitoken.streaming_data.stores import open_store
+    from unitoken.storage.open import open_store
 
     before = dict(os.environ)
     os.environ.update(service.environment)

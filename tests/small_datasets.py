@@ -13,19 +13,10 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from unitoken.streaming_data.manifest import (
-    INDEX,
-    MANIFEST,
-    REJECTS,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    VisionTokenizer,
-    samples_schema,
-    sha256_file,
-)
-from unitoken.streaming_data.record import IGNORED, Record, columns, spans_of
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.dataset.manifest import INDEX, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer, sha256_file
+from unitoken.dataset.record import IGNORED, Record, columns, spans_of
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vocabulary import Vocabulary
 
 LATENTS = 2  # each way, so that an image block has 4 + 2 * 3 tokens
 BLOCK = 4 + LATENTS * (LATENTS + 1)

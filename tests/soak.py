@@ -21,7 +21,8 @@ from PIL import Image
 from processes import alive, wait_for, workers
 from tokenizing import turns
 
-from unitoken.streaming_data.stores import Store, open_store
+from unitoken.storage.open import open_store
+from unitoken.storage.store import Store
 from unitoken.tokenize.output import Output
 
 PICTURES = 500

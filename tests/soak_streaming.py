@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from small_datasets import small_vocabulary, text_records
 
-from unitoken.streaming_data.files import write_aside
+from unitoken.common.files import write_aside
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import DataConfig
 

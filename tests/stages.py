@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from small_datasets import make_record, small_vocabulary, write_dataset
 
-from unitoken.streaming_data.config import load_config
+from unitoken.common.config import load_config
 from unitoken.train.config import StageConfig
 
 DECODER = {"vocab_size": 170, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizing import turns
 
 from unitoken.codec.conversations import Conversation, ItemError, parse
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize.adapters import ADAPTERS, adapter_fingerprint, find_adapter
 from unitoken.tokenize.pictures import Pictures
 from unitoken.tokenize.sources import base, cut, find_files, item_name, read

@@ -15,8 +15,8 @@ from drawn import CODEC, ROOT, drawing_stage, write_run
 from PIL import Image
 from typer.testing import CliRunner
 
-from unitoken.streaming_data.config import load_config
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.config import load_config
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train import dialogue
 from unitoken.train import generate as generating
 from unitoken.train.__main__ import app
@@ -299,7 +299,7 @@ def test_help_takes_no_torch() -> None:
 def test_two_generate_into_one_folder_are_not_both_at_work(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     holder = (
-        "import sys, time; from pathlib import Path; from unitoken.streaming_data.files import held\n"
+        "import sys, time; from pathlib import Path; from unitoken.common.files import held\n"
         "with held(Path(sys.argv[1]), 'never'):\n    print('held', flush=True); time.sleep(60)"
     )
     program = [sys.executable, "-c", holder, str(tmp_path / "out" / ".aside-lock")]

@@ -22,15 +22,15 @@ from unitoken.codec.config import VisionConfig
 from unitoken.codec.conversations import ItemError, parse
 from unitoken.codec.text import load_tokenizer
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data.cache import ShardError
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import sha256_file
+from unitoken.dataset.vision_views import Views
+from unitoken.storage.shard_cache import ShardError
+from unitoken.storage.store import StoreError
 from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.manifest import sha256_file
 from unitoken.streaming_data.mixture import DataConfig, check_sources, open_sources
 from unitoken.streaming_data.recipe import Recipe
 from unitoken.streaming_data.shards import Shards
-from unitoken.streaming_data.stores import StoreError
-from unitoken.streaming_data.views import Views
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.sources import cut, find_files, read
 from unitoken.tokenize.verify import verify

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import make_recipe, make_stream, samples_of
 
+from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.batches import Surplus, deal, scheduled
-from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.mixing import mix
 from unitoken.streaming_data.packing import pack

@@ -9,8 +9,8 @@ import pytest
 from small_datasets import shard_paths, text_records, write_dataset
 from test_shards import open_shards, read_all
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import ASIDE
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import ASIDE
 
 RECORDS = text_records(120)
 IDS = [record.id for record in RECORDS]

@@ -9,8 +9,9 @@ import pytest
 from tokenizing import run_here, settings, turns, write_items
 
 from unitoken.codec.conversations import parse
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.shards import Shards, read_index
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.mds_index import read_index
+from unitoken.streaming_data.shards import Shards
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.sources import find_files

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import AsideFolder
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import AsideFolder
 from unitoken.train import checkpoints
 from unitoken.train.checkpoints import (
     check_resumable,

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from services import ACCOUNT, ACCOUNT_KEY, CLOUDS, started, used
 
-from unitoken.streaming_data import bucket
-from unitoken.streaming_data.bucket import Bucket
-from unitoken.streaming_data.clouds import S3, open_bucket
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import PATIENCE, MissingError, StoreError, TransientStoreError, open_store
+from unitoken.common.errors import ConfigError
+from unitoken.storage import bucket
+from unitoken.storage.bucket import Bucket
+from unitoken.storage.open import open_bucket, open_store
+from unitoken.storage.s3 import S3
+from unitoken.storage.store import PATIENCE, MissingError, StoreError, TransientStoreError
 
 URLS = {"s3": "s3://name/folder", "gs": "gs://name/folder", "az": "az://name/folder"}
 DATA = b"the whole content"

@@ -13,8 +13,8 @@ import pytest
 from clusters import private
 from tokenizing import settings, some_items, write_items
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import StoreError
+from unitoken.common.errors import ConfigError
+from unitoken.storage.store import StoreError
 from unitoken.tokenize import cluster
 from unitoken.tokenize.cluster import launch_on_ray
 from unitoken.tokenize.job import Chunk, Job, prepare

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_datasets import BLOCK, make_record, small_vocabulary
 
-from unitoken.streaming_data.cache import ShardError
+from unitoken.dataset.record import IGNORED, Record
+from unitoken.dataset.vision_views import Views
+from unitoken.storage.shard_cache import ShardError
 from unitoken.streaming_data.collate import (
     PER_FEATURE,
     PER_VIEW,
@@ -20,8 +22,6 @@ from unitoken.streaming_data.collate import (
     num_tokens,
     split_batch,
 )
-from unitoken.streaming_data.record import IGNORED, Record
-from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)

@@ -6,10 +6,11 @@ import errno
 
 import pytest
 
-from unitoken.streaming_data.cache import ShardError, TransientShardError
-from unitoken.streaming_data.command_line import one_line_errors
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, StoreError, TransientStoreError, open_store
+from unitoken.common.cli import one_line_errors
+from unitoken.common.errors import ConfigError
+from unitoken.storage.open import open_store
+from unitoken.storage.shard_cache import ShardError, TransientShardError
+from unitoken.storage.store import MissingError, StoreError, TransientStoreError
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_full_disk_is_transient_and_a_folder_in_place_of_a_file_is_not(tmp_pat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "index.json")
 
-    monkeypatch.setattr("unitoken.streaming_data.stores.write_aside", full)
+    monkeypatch.setattr("unitoken.storage.store.write_aside", full)
     with pytest.raises(TransientStoreError, match=r"index\.json: No space left on device"):
         store.write("index.json", b"")
     monkeypatch.undo()

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field, model_validator
 
-from unitoken.streaming_data.config import Config, ConfigError, load_config
+from unitoken.common.config import Config, load_config
+from unitoken.common.errors import ConfigError
 
 
 class Vision(Config):

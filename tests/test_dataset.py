@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_datasets import flip_byte, shard_paths, small_vocabulary, text_records, write_dataset
 from streaming import StreamingDataset
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.loader import PackedLoader, build_loader
 from unitoken.streaming_data.mixture import DataConfig
 from unitoken.streaming_data.plan import Plan

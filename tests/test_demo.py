@@ -8,8 +8,8 @@ import numpy as np
 from demo import digits, report
 from unitoken.codec.config import VisionConfig
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data.config import load_config
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.config import load_config
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import model_configs
 

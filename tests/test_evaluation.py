@@ -7,10 +7,10 @@ import torch
 from ranks import finish, start
 from stages import curve, evaluations, metrics, stage, write_data, write_stage
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.lengths import _is_held_out
 from unitoken.streaming_data.loader import PackedLoader
-from unitoken.streaming_data.views import Views
 from unitoken.train import checkpoints
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig

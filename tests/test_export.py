@@ -17,8 +17,9 @@ from torch import Tensor
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.config import VisionConfig as ImageTokenizer
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train import checkpoints
 from unitoken.train import export as exporting
 from unitoken.train.about import Pictures, Sizes, found_anywhere, read_about, read_stage, read_whole, write_about
@@ -258,7 +259,7 @@ def test_the_model_of_before_stays_until_the_new_one_is_on_the_disk(
             assert any(path.name == "model.safetensors" for path in synced)
         return rename(self, target)
 
-    monkeypatch.setattr("unitoken.streaming_data.files._sync", synced.append)
+    monkeypatch.setattr("unitoken.common.files._sync", synced.append)
     monkeypatch.setattr(Path, "rename", renamed)
     export(str(folder / "run"), tmp_path / "model")
     assert synced

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from unitoken.streaming_data import files
-from unitoken.streaming_data.files import AsideFolder, remove_abandoned, write_aside
+from unitoken.common import files
+from unitoken.common.files import AsideFolder, remove_abandoned, write_aside
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from unitoken.streaming_data import files
-from unitoken.streaming_data.files import AsideFolder
+from unitoken.common.files import AsideFolder
 with AsideFolder(Path(sys.argv[1])) as folder:
     (folder.path / "x").write_text("x")
     print("writing", flush=True)
@@ -110,8 +110,8 @@ def test_the_next_that_writes_somewhere_removes_what_was_left_there_and_nothing_
 import sys, time
 from pathlib import Path
 from unitoken.streaming_data import files
-from unitoken.streaming_data.files import AsideFolder, write_aside
-from unitoken.streaming_data.stores import open_store
+from unitoken.common.files import AsideFolder, write_aside
+from unitoken.storage.store import open_store
 from unitoken.tokenize.output import Output
 sys.argv[0] = __import__('os').__file__
 def wait(*_):
@@ -143,7 +143,7 @@ def wait(*_):
 
 OWN_FOLDER = """
 import os, sys, tempfile, time
-from unitoken.streaming_data.files import own_temporary_folder
+from unitoken.common.files import own_temporary_folder
 own_temporary_folder()
 print(tempfile.mkdtemp(), tempfile.gettempdir(), os.environ.get("TORCHINDUCTOR_CACHE_DIR"), flush=True)
 time.sleep(float(sys.argv[1]))

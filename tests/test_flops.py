@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unitoken.streaming_data.record import IGNORED
+from unitoken.dataset.record import IGNORED
 from unitoken.train.config import DecoderConfig, VisionConfig
 from unitoken.train.flops import peak, step_flops
 from unitoken.train.model import UniToken

@@ -18,8 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from services import CLOUDS, started, used
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import Folder, StoreError, open_store
+from unitoken.common.errors import ConfigError
+from unitoken.storage.folder import Folder
+from unitoken.storage.open import open_store
+from unitoken.storage.store import StoreError
 from unitoken.tokenize import formats, json_files, sources, tars
 from unitoken.tokenize.sources import Input, cut, find_files, item_name, read
 

@@ -9,8 +9,8 @@ from tokenizing import picture, run_here, settings, tiny_vqgan, turns, write_ite
 from typer.testing import CliRunner
 
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data import images
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset import images
 from unitoken.tokenize.__main__ import app
 from unitoken.tokenize.gallery import GAP, write_page
 from unitoken.tokenize.merge import merge

@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_datasets import BLOCK, make_record, small_vocabulary
 
+from unitoken.dataset.record import Record
+from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.collate import Batch, Collate
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.views import Views
-from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.decoder import KVCache
 from unitoken.train.generate import Reading, generate, null_prompt, parts_of, prompt_of

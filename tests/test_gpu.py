@@ -24,8 +24,8 @@ from reference import (
 )
 from torch import Tensor, nn
 
+from unitoken.common.config import load_config
 from unitoken.streaming_data.collate import Collate
-from unitoken.streaming_data.config import load_config
 from unitoken.train import decoder
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
 from unitoken.train.decoder import DecoderLayer, document_mask, rotary

@@ -17,9 +17,9 @@ import pytest
 from bad_inputs import damaged
 from PIL import Image
 
-from unitoken.streaming_data import images
-from unitoken.streaming_data.image_files import FORMATS, ImageError, open_image, read_header
-from unitoken.streaming_data.images import decode, decoded, seen_size, tokenizer_pixels
+from unitoken.dataset import images
+from unitoken.dataset.image_files import FORMATS, ImageError, open_image, read_header
+from unitoken.dataset.images import decode, decoded, seen_size, tokenizer_pixels
 
 CASES = Path(__file__).parent / "data" / "cases" / "pictures"
 
@@ -295,7 +295,7 @@ def test_the_case_of_a_float_from_0_to_1_is_not_black() -> None:
 PEAK = """
 import io, re, sys
 from PIL import Image
-from unitoken.streaming_data.images import decoded, tokenizer_pixels
+from unitoken.dataset.images import decoded, tokenizer_pixels
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 data, before = sys.stdin.buffer.read(), peak()
 with decoded(data) as image:

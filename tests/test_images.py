@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unitoken.streaming_data import image_files, images
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.images import choose_crop, crop_sizes, decode, fit, tokenizer_pixels
-from unitoken.streaming_data.views import Views
+from unitoken.dataset import image_files, images
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.images import choose_crop, crop_sizes, decode, fit, tokenizer_pixels
+from unitoken.dataset.vision_views import Views
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:

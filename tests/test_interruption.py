@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train import ranks
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = """
-from unitoken.streaming_data.interruption import (
+from unitoken.common.interruption import (
     end_on_signals, end_with_launcher, install_handlers, leave_signals_to_parent, remember_signals
 )
 import time
@@ -55,7 +55,7 @@ def test_a_command_ends_with_one_line(number: int, status: int) -> None:
 
 
 def test_a_command_that_can_go_on_says_so() -> None:
-    process = started('from unitoken.streaming_data.command_line import one_line_errors; one_line_errors("go on").__enter__()')
+    process = started('from unitoken.common.cli import one_line_errors; one_line_errors("go on").__enter__()')
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (143, "interrupted; go on\n")
@@ -65,8 +65,8 @@ def test_a_command_that_ends_with_an_error_keeps_its_status_and_its_one_line() -
     """One rank ends first, and the launcher sends SIGTERM to the other while that is ending with the same error."""
     body = """
 import atexit
-from unitoken.streaming_data.command_line import one_line_errors
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.cli import one_line_errors
+from unitoken.common.config import ConfigError
 atexit.register(time.sleep, 1)
 atexit.register(print, "ready", flush=True)
 with one_line_errors("go on"):
@@ -79,7 +79,7 @@ with one_line_errors("go on"):
 
 
 def test_a_process_that_does_not_come_to_its_end_is_ended_with_its_status() -> None:
-    body = f"import unitoken.streaming_data.interruption as i; i.LONGEST_END = 0.3; i.keep_status(1); {IN_C}"
+    body = f"import unitoken.common.interruption as i; i.LONGEST_END = 0.3; i.keep_status(1); {IN_C}"
     process = started(body)
     process.communicate(timeout=10)
     assert process.returncode == 1
@@ -101,7 +101,7 @@ def test_a_signal_while_a_program_imports_is_no_traceback(module: str, after: fl
 
 
 def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() -> None:
-    process = started("import unitoken.streaming_data.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals()")
+    process = started("import unitoken.common.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals()")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # what a launcher passes on of the same
@@ -113,7 +113,7 @@ def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() 
 
 
 def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_same() -> None:
-    process = started(f"import unitoken.streaming_data.interruption as i; i.PATIENCE = 0.6; {IN_C}")
+    process = started(f"import unitoken.common.interruption as i; i.PATIENCE = 0.6; {IN_C}")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
@@ -121,7 +121,7 @@ def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_sa
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_training_that_is_in_the_middle_of_c_code(second: int, status: int) -> None:
-    process = started(f"import unitoken.streaming_data.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals(); {IN_C}")
+    process = started(f"import unitoken.common.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals(); {IN_C}")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
@@ -150,7 +150,7 @@ def test_a_signal_that_nobody_acted_on_ends_what_comes_after_training() -> None:
 def test_a_forked_child_does_not_tell_its_parents_watch() -> None:
     body = """
 import os
-from unitoken.streaming_data.interruption import received
+from unitoken.common.interruption import received
 remember_signals()
 child = os.fork()
 child or time.sleep(60)
@@ -165,7 +165,7 @@ assert not received()
 
 LOADER = """
 import os, subprocess, sys
-from unitoken.streaming_data.interruption import held_back
+from unitoken.common.interruption import held_back
 with held_back():
     child = os.fork()
     if not child:

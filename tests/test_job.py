@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizing import run_here, settings, turns, write_items
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import open_store
+from unitoken.common.errors import ConfigError
+from unitoken.storage.open import open_store
 from unitoken.tokenize import job as job_module
 from unitoken.tokenize.job import Chunk, Job, Round, Work, load_job, load_work, prepare
 from unitoken.tokenize.sources import Input, InputFile, Piece

@@ -18,8 +18,8 @@ import pytest
 from processes import alive, children, wait_for
 from tokenizing import TOKENIZER, content, run_here, settings, some_items, write_items
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import StoreError
+from unitoken.common.errors import ConfigError
+from unitoken.storage.store import StoreError
 from unitoken.tokenize.job import Round, prepare
 from unitoken.tokenize.launch import Reporter, _work, launch
 from unitoken.tokenize.merge import merge

@@ -4,12 +4,12 @@ import pyarrow.parquet
 import pytest
 from small_datasets import BLOCK, make_record, small_vocabulary, text_records, write_dataset, write_manifest
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.manifest import SIDECAR
 from unitoken.streaming_data.mixture import DataConfig, open_sources
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)  # 4 features

@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 from small_datasets import BLOCK, make_record, small_vocabulary, write_dataset, write_manifest
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.limits import check_images_fit
-from unitoken.streaming_data.manifest import SIDECAR
 from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
 

@@ -9,10 +9,10 @@ import torch
 from small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
 from torch.utils.data import DataLoader, IterableDataset
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.loader import PackedLoader, build_loader
 from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)  # 4 features

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import Manifest, load_manifest, load_vocabulary, samples_schema
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import Manifest, load_manifest, load_vocabulary
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_tokens({f"t{n}": n for n in range(5)}, codebook_size=4)
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from stages import DECODER, VISION, stage, write_data
 
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.collate import Batch, split_batch
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.views import Views
 from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, VisionConfig
 from unitoken.train.measures import NAMES, Measured, Measures

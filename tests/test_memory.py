@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unitoken.streaming_data.config import load_config
+from unitoken.common.config import load_config
 from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.decoder import Decoder, _compiled, document_mask

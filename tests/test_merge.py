@@ -8,8 +8,8 @@ import pytest
 from streaming import StreamingDataset
 from tokenizing import content, picture, run_here, settings, turns, write_items
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import load_manifest, load_vocabulary, sha256_file
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import load_manifest, load_vocabulary, sha256_file
 from unitoken.tokenize.job import Round, prepare, round_name
 from unitoken.tokenize.merge import UnfinishedError, merge, problems, summary
 from unitoken.tokenize.verify import verify as find_problems

@@ -12,7 +12,7 @@ import pytest
 import torch
 from stages import evaluations, metrics, stage, write_data
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train import ranks
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig

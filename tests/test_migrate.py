@@ -15,9 +15,9 @@ from streaming import StreamingDataset
 from tokenizing import TOKENIZER, content, png
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import Manifest, load_vocabulary
-from unitoken.streaming_data.record import Record
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import Manifest, load_vocabulary
+from unitoken.dataset.record import Record
 from unitoken.tokenize import migrate as module
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.merge import merge

@@ -6,9 +6,10 @@ import pydantic
 import pytest
 from small_datasets import make_record, small_vocabulary, text_records, write_dataset, write_manifest
 
-from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.images import crops
-from unitoken.streaming_data.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.images import crops
+from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
 from unitoken.streaming_data.mixture import (
     DataConfig,
     check_mixture,

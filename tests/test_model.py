@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.folders import model_configs, read_decoder, read_vision
 from unitoken.train.model import UniToken, build_model, find_weights, load_weights, shapes_of

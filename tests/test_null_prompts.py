@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small_datasets import BLOCK, make_record, small_vocabulary, write_dataset
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.record import IGNORED, Record
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.loader import PackedLoader, build_loader
 from unitoken.streaming_data.mixture import DataConfig
 from unitoken.streaming_data.null_prompts import drop_captions, is_drawn, without_text
-from unitoken.streaming_data.record import IGNORED, Record
-from unitoken.streaming_data.views import Views
 
 VOCABULARY = small_vocabulary()
 GROUP = 4

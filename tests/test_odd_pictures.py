@@ -20,10 +20,10 @@ from mutated_pictures import mutated
 from PIL import Image
 from test_image_files import PEAK, chunk, encoded, gradient, pixels, reason, seeds
 
-from unitoken.streaming_data import images
-from unitoken.streaming_data.image_files import ImageError, read_header, turn_of
-from unitoken.streaming_data.images import decode, decoded, seen_size, tokenizer_pixels
-from unitoken.streaming_data.views import Views
+from unitoken.dataset import images
+from unitoken.dataset.image_files import ImageError, read_header, turn_of
+from unitoken.dataset.images import decode, decoded, seen_size, tokenizer_pixels
+from unitoken.dataset.vision_views import Views
 
 RAMP = np.linspace(0, 1, 64, dtype="<f4").reshape(8, 8)
 

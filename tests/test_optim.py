@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionConfig
 from unitoken.train.model import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from unitoken.streaming_data import files
-from unitoken.streaming_data.stores import Folder, StoreError
+from unitoken.common import files
+from unitoken.storage.folder import Folder
+from unitoken.storage.store import StoreError
 from unitoken.tokenize import output as output_module
 from unitoken.tokenize.output import Output
 

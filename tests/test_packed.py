@@ -14,13 +14,13 @@ from PIL import Image
 from small_datasets import make_record, small_vocabulary, write_dataset, write_manifest
 from torch import Tensor
 
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.record import Record
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.collate import Collate, num_tokens, split_batch
 from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.manifest import SIDECAR
 from unitoken.streaming_data.mixture import DataConfig, open_sources
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.views import Views
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.model import UniToken, build_model, load_weights
 

@@ -9,8 +9,8 @@ from composer.core import Precision
 from composer.distributed.fsdp2 import create_mixed_precision_policy
 from stages import stage
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import StoreError, TransientStoreError, is_transient
+from unitoken.common.errors import ConfigError, is_transient
+from unitoken.storage.store import StoreError, TransientStoreError
 from unitoken.train import parallel, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")

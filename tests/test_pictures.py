@@ -12,8 +12,9 @@ import pytest
 from served import Server, served  # noqa: F401 - a fixture
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.stores import MissingError, StoreError
-from unitoken.tokenize import pictures, web
+from unitoken.storage import web
+from unitoken.storage.store import MissingError, StoreError
+from unitoken.tokenize import pictures
 from unitoken.tokenize.pictures import Pictures
 
 ROOM = 1000

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.lengths import StreamSamples
 from unitoken.streaming_data.order import amounts, choose
 from unitoken.streaming_data.plan import Plan, _pack_window, build

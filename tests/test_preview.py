@@ -8,10 +8,10 @@ from tokenizing import TOKENIZER, run_here, settings, some_items, write_items
 from typer.testing import CliRunner
 
 from unitoken.codec.text import load_tokenizer
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.stores import open_store
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.open import open_store
 from unitoken.tokenize.__main__ import app
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.preview import describe, records, show

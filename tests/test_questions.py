@@ -10,7 +10,7 @@ from drawn import drawing_stage
 from small_datasets import png
 
 from unitoken.codec.conversations import Conversation
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.about import Pictures
 from unitoken.train.questions import (
     check_samples,

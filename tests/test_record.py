@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from unitoken.streaming_data.record import IGNORED, Record, columns, labels, pack_bytes, spans_of, unpack_bytes
+from unitoken.dataset.record import IGNORED, Record, columns, labels, pack_bytes, spans_of, unpack_bytes
 
 masks = hnp.arrays(np.bool_, st.integers(0, 60))
 

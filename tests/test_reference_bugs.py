@@ -12,10 +12,10 @@ from stages import stage, write_data
 from torch import Tensor
 
 from unitoken.codec.conversations import parse
+from unitoken.dataset.record import IGNORED, Record
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.collate import Collate, split_batch
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.record import IGNORED, Record
-from unitoken.streaming_data.views import Views
 from unitoken.train import loss as loss_module
 from unitoken.train.check import check
 from unitoken.train.model import build_model, load_weights

@@ -25,8 +25,8 @@ from reference import (
     sha256_of,
 )
 
+from unitoken.dataset.images import ImageError
 from unitoken.streaming_data.collate import Collate
-from unitoken.streaming_data.images import ImageError
 from unitoken.train.config import OptimizerConfig
 from unitoken.train.model import UniToken
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate

@@ -16,9 +16,9 @@ from unitoken.codec.conversations import ItemError, parse
 from unitoken.codec.sequence import assemble
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import VisionCodec, load_vision
-from unitoken.streaming_data import images
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.dataset import images
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import Vocabulary
 
 Codes = npt.NDArray[np.int64]
 MARGIN = 1e-3  # of squared distances: below it, rounding decides between the two nearest codes

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizing import content, picture, run_here, settings, turns, write_items
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import Manifest
-from unitoken.streaming_data.stores import Folder
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import Manifest
+from unitoken.storage.folder import Folder
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.rejects import begin_retry, grouped, show
 from unitoken.tokenize.verify import verify

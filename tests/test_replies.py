@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.replies import Replies, check_folder
 
 

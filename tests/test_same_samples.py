@@ -15,7 +15,7 @@ import pytest
 from streaming import StreamingDataset
 from tokenizing import GOLDEN, run_here, settings
 
-from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
+from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 from unitoken.tokenize.merge import merge
 
 Items = list[dict[str, Any]]

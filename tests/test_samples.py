@@ -14,7 +14,7 @@ from drawn import CODEC, ROOT, drawing_stage, write_data
 from PIL import Image
 from stages import curve
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.about import Pictures, read_about
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from unitoken.streaming_data.config import Config, ConfigError, load_config
-from unitoken.streaming_data.schema import comments_of, dump_schema
+from unitoken.common.config import Config, load_config
+from unitoken.common.errors import ConfigError
+from unitoken.common.schema import comments_of, dump_schema
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.train.config import StageConfig
 from unitoken.train.schema import TITLE, main

@@ -13,12 +13,12 @@ from served import Server, served  # noqa: F401 - a fixture
 from tokenizing import run_here, settings
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data import files
-from unitoken.streaming_data.cache import ShardError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, StoreError
-from unitoken.streaming_data.urls import without_secrets
-from unitoken.streaming_data.web_session import PrivateAddressError, WebSession, is_public
+from unitoken.common import files
+from unitoken.common.errors import ConfigError
+from unitoken.common.urls import without_secrets
+from unitoken.storage.shard_cache import ShardError
+from unitoken.storage.store import MissingError, StoreError
+from unitoken.storage.web_session import PrivateAddressError, WebSession, is_public
 from unitoken.tokenize.pictures import Pictures
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def test_a_private_host_is_refused_by_whatever_name(served: Server, host: str) -
 
 def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """The first host is taken for a public one."""
-    from unitoken.streaming_data import web_session
+    from unitoken.storage import web_session
 
     monkeypatch.setattr(web_session, "is_public", lambda address: address != "127.0.0.2")
     served.files["/a.png"] = lambda handler, count: handler.answer(
@@ -129,7 +129,7 @@ def test_a_name_that_changes_its_address_between_look_and_connection_is_refused(
     served: Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from unitoken.streaming_data import web_session
+    from unitoken.storage import web_session
 
     monkeypatch.setattr(web_session, "_check_name", lambda host: None)
     with pytest.raises(PrivateAddressError):

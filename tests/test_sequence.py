@@ -9,8 +9,8 @@ from tokenizing import GOLDEN, turns
 from unitoken.codec.conversations import ItemError, parse
 from unitoken.codec.sequence import assemble, check_length, lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.vocabulary import Vocabulary, image_tokens
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import Vocabulary, image_tokens
 
 TOKENIZER = load_tokenizer(str(GOLDEN / "assets" / "tokenizer"))
 VOCABULARY = Vocabulary.from_tokens(TOKENIZER.get_vocab(), 8192)

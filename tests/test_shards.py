@@ -8,12 +8,15 @@ import pytest
 from small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
 from streaming import MDSWriter, StreamingDataset
 
-from unitoken.streaming_data.cache import ShardError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import INDEX
-from unitoken.streaming_data.record import Record, columns
-from unitoken.streaming_data.shards import Shards, read_index
-from unitoken.streaming_data.stores import Folder, MissingError, StoreError, open_store
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import INDEX
+from unitoken.dataset.mds_index import read_index
+from unitoken.dataset.record import Record, columns
+from unitoken.storage.folder import Folder
+from unitoken.storage.open import open_store
+from unitoken.storage.shard_cache import ShardError
+from unitoken.storage.store import MissingError, StoreError
+from unitoken.streaming_data.shards import Shards
 
 RECORDS = text_records(60)
 
@@ -86,7 +89,7 @@ def test_a_shard_that_changes_after_it_was_verified_is_verified_again(dataset):
 
 def test_a_shard_is_verified_once_a_host(dataset, monkeypatch):
     read_all(open_shards(dataset))
-    monkeypatch.setattr("unitoken.streaming_data.cache._file_hash", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr("unitoken.storage.shard_cache._file_hash", lambda *_: pytest.fail("hashed again"))
     read_all(open_shards(dataset))
 
 
@@ -137,7 +140,7 @@ def test_a_download_that_arrives_corrupt_is_tried_again(dataset, tmp_path, monke
 
 
 def test_a_large_shard_comes_in_parts(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("unitoken.streaming_data.cache.PART_BYTES", 100)
+    monkeypatch.setattr("unitoken.storage.shard_cache.PART_BYTES", 100)
     assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [record.id for record in RECORDS]
     assert [path.read_bytes() for path in shard_paths(tmp_path / "local")] == [path.read_bytes() for path in shard_paths(dataset)]
 
@@ -152,7 +155,7 @@ def test_a_shard_that_is_corrupt_at_the_remote_is_an_error_and_never_enters_the_
 
 
 def test_a_shard_that_is_missing_at_the_remote_is_an_error_that_names_stream_shard_and_place(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("unitoken.streaming_data.cache.PAUSE", 0)
+    monkeypatch.setattr("unitoken.storage.shard_cache.PAUSE", 0)
     shard_paths(dataset)[1].unlink()
     shard = "chunk-000000/shard.00001.mds"
     with pytest.raises(ShardError, match=f"stream 'a': the shard {shard} can not be had: {dataset}/{shard}: not there"):
@@ -161,7 +164,7 @@ def test_a_shard_that_is_missing_at_the_remote_is_an_error_that_names_stream_sha
 
 def test_a_shard_that_is_said_to_be_missing_once_is_asked_for_again(dataset, tmp_path, monkeypatch):
     """What stands before a store may not be as consistent as the store."""
-    monkeypatch.setattr("unitoken.streaming_data.cache.PAUSE", 0)
+    monkeypatch.setattr("unitoken.storage.shard_cache.PAUSE", 0)
     answers = [MissingError("404")]
     read = Folder.read_range
 

@@ -9,12 +9,13 @@ import pyarrow.parquet
 import pytest
 from small_datasets import small_vocabulary, write_manifest
 
+from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, samples_schema
 from unitoken.streaming_data.mixture import DataConfig, open_sources
 from unitoken.streaming_data.plan import build
 from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.views import Views
 
 
 def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shard: int = 20_000) -> Path:

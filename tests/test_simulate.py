@@ -12,9 +12,10 @@ import yaml
 from small_datasets import make_record, small_vocabulary, text_records, write_dataset
 from typer.testing import CliRunner
 
-from unitoken.streaming_data import cache, dataset
+from unitoken.common.errors import ConfigError
+from unitoken.storage import shard_cache
+from unitoken.streaming_data import dataset
 from unitoken.streaming_data.__main__ import app
-from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import DataConfig
 from unitoken.streaming_data.share import Share
@@ -62,9 +63,9 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(dataset, "DOWNLOADS", 1)  # with more at a time their order is chance
     opened, most = 0, 0
-    really_open = cache.Cache.open
+    really_open = shard_cache.Cache.open
 
-    def watched(self: cache.Cache, shard: int) -> Any:
+    def watched(self: shard_cache.Cache, shard: int) -> Any:
         nonlocal opened, most
         file = really_open(self, shard)
         opened += 1
@@ -74,7 +75,7 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
         most = max(most, sum(int(path.name.split("-")[1]) for path in self._all_stamps.glob("*/*-downloaded")))
         return file
 
-    monkeypatch.setattr(cache.Cache, "open", watched)
+    monkeypatch.setattr(shard_cache.Cache, "open", watched)
     loader = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=BATCH // nodes, compat=False)
     for _ in loader:
         pass

@@ -22,7 +22,7 @@ from processes import wait_for
 from services import CLOUDS, Service, started, used
 from typer.testing import CliRunner
 
-from unitoken.streaming_data.stores import open_store
+from unitoken.storage.open import open_store
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 

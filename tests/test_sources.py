@@ -8,7 +8,7 @@ import pytest
 from served import Server, served  # noqa: F401 - a fixture
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize import formats, sources
 from unitoken.tokenize.sources import Input, Item, base, cut, find_files, item_name, read
 

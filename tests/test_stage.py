@@ -11,9 +11,9 @@ import pytest
 import torch
 from stages import curve, metrics, stage, write_data
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.views import Views
 from unitoken.train import checkpoints
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
@@ -384,7 +384,7 @@ def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from unitoken.streaming_data.files import held
+from unitoken.common.files import held
 
 with held(Path(sys.argv[1], ".lock"), "never"):
     print("held", flush=True)

@@ -10,8 +10,9 @@ import pytest
 from small_datasets import make_record, small_vocabulary, write_dataset
 from stages import DECODER, stage, write_data, write_stage
 
-from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.views import Views
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import checkpoint_folder, find_origin, read_decoder, read_vision
@@ -203,7 +204,7 @@ def test_streams_of_different_vocabularies_are_refused(folder: Path) -> None:
 
 def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> None:
     code = (
-        "import sys; from unitoken.streaming_data.config import load_config; from unitoken.train.config import StageConfig; "
+        "import sys; from unitoken.common.config import load_config; from unitoken.train.config import StageConfig; "
         "from unitoken.train.check import check; "
         f"check(load_config(StageConfig, {str(write_stage(folder))!r}), 1); "
         "assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)"

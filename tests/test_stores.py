@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from services import CLOUDS, started, used
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url, join, open_store, split
+from unitoken.common.errors import ConfigError
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, Store, StoreError, is_url, join, split
 
 ANYWHERE = ["folder", *(pytest.param(scheme, marks=pytest.mark.cloud) for scheme in CLOUDS)]
 

@@ -17,11 +17,13 @@ from PIL import Image
 from small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
 from typer.testing import CliRunner
 
-from unitoken.streaming_data import mixture, stores
+from unitoken.dataset.manifest import load_manifest
+from unitoken.storage import store
+from unitoken.storage.folder import Folder
+from unitoken.storage.store import StoreError
+from unitoken.streaming_data import mixture
 from unitoken.streaming_data.__main__ import app
-from unitoken.streaming_data.manifest import load_manifest
 from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.stores import Folder, StoreError
 from unitoken.streaming_data.sweep import Row, table
 
 VOCABULARY = small_vocabulary()
@@ -265,7 +267,7 @@ def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed)
 
 
 def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatch):
-    real = stores.open_store
+    real = store.open_store
     monkeypatch.setattr(mixture, "open_store", lambda url, *args: real(str(mixed) if url == "s3://bucket/mixed" else url))
     assert run("export-webdataset", "s3://bucket/mixed", tmp_path / "remote")[0] == 0
     assert run("export-webdataset", mixed, tmp_path / "local")[0] == 0

@@ -10,12 +10,13 @@ import pytest
 from services import started, used
 from small_datasets import small_vocabulary, text_records, write_dataset
 
-from unitoken.streaming_data import bucket
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.hub import Hub
+from unitoken.common.errors import ConfigError
+from unitoken.storage import bucket
+from unitoken.storage.huggingface import Hub
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, StoreError
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.stores import MissingError, StoreError, open_store
 
 
 @pytest.fixture(scope="module")

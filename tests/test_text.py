@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizing import GOLDEN
 
 from unitoken.codec.text import TextEncoder, load_tokenizer
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vocabulary import Vocabulary
 
 STYLES = ("tokenizer", "tokenizer_llama_style")
 

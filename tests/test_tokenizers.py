@@ -8,7 +8,7 @@ import pytest
 from drawn import CODEC, drawing_stage, write_data, write_run
 from tokenizing import TOKENIZER, tiny_vqgan
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
 from unitoken.train.export import export

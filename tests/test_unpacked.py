@@ -19,8 +19,8 @@ from test_formats import tar_of
 from tokenizing import png, run_here, settings, turns, write_items
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import scratch_folder
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import scratch_folder
 from unitoken.tokenize.sources import cut, find_files, item_name, read
 
 TEXTS = [{"id": f"i{n}", "conversations": turns(f"What {n}?", "A.")} for n in range(30)]

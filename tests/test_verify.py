@@ -20,11 +20,12 @@ import pytest
 from PIL import Image
 from tokenizing import content, picture, png, run_here, settings, some_items, turns, write_items
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import load_manifest, samples_schema, sha256_file
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.stores import open_store
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import load_manifest, sha256_file
+from unitoken.dataset.record import Record
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.open import open_store
 from unitoken.tokenize import writer
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.preview import records

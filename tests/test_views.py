@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unitoken.streaming_data.images import resized
-from unitoken.streaming_data.views import NEWLINE, Views
+from unitoken.dataset.images import resized
+from unitoken.dataset.vision_views import NEWLINE, Views
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 BASE, ANYRES = Views(384, 14), Views(384, 14, anyres=True)

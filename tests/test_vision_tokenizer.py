@@ -15,8 +15,8 @@ from tokenizing import tiny_model, tiny_transformers, vision_config
 from unitoken.codec.networks import load_network
 from unitoken.codec.vision import VisionCodec, load_vision, nearest
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data import images
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset import images
 
 KINDS = ("emu3", "janus")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu")

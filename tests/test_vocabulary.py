@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.vocabulary import MAX_GRID, SPECIAL_NAMES, Vocabulary, grid_name, image_code_name
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vocabulary import MAX_GRID, SPECIAL_NAMES, Vocabulary, grid_name, image_code_name
 
 PLAIN = Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, codebook_size=64)
 

@@ -18,7 +18,7 @@ from unitoken.codec.convert import convert_vqgan
 from unitoken.codec.vision import VisionCodec, load_vision
 from unitoken.codec.weights import Weights
 from unitoken.codec.weights import find_weights as find
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize.__main__ import app
 
 

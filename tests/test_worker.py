@@ -19,8 +19,8 @@ from PIL import Image
 from streaming import StreamingDataset
 from tokenizing import content, picture, png, run_here, settings, some_items, turns, write_items
 
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize import pipeline, worker, writer
 from unitoken.tokenize.job import prepare
 from unitoken.tokenize.merge import merge
@@ -184,7 +184,7 @@ def test_a_chunk_that_fails_midway_is_not_there(vqgan: Path, tmp_path: Path, mon
 
 
 def pipeline_of_output() -> Any:
-    from unitoken.streaming_data.files import AsideFolder
+    from unitoken.common.files import AsideFolder
 
     return AsideFolder
 

@@ -10,7 +10,7 @@ where it was stopped. On several machines `--engine ray`, or by hand `run ... --
 
 from __future__ import annotations
 
-from unitoken.streaming_data.interruption import install_handlers
+from unitoken.common.interruption import install_handlers
 
 if __name__ == "__main__":
     install_handlers("interrupted")  # before all other imports
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.command_line import one_line_errors, run_program
-from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.common.cli import one_line_errors, run_program
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize.config import TokenizeConfig
 
 # Only light imports here: `--help` and the errors of a configuration answer within a second.
@@ -91,7 +92,7 @@ def run(
 def merge(out_dir: OutOption) -> None:
     """Make one dataset of the chunks that `run --rank` has written."""
     with one_line_errors(GOES_ON):
-        from unitoken.streaming_data.stores import open_store
+        from unitoken.storage.open import open_store
         from unitoken.tokenize.job import load_job
 
         _finish(out_dir, load_job(open_store(out_dir)).max_reject_fraction, [])
@@ -158,7 +159,7 @@ def rejects(
 
             show(out_dir)
             return
-        from unitoken.streaming_data.stores import open_store
+        from unitoken.storage.open import open_store
         from unitoken.tokenize.job import load_work, prepare, settings_of
         from unitoken.tokenize.rejects import begin_retry
 
@@ -210,7 +211,7 @@ def convert_vqgan(
 def schema(out: Annotated[Path | None, typer.Argument(help="The file to write; without it the schema is printed.")] = None) -> None:
     """Write the JSON Schema of the settings' YAML file, for editors."""
     with one_line_errors():
-        from unitoken.streaming_data.schema import write_schema
+        from unitoken.common.schema import write_schema
 
         write_schema(TokenizeConfig, "A tokenization", out)
 

@@ -25,9 +25,9 @@ from unitoken.codec.conversations import (
     pictures_of,
     refuse_video_and_audio,
 )
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import LEFT_OUT
-from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import LEFT_OUT
+from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
 Raw = dict[str, Any]
 Adapter = Callable[[Raw], Raw]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.launch import failure_line, show_times
 from unitoken.tokenize.progress import Progress, progress, share_of

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from unitoken.codec.config import VisionConfig
-from unitoken.streaming_data.config import Config, Name
+from unitoken.common.config import Config, Name
 
 
 class TokenizeConfig(Config):

@@ -12,9 +12,9 @@ import time
 from collections import Counter
 
 from unitoken.codec.conversations import Conversation, ItemError, parse, refuse_empty
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.images import decoded
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.images import decoded
 from unitoken.tokenize import sources
 from unitoken.tokenize.adapters import ADAPTERS, Adapter, find_adapter
 from unitoken.tokenize.config import TokenizeConfig

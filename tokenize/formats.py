@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unitoken.streaming_data.stores import Ranges, Store
-from unitoken.tokenize.web import Web
+from unitoken.storage.store import Ranges, Store
+from unitoken.storage.web import Web
 
 BLOCK_BYTES = 1 << 23  # files are read by blocks of this size
 

@@ -19,12 +19,12 @@ from PIL import Image
 
 from unitoken.codec.vision import VisionCodec, load_vision
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data import images
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import write_aside
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.manifest import UNKNOWN, Manifest
-from unitoken.streaming_data.record import Record
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import write_aside
+from unitoken.dataset import images
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.manifest import UNKNOWN, Manifest
+from unitoken.dataset.record import Record
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.preview import Dataset, describe, open_dataset, records
 

@@ -23,12 +23,14 @@ from pydantic_core import PydanticSerializationError
 
 from unitoken.codec.text import load_tokenizer
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data.config import Config, ConfigError, load_config, parse_config
-from unitoken.streaming_data.files import ASIDE
-from unitoken.streaming_data.manifest import MANIFEST, VOCABULARY, VisionTokenizer, read_manifest
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, is_url, open_store
-from unitoken.streaming_data.urls import without_secrets
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
+from unitoken.common.config import Config, load_config, parse_config
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import ASIDE
+from unitoken.common.urls import without_secrets
+from unitoken.dataset.manifest import MANIFEST, VOCABULARY, VisionTokenizer, read_manifest
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, Store, StoreError, is_url
 from unitoken.tokenize.adapters import adapter_fingerprint, find_adapter
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.output import Output

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from unitoken.codec.conversations import ItemError, brief
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES
 

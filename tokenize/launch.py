@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.tokenize.job import Job
 from unitoken.tokenize.progress import Progress, progress, share_of
 from unitoken.tokenize.times import Times

@@ -17,21 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import (
-    INDEX,
-    LEFT_OUT,
-    MANIFEST,
-    REJECTS,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    dump_index,
-    read_manifest,
-    samples_schema,
-    sha256_file,
-)
-from unitoken.streaming_data.stores import Store, is_url
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import INDEX, LEFT_OUT, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, read_manifest, sha256_file
+from unitoken.dataset.mds_index import dump_index
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.storage.store import Store, is_url
 from unitoken.tokenize.job import Chunk, Work, load_job, load_work
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.rejects import grouped

@@ -23,13 +23,13 @@ import numpy.typing as npt
 from unitoken.codec.conversations import ItemError, brief, item_id, shown
 from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
-from unitoken.streaming_data import images
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.manifest import REJECTS, UNKNOWN, VisionTokenizer
-from unitoken.streaming_data.record import IGNORED, Record, spans_of, token_type
-from unitoken.streaming_data.stores import split
-from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
+from unitoken.common.errors import ConfigError
+from unitoken.dataset import images
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.manifest import REJECTS, UNKNOWN, VisionTokenizer
+from unitoken.dataset.record import IGNORED, Record, spans_of, token_type
+from unitoken.dataset.vocabulary import Vocabulary, image_code_name
+from unitoken.storage.store import split
 from unitoken.tokenize import sources
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_folder, pieces_of

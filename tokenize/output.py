@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from unitoken.streaming_data.files import AsideFolder, aside_file, remove_abandoned, scratch_folder
-from unitoken.streaming_data.manifest import INDEX
-from unitoken.streaming_data.stores import MissingError, is_url, open_store
+from unitoken.common.files import AsideFolder, aside_file, remove_abandoned, scratch_folder
+from unitoken.dataset.manifest import INDEX
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, is_url
 
 UPLOADS = 8  # files at once
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from unitoken.codec.conversations import ItemError, inline, is_inline, shown
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, StoreError, is_url, join, open_store
-from unitoken.tokenize.web import PrivateHostError, TooLargeError, Web, is_web
+from unitoken.common.errors import ConfigError
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, StoreError, is_url, join
+from unitoken.storage.web import PrivateHostError, TooLargeError, Web, is_web
 
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull"
 MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import VOCABULARY, Manifest, read_manifest
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.stores import Store, open_store
-from unitoken.streaming_data.vocabulary import SPECIAL_NAMES, Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import VOCABULARY, Manifest, read_manifest
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import SPECIAL_NAMES, Vocabulary
+from unitoken.storage.open import open_store
+from unitoken.storage.store import Store
 from unitoken.tokenize.verify_chunks import read_entries
 
 

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from unitoken.streaming_data.command_line import printable
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import MANIFEST, REJECTS, read_manifest
-from unitoken.streaming_data.stores import open_store
+from unitoken.common.cli import printable
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import MANIFEST, REJECTS, read_manifest
+from unitoken.storage.open import open_store
 from unitoken.tokenize.job import Round, dump, load_work, round_name
 from unitoken.tokenize.output import Output
 

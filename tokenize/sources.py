@@ -23,12 +23,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.stores import Folder, MissingError, Store, StoreError, is_url, join, open_store, split
+from unitoken.common.config import Config
+from unitoken.common.errors import ConfigError
+from unitoken.storage.folder import Folder
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, Store, StoreError, is_url, join, split
+from unitoken.storage.web import Web, is_web
 from unitoken.tokenize import json_files, loose_files, tables, tars, unpacked
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import LFS_POINTER, is_lfs_pointer
-from unitoken.tokenize.web import Web, is_web
 
 Format = Literal["json", "jsonl", "webdataset", "parquet", "arrow", "csv", "tsv", "folder"]
 PACKED = (".gz", ".zst")  # behind the suffix of what is in it; .tgz is .tar.gz

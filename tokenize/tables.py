@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import Folder, StoreError
+from unitoken.common.errors import ConfigError
+from unitoken.storage.folder import Folder
+from unitoken.storage.store import StoreError
 from unitoken.tokenize.formats import SourceFile, Span
 
 BATCH_ROWS = 32  # of Parquet are decoded at once: a row may hold pictures

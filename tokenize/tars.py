@@ -11,8 +11,8 @@ import tarfile
 from collections.abc import Collection, Iterator
 
 from unitoken.codec.conversations import PICTURE_SUFFIXES, ItemError
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import StoreError
+from unitoken.common.errors import ConfigError
+from unitoken.storage.store import StoreError
 from unitoken.tokenize.formats import SourceFile, Span
 from unitoken.tokenize.pictures import MAX_ITEM_BYTES
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unitoken.codec.conversations import ItemError
-from unitoken.streaming_data.files import AsideFolder, scratch_folder
-from unitoken.streaming_data.stores import Folder, StoreError
+from unitoken.common.files import AsideFolder, scratch_folder
+from unitoken.storage.folder import Folder
+from unitoken.storage.store import StoreError
 from unitoken.tokenize.formats import BLOCK_BYTES, SourceFile, Span
 
 TAIL_BYTES = 1 << 16  # of a table of text, to see how its last field ends

@@ -18,20 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import (
-    INDEX,
-    MANIFEST,
-    REJECTS,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    read_manifest,
-    samples_schema,
-)
-from unitoken.streaming_data.record import Record, columns
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, open_store
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import INDEX, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, read_manifest
+from unitoken.dataset.record import Record, columns
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, Store, StoreError
 from unitoken.tokenize.job import INPUT, JOB, Work, dump, load_job, load_work, round_name
 from unitoken.tokenize.verify_chunks import Entry, Rows, chunk_of, read_entries, wrong_chunks
 from unitoken.tokenize.verify_records import Rules, wrong_with

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import INDEX, REJECTS, SIDECAR, dump_index
-from unitoken.streaming_data.stores import Store
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR
+from unitoken.dataset.mds_index import dump_index
+from unitoken.storage.store import Store
 from unitoken.tokenize import merge
 from unitoken.tokenize.job import Chunk, Work
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data import images
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.manifest import SIDECAR, Manifest
-from unitoken.streaming_data.record import Record, token_type
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
+from unitoken.dataset import images
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.manifest import SIDECAR, Manifest
+from unitoken.dataset.record import Record, token_type
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 
 MIGRATED, WITHOUT_IMAGES = "record.json", "record.json without images"  # as the manifest's `adapter` (migrate.py)
 

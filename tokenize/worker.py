@@ -23,12 +23,12 @@ from unitoken.codec.conversations import Conversation, ItemError, item_id, parse
 from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data import images
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.manifest import INDEX, REJECTS
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.stores import is_url, split
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
+from unitoken.dataset import images
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.manifest import INDEX, REJECTS
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
+from unitoken.storage.store import is_url, split
 from unitoken.tokenize import pipeline, sources
 from unitoken.tokenize.adapters import find_adapter
 from unitoken.tokenize.job import Chunk, Job

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from streaming import MDSWriter
 
-from unitoken.streaming_data.manifest import SIDECAR, dump_index, samples_schema
-from unitoken.streaming_data.record import Record, columns
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.mds_index import dump_index
+from unitoken.dataset.record import Record, columns
+from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.vocabulary import Vocabulary
 
 SHARD_BYTES = 1 << 26  # 64 MiB
 

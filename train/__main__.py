@@ -11,7 +11,7 @@ Training itself is `composer train.py yamls/stage1.yaml`.
 
 from __future__ import annotations
 
-from unitoken.streaming_data.interruption import install_handlers
+from unitoken.common.interruption import install_handlers
 
 if __name__ == "__main__":
     install_handlers("interrupted")  # before all other imports
@@ -22,8 +22,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from unitoken.streaming_data.command_line import one_line_errors, run_program
-from unitoken.streaming_data.config import ConfigError, load_config
+from unitoken.common.cli import one_line_errors, run_program
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
 
 GUIDANCE = 4.0  # of `generate`, where training showed null prompts
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b

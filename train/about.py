@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 import yaml
 
-from unitoken.streaming_data.config import Config, ConfigError, changed, flat, load_config
-from unitoken.streaming_data.files import write_aside
-from unitoken.streaming_data.manifest import VOCABULARY
+from unitoken.common.config import Config, changed, flat, load_config
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import write_aside
+from unitoken.dataset.manifest import VOCABULARY
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.mixture import check_mixture
-from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
 from unitoken.train.folders import CONFIG, has_vision, model_configs, read_decoder, read_vision
 from unitoken.train.integrity import check_small_files

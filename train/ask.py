@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from unitoken.codec.conversations import Conversation, shown
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data.config import ConfigError, load_config
-from unitoken.streaming_data.files import ASIDE, held
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.config import load_config
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import ASIDE, held
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.about import STAGE, is_export, read_about, sizes_of
 from unitoken.train.config import StageConfig
 from unitoken.train.folders import find_origin

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.streaming_data.stores import store_error
+from unitoken.storage.store import store_error
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.config import OptimizerConfig, SaveConfig
 from unitoken.train.measures import Measured, Measures

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import pydantic
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.mixture import DataConfig, check_sources, check_vocabulary, crops_of, open_sources
-from unitoken.streaming_data.views import Views
-from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train.about import Pictures, Sizes, check_fits, check_target, other_constants, read_about
 from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionConfig
 from unitoken.train.folders import checkpoint_folder, find_origin, latest_checkpoint, model_configs

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import aside, remove_abandoned
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import aside, remove_abandoned
 from unitoken.train.folders import LATEST, STEP, latest_checkpoint
 from unitoken.train.integrity import check_finite, damage
 from unitoken.train.weights import Shapes, Source, Tensors, check_shapes, decoder_source

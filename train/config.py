@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from unitoken.codec.config import CodecConfig
-from unitoken.streaming_data.config import Config, Count, Name
+from unitoken.common.config import Config, Count, Name
 from unitoken.streaming_data.mixture import DataConfig, StreamConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -19,11 +19,11 @@ from unitoken.codec.conversations import Conversation, ItemError, shown
 from unitoken.codec.sequence import lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.vision import load_vision
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.images import choose_crop, decoded, tokenizer_pixels
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.images import choose_crop, decoded, tokenizer_pixels
+from unitoken.dataset.record import Record
+from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
 from unitoken.train.generate import parts_of
 from unitoken.train.questions import latents, originals_of
 

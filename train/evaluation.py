@@ -14,10 +14,10 @@ from composer import Callback, Logger, State
 from composer.core.precision import get_precision_context
 from torch import Tensor
 
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.collate import Batch, split_batch
-from unitoken.streaming_data.config import ConfigError
 from unitoken.streaming_data.loader import PackedLoader, build_loader
-from unitoken.streaming_data.views import Views
 from unitoken.train import ranks
 from unitoken.train.check import Checked
 from unitoken.train.config import StageConfig

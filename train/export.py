@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from unitoken.codec.weights import Parameters, Weights, find_weights
-from unitoken.streaming_data.files import AsideFolder
-from unitoken.streaming_data.manifest import VOCABULARY
-from unitoken.streaming_data.vocabulary import Vocabulary, image_code_name
+from unitoken.common.files import AsideFolder
+from unitoken.dataset.manifest import VOCABULARY
+from unitoken.dataset.vocabulary import Vocabulary, image_code_name
 from unitoken.train import checkpoints
 from unitoken.train.about import PICTURES, STAGE, Sizes, check_target, dump_stage, found_anywhere, mark_of, read_whole
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import pydantic
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
-from unitoken.streaming_data.config import ConfigError, ConfigT
+from unitoken.common.config import ConfigT
+from unitoken.common.errors import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 
 STEP = re.compile(r"step-(\d{8,})\.pt")

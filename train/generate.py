@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unitoken.dataset.images import decode
+from unitoken.dataset.record import Record
+from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.collate import Batch, Collate, featured, insert_features
-from unitoken.streaming_data.images import decode
 from unitoken.streaming_data.null_prompts import without_text
-from unitoken.streaming_data.record import Record
-from unitoken.streaming_data.views import Views
-from unitoken.streaming_data.vocabulary import Vocabulary
 from unitoken.train import checkpoints
 from unitoken.train.about import sizes_of
 from unitoken.train.config import StageConfig, VisionConfig

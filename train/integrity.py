@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import sha256_file
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor

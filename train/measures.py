@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unitoken.common.interruption import received
 from unitoken.streaming_data.collate import KINDS, Batch, num_packs
-from unitoken.streaming_data.interruption import received
 from unitoken.train import ranks
 
 BUCKETS = 2 * len(KINDS)  # the values of batch["kinds"]

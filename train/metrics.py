@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.streaming_data.files import write_aside
+from unitoken.common.files import write_aside
 from unitoken.train import ranks
 from unitoken.train.callbacks import Optimisation
 from unitoken.train.config import StageConfig

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
 from unitoken.train.decoder import Decoder, KVCache, document_mask
 from unitoken.train.loss import Loss, token_loss

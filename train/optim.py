@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.config import OptimizerConfig
 
 # SigLIP's patch and position embeddings stay as they are, as in the reference, unless they are named explicitly.

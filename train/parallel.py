@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.collate import Batch, num_packs, num_tokens, split_batch
-from unitoken.streaming_data.config import ConfigError
 from unitoken.train.checkpoints import allow_safe_types
 from unitoken.train.config import StageConfig
 from unitoken.train.decoder import DecoderLayer

@@ -10,10 +10,10 @@ from typing import Any
 
 from unitoken.codec.conversations import Conversation, ItemError, brief, inline, is_inline, parse, shown
 from unitoken.codec.weights import find_weights
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.image_files import ImageError
-from unitoken.streaming_data.images import decode
-from unitoken.streaming_data.vocabulary import IMAGE_PLACEHOLDER, LATENTS_PER_GRID_UNIT, MAX_GRID
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.images import decode
+from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER, LATENTS_PER_GRID_UNIT, MAX_GRID
 from unitoken.train.about import Pictures
 from unitoken.train.config import StageConfig
 

@@ -13,8 +13,9 @@ from typing import Any
 from composer.utils import dist, get_device
 from torch import Tensor
 
-from unitoken.streaming_data.config import ConfigError, changed
-from unitoken.streaming_data.stores import StoreError, TransientStoreError, is_transient
+from unitoken.common.config import changed
+from unitoken.common.errors import ConfigError, is_transient
+from unitoken.storage.store import StoreError, TransientStoreError
 
 FIRST_RANK_SECONDS = 300.0  # until the first rank must have been started
 TIMEOUT = 1800.0  # seconds a rank waits for the others; the first one reads tens of GB while they wait

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import ASIDE, write_aside
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import ASIDE, write_aside
 
 RESULTS = "results.jsonl"
 REQUEST = "request.json"

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.streaming_data.files import AsideFolder
-from unitoken.streaming_data.vocabulary import Vocabulary
+from unitoken.common.files import AsideFolder
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train import parallel, ranks
 from unitoken.train.about import Pictures
 from unitoken.train.ask import check_vocabulary, png

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from unitoken.streaming_data.command_line import one_line_errors
-from unitoken.streaming_data.schema import write_schema
+from unitoken.common.cli import one_line_errors
+from unitoken.common.schema import write_schema
 from unitoken.train.config import StageConfig
 
 TITLE = "A stage of training"

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from composer import Callback
 
-from unitoken.streaming_data.files import held
-from unitoken.streaming_data.interruption import end_on_signals, remember_signals
+from unitoken.common.files import held
+from unitoken.common.interruption import end_on_signals, remember_signals
+from unitoken.dataset.vision_views import CANVASES, Views
 from unitoken.streaming_data.loader import build_loader
 from unitoken.streaming_data.mixture import other_codes, uneven_proportions
-from unitoken.streaming_data.views import CANVASES, Views
 from unitoken.train import checkpoints, parallel, ranks
 from unitoken.train.about import Sizes, check_finished, shared, write_about
 from unitoken.train.callbacks import Interruption, Optimisation, Saver

@@ -9,10 +9,10 @@ from typing import Any
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.text import check_folder, load_tokenizer
 from unitoken.codec.weights import Weights, find_weights
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.manifest import MANIFEST, UNKNOWN, Manifest, load_manifest
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import MANIFEST, UNKNOWN, Manifest, load_manifest
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.vocabulary import Vocabulary
 
 
 def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 from unitoken.train.folders import Stored, checkpoint_folder, stored_tensors
 from unitoken.train.integrity import check_finite, check_tensor_file
 

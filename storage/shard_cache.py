@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import aside, locked, remove_abandoned, write_aside
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, Transient, is_transient
-from unitoken.streaming_data.urls import without_secrets
+from unitoken.common.errors import ConfigError, DataError, Transient, is_transient
+from unitoken.common.files import aside, locked, remove_abandoned, write_aside
+from unitoken.storage.store import MissingError, Store, StoreError
 
 PATIENCE = 40.0  # seconds; a store that is gone ends training within a minute
 ATTEMPTS = 6  # for a file that arrives corrupt, or is said to be missing: of 10,000 with 10 % faults three are not enough
@@ -30,11 +29,8 @@ PART_BYTES = 1 << 23  # a request: what breaks off is asked for again in parts o
 LOCKS = 64  # a dataset
 
 
-class ShardError(RuntimeError):
-    """A shard that is missing, unreachable or corrupt; in words without a URL's secrets."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+class ShardError(DataError):
+    """A shard that is missing, unreachable or corrupt."""
 
 
 class TransientShardError(ShardError, Transient):

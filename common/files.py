@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from unitoken.streaming_data.config import ConfigError
+from unitoken.common.errors import ConfigError
 
 ASIDE = ".aside-"
 LONGEST_PATH_OF_SOCKETS = 107  # bytes, on Linux

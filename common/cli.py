@@ -7,9 +7,9 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import own_temporary_folder
-from unitoken.streaming_data.interruption import end_on_signals, keep_status
+from unitoken.common.errors import ConfigError, DataError, is_transient
+from unitoken.common.files import own_temporary_folder
+from unitoken.common.interruption import end_on_signals, keep_status
 
 
 def printable(text: str) -> str:
@@ -34,13 +34,7 @@ def one_line_errors(goes_on: str = "") -> Iterator[None]:
         yield
     except ConfigError as error:
         status, words = 2, str(error)
-    except (OSError, MemoryError) as error:
-        status, words = 1, _with_hint(error, goes_on)
-    except RuntimeError as error:
-        from unitoken.streaming_data.cache import ShardError
-
-        if not isinstance(error, ShardError):
-            raise
+    except (OSError, MemoryError, DataError) as error:
         status, words = 1, _with_hint(error, goes_on)
     else:
         return
@@ -57,7 +51,5 @@ def run_program(app: Callable[..., None], name: str) -> None:
 
 
 def _with_hint(error: Exception, goes_on: str) -> str:
-    from unitoken.streaming_data.stores import is_transient
-
     words = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
     return f"{words}; {goes_on}" if goes_on and is_transient(error) else words

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.files import write_aside
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import write_aside
 
 IMAGE_PLACEHOLDER = "<|image|>"
 LATENTS_PER_GRID_UNIT = 2  # a grid token counts 32 pixels = 2 latents of 16 pixels

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.streaming_data.images import decoded, opaque, resized
+from unitoken.dataset.images import decoded, opaque, resized
 
 CANVASES = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # views across and down
 NEWLINE = -1  # in place of a feature

@@ -19,15 +19,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 import yaml
 
-from unitoken.streaming_data.urls import without_secrets
-
-
-class ConfigError(ValueError):
-    """A user's mistake outside the data: settings, paths, folders that do not fit. One line, without a URL's secrets."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
-
+from unitoken.common.errors import ConfigError
 
 # Bounds that no real run comes near, so that a slip of the hand is an error at the start: 10**12 epochs, a rate of 1e308.
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=4096)]  # of a file, a folder, a hub id

@@ -20,16 +20,7 @@ import numpy.typing as npt
 import pyarrow
 from PIL import Image, TiffImagePlugin
 
-from unitoken.streaming_data.image_files import (
-    MAX_PIXELS,
-    QUIET,
-    ImageError,
-    decoded_pixels,
-    open_image,
-    read_header,
-    reason_of,
-    turn_of,
-)
+from unitoken.dataset.image_files import MAX_PIXELS, QUIET, ImageError, decoded_pixels, open_image, read_header, reason_of, turn_of
 
 MEMORY_BYTES = 2 << 30  # that the pictures which are being decoded take, over all threads of a process
 EXTRA_BYTES = 16  # a pixel, at most, beyond the decoded picture, while it is blended and converted

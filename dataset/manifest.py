@@ -12,22 +12,21 @@ Nothing in it depends on when, where or by how many workers it was written.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pydantic
 
-from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.stores import MissingError, Store, StoreError, open_store
-from unitoken.streaming_data.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
+from unitoken.common.config import Config
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
+from unitoken.storage.open import open_store
+from unitoken.storage.store import MissingError, Store, StoreError
 
 if TYPE_CHECKING:
-    import pyarrow
+    pass
 
 FORMAT = "unitoken-dataset"
 VERSION = 1
@@ -40,44 +39,6 @@ INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
 )
 LEFT_OUT = "turns_left_out"  # beside an adapted item's conversations, in a chunk's index and in the manifest
 UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a dataset that was migrated
-
-
-def dump_index(shards: list[dict[str, Any]], turns_left_out: int = 0) -> bytes:
-    """An index as streaming writes and reads it; beside that, of a chunk, how many turns were left out, if any were."""
-    left_out = {LEFT_OUT: turns_left_out} if turns_left_out else {}
-    return json.dumps({"version": 2, "shards": shards, **left_out}, sort_keys=True).encode()
-
-
-@contextlib.contextmanager
-def sidecar_errors(stream: str, folder: Path) -> Iterator[None]:
-    """What goes wrong while a stream's sidecar is read is one ConfigError."""
-    import pyarrow
-
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise ConfigError(f"stream '{stream}': {folder / SIDECAR}: not readable as Parquet: {words}") from None
-
-
-@functools.cache
-def samples_schema() -> pyarrow.Schema:
-    """The sidecar's columns. `question_images` counts the images that are not generated (not trained on)."""
-    import pyarrow as pa  # 0.2 s, and only those who read or write a sidecar need it
-
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("tokens", pa.uint32()),
-            ("target_tokens", pa.uint32()),
-            ("images", pa.uint16()),
-            ("question_images", pa.uint16()),
-            ("image_sizes", pa.list_(pa.uint32())),  # width, height, width, height, ... of the originals in pixels
-            ("generated", pa.list_(pa.bool_())),  # of each image: is it trained on
-        ]
-    )
 
 
 class VisionTokenizer(Config):
@@ -130,7 +91,7 @@ class Manifest(Config):
 
     def crops(self) -> list[tuple[int, int]]:
         """The (width, height) in pixels that its pictures were cut to for the image tokenizer."""
-        from unitoken.streaming_data.images import crops  # Pillow and pyarrow: 0.3 s
+        from unitoken.dataset.images import crops
 
         return crops(self.crop, self.target_size, self.vision.downsampling * LATENTS_PER_GRID_UNIT)
 

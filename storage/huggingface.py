@@ -10,23 +10,24 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from unitoken.streaming_data.bucket import NO_ANSWER, Bucket
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import StoreError
+from unitoken.common.errors import ConfigError
+from unitoken.storage.bucket import NO_ANSWER, Bucket
+from unitoken.storage.store import StoreError
 
 
-class Hub(Bucket):
-    def __init__(self, url: str, kind: str, rest: str, endpoint: str | None, patience: float) -> None:
-        owner, _, rest = rest.partition("/")
-        name, _, folder = rest.partition("/")
+class HuggingFace(Bucket):
+    kind = "dataset"
+
+    def _locate(self, place: str) -> tuple[str, str]:
+        kind, owner, name, folder = (place + "///").split("/", 3)
         name, _, revision = name.partition("@")
         if kind != "datasets" or not owner or not name:
-            raise ConfigError(f"{url}: expected hf://datasets/owner/name or hf://datasets/owner/name/folder")
+            raise ConfigError(f"{self.url}: expected hf://datasets/owner/name or hf://datasets/owner/name/folder")
         self._revision = quote(revision or "main", safe="")
-        super().__init__(url, f"datasets/{owner}/{name}", folder, endpoint, patience)
+        return f"datasets/{owner}/{name}", folder.strip("/")
 
     def _connect(self) -> Any:
-        from unitoken.streaming_data.web_session import WebSession
+        from unitoken.storage.web_session import WebSession
 
         self._server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         session = WebSession(public_only=False)

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from unitoken.streaming_data.stores import MissingError, StoreError
+from unitoken.storage.store import MissingError, StoreError
 
 WEB = ("http://", "https://")
 SOURCE_SECONDS = 120.0
@@ -84,7 +84,7 @@ class Web:
         from requests import exceptions
         from urllib3.exceptions import HTTPError
 
-        from unitoken.streaming_data.web_session import PrivateAddressError
+        from unitoken.storage.web_session import PrivateAddressError
 
         left = max(0.1, end - time.monotonic())
         timeout = (min(CONNECT_SECONDS, left), min(READ_SECONDS, left))
@@ -108,7 +108,7 @@ class Web:
             raise StoreError(f"{url}: not a URL that can be fetched, or it leads to one") from None
 
     def _session(self) -> Any:
-        from unitoken.streaming_data.web_session import WebSession  # requests: 0.2 s
+        from unitoken.storage.web_session import WebSession
 
         if not hasattr(self._threads, "session"):
             session = WebSession(self._public_only)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from unitoken.streaming_data.config import ConfigError
-from unitoken.streaming_data.stores import MissingError, Ranges, StoreError, TransientStoreError, open_store
+from unitoken.common.errors import ConfigError
+from unitoken.storage.store import PATIENCE, MissingError, Ranges, StoreError, TransientStoreError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # at most, for one try
@@ -31,17 +31,19 @@ class Bucket(ABC):
     own way, and S3's repeats no answer that breaks off in the middle.
     """
 
-    def __init__(self, url: str, bucket: str, folder: str, endpoint: str | None, patience: float) -> None:
+    def __init__(self, url: str, endpoint: str | None = None, patience: float = PATIENCE) -> None:
         self.url, self.endpoint, self.patience = url.rstrip("/"), endpoint, patience
+        self._bucket, folder = self._locate(self.url.partition("://")[2])
+        if not self._bucket:
+            raise ConfigError(f"{url}: expected the name of a {self.kind} in it")
         # A server that takes a request and never answers is to be found out by then, too.
         self._timeouts = min(CONNECT_SECONDS, patience / 4), min(READ_SECONDS, patience / 2)
-        self._bucket = bucket
         self._access = ""  # with which credentials, or where they were looked for; for messages
         self._folder = f"{folder}/" if folder else ""
         self._clients: dict[int, Any] = {os.getpid(): self._connected()}  # so that a wrong setting shows here
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.url, self.endpoint, self.patience)
+        return type(self), (self.url, self.endpoint, self.patience)
 
     @property
     def _client(self) -> Any:
@@ -59,6 +61,13 @@ class Bucket(ABC):
             raise ConfigError(f"{self.url}: {_line(error)}") from None
 
     # What the libraries do differently. `key`: from the bucket's root.
+
+    kind = "bucket"  # what its vendor calls it
+
+    def _locate(self, place: str) -> tuple[str, str]:
+        """What follows the scheme of a URL -> the bucket's name, and the folder in it."""
+        name, _, folder = place.partition("/")
+        return name, folder
 
     @abstractmethod
     def _connect(self) -> Any:

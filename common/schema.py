@@ -17,8 +17,9 @@ import pydantic
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from unitoken.streaming_data.config import Config, ConfigError
-from unitoken.streaming_data.files import write_aside
+from unitoken.common.config import Config
+from unitoken.common.errors import ConfigError
+from unitoken.common.files import write_aside
 
 
 class _WithComments(GenerateJsonSchema):

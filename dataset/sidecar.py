@@ -1,0 +1,47 @@
+"""The samples sidecar `samples.parquet`: one row a sample, in the order of the index."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unitoken.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow
+from unitoken.dataset.manifest import SIDECAR
+
+
+@contextlib.contextmanager
+def sidecar_errors(stream: str, folder: Path) -> Iterator[None]:
+    """What goes wrong while a stream's sidecar is read is one ConfigError."""
+    import pyarrow
+
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ConfigError(f"stream '{stream}': {folder / SIDECAR}: not readable as Parquet: {words}") from None
+
+
+@functools.cache
+def samples_schema() -> pyarrow.Schema:
+    """The sidecar's columns. `question_images` counts the images that are not generated (not trained on)."""
+    import pyarrow as pa  # 0.2 s, and only those who read or write a sidecar need it
+
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("tokens", pa.uint32()),
+            ("target_tokens", pa.uint32()),
+            ("images", pa.uint16()),
+            ("question_images", pa.uint16()),
+            ("image_sizes", pa.list_(pa.uint32())),  # width, height, width, height, ... of the originals in pixels
+            ("generated", pa.list_(pa.bool_())),  # of each image: is it trained on
+        ]
+    )
