@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
             checked = check(config, world_size)
         except ConfigError:
             if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
-                from unitoken.train import ranks  # other machines' launchers would not hear of this, and their ranks wait
+                from unitoken.train.distributed import ranks
 
                 ranks.connect()
                 with ranks.together():

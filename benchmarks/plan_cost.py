@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan_store import load_or_build
-from unitoken.streaming_data.recipe import Recipe
+from unitoken.streaming_data.plan.lengths import read_lengths
+from unitoken.streaming_data.plan.recipe import Recipe
+from unitoken.streaming_data.plan.store import load_or_build
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
 
 
 def cost(folder: Path) -> dict[str, float]:

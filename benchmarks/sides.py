@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.text import load_tokenizer
-from unitoken.codec.vision import load_vision
 from unitoken.dataset import images
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import prepare
-from unitoken.tokenize.worker import keep_freed_memory, run_chunks
+from unitoken.tokenize.pipeline.worker import keep_freed_memory, run_chunks
 
 
 @dataclass(frozen=True)

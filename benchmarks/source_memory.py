@@ -27,7 +27,7 @@ def peak():
 CUT = f"""{PEAK}
 import sys, time
 from pathlib import Path
-from unitoken.tokenize.sources import cut, find_files
+from unitoken.tokenize.sources.reader import cut, find_files
 start = time.perf_counter()
 source = cut(find_files([sys.argv[1]]), int(sys.argv[3]))
 seconds = time.perf_counter() - start
@@ -38,7 +38,7 @@ print(seconds, peak())
 READ = f"""{PEAK}
 import sys, time
 {{imports}}
-from unitoken.tokenize.sources import Input, read
+from unitoken.tokenize.sources.reader import Input, read
 base = peak()
 start = time.perf_counter()
 source = Input.model_validate_json(open(sys.argv[1], "rb").read())
@@ -48,7 +48,7 @@ seconds = time.perf_counter() - start
 assert sum(1 for _ in items) == int(sys.argv[2]) - 1
 print(seconds, peak(), peak() - base)
 """
-WORKER_IMPORTS = "import unitoken.tokenize.worker"
+WORKER_IMPORTS = "import unitoken.tokenize.pipeline.worker"
 
 
 def write_items(path: Path, items: int) -> None:

@@ -26,8 +26,8 @@ from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, Manif
 from unitoken.dataset.record import IGNORED, Record, columns
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.loader import PackedLoader, build_loader
-from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.streaming_data.settings import DataConfig
 
 LENGTH, BATCH = 4096, 8
 Sample = tuple[Any, Any]  # tokens (T,), spans (S, 2)

@@ -38,9 +38,9 @@ from benchmarks import stream_sides
 from benchmarks.reference_views import processor, reference_pixels
 from unitoken.dataset.manifest import INDEX, SIDECAR
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.lengths import StreamSamples
-from unitoken.streaming_data.plan import build
-from unitoken.streaming_data.recipe import Recipe, StreamRecipe
+from unitoken.streaming_data.plan.build import build
+from unitoken.streaming_data.plan.lengths import StreamSamples
+from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
 
 PHOTOGRAPH = Path(__file__).parent.parent / "tests" / "data" / "golden" / "assets" / "images" / "d10_large.jpg"
 SWEEP = (4096, 6144, 8192, 12288, 16384)

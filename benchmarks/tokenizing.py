@@ -41,7 +41,7 @@ from benchmarks import source_memory
 from benchmarks.sides import Setting, baseline, ours
 from demo.digits import picture
 from unitoken.codec.config import VisionConfig
-from unitoken.codec.vision import load_vision
+from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.dataset import images
 from unitoken.tokenize.config import TokenizeConfig
 
@@ -122,8 +122,8 @@ def write_items(folder: Path, pictures: list[Image.Image], suffix: str, items: i
 def random_weights(folder: Path) -> Path:
     from safetensors.torch import save_file
 
-    from unitoken.codec.chameleon import VQGAN, meta_name
-    from unitoken.codec.weights import read_parameters
+    from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
+    from unitoken.codec.image_tokenizer.files import read_parameters
 
     folder.mkdir()
     (folder / "vqgan.yaml").write_text(FULL_SIZE)

@@ -105,7 +105,7 @@ def describe_samples() -> Iterator[list[tuple[str, bool]]]:
 
     from unitoken.dataset.manifest import load_vocabulary
     from unitoken.dataset.record import Record
-    from unitoken.tokenize.preview import describe
+    from unitoken.tokenize.checks.preview import describe
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer")
     for name in ("captions", "drawings"):

@@ -15,15 +15,15 @@ from demo.report import Answer, Drawing
 from unitoken.common.config import load_config
 from unitoken.dataset.images import decode
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.report import Report
-from unitoken.train.about import STAGE
+from unitoken.streaming_data.plan.report import Report
+from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check
+from unitoken.train.checkpoint.metadata import STAGE
 from unitoken.train.config import StageConfig
-from unitoken.train.dialogue import Dialogue
-from unitoken.train.generate import Reading, generate, load_model
-from unitoken.train.questions import asked, beside, conversation_of
-from unitoken.train.sampling import Sampling
+from unitoken.train.generation.dialogue import Dialogue
+from unitoken.train.generation.engine import Reading, generate, load_model
+from unitoken.train.generation.prompts import asked, beside, conversation_of
+from unitoken.train.generation.sampling import Sampling
 
 EACH = 10  # drawings of each digit
 SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents

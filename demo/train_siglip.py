@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from demo.digits import PIXELS, WORDS, moved, picture, split
 from unitoken.train.config import VisionConfig
-from unitoken.train.vision import VisionTower
+from unitoken.train.model.vision_tower import VisionTower
 
 FOLDER = Path(__file__).parent / "assets" / "siglip"
 CONFIG = VisionConfig(

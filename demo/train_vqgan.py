@@ -18,10 +18,10 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from demo.digits import picture, small, split
-from unitoken.codec.chameleon import VQGAN, meta_name
 from unitoken.codec.config import VisionConfig
-from unitoken.codec.vision import load_vision
-from unitoken.codec.weights import Parameters
+from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
+from unitoken.codec.image_tokenizer.encoder import load_vision
+from unitoken.codec.image_tokenizer.files import Parameters
 from unitoken.dataset.images import tokenizer_pixels
 
 FOLDER = Path(__file__).parent / "assets" / "vqgan"

@@ -45,10 +45,11 @@ def plan(
     with one_line_errors():
         data, vision = load_data(config, overrides or [])
         from unitoken.dataset.vision_views import Views
-        from unitoken.streaming_data.lengths import read_lengths
-        from unitoken.streaming_data.mixture import open_sources, other_codes, uneven_proportions
-        from unitoken.streaming_data.plan_store import load_or_build
-        from unitoken.streaming_data.recipe import Recipe
+        from unitoken.streaming_data.check import other_codes, uneven_proportions
+        from unitoken.streaming_data.plan.lengths import read_lengths
+        from unitoken.streaming_data.plan.recipe import Recipe
+        from unitoken.streaming_data.plan.store import load_or_build
+        from unitoken.streaming_data.sources import open_sources
 
         size = tower_size(vision, image_size, patch_size)
         sources, views = open_sources(data), Views(*size, data.anyres)
@@ -61,14 +62,14 @@ def plan(
                 typer.echo(f"warning: {line}", err=True)
         finally:  # where there is no such plan, the lengths say which there are
             if sweep_length:
-                from unitoken.streaming_data.sweep import sweep, table
+                from unitoken.streaming_data.tools.sweep import sweep, table
 
                 typer.echo(f"\n{table(sweep(recipe, sources, views))}")
 
 
 def load_data(path: Path, overrides: list[str]) -> tuple[Any, Any]:
     """The settings under `data:`, or a file that is these settings; and what a stage says under `model.vision`."""
-    from unitoken.streaming_data.mixture import DataConfig
+    from unitoken.streaming_data.settings import DataConfig
 
     class Model(Config):
         model_config = pydantic.ConfigDict(extra="ignore")
@@ -129,7 +130,7 @@ def simulate(
     """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
     with one_line_errors():
         data, vision = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
-        from unitoken.streaming_data.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
+        from unitoken.streaming_data.tools.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
 
         counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
         demands, impossible = simulate_nodes(
@@ -160,7 +161,7 @@ def convert_config(
     """Turn the reference's data file into the `data:` part of a stage."""
     with one_line_errors():
         from unitoken.common.files import write_aside
-        from unitoken.streaming_data.convert import convert
+        from unitoken.streaming_data.tools.convert_config import convert
 
         text = convert(meta, datasets)
         if out is None:
@@ -182,7 +183,7 @@ def export_webdataset(
 ) -> None:
     """Write a dataset as WebDataset tars, for those who train on that stack."""
     with one_line_errors():
-        from unitoken.streaming_data.export import export
+        from unitoken.streaming_data.tools.export_webdataset import export
 
         typer.echo(f"{export(dataset, out, samples_per_tar)} tars in {out}")
 

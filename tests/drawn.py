@@ -12,9 +12,10 @@ from stages import stage
 from unitoken.codec.config import CodecConfig
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.train.checkpoint.layouts import model_configs
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import model_configs
-from unitoken.train.model import build_model, load_weights
+from unitoken.train.model.unitoken import build_model
 
 ROOT = Path(__file__).parent.parent
 CODEC = {
@@ -28,7 +29,7 @@ UNIT = 8  # pixels of a picture's side are a multiple of it
 def demo_vocabulary() -> Vocabulary:
     from transformers import AutoTokenizer
 
-    from unitoken.codec.weights import find_weights
+    from unitoken.codec.image_tokenizer.files import find_weights
 
     codec = CodecConfig.model_validate(CODEC)
     tokens = AutoTokenizer.from_pretrained(codec.tokenizer).get_vocab()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unitoken.train.model import UniToken
+from unitoken.train.model.unitoken import UniToken
 
 
 def poisoned(steps: Sequence[int], microbatches: int, factor: float = torch.nan) -> Callable[..., Any]:

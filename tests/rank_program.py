@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from unitoken.common.config import load_config
+from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
-from unitoken.train.metrics import Metrics
 from unitoken.train.stage import run
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from unitoken.dataset.record import IGNORED, Record, spans_of
 from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
+from unitoken.train.checkpoint.layouts import read_decoder, read_vision
+from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig
-from unitoken.train.folders import read_decoder, read_vision
-from unitoken.train.model import UniToken, build_model, find_weights, load_weights
+from unitoken.train.model.unitoken import UniToken, build_model
 
 Variant = Literal["base", "anyres"]
 VARIANTS: tuple[Variant, ...] = ("base", "anyres")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_datasets import small_vocabulary, text_records
 
 from unitoken.common.files import write_aside
-from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.streaming_data.settings import DataConfig
 
 SAMPLES, GROUP = 600, 4
 

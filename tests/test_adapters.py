@@ -19,9 +19,9 @@ from tokenizing import turns
 
 from unitoken.codec.conversations import Conversation, ItemError, parse
 from unitoken.common.errors import ConfigError
-from unitoken.tokenize.adapters import ADAPTERS, adapter_fingerprint, find_adapter
-from unitoken.tokenize.pictures import Pictures
-from unitoken.tokenize.sources import base, cut, find_files, item_name, read
+from unitoken.tokenize.sources.adapters import ADAPTERS, adapter_fingerprint, find_adapter
+from unitoken.tokenize.sources.pictures import Pictures
+from unitoken.tokenize.sources.reader import base, cut, find_files, item_name, read
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = Path(__file__).parent / "data" / "my_format.py"

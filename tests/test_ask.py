@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train import dialogue
-from unitoken.train import generate as generating
 from unitoken.train.__main__ import app
+from unitoken.train.checkpoint.export import export
 from unitoken.train.config import StageConfig
-from unitoken.train.dialogue import Dialogue
-from unitoken.train.export import export
+from unitoken.train.generation import dialogue
+from unitoken.train.generation import engine as generating
+from unitoken.train.generation.dialogue import Dialogue
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -157,7 +157,7 @@ def test_a_killed_command_loses_nothing_and_goes_on(run: Path, tmp_path: Path, m
             raise RuntimeError("died")
         return real(*arguments, **settings)
 
-    monkeypatch.setattr("unitoken.train.generate.generate", killed)
+    monkeypatch.setattr("unitoken.train.generation.engine.generate", killed)
     with pytest.raises(RuntimeError, match="died"):
         ask(*command, "--out", tmp_path / "out")
     assert [line["number"] for line in numbered(tmp_path / "out")] == sorted(asked[0] + asked[1])
@@ -177,7 +177,7 @@ def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr("unitoken.train.generate.generate", full)
+    monkeypatch.setattr("unitoken.train.generation.engine.generate", full)
     status, output = ask(run, "--prompt", "x", "--size", "8x8", "--out", tmp_path / "out", "--batch", 64)
     assert (status, output) == (2, "error: --batch 64: the GPU has no memory for so many replies at a time: give less\n")
 
@@ -203,7 +203,7 @@ def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
         seen.extend(array.shape for array in arrays)
         return real(arrays, *rest)
 
-    monkeypatch.setattr("unitoken.train.dialogue._by_shape", watched)
+    monkeypatch.setattr("unitoken.train.generation.dialogue._by_shape", watched)
     folder = tmp_path / "run"
     shutil.copytree(run, folder, symlinks=True)
     (folder / "pictures.json").write_text('{"crops": [[16, 8], [8, 16]]}')
@@ -291,7 +291,7 @@ def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path:
 
 def test_help_takes_no_torch() -> None:
     heavy = "{'torch', 'composer', 'transformers'}"
-    code = f"import sys, unitoken.train.__main__, unitoken.train.ask; print({heavy} & set(sys.modules))"
+    code = f"import sys, unitoken.train.__main__, unitoken.train.generation.command; print({heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out == "set()\n"
 

@@ -20,24 +20,26 @@ from tokenizing import TOKENIZER, png, tiny_vqgan, turns
 
 from unitoken.codec.config import VisionConfig
 from unitoken.codec.conversations import ItemError, parse
+from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.text import load_tokenizer
-from unitoken.codec.vision import load_vision
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import sha256_file
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import StoreError
-from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.mixture import DataConfig, check_sources, open_sources
-from unitoken.streaming_data.recipe import Recipe
-from unitoken.streaming_data.shards import Shards
-from unitoken.tokenize.adapters import find_adapter
-from unitoken.tokenize.sources import cut, find_files, read
-from unitoken.tokenize.verify import verify
-from unitoken.train import checkpoints
-from unitoken.train.folders import read_decoder, read_vision
-from unitoken.train.integrity import damage
-from unitoken.train.weights import decoder_source
+from unitoken.streaming_data.check import check_sources
+from unitoken.streaming_data.plan.lengths import read_lengths
+from unitoken.streaming_data.plan.recipe import Recipe
+from unitoken.streaming_data.reading.shards import Shards
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
+from unitoken.tokenize.checks.verify import verify
+from unitoken.tokenize.sources.adapters import find_adapter
+from unitoken.tokenize.sources.reader import cut, find_files, read
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.integrity import damage
+from unitoken.train.checkpoint.layouts import read_decoder, read_vision
+from unitoken.train.checkpoint.tensors import decoder_source
 
 SECONDS = 20.0  # that any one may take
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -180,7 +182,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     def use() -> None:
         if (found := damage(path)) is not None:
             raise ConfigError(found)
-        checkpoints.source_of(path).load()
+        run_folder.source_of(path).load()
 
     found = outcomes(damaged(path.read_bytes(), 2, 80), path, use)
     assert found["error"] > 60
@@ -191,7 +193,7 @@ def decoder_folder(folder: Path) -> Path:
     from stages import DECODER
 
     from unitoken.train.config import DecoderConfig
-    from unitoken.train.model import UniToken
+    from unitoken.train.model.unitoken import UniToken
 
     folder.mkdir(parents=True)
     model = UniToken(DecoderConfig.model_validate(DECODER), None)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unitoken.streaming_data.balance import balance
+from unitoken.streaming_data.reading.balance import balance
 
 
 @given(ranks=st.sampled_from([1, 2, 3, 8]), each=st.integers(1, 6), seed=st.integers(0, 100), images=st.booleans())

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from test_plan import make_recipe, make_stream, samples_of
 
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.batches import Surplus, deal, scheduled
-from unitoken.streaming_data.lengths import StreamSamples
-from unitoken.streaming_data.mixing import mix
-from unitoken.streaming_data.packing import pack
-from unitoken.streaming_data.plan import Plan, build
-from unitoken.streaming_data.recipe import Recipe, StreamRecipe
+from unitoken.streaming_data.plan.batches import Surplus, deal, scheduled
+from unitoken.streaming_data.plan.build import Plan, build
+from unitoken.streaming_data.plan.lengths import StreamSamples
+from unitoken.streaming_data.plan.mixing import mix
+from unitoken.streaming_data.plan.packing import pack
+from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
 
 SAMPLES = 131_072
 LONGEST = {"text": 4000, "questions": 1500, "drawings": 500}

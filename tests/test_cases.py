@@ -11,10 +11,10 @@ from tokenizing import run_here, settings, turns, write_items
 from unitoken.codec.conversations import parse
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.mds_index import read_index
-from unitoken.streaming_data.shards import Shards
-from unitoken.tokenize.adapters import find_adapter
+from unitoken.streaming_data.reading.shards import Shards
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.sources import find_files
+from unitoken.tokenize.sources.adapters import find_adapter
+from unitoken.tokenize.sources.reader import find_files
 
 CASES = Path(__file__).parent / "data" / "cases"
 

@@ -11,8 +11,10 @@ import torch
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
-from unitoken.train import checkpoints
-from unitoken.train.checkpoints import (
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.integrity import check_checkpoint, check_finite, damage
+from unitoken.train.checkpoint.layouts import LATEST, find_origin, latest_checkpoint
+from unitoken.train.checkpoint.run_folder import (
     check_resumable,
     clean_up,
     path_of,
@@ -23,8 +25,6 @@ from unitoken.train.checkpoints import (
     step_of,
     unpublished,
 )
-from unitoken.train.folders import LATEST, find_origin, latest_checkpoint
-from unitoken.train.integrity import check_checkpoint, check_finite, damage
 
 STAGE = {"name": "one", "trainable": ["vit"]}
 
@@ -159,7 +159,7 @@ def test_a_copied_link_with_nothing_beside_it_is_an_error_not_a_new_start(tmp_pa
 def test_a_folder_without_a_checkpoint_is_an_error_for_init_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did that stage run"):
         find_origin(str(tmp_path))
-    assert checkpoints.SAFE_TYPES
+    assert run_folder.SAFE_TYPES
 
 
 def flipped(path: Path, at: int) -> None:

@@ -15,10 +15,10 @@ from tokenizing import settings, some_items, write_items
 
 from unitoken.common.errors import ConfigError
 from unitoken.storage.store import StoreError
-from unitoken.tokenize import cluster
-from unitoken.tokenize.cluster import launch_on_ray
+from unitoken.tokenize.executors import ray_cluster
+from unitoken.tokenize.executors.ray_cluster import launch_on_ray
 from unitoken.tokenize.job import Chunk, Job, prepare
-from unitoken.tokenize.times import Times
+from unitoken.tokenize.pipeline.timing import Times
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def test_without_a_cluster_one_is_started_here(job: Job, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     here = prepare(job.config, ["source/items.json"], "out")
     program = (
-        "import pickle, sys; from unitoken.tokenize.cluster import launch_on_ray as f; print(f(pickle.load(sys.stdin.buffer)))"
+        "import pickle, sys; from unitoken.tokenize.executors.ray_cluster import launch_on_ray as f; "
+        "print(f(pickle.load(sys.stdin.buffer)))"
     )
     process = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(here), capture_output=True)
     assert process.stdout.decode().splitlines()[-1:] == ["[]"], process.stderr.decode()
@@ -49,7 +50,7 @@ def test_without_a_cluster_one_is_started_here(job: Job, monkeypatch: pytest.Mon
 
 
 def test_nothing_missing_starts_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_start_ray", lambda: pytest.fail("started"))
+    monkeypatch.setattr(ray_cluster, "_start_ray", lambda: pytest.fail("started"))
     for chunk in job.chunks():
         (Path(job.out) / chunk.name).mkdir()
         (Path(job.out) / chunk.name / "index.json").touch()
@@ -118,8 +119,8 @@ class InOneProcess:
 
 
 def ended(job: Job, monkeypatch: pytest.MonkeyPatch, run_chunks: Any, ray: InOneProcess | None = None) -> list[str]:
-    monkeypatch.setattr(cluster, "_start_ray", lambda: ray or InOneProcess())
-    monkeypatch.setitem(sys.modules, "unitoken.tokenize.worker", types.SimpleNamespace(run_chunks=run_chunks))
+    monkeypatch.setattr(ray_cluster, "_start_ray", lambda: ray or InOneProcess())
+    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks))
     return launch_on_ray(job)
 
 
@@ -134,8 +135,8 @@ def test_tasks_are_a_few_chunks_each_and_every_chunk_is_in_one(job: Job, monkeyp
     assert ended(job, monkeypatch, run_chunks) == []
     assert [name for group in given for name in group] == [chunk.name for chunk in job.chunks()]
     chunks = [Chunk(f"chunk-{number:06d}", ((number, None),)) for number in range(1000)]
-    assert {len(group) for group in cluster._groups(chunks, 8)} == {4}
-    assert [len(group) for group in cluster._groups(chunks[:40], 8)] == [1] * 40
+    assert {len(group) for group in ray_cluster._groups(chunks, 8)} == {4}
+    assert [len(group) for group in ray_cluster._groups(chunks[:40], 8)] == [1] * 40
 
 
 def test_a_task_takes_a_gpu_where_the_cluster_has_them_and_keeps_its_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +160,10 @@ def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_
 
     monkeypatch.chdir("/")  # and back at the end
 
-    monkeypatch.setitem(sys.modules, "unitoken.tokenize.worker", types.SimpleNamespace(run_chunks=run_chunks))
+    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks))
     (Path(job.out) / "chunk-000001").mkdir()
     (Path(job.out) / "chunk-000001" / "index.json").touch()
-    cluster._do(job, job.chunks()[:3], str(tmp_path))
+    ray_cluster._do(job, job.chunks()[:3], str(tmp_path))
     assert given == ["chunk-000000", "chunk-000002"]
 
 

@@ -12,7 +12,7 @@ from small_datasets import BLOCK, make_record, small_vocabulary
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
-from unitoken.streaming_data.collate import (
+from unitoken.streaming_data.reading.collate import (
     PER_FEATURE,
     PER_VIEW,
     Collate,
@@ -281,7 +281,7 @@ def test_threads_change_nothing(monkeypatch):
     packs = [[record(f"{row}-{n}", questions=n) for n in range(3)] for row in range(3)]
     found = []
     for threads in (1, 4):
-        monkeypatch.setattr("unitoken.streaming_data.collate._threads", lambda threads=threads: threads)
+        monkeypatch.setattr("unitoken.streaming_data.reading.collate._threads", lambda threads=threads: threads)
         found.append(collate(length=120)(packs))
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name

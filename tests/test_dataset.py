@@ -13,9 +13,9 @@ from small_datasets import flip_byte, shard_paths, small_vocabulary, text_record
 from streaming import StreamingDataset
 
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.loader import PackedLoader, build_loader
-from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.plan import Plan
+from unitoken.streaming_data.plan.build import Plan
+from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.streaming_data.settings import DataConfig
 
 GROUP = 4  # packs of a global batch
 Rows = list[tuple[int, ...]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unitoken.train.config import DecoderConfig
-from unitoken.train.decoder import Decoder, KVCache, document_mask
+from unitoken.train.model.decoder import Decoder, KVCache, document_mask
 
 LENGTHS = (7, 12, 3)
 

@@ -7,11 +7,11 @@ import numpy as np
 
 from demo import digits, report
 from unitoken.codec.config import VisionConfig
-from unitoken.codec.weights import find_weights
+from unitoken.codec.image_tokenizer.files import find_weights
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import model_configs
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,14 +9,15 @@ from stages import curve, evaluations, metrics, stage, write_data, write_stage
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.lengths import _is_held_out
-from unitoken.streaming_data.loader import PackedLoader
-from unitoken.train import checkpoints
+from unitoken.streaming_data.plan.lengths import _is_held_out
+from unitoken.streaming_data.reading.loader import PackedLoader
+from unitoken.train.callbacks.evaluation import evaluation_loader
 from unitoken.train.check import check
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.layouts import find_origin
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import StageConfig
-from unitoken.train.evaluation import evaluation_loader
-from unitoken.train.folders import find_origin
-from unitoken.train.model import build_model, load_weights
+from unitoken.train.model.unitoken import build_model
 from unitoken.train.stage import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -54,7 +55,7 @@ def test_training_is_the_same_bit_for_bit_with_evaluation_and_without(folder: Pa
     timeless = [[{k: v for k, v in line.items() if "second" not in k} for line in metrics(run)] for run in (evaluated, plain)]
     assert timeless[0] == timeless[1]
     files = [find_origin(str(run)) for run in (evaluated, plain)]
-    states = [checkpoints.read(file) for file in files]
+    states = [run_folder.read(file) for file in files]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
     assert states[0]["dataset_state"] == states[1]["dataset_state"]
@@ -76,7 +77,7 @@ def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: P
     config = stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba")
     checked = check(config, 1)
     model = build_model(checked.decoder, checked.vision, config.model)
-    source = checkpoints.source_of(find_origin(str(evaluated)))
+    source = run_folder.source_of(find_origin(str(evaluated)))
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     total = targets = 0.0
     with torch.no_grad():

@@ -16,19 +16,21 @@ from torch import Tensor
 
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.config import VisionConfig as ImageTokenizer
-from unitoken.codec.vision import load_vision
+from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train import checkpoints
-from unitoken.train import export as exporting
-from unitoken.train.about import Pictures, Sizes, found_anywhere, read_about, read_stage, read_whole, write_about
 from unitoken.train.check import check
+from unitoken.train.checkpoint import export as exporting
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.compatibility import read_whole
+from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.layouts import find_origin, model_configs
+from unitoken.train.checkpoint.loading import find_weights, load_weights
+from unitoken.train.checkpoint.metadata import Pictures, Sizes, found_anywhere, read_about, read_stage, write_about
+from unitoken.train.checkpoint.tensors import decoder_source
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
-from unitoken.train.export import export
-from unitoken.train.folders import find_origin, model_configs
-from unitoken.train.model import UniToken, build_model, find_weights, load_weights
-from unitoken.train.weights import decoder_source
+from unitoken.train.model.unitoken import UniToken, build_model
 
 ROOT = Path(__file__).parent.parent
 TOKENIZERS = {"tokenizer": "tokenizer", "vision.weights": "vqgan"}
@@ -45,9 +47,9 @@ def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: i
             if "_norm" in name:  # else a mix-up of gains would not be seen
                 parameter.normal_(0.8, 0.3)
     folder.mkdir(parents=True)
-    state = {f"{checkpoints.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
+    state = {f"{run_folder.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
-    checkpoints.publish(folder / ".aside-7.pt", checkpoints.path_of(folder, 7), keep=1)
+    run_folder.publish(folder / ".aside-7.pt", run_folder.path_of(folder, 7), keep=1)
     write_about(folder, config, Sizes(decoder=decoder, vision=vision), vocabulary, Pictures(crops=[(32, 16)]))
     return model
 
@@ -192,7 +194,7 @@ def test_a_killed_export_leaves_what_was_there(
 
     for before in ([], ["model"]):
         with monkeypatch.context() as patch:
-            patch.setattr(f"unitoken.train.export.{call}", killed)
+            patch.setattr(f"unitoken.train.checkpoint.export.{call}", killed)
             with pytest.raises(KeyboardInterrupt):
                 export(str(folder / "run"), tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir()] == before
@@ -207,7 +209,7 @@ def test_a_killed_export_leaves_what_was_there(
 KILLED_BETWEEN_THE_RENAMES = """
 import os, signal, sys
 from pathlib import Path
-from unitoken.train.export import export
+from unitoken.train.checkpoint.export import export
 
 rename = Path.rename
 
@@ -237,7 +239,7 @@ def test_a_kill_between_the_renames_loses_no_model(
     assert not out.exists()
     for name in ("model-2", "model"):  # an export beside it leaves it alone
         with monkeypatch.context() as patch:
-            patch.setattr("unitoken.train.export._write_tensors", lambda *_: 1 / 0)
+            patch.setattr("unitoken.train.checkpoint.export._write_tensors", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 export(str(folder / "run"), tmp_path / name)
     assert contents(out) == before
@@ -363,7 +365,7 @@ def test_init_from_takes_every_form(folder: Path, model: UniToken, exported: Pat
         config = stage(folder, f"init_from={form}", f"save.folder={folder}/new")
         check(config, 1)
         network = build_model(*model_configs(config.model), config.model)
-        source = checkpoints.open_source(find_origin(config.init_from))
+        source = run_folder.open_source(find_origin(config.init_from))
         load_weights(network, find_weights(network, config.model, source), seed=1)
         assert torch.equal(logits(network.eval()), logits(model)), form
 

@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unitoken.dataset.record import IGNORED
+from unitoken.train.accounting.flops import peak, step_flops
 from unitoken.train.config import DecoderConfig, VisionConfig
-from unitoken.train.flops import peak, step_flops
-from unitoken.train.model import UniToken
+from unitoken.train.model.unitoken import UniToken
 from unitoken.train.optim import freeze
 
 DECODER = DecoderConfig(

@@ -22,8 +22,8 @@ from unitoken.common.errors import ConfigError
 from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError
-from unitoken.tokenize import formats, json_files, sources, tars
-from unitoken.tokenize.sources import Input, cut, find_files, item_name, read
+from unitoken.tokenize.sources import json_files, reader, tars
+from unitoken.tokenize.sources.reader import Input, base, cut, find_files, item_name, read
 
 
 def source_of(path: Path, chunk_size: int = 10) -> Input:
@@ -62,7 +62,7 @@ def test_a_list_is_what_json_loads_says_for_any_window_and_any_piece(
     values, text = content
     (tmp_path / "i.json").write_bytes(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "BLOCK_BYTES", window)
+        patch.setattr(base, "BLOCK_BYTES", window)
         source = source_of(tmp_path / "i.json", chunk_size)
         assert whole(source) == values
     assert source.items == len(values)
@@ -95,7 +95,7 @@ def test_lines_are_what_json_loads_says(
     text = "".join(json.dumps(value, ensure_ascii=False) + end for value, end in zip(values, ends, strict=True))
     (tmp_path / "i.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "BLOCK_BYTES", window)
+        patch.setattr(base, "BLOCK_BYTES", window)
         assert whole(source_of(tmp_path / "i.jsonl", chunk_size)) == values
 
 
@@ -109,7 +109,7 @@ def test_a_long_element_is_scanned_a_few_times_only(tmp_path: Path, monkeypatch:
             return json.JSONDecoder().raw_decode(text, at)
 
     monkeypatch.setattr(json_files, "SCANNER", Scanner())
-    monkeypatch.setattr(formats, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(base, "BLOCK_BYTES", 100)
     (tmp_path / "i.json").write_text(json.dumps(["x" * 100_000]))
     assert len(whole(source_of(tmp_path / "i.json"))[0]) == 100_000
     assert len(scans) < 2 * 14
@@ -378,7 +378,7 @@ def test_a_store_that_fails_is_no_damage_of_the_file(tmp_path: Path, monkeypatch
                 return whole_folder.read_range(name, start, end)
 
         failing = Failing(tmp_path)
-        monkeypatch.setattr(sources, "open_store", lambda url, failing=failing: failing)
+        monkeypatch.setattr(reader, "open_store", lambda url, failing=failing: failing)
         with pytest.raises(StoreError, match="the store is gone"):
             whole(source)
         with pytest.raises(ConfigError, match="cannot read the input: the store is gone"):

@@ -8,11 +8,11 @@ from PIL import Image
 from tokenizing import picture, run_here, settings, tiny_vqgan, turns, write_items
 from typer.testing import CliRunner
 
-from unitoken.codec.vision import load_vision
+from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.common.errors import ConfigError
 from unitoken.dataset import images
 from unitoken.tokenize.__main__ import app
-from unitoken.tokenize.gallery import GAP, write_page
+from unitoken.tokenize.checks.gallery import GAP, write_page
 from unitoken.tokenize.merge import merge
 
 

@@ -13,12 +13,13 @@ from small_datasets import BLOCK, make_record, small_vocabulary
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.collate import Batch, Collate
+from unitoken.streaming_data.reading.collate import Batch, Collate
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
-from unitoken.train.decoder import KVCache
-from unitoken.train.generate import Reading, generate, null_prompt, parts_of, prompt_of
-from unitoken.train.model import UniToken, build_model, load_weights
-from unitoken.train.sampling import Sampling
+from unitoken.train.generation.engine import Reading, generate, null_prompt, parts_of, prompt_of
+from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.decoder import KVCache
+from unitoken.train.model.unitoken import UniToken, build_model
 
 VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 LIKELIEST = Sampling(temperature=0.0)
@@ -303,7 +304,7 @@ def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> No
     from stages import stage, write_data
 
     from unitoken.train.check import check
-    from unitoken.train.generate import load_model
+    from unitoken.train.generation.engine import load_model
     from unitoken.train.stage import run
 
     write_data(tmp_path / "data")

@@ -25,12 +25,13 @@ from reference import (
 from torch import Tensor, nn
 
 from unitoken.common.config import load_config
-from unitoken.streaming_data.collate import Collate
-from unitoken.train import decoder
+from unitoken.streaming_data.reading.collate import Collate
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
-from unitoken.train.decoder import DecoderLayer, document_mask, rotary
-from unitoken.train.loss import Loss
-from unitoken.train.model import UniToken, build_model, load_weights
+from unitoken.train.model import decoder
+from unitoken.train.model.decoder import DecoderLayer, document_mask, rotary
+from unitoken.train.model.loss import Loss
+from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
 pytestmark = [
@@ -174,7 +175,7 @@ def real_layer(dropout: float) -> DecoderLayer:
 
 def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
     """Forward and backward of one layer of the 7B model over 4,096 tokens: about 1.07 GB of activations without recomputation."""
-    from unitoken.train.memory import decoder_token
+    from unitoken.train.accounting.memory import decoder_token
 
     layer = real_layer(dropout=0.05)
     hidden = torch.randn(1, LENGTH, LAYER.hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -202,7 +203,7 @@ def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
 @pytest.mark.parametrize("recomputed", ["none", "full"])
 def test_a_step_of_the_real_width_takes_no_more_memory_than_the_stage_says(recomputed: str) -> None:
     """Two layers of 32 and two of the tower's 27, Stage II on one GPU: the formula behind the README's figure for 7B."""
-    from unitoken.train.memory import RUNTIME, needs
+    from unitoken.train.accounting.memory import RUNTIME, needs
 
     depth = LAYER.model_copy(update={"num_hidden_layers": 2})
     config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", ["microbatch=1", f"activation_checkpointing={recomputed}"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from unitoken.common.errors import ConfigError
-from unitoken.train import ranks
+from unitoken.train.distributed import ranks
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = """

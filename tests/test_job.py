@@ -14,7 +14,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.storage.open import open_store
 from unitoken.tokenize import job as job_module
 from unitoken.tokenize.job import Chunk, Job, Round, Work, load_job, load_work, prepare
-from unitoken.tokenize.sources import Input, InputFile, Piece
+from unitoken.tokenize.sources.reader import Input, InputFile, Piece
 
 ITEM = {"conversations": turns("a", "b")}
 

@@ -20,10 +20,10 @@ from tokenizing import TOKENIZER, content, run_here, settings, some_items, write
 
 from unitoken.common.errors import ConfigError
 from unitoken.storage.store import StoreError
+from unitoken.tokenize.executors.local import Reporter, _work, launch
+from unitoken.tokenize.executors.progress import Share, _Count, _Lines, progress, share_of
 from unitoken.tokenize.job import Round, prepare
-from unitoken.tokenize.launch import Reporter, _work, launch
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.progress import Share, _Count, _Lines, progress, share_of
 
 ITEMS = 24
 CHUNKS = 12
@@ -244,9 +244,9 @@ def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         send = list.append
 
     messages = Messages()
-    monkeypatch.setattr("unitoken.tokenize.launch._end_with_parent", lambda: None)
+    monkeypatch.setattr("unitoken.tokenize.executors.local._end_with_parent", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setitem(sys.modules, "unitoken.tokenize.worker", types.SimpleNamespace(run_rank=run_rank))
+    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_rank=run_rank))
     with contextlib.suppress(SystemExit):
         _work(None, 0, 1, messages)  # type: ignore[arg-type]
     return messages

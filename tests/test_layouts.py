@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unitoken.common.errors import ConfigError
+from unitoken.train.checkpoint.layouts import find_origin, model_configs, read_decoder, read_vision
+from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
+from unitoken.train.checkpoint.tensors import Source, decoder_source, fit_norms
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
-from unitoken.train.folders import find_origin, model_configs, read_decoder, read_vision
-from unitoken.train.model import UniToken, build_model, find_weights, load_weights, shapes_of
-from unitoken.train.weights import Source, decoder_source, fit_norms
+from unitoken.train.model.unitoken import UniToken, build_model
 
 HEADS, HEAD_DIM = 4, 8
 DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS)

@@ -7,9 +7,10 @@ from small_datasets import BLOCK, make_record, small_vocabulary, text_records, w
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.recipe import Recipe
+from unitoken.streaming_data.plan.lengths import read_lengths
+from unitoken.streaming_data.plan.recipe import Recipe
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)  # 4 features

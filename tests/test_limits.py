@@ -10,8 +10,9 @@ from small_datasets import BLOCK, make_record, small_vocabulary, write_dataset, 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.limits import check_images_fit
-from unitoken.streaming_data.mixture import DataConfig, open_sources
+from unitoken.streaming_data.plan.feature_cost import check_images_fit
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
 
 VOCABULARY = small_vocabulary()
 

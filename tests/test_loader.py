@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.loader import PackedLoader, build_loader
-from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.streaming_data.settings import DataConfig
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)  # 4 features

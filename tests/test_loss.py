@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unitoken.train import loss as loss_module
-from unitoken.train.loss import token_loss
+from unitoken.train.model import loss as loss_module
+from unitoken.train.model.loss import token_loss
 
 
 @pytest.mark.parametrize("chunk", [3, 2048])

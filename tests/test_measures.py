@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from stages import DECODER, VISION, stage, write_data
 
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.collate import Batch, split_batch
-from unitoken.streaming_data.loader import build_loader
+from unitoken.streaming_data.reading.collate import Batch, split_batch
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.train.accounting.step_sums import NAMES, Measured, Measures
 from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, VisionConfig
-from unitoken.train.measures import NAMES, Measured, Measures
-from unitoken.train.model import UniToken
+from unitoken.train.model.unitoken import UniToken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # streaming's own
 

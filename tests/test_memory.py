@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unitoken.common.config import load_config
+from unitoken.train.accounting.memory import Mode, counts, decoder_token, kept, needs, tower_token
 from unitoken.train.check import check
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
-from unitoken.train.decoder import Decoder, _compiled, document_mask
-from unitoken.train.memory import Mode, counts, decoder_token, kept, needs, tower_token
-from unitoken.train.model import build_model
+from unitoken.train.model.activation_checkpointing import set_recompute
+from unitoken.train.model.decoder import Decoder, _compiled, document_mask
+from unitoken.train.model.unitoken import build_model
+from unitoken.train.model.vision_tower import Encoder
 from unitoken.train.optim import freeze
-from unitoken.train.recompute import set_recompute
-from unitoken.train.vision import Encoder
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -195,12 +195,12 @@ def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
 def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unitoken.train import parallel
+    from unitoken.train.distributed import composer_trainer
     from unitoken.train.stage import run
 
     write_data(tmp_path / "data")
     config = stage(tmp_path, "max_duration=1ba")
-    monkeypatch.setattr(parallel, "has_gpu", lambda: True)
+    monkeypatch.setattr(composer_trainer, "has_gpu", lambda: True)
     run(config, check(config, 1))
     assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
 

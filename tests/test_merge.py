@@ -10,9 +10,9 @@ from tokenizing import content, picture, run_here, settings, turns, write_items
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import load_manifest, load_vocabulary, sha256_file
+from unitoken.tokenize.checks.verify import verify as find_problems
 from unitoken.tokenize.job import Round, prepare, round_name
 from unitoken.tokenize.merge import UnfinishedError, merge, problems, summary
-from unitoken.tokenize.verify import verify as find_problems
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from stages import evaluations, metrics, stage, write_data
 
 from unitoken.common.errors import ConfigError
-from unitoken.train import ranks
+from unitoken.train.callbacks.loggers import build_loggers
+from unitoken.train.callbacks.metrics import Metrics, read_metrics
+from unitoken.train.callbacks.progress import Lines
 from unitoken.train.check import check
 from unitoken.train.config import StageConfig
-from unitoken.train.loggers import build_loggers
-from unitoken.train.metrics import Metrics, read_metrics
-from unitoken.train.progress import Lines
+from unitoken.train.distributed import ranks
 from unitoken.train.stage import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's, streaming's and tensorboard's own

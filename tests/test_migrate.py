@@ -19,10 +19,10 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import Manifest, load_vocabulary
 from unitoken.dataset.record import Record
 from unitoken.tokenize import migrate as module
+from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.merge import merge
 from unitoken.tokenize.migrate import load_plain, migrate
-from unitoken.tokenize.verify import verify
 
 BOS, START, END, NEWLINE, GRID_1, TURN = 0, 8197, 8196, 8803, 8805, 8710
 BLOCK = [START, GRID_1, GRID_1, 4, 5, NEWLINE, 6, 7, NEWLINE, END]  # 2 x 2 latents

@@ -10,15 +10,9 @@ from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.images import crops
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
-from unitoken.streaming_data.mixture import (
-    DataConfig,
-    check_mixture,
-    check_vocabulary,
-    crops_of,
-    open_sources,
-    other_codes,
-    to_streams,
-)
+from unitoken.streaming_data.check import check_mixture, check_vocabulary, other_codes
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import crops_of, open_sources, to_streams
 
 
 def settings(tmp_path, streams: dict, **others) -> DataConfig:
@@ -104,7 +98,7 @@ def test_a_model_of_another_vocabulary_is_refused_naming_both(tmp_path, dataset)
 def test_a_mixture_is_checked_without_heavy_imports(tmp_path, dataset):
     config = settings(tmp_path, {"a": {"local": str(dataset)}}).model_dump_json()
     program = (
-        "import sys\nfrom unitoken.streaming_data.mixture import DataConfig, check_mixture\n"
+        "import sys\nfrom unitoken.streaming_data.sources import DataConfig, check_mixture\n"
         "print(check_mixture(DataConfig.model_validate_json(sys.argv[1])).fingerprint)\n"
         "assert not {'torch', 'streaming', 'composer', 'transformers', 'pyarrow'} & set(sys.modules)"
     )

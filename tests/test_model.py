@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unitoken.common.errors import ConfigError
+from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
+from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
+from unitoken.train.checkpoint.tensors import Source
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
-from unitoken.train.folders import model_configs, read_decoder, read_vision
-from unitoken.train.model import UniToken, build_model, find_weights, load_weights, shapes_of
-from unitoken.train.weights import Source
+from unitoken.train.model.unitoken import UniToken, build_model
 
 DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)

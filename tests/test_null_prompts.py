@@ -10,9 +10,9 @@ from small_datasets import BLOCK, make_record, small_vocabulary, write_dataset
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.loader import PackedLoader, build_loader
-from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.null_prompts import drop_captions, is_drawn, without_text
+from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.streaming_data.reading.null_prompts import drop_captions, is_drawn, without_text
+from unitoken.streaming_data.settings import DataConfig
 
 VOCABULARY = small_vocabulary()
 GROUP = 4

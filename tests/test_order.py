@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unitoken.streaming_data import order
-from unitoken.streaming_data.lengths import StreamSamples
-from unitoken.streaming_data.order import amounts, choose, random_bits, rows_of, windows_of
+from unitoken.streaming_data.plan import order
+from unitoken.streaming_data.plan.lengths import StreamSamples
+from unitoken.streaming_data.plan.order import amounts, choose, random_bits, rows_of, windows_of
 
 
 def make_stream(name: str, samples: int, mean: float, shard: int = 100, gaps: int = 0, **weight: float) -> StreamSamples:

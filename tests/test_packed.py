@@ -17,12 +17,14 @@ from torch import Tensor
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.collate import Collate, num_tokens, split_batch
-from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.recipe import Recipe
+from unitoken.streaming_data.plan.lengths import read_lengths
+from unitoken.streaming_data.plan.recipe import Recipe
+from unitoken.streaming_data.reading.collate import Collate, num_tokens, split_batch
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
-from unitoken.train.model import UniToken, build_model, load_weights
+from unitoken.train.model.unitoken import UniToken, build_model
 
 VOCABULARY = small_vocabulary()
 DECODER = DecoderConfig(vocab_size=170, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unitoken.streaming_data.packing import pack, split_packs
+from unitoken.streaming_data.plan.packing import pack, split_packs
 
 CAPACITY = 40
 things = st.lists(st.integers(1, CAPACITY), max_size=120).map(lambda numbers: np.array(numbers, np.int64))

@@ -11,7 +11,7 @@ from stages import stage
 
 from unitoken.common.errors import ConfigError, is_transient
 from unitoken.storage.store import StoreError, TransientStoreError
-from unitoken.train import parallel, ranks
+from unitoken.train.distributed import composer_trainer, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experiment
 def test_gradients_are_summed_in_what_the_settings_say(reduce: Literal["bf16", "fp32"], tmp_path: Path) -> None:
     """And layers compute in bf16 either way."""
     mesh: Any = object()
-    config = parallel.fsdp2_config(stage(tmp_path, "precision=bf16", f"fsdp.reduce={reduce}", "fsdp.reshard=false"), mesh)
+    config = composer_trainer.fsdp2_config(stage(tmp_path, "precision=bf16", f"fsdp.reduce={reduce}", "fsdp.reshard=false"), mesh)
     policy = create_mixed_precision_policy(Precision.AMP_BF16, config.mixed_precision)
     assert policy.param_dtype == torch.bfloat16
     assert policy.reduce_dtype == (torch.bfloat16 if reduce == "bf16" else torch.float32)
@@ -64,10 +64,10 @@ def test_a_full_disk_is_named_as_the_system_names_it(monkeypatch: pytest.MonkeyP
         with open("/dev/full", "wb", buffering=0) as file:
             torch.save({"a": torch.zeros(100_000)}, file)
 
-    monkeypatch.setattr(parallel, "save_checkpoint", save)
+    monkeypatch.setattr(composer_trainer, "save_checkpoint", save)
     state: Any = None
     with pytest.raises(OSError, match="No space left on device") as error:
-        parallel.write_checkpoint(state, Path("x"))
+        composer_trainer.write_checkpoint(state, Path("x"))
     assert is_transient(error.value)
 
 

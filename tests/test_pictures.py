@@ -14,8 +14,8 @@ from served import Server, served  # noqa: F401 - a fixture
 from unitoken.codec.conversations import ItemError
 from unitoken.storage import web
 from unitoken.storage.store import MissingError, StoreError
-from unitoken.tokenize import pictures
-from unitoken.tokenize.pictures import Pictures
+from unitoken.tokenize.sources import pictures
+from unitoken.tokenize.sources.pictures import Pictures
 
 ROOM = 1000
 

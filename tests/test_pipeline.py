@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from unitoken.codec.conversations import Conversation
-from unitoken.tokenize import pipeline
-from unitoken.tokenize.pipeline import Closed, Group, Room, ahead, encode
-from unitoken.tokenize.stages import Picture, Place
-from unitoken.tokenize.times import Times, timed
+from unitoken.tokenize.pipeline import concurrency
+from unitoken.tokenize.pipeline.concurrency import Closed, Group, Room, ahead, encode
+from unitoken.tokenize.pipeline.item import Picture, Place
+from unitoken.tokenize.pipeline.timing import Times, timed
 
 
 def counting(stop: int, seen: list[int] | None = None) -> Generator[int, None, None]:
@@ -181,7 +181,7 @@ def test_batches_do_not_depend_on_the_chunks_before() -> None:
 
 
 def test_a_rare_size_holds_up_the_others_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "FLUSHED_BYTES", 100)
+    monkeypatch.setattr(concurrency, "FLUSHED_BYTES", 100)
     groups = [group("a", (0, 16), held=25), *[group("a", (n, 8), held=25) for n in range(1, 8)], group("a", last=True)]
     vision, _, _ = run(groups, 4)
     assert vision.batches == [[1, 2, 3], [0], [4, 5, 6, 7]]
@@ -189,7 +189,7 @@ def test_a_rare_size_holds_up_the_others_for_a_while_only(monkeypatch: pytest.Mo
 
 def test_a_second_batch_is_started_before_the_first_is_waited_for() -> None:
     vision, _, times = run([group("a", *[(n, 8) for n in range(12)]), group("a", last=True)], 2)
-    assert vision.most_in_flight == pipeline.IN_FLIGHT == 2
+    assert vision.most_in_flight == concurrency.IN_FLIGHT == 2
     assert vision.landed == list(range(6))
     assert times.images == 12
 

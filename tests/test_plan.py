@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.lengths import StreamSamples
-from unitoken.streaming_data.order import amounts, choose
-from unitoken.streaming_data.plan import Plan, _pack_window, build
-from unitoken.streaming_data.plan_store import load_or_build
-from unitoken.streaming_data.recipe import Recipe, StreamRecipe
-from unitoken.streaming_data.share import Share
+from unitoken.streaming_data.plan.build import Plan, _pack_window, build
+from unitoken.streaming_data.plan.lengths import StreamSamples
+from unitoken.streaming_data.plan.order import amounts, choose
+from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
+from unitoken.streaming_data.plan.store import load_or_build
+from unitoken.streaming_data.reading.share import Share
 
 LENGTH = 64
 

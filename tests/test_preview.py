@@ -13,8 +13,8 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.tokenize.__main__ import app
+from unitoken.tokenize.checks.preview import describe, records, show
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.preview import describe, records, show
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from unitoken.train.progress import Bar
+from unitoken.train.callbacks.progress import Bar
 
 LINE = {"step": 156_249, "loss": 12.3456, "tokens_per_second": 1_234_567.0, "useful": 0.931, "skipped": 12}
 

@@ -11,18 +11,9 @@ from small_datasets import png
 
 from unitoken.codec.conversations import Conversation
 from unitoken.common.errors import ConfigError
-from unitoken.train.about import Pictures
-from unitoken.train.questions import (
-    check_samples,
-    conversation_of,
-    drawn_sizes,
-    files_of,
-    guidance_of,
-    originals_of,
-    read_prompts,
-    unguided,
-    unusual,
-)
+from unitoken.train.checkpoint.metadata import Pictures
+from unitoken.train.generation.check_samples import check_samples, drawn_sizes, guidance_of, unguided, unusual
+from unitoken.train.generation.prompts import conversation_of, files_of, originals_of, read_prompts
 
 ITEM = {"conversations": [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "A cat."}], "image": ["a.png"]}
 DRAW = {"prompt": "Draw a cat."}

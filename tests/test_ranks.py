@@ -19,9 +19,9 @@ from rank_program import run_stage
 from ranks import finish, free_port, start
 from stages import curve, metrics, stage, write_data, write_stage
 
-from unitoken.train import checkpoints
 from unitoken.train.check import check
-from unitoken.train.folders import latest_checkpoint
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.layouts import latest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = Path(__file__).parent / "rank_program.py"
@@ -121,9 +121,9 @@ def test_two_ranks_then_one_then_four_go_on_with_the_same_batches(folder: Path, 
 
 
 def test_weights_are_the_same_however_many_ranks_save_them(folder: Path, by_one: Path, by_four: Path) -> None:
-    expected = checkpoints.source_of(by_one / "step-00000005.pt").load()
+    expected = run_folder.source_of(by_one / "step-00000005.pt").load()
     for run in ("two", "four", "hsdp"):
-        found = checkpoints.source_of(folder / run / "step-00000005.pt").load()
+        found = run_folder.source_of(folder / run / "step-00000005.pt").load()
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=f"{run}: {name}")
@@ -160,7 +160,7 @@ def killed(folder: Path) -> Path:
         rank.wait()
     saved = latest_checkpoint(run)
     assert saved is not None
-    assert 12 <= checkpoints.step_of(saved) < 27
+    assert 12 <= run_folder.step_of(saved) < 27
     return run
 
 
@@ -219,7 +219,7 @@ def test_what_one_machine_lacks_is_an_error_on_all_of_them(folder: Path, tmp_pat
 
 OUT_OF_MEMORY = """
 import os, runpy
-from unitoken.train.model import UniToken
+from unitoken.train.model.unitoken import UniToken
 
 forward, seen = UniToken.forward, []
 

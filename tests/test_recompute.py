@@ -9,10 +9,10 @@ from test_decoder import build, packed, small
 from torch import Tensor, nn
 
 from unitoken.train.config import ModelConfig, VisionConfig
-from unitoken.train.decoder import Decoder, document_mask
-from unitoken.train.model import build_model
-from unitoken.train.recompute import Mode, set_recompute
-from unitoken.train.vision import VisionTower
+from unitoken.train.model.activation_checkpointing import Mode, set_recompute
+from unitoken.train.model.decoder import Decoder, document_mask
+from unitoken.train.model.unitoken import build_model
+from unitoken.train.model.vision_tower import VisionTower
 
 FLEX = pytest.mark.skipif(torch.__version__ >= "2.11", reason="this torch compiles no gradient of flex attention on a CPU")
 MODES: tuple[Mode, ...] = ("none", "full", "selective")

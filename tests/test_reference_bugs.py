@@ -14,11 +14,12 @@ from torch import Tensor
 from unitoken.codec.conversations import parse
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.collate import Collate, split_batch
-from unitoken.streaming_data.loader import build_loader
-from unitoken.train import loss as loss_module
+from unitoken.streaming_data.reading.collate import Collate, split_batch
+from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check
-from unitoken.train.model import build_model, load_weights
+from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.model import loss as loss_module
+from unitoken.train.model.unitoken import build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
 FEATURES = 729

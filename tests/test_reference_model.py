@@ -26,9 +26,9 @@ from reference import (
 )
 
 from unitoken.dataset.images import ImageError
-from unitoken.streaming_data.collate import Collate
+from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.config import OptimizerConfig
-from unitoken.train.model import UniToken
+from unitoken.train.model.unitoken import UniToken
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
 

@@ -13,9 +13,9 @@ import pytest
 from tokenizing import vision_config
 
 from unitoken.codec.conversations import ItemError, parse
+from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
 from unitoken.codec.sequence import assemble
 from unitoken.codec.text import TextEncoder, load_tokenizer
-from unitoken.codec.vision import VisionCodec, load_vision
 from unitoken.dataset import images
 from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary

@@ -13,9 +13,9 @@ from tokenizing import content, picture, run_here, settings, turns, write_items
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import Manifest
 from unitoken.storage.folder import Folder
+from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.rejects import begin_retry, grouped, show
-from unitoken.tokenize.verify import verify
+from unitoken.tokenize.retry import begin_retry, grouped, show
 
 ITEMS = 10
 

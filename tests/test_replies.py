@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.replies import Replies, check_folder
+from unitoken.train.generation.reply_folder import Replies, check_folder
 
 
 def line(number: int, *pictures: str) -> dict[str, Any]:

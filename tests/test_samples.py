@@ -15,10 +15,10 @@ from PIL import Image
 from stages import curve
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.about import Pictures, read_about
+from unitoken.train.callbacks.samples import sheet
 from unitoken.train.check import check
+from unitoken.train.checkpoint.metadata import Pictures, read_about
 from unitoken.train.config import StageConfig
-from unitoken.train.samples import sheet
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,10 +71,11 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     """Also where a tokenizer is loaded, which draws new weights before it reads its own."""
     from types import SimpleNamespace
 
-    from unitoken.train import parallel
-    from unitoken.train.folders import model_configs
-    from unitoken.train.model import build_model, load_weights
-    from unitoken.train.samples import samples_of
+    from unitoken.train.callbacks.samples import samples_of
+    from unitoken.train.checkpoint.layouts import model_configs
+    from unitoken.train.checkpoint.loading import load_weights
+    from unitoken.train.distributed import composer_trainer
+    from unitoken.train.model.unitoken import build_model
 
     shown: list[np.ndarray] = []
     tables: list[Any] = []
@@ -88,7 +89,7 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     network.vit.eval()
     count = SimpleNamespace(value=3)
     state: Any = SimpleNamespace(
-        model=parallel.TrainingModel(network),
+        model=composer_trainer.TrainingModel(network),
         precision="fp32",
         precision_config=None,
         timestamp=SimpleNamespace(batch=count, epoch=SimpleNamespace(value=1)),
@@ -102,7 +103,7 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     (old / "old.png").write_bytes(b"of a run that went on from an older checkpoint and does the step again")
     samples.fit_start(state, logger)
     samples.batch_end(state, logger)
-    with parallel.paused(state):
+    with composer_trainer.paused(state):
         torch.rand(1)
     assert not shown
     samples.epoch_end(state, logger)
@@ -139,10 +140,10 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
     drawn = sorted((folder / "two" / "samples" / "step-00000004").glob("*.png"))
     assert [path.name for path in drawn] == ["0.png", "1.png", "2.png"]
 
-    from unitoken.train.dialogue import Dialogue
-    from unitoken.train.generate import generate, load_model
-    from unitoken.train.questions import asked
-    from unitoken.train.sampling import Sampling
+    from unitoken.train.generation.dialogue import Dialogue
+    from unitoken.train.generation.engine import generate, load_model
+    from unitoken.train.generation.prompts import asked
+    from unitoken.train.generation.sampling import Sampling
 
     config = settings(folder, "two", samples=asking(folder))
     assert config.codec is not None

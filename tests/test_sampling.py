@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from small_datasets import small_vocabulary
 
-from unitoken.train.sampling import Grammar, Turn, generator_of, guided, sample
+from unitoken.train.generation.sampling import Grammar, Turn, generator_of, guided, sample
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])

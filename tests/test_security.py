@@ -19,7 +19,7 @@ from unitoken.common.urls import without_secrets
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import MissingError, StoreError
 from unitoken.storage.web_session import PrivateAddressError, WebSession, is_public
-from unitoken.tokenize.pictures import Pictures
+from unitoken.tokenize.sources.pictures import Pictures
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1"]

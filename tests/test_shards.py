@@ -16,7 +16,7 @@ from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import MissingError, StoreError
-from unitoken.streaming_data.shards import Shards
+from unitoken.streaming_data.reading.shards import Shards
 
 RECORDS = text_records(60)
 
@@ -215,7 +215,7 @@ def test_a_pickled_reader_reads_on(dataset):
 
 
 def test_more_shards_than_may_be_open_are_read(dataset, monkeypatch):
-    monkeypatch.setattr("unitoken.streaming_data.shards.MOST_OPEN", 2)
+    monkeypatch.setattr("unitoken.streaming_data.reading.shards.MOST_OPEN", 2)
     shards = open_shards(dataset)
     assert len(read_all(shards)) == len(RECORDS)
     assert len(shards._open) == 2

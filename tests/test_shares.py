@@ -12,10 +12,11 @@ from small_datasets import small_vocabulary, write_manifest
 from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.lengths import read_lengths
-from unitoken.streaming_data.mixture import DataConfig, open_sources
-from unitoken.streaming_data.plan import build
-from unitoken.streaming_data.recipe import Recipe
+from unitoken.streaming_data.plan.build import build
+from unitoken.streaming_data.plan.lengths import read_lengths
+from unitoken.streaming_data.plan.recipe import Recipe
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
 
 
 def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shard: int = 20_000) -> Path:

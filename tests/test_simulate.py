@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from unitoken.common.errors import ConfigError
 from unitoken.storage import shard_cache
-from unitoken.streaming_data import dataset
 from unitoken.streaming_data.__main__ import app
-from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.share import Share
-from unitoken.streaming_data.simulate import (
+from unitoken.streaming_data.reading import dataset
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.streaming_data.reading.share import Share
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.tools.simulate import (
     Shape,
     _cache_needed,
     _downloads,

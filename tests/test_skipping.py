@@ -11,12 +11,12 @@ from poisoned import poisoned
 from ranks import finish, start
 from stages import metrics, stage, write_data, write_stage
 
-from unitoken.train import checkpoints
+from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.layouts import latest_checkpoint
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import latest_checkpoint
-from unitoken.train.metrics import Metrics
-from unitoken.train.model import UniToken
+from unitoken.train.model.unitoken import UniToken
 from unitoken.train.stage import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -98,7 +98,7 @@ def test_a_run_ends_after_so_many_skipped_steps_in_a_row(folder: Path, tmp_path:
     with pytest.raises(FloatingPointError, match=r"loss nan .* at step 6: the last 3 steps .* weights are those after step 3"):
         train(config)
     assert len(metrics(tmp_path)) == 6
-    assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 4
+    assert run_folder.step_of(latest_checkpoint(tmp_path)) == 4
 
 
 def test_a_run_that_diverges_ends(folder: Path, tmp_path: Path) -> None:

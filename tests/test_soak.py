@@ -108,7 +108,7 @@ def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(of_clouds: Undist
     """The run is killed once."""
     from streaming import StreamingDataset
 
-    from unitoken.tokenize.verify import verify
+    from unitoken.tokenize.checks.verify import verify
 
     out = cloud.url(f"soak-{of_clouds.size.items}")
     soak.kill_again_and_again(of_clouds.source, out, soak.Size(of_clouds.size.items, of_clouds.size.chunk_size, kills=1))

@@ -9,8 +9,9 @@ from served import Server, served  # noqa: F401 - a fixture
 
 from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
-from unitoken.tokenize import formats, sources
-from unitoken.tokenize.sources import Input, Item, base, cut, find_files, item_name, read
+from unitoken.tokenize.sources import base as formats
+from unitoken.tokenize.sources import reader
+from unitoken.tokenize.sources.reader import Input, Item, base, cut, find_files, item_name, read
 
 
 def whole(source: Input) -> list[object]:
@@ -22,7 +23,7 @@ def write(path: Path, content: str | bytes) -> str:
     return str(path)
 
 
-def names(files: list[sources.InputFile]) -> list[str]:
+def names(files: list[reader.InputFile]) -> list[str]:
     return [Path(file.name).name for file in files]
 
 
@@ -66,13 +67,13 @@ def test_globs_over_a_store_stay_in_their_folder(monkeypatch: pytest.MonkeyPatch
             assert prefix == "x-"
             return dict.fromkeys(["x-2.tar", "x-1.tar", "x-1.tar.txt", "x-y/x-3.tar"], 1)
 
-    monkeypatch.setattr(sources, "open_store", lambda url: {"s3://bucket/data": Store()}[url])
-    assert sources._matches("s3://bucket/data/x-*.tar") == ["s3://bucket/data/x-1.tar", "s3://bucket/data/x-2.tar"]
+    monkeypatch.setattr(reader, "open_store", lambda url: {"s3://bucket/data": Store()}[url])
+    assert reader._matches("s3://bucket/data/x-*.tar") == ["s3://bucket/data/x-1.tar", "s3://bucket/data/x-2.tar"]
 
 
 def test_relative_images_start_where_the_file_is() -> None:
     files = [
-        sources.InputFile(name=name, format="json", size=1, version="")
+        reader.InputFile(name=name, format="json", size=1, version="")
         for name in ("data/a.json", "a.json", "/a.json", "s3://bucket/x/a.json", "https://host/x/a.json?key=a/b")
     ]
     found = [base(Input(files=files, pieces=[]), number) for number in range(len(files))]
@@ -80,8 +81,8 @@ def test_relative_images_start_where_the_file_is() -> None:
 
 
 def test_versions_follow_the_content_and_not_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for hashed in (sources.HASHED_BYTES, 1000):  # all of it, and blocks of it
-        monkeypatch.setattr(sources, "HASHED_BYTES", hashed)
+    for hashed in (reader.HASHED_BYTES, 1000):  # all of it, and blocks of it
+        monkeypatch.setattr(reader, "HASHED_BYTES", hashed)
         one, same, other = (
             write(tmp_path / name, content * 100_000) for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac"))
         )
@@ -190,7 +191,7 @@ def test_a_last_line_without_its_end_is_whole_if_it_can_be_read(tmp_path: Path) 
 
 
 def test_items_are_limited_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unitoken.tokenize import json_files
+    from unitoken.tokenize.sources import json_files
 
     monkeypatch.setattr(json_files, "MAX_ITEM_BYTES", 100)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 64)

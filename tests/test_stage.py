@@ -13,14 +13,15 @@ from stages import curve, metrics, stage, write_data
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.loader import build_loader
-from unitoken.train import checkpoints
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check
+from unitoken.train.checkpoint import run_folder as checkpoints
+from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import StageConfig
-from unitoken.train.export import export
-from unitoken.train.folders import find_origin, latest_checkpoint
-from unitoken.train.metrics import Metrics
-from unitoken.train.model import UniToken, build_model, load_weights
+from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 from unitoken.train.stage import run
 
@@ -318,7 +319,7 @@ def test_what_may_be_another_mixture_than_was_meant_is_a_line(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
-    monkeypatch.setattr("unitoken.streaming_data.report.Report.warnings", lambda report: ["too long"])
+    monkeypatch.setattr("unitoken.streaming_data.plan.report.Report.warnings", lambda report: ["too long"])
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
     assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
 
@@ -332,7 +333,7 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("unitoken.train.export._write_json", killed)  # its weights are on the disk, half of it is not
+        patch.setattr("unitoken.train.checkpoint.export._write_json", killed)  # its weights are on the disk, half of it is not
         with pytest.raises(KilledError):
             train(config)
     assert not (tmp_path / "run/model").exists()

@@ -14,8 +14,8 @@ from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.train.check import check
+from unitoken.train.checkpoint.layouts import checkpoint_folder, find_origin, read_decoder, read_vision
 from unitoken.train.config import StageConfig
-from unitoken.train.folders import checkpoint_folder, find_origin, read_decoder, read_vision
 
 ROOT = Path(__file__).parent.parent
 

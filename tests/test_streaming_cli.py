@@ -21,10 +21,10 @@ from unitoken.dataset.manifest import load_manifest
 from unitoken.storage import store
 from unitoken.storage.folder import Folder
 from unitoken.storage.store import StoreError
-from unitoken.streaming_data import mixture
+from unitoken.streaming_data import sources
 from unitoken.streaming_data.__main__ import app
-from unitoken.streaming_data.mixture import DataConfig
-from unitoken.streaming_data.sweep import Row, table
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.tools.sweep import Row, table
 
 VOCABULARY = small_vocabulary()
 
@@ -165,7 +165,7 @@ def mixed(tmp_path: Path) -> Path:
 def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed):
     import webdataset
 
-    from unitoken.streaming_data.shards import Shards
+    from unitoken.streaming_data.reading.shards import Shards
 
     code, out = run("export-webdataset", mixed, tmp_path / "tars", "--samples-per-tar", 10)
     assert (code, out) == (0, f"3 tars in {tmp_path / 'tars'}\n")
@@ -268,7 +268,7 @@ def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed)
 
 def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatch):
     real = store.open_store
-    monkeypatch.setattr(mixture, "open_store", lambda url, *args: real(str(mixed) if url == "s3://bucket/mixed" else url))
+    monkeypatch.setattr(sources, "open_store", lambda url, *args: real(str(mixed) if url == "s3://bucket/mixed" else url))
     assert run("export-webdataset", "s3://bucket/mixed", tmp_path / "remote")[0] == 0
     assert run("export-webdataset", mixed, tmp_path / "local")[0] == 0
     assert (tmp_path / "remote" / "000000.tar").read_bytes() == (tmp_path / "local" / "000000.tar").read_bytes()

@@ -15,8 +15,8 @@ from unitoken.storage import bucket
 from unitoken.storage.huggingface import Hub
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, StoreError
-from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.mixture import DataConfig
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.streaming_data.settings import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_url_that_names_no_dataset_of_the_hub_is_refused(url):
 
 @pytest.mark.cloud
 def test_an_export_goes_from_bucket_to_bucket(datasets, tmp_path):
-    from unitoken.streaming_data.export import export
+    from unitoken.streaming_data.tools.export_webdataset import export
 
     with started("s3", tmp_path / "s3") as service, used(service):
         upload(datasets / "a", service.url("a"))

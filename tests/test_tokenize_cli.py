@@ -10,8 +10,8 @@ import pytest
 from tokenizing import TOKENIZER, picture, some_items, turns, write_items
 from typer.testing import CliRunner
 
-from unitoken.tokenize import launch
 from unitoken.tokenize.__main__ import app
+from unitoken.tokenize.executors import local
 from unitoken.tokenize.job import Job
 
 HEAVY = ("torch", "transformers", "streaming", "composer", "pyarrow", "numpy", "PIL")
@@ -22,13 +22,13 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers as calls: the processes themselves are tested in test_launch.py."""
 
     def work(job: Job, splits: int) -> list[str]:
-        from unitoken.tokenize.worker import run_rank
+        from unitoken.tokenize.pipeline.worker import run_rank
 
         for rank in range(splits):
             run_rank(job, rank, splits, lambda finished, rejected: None)
         return []
 
-    monkeypatch.setattr(launch, "launch", work)
+    monkeypatch.setattr(local, "launch", work)
 
 
 def arguments(source: Path, out: Path, weights: Path) -> list[str]:

@@ -10,8 +10,8 @@ from tokenizing import TOKENIZER, tiny_vqgan
 
 from unitoken.common.errors import ConfigError
 from unitoken.train.check import check
+from unitoken.train.checkpoint.export import export
 from unitoken.train.config import StageConfig
-from unitoken.train.export import export
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tokenizing import png, run_here, settings, turns, write_items
 from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import scratch_folder
-from unitoken.tokenize.sources import cut, find_files, item_name, read
+from unitoken.tokenize.sources.reader import cut, find_files, item_name, read
 
 TEXTS = [{"id": f"i{n}", "conversations": turns(f"What {n}?", "A.")} for n in range(30)]
 

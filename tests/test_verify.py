@@ -26,12 +26,12 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.open import open_store
-from unitoken.tokenize import writer
+from unitoken.tokenize.checks.preview import records
+from unitoken.tokenize.checks.verify import chosen, verify
+from unitoken.tokenize.checks.verify_records import Rules, crop_latents, wrong_with
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.preview import records
-from unitoken.tokenize.rejects import begin_retry
-from unitoken.tokenize.verify import chosen, verify
-from unitoken.tokenize.verify_records import Rules, crop_latents, wrong_with
+from unitoken.tokenize.pipeline import writer
+from unitoken.tokenize.retry import begin_retry
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_a_row_that_says_something_else_of_its_sample_is_found(out: Path, name: 
 
 
 def test_of_many_problems_in_a_shard_the_first_are_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitoken.tokenize.verify.LINES", 2)
+    monkeypatch.setattr("unitoken.tokenize.checks.verify.LINES", 2)
     rewrite(out, lambda records: [dataclasses.replace(record, id="x") for record in records], lambda row: row.update(id="y"))
     rewrite(out, lambda records: records, lambda row: row.update(id="y", tokens=1, target_tokens=2, images=3))
     assert [line.rpartition(": ")[2] for line in verify(str(out))][2] == "and 2 more"
@@ -376,7 +376,7 @@ def test_a_shard_outside_the_folder_is_named_and_not_read(out: Path, name: str, 
     manifest = load_manifest(out)
     files = manifest.files | {"index.json": sha256_file(out / "index.json")}
     (out / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).dump())
-    monkeypatch.setattr("unitoken.tokenize.verify._load", None)
+    monkeypatch.setattr("unitoken.tokenize.checks.verify._load", None)
     assert verify(str(out)) == [f"{out}/index.json: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {name!r}"]
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizing import tiny_model, tiny_transformers, vision_config
 
-from unitoken.codec.networks import load_network
-from unitoken.codec.vision import VisionCodec, load_vision, nearest
-from unitoken.codec.weights import find_weights
+from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision, nearest
+from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
 from unitoken.dataset import images
 
@@ -205,7 +205,7 @@ def test_many_distances_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     latents, codebook = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(64, 4, generator=generator)
     expected = nearest(latents, codebook)
-    monkeypatch.setattr("unitoken.codec.vision.DISTANCES", 640)
+    monkeypatch.setattr("unitoken.codec.image_tokenizer.encoder.DISTANCES", 640)
     assert (nearest(latents, codebook) == expected).all()
 
 

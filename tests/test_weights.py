@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizing import tiny_transformers, tiny_vqgan, vision_config
 from typer.testing import CliRunner
 
-from unitoken.codec.convert import convert_vqgan
-from unitoken.codec.vision import VisionCodec, load_vision
-from unitoken.codec.weights import Weights
-from unitoken.codec.weights import find_weights as find
+from unitoken.codec.image_tokenizer.convert_vqgan import convert_vqgan
+from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
+from unitoken.codec.image_tokenizer.files import Weights
+from unitoken.codec.image_tokenizer.files import find_weights as find
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.__main__ import app
 

@@ -21,9 +21,9 @@ from tokenizing import content, picture, png, run_here, settings, some_items, tu
 
 from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.tokenize import pipeline, worker, writer
 from unitoken.tokenize.job import prepare
 from unitoken.tokenize.merge import merge
+from unitoken.tokenize.pipeline import concurrency, worker, writer
 
 
 @pytest.fixture(autouse=True)
@@ -245,9 +245,9 @@ def test_bytes_do_not_depend_on_threads_nor_on_the_room(vqgan: Path, tmp_path: P
     """Little room: four items on the way, so that the reader waits for the writer."""
     source = write_items(tmp_path, some_items(tmp_path, 40))
     monkeypatch.setattr(worker, "GROUP_ITEMS", 2)
-    monkeypatch.setattr(pipeline, "FLUSHED_BYTES", pipeline.ITEM_BYTES)
+    monkeypatch.setattr(concurrency, "FLUSHED_BYTES", concurrency.ITEM_BYTES)
     run_here(settings(vqgan, threads=1, chunk_size=17), source, tmp_path / "one")
-    monkeypatch.setattr(pipeline, "HELD_BYTES", 4 * pipeline.ITEM_BYTES)
+    monkeypatch.setattr(concurrency, "HELD_BYTES", 4 * concurrency.ITEM_BYTES)
     run_here(settings(vqgan, threads=7, chunk_size=17), source, tmp_path / "seven")
     assert content(tmp_path / "one") == content(tmp_path / "seven")
 

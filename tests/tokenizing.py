@@ -32,8 +32,8 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from unitoken.codec.chameleon import VQGAN, meta_name
-    from unitoken.codec.weights import read_parameters
+    from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
+    from unitoken.codec.image_tokenizer.files import read_parameters
 
     folder.mkdir(parents=True)
     (folder / "vqgan.yaml").write_text(TINY)
@@ -134,7 +134,7 @@ def settings(vqgan: Path, **changes: Any) -> TokenizeConfig:
 
 def run_here(config: TokenizeConfig, source: Path | str, out: Path, splits: int = 1) -> Job:
     """All ranks one after the other, in this process, without the merge."""
-    from unitoken.tokenize.worker import run_rank
+    from unitoken.tokenize.pipeline.worker import run_rank
 
     job = prepare(config, [str(source)], str(out))
     for rank in range(splits):

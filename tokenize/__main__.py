@@ -81,7 +81,7 @@ def run(
 
         job = prepare(settings, in_filename, out_dir)
         if rank is not None:
-            from unitoken.tokenize.launch import run_here
+            from unitoken.tokenize.executors.local import run_here
 
             run_here(job, rank, splits)
             return
@@ -111,14 +111,14 @@ def preview(
     With --out each image stands beside the picture that its codes give: what the image tokenizer kept of it.
     """
     with one_line_errors():
+        from unitoken.tokenize.checks.preview import show
         from unitoken.tokenize.job import settings_of
-        from unitoken.tokenize.preview import show
 
         settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
         if out is None:
             show(out_dir, settings.tokenizer, n)
             return
-        from unitoken.tokenize.gallery import write_page  # torch
+        from unitoken.tokenize.checks.gallery import write_page
 
         write_page(out_dir, settings, n, out)
 
@@ -130,7 +130,7 @@ def verify(
 ) -> None:
     """Check a dataset against its own hashes, counts and rules; status 1 if anything is wrong."""
     with one_line_errors():
-        from unitoken.tokenize.verify import verify as find_problems
+        from unitoken.tokenize.checks.verify import verify as find_problems
 
         if problems := find_problems(out_dir, sample):
             for line in problems:
@@ -155,13 +155,13 @@ def rejects(
     """Show what was rejected, grouped by reason, or try it again."""
     with one_line_errors(GOES_ON):
         if not retry:
-            from unitoken.tokenize.rejects import show
+            from unitoken.tokenize.retry import show
 
             show(out_dir)
             return
         from unitoken.storage.open import open_store
         from unitoken.tokenize.job import load_work, prepare, settings_of
-        from unitoken.tokenize.rejects import begin_retry
+        from unitoken.tokenize.retry import begin_retry
 
         store = open_store(out_dir)
         settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
@@ -202,7 +202,7 @@ def convert_vqgan(
 ) -> None:
     """Make safetensors of Meta's image tokenizer, once. No code in vqgan.ckpt is run; codes and fingerprint stay as they are."""
     with one_line_errors():
-        from unitoken.codec.convert import convert_vqgan as convert
+        from unitoken.codec.image_tokenizer.convert_vqgan import convert_vqgan as convert
 
         print(f"{out}: converted, fingerprint {convert(source, out)} as before")
 
@@ -219,10 +219,10 @@ def schema(out: Annotated[Path | None, typer.Argument(help="The file to write; w
 def _launch(job: Job, splits: int, engine: str) -> list[str]:
     """Do the missing chunks. Returns what went wrong, in lines."""
     if engine == "ray":
-        from unitoken.tokenize.cluster import launch_on_ray
+        from unitoken.tokenize.executors.ray_cluster import launch_on_ray
 
         return launch_on_ray(job)
-    from unitoken.tokenize.launch import launch
+    from unitoken.tokenize.executors.local import launch
 
     return launch(job, splits)
 

@@ -21,8 +21,8 @@ import pydantic
 import yaml
 from pydantic_core import PydanticSerializationError
 
+from unitoken.codec.image_tokenizer.files import find_weights
 from unitoken.codec.text import load_tokenizer
-from unitoken.codec.weights import find_weights
 from unitoken.common.config import Config, load_config, parse_config
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE
@@ -31,10 +31,10 @@ from unitoken.dataset.manifest import MANIFEST, VOCABULARY, VisionTokenizer, rea
 from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, Store, StoreError, is_url
-from unitoken.tokenize.adapters import adapter_fingerprint, find_adapter
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.output import Output
-from unitoken.tokenize.sources import Input, InputFile, cut, find_files
+from unitoken.tokenize.sources.adapters import adapter_fingerprint, find_adapter
+from unitoken.tokenize.sources.reader import Input, InputFile, cut, find_files
 
 JOB, INPUT, SETTINGS = "job.json", "input.json", "settings.yaml"
 OF_THE_MACHINE: Any = {"threads": True, "vision": {"batch_size"}}  # of its cores and GPU: another may go on
@@ -167,7 +167,7 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
     )
     if not output.exists(JOB):
-        from unitoken.tokenize.first_items import check_first_items  # Pillow, which a merge does without
+        from unitoken.tokenize.checks.first_items import check_first_items
 
         check_first_items(config, pieces)
     return begin(output, file, pieces, vocabulary, config)

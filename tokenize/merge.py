@@ -24,7 +24,7 @@ from unitoken.dataset.sidecar import samples_schema
 from unitoken.storage.store import Store, is_url
 from unitoken.tokenize.job import Chunk, Work, load_job, load_work
 from unitoken.tokenize.output import Output
-from unitoken.tokenize.rejects import grouped
+from unitoken.tokenize.retry import grouped
 
 SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
 READERS = 16  # chunks read at once: over a network each takes three requests

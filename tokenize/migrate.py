@@ -30,15 +30,15 @@ from unitoken.dataset.manifest import REJECTS, UNKNOWN, VisionTokenizer
 from unitoken.dataset.record import IGNORED, Record, spans_of, token_type
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
 from unitoken.storage.store import split
-from unitoken.tokenize import sources
+from unitoken.tokenize.checks.verify_records import MIGRATED, WITHOUT_IMAGES, crop_latents
 from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.executors.progress import progress, share_of
 from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_folder, pieces_of
 from unitoken.tokenize.output import Output
-from unitoken.tokenize.pictures import MAX_ITEM_BYTES, Pictures
-from unitoken.tokenize.progress import progress, share_of
-from unitoken.tokenize.stages import Place, Rejects
-from unitoken.tokenize.verify_records import MIGRATED, WITHOUT_IMAGES, crop_latents
-from unitoken.tokenize.writer import Sizes, write
+from unitoken.tokenize.pipeline.item import Place, Rejects
+from unitoken.tokenize.pipeline.writer import Sizes, write
+from unitoken.tokenize.sources import reader
+from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, Pictures
 
 MAX_PICKLE = 1 << 26  # bytes; an item of 4,096 tokens has 25 KB
 DOWNSAMPLING = 16  # pixels a latent of Chameleon's image tokenizer, the only one that the reference has
@@ -71,7 +71,7 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
     """As `job.prepare`, with what is known of the reference in place of an image tokenizer's weights."""
     output = Output(out)
     check_folder(output)
-    files = sources.find_files([str(record)])
+    files = reader.find_files([str(record)])
     ids = load_tokenizer(settings.tokenizer).get_vocab()
     codes = next(code for code in range(len(ids) + 1) if image_code_name(code) not in ids)
     if not codes:
@@ -103,7 +103,7 @@ class Migration:
 
     def write_chunk(self, chunk: Chunk, report: Callable[[int, int], None]) -> None:
         rejects = Rejects()
-        raw = ((self._place(item), item) for piece, taken in chunk.parts for item in sources.read(self._job.input, piece, taken))
+        raw = ((self._place(item), item) for piece, taken in chunk.parts for item in reader.read(self._job.input, piece, taken))
         items = rejects.sift("source", self._open, raw)
         assembled = rejects.sift("sequence", self._assemble, items)
         records = rejects.sift("image", self._add_images, assembled)
@@ -113,15 +113,15 @@ class Migration:
             folder.publish()
         report(len(rejects.lines), len(rejects.lines))
 
-    def _place(self, item: sources.Item) -> Place:
+    def _place(self, item: reader.Item) -> Place:
         name = split(self._job.input.files[item.file].name)[1]
         try:
-            found = item_id(item.value, sources.item_name(self._job.input, item))
+            found = item_id(item.value, reader.item_name(self._job.input, item))
         except ItemError:
             found = str(item.position)
         return Place(item.piece, name, item.position, found)
 
-    def _open(self, _: Place, item: sources.Item) -> dict[str, Any]:
+    def _open(self, _: Place, item: reader.Item) -> dict[str, Any]:
         """The pickle that a line of the record names."""
         entry = item.value
         if isinstance(entry, ItemError):

@@ -50,13 +50,13 @@ def export(
 ) -> None:
     """Write a trained model in Hugging Face's layout."""
     with one_line_errors():
-        from unitoken.train import ask
         from unitoken.train.config import StageConfig
+        from unitoken.train.generation.settings import settings
 
         stage = load_config(StageConfig, config, overrides or []) if config is not None else None
         if overrides and config is None:
-            stage = ask.settings(Path(checkpoint), None, overrides)
-        from unitoken.train.export import export as write  # torch: seconds
+            stage = settings(Path(checkpoint), None, overrides)
+        from unitoken.train.checkpoint.export import export as write
 
         write(checkpoint, out, dtype, stage)
         print(f"{out}: exported from {checkpoint}")
@@ -88,8 +88,10 @@ def generate(
     config: Annotated[Path | None, typer.Option(help="the stage's YAML file  [default: stage.yaml beside the checkpoint]")] = None,
 ) -> None:
     """Answer and draw. The defaults for pictures are those that Chameleon's family is used with."""
-    from unitoken.train import ask
-    from unitoken.train.questions import asked, guidance_of, read_prompts
+    from unitoken.train.generation import command
+    from unitoken.train.generation.check_samples import guidance_of
+    from unitoken.train.generation.prompts import asked, read_prompts
+    from unitoken.train.generation.settings import Request, settings
 
     with one_line_errors():
         for name, value in (("--guidance", guidance), ("--temperature", temperature)):
@@ -101,13 +103,13 @@ def generate(
         if not conversations:
             raise ConfigError("nothing to generate from: give --prompt or --prompts")
         repeated = [conversation for conversation in conversations for _ in range(count)]
-        settings = ask.settings(checkpoint, config, overrides or [])
-        guided = guidance_of(guidance, settings, GUIDANCE)
-        request = ask.Request(settings, checkpoint, repeated, out, draw, max_tokens, batch)
-        checked = ask.check(request, size, guided, prompts)
-        from unitoken.train.sampling import Sampling  # torch
+        stage = settings(checkpoint, config, overrides or [])
+        guided = guidance_of(guidance, stage, GUIDANCE)
+        request = Request(stage, checkpoint, repeated, out, draw, max_tokens, batch)
+        checked = command.check(request, size, guided, prompts)
+        from unitoken.train.generation.sampling import Sampling
 
-        ask.reply(request, checked, Sampling(temperature, top_k_text or None, top_k_image or None, guided, seed))
+        command.reply(request, checked, Sampling(temperature, top_k_text or None, top_k_image or None, guided, seed))
 
 
 if __name__ == "__main__":

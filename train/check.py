@@ -17,12 +17,16 @@ import pydantic
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.mixture import DataConfig, check_sources, check_vocabulary, crops_of, open_sources
-from unitoken.train.about import Pictures, Sizes, check_fits, check_target, other_constants, read_about
+from unitoken.streaming_data.check import check_sources, check_vocabulary
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import crops_of, open_sources
+from unitoken.train.check_tokenizers import check_codec
+from unitoken.train.checkpoint.compatibility import check_fits, other_constants
+from unitoken.train.checkpoint.export_mark import check_target
+from unitoken.train.checkpoint.layouts import checkpoint_folder, find_origin, latest_checkpoint, model_configs
+from unitoken.train.checkpoint.metadata import Pictures, Sizes, read_about
 from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionConfig
-from unitoken.train.folders import checkpoint_folder, find_origin, latest_checkpoint, model_configs
-from unitoken.train.questions import check_samples
-from unitoken.train.tokenizers import check_codec
+from unitoken.train.generation.check_samples import check_samples
 
 
 class Checked(NamedTuple):

@@ -13,7 +13,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from unitoken.codec.config import CodecConfig
 from unitoken.common.config import Config, Count, Name
-from unitoken.streaming_data.mixture import DataConfig, StreamConfig
+from unitoken.streaming_data.settings import DataConfig, StreamConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

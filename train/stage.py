@@ -13,31 +13,35 @@ from composer import Callback
 from unitoken.common.files import held
 from unitoken.common.interruption import end_on_signals, remember_signals
 from unitoken.dataset.vision_views import CANVASES, Views
-from unitoken.streaming_data.loader import build_loader
-from unitoken.streaming_data.mixture import other_codes, uneven_proportions
-from unitoken.train import checkpoints, parallel, ranks
-from unitoken.train.about import Sizes, check_finished, shared, write_about
-from unitoken.train.callbacks import Interruption, Optimisation, Saver
+from unitoken.streaming_data.check import other_codes, uneven_proportions
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.train.accounting.flops import step_flops
+from unitoken.train.accounting.memory import Need, needs
+from unitoken.train.callbacks.evaluation import Evaluation, evaluation_loader
+from unitoken.train.callbacks.loggers import build_loggers
+from unitoken.train.callbacks.metrics import Metrics
+from unitoken.train.callbacks.optimisation import Optimisation
+from unitoken.train.callbacks.samples import samples_of
+from unitoken.train.callbacks.saver import Interruption, Saver
 from unitoken.train.check import Checked, needs_codec
+from unitoken.train.check_tokenizers import checked_tokenizer
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.compatibility import check_finished, shared
+from unitoken.train.checkpoint.export import export_at_end
+from unitoken.train.checkpoint.integrity import check_checkpoint
+from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
+from unitoken.train.checkpoint.loading import find_weights, load_weights, nan_weights, shapes_of
+from unitoken.train.checkpoint.metadata import Sizes, write_about
+from unitoken.train.checkpoint.tensors import Source
 from unitoken.train.config import StageConfig
-from unitoken.train.evaluation import Evaluation, evaluation_loader
-from unitoken.train.export import export_at_end
-from unitoken.train.flops import step_flops
-from unitoken.train.folders import find_origin, latest_checkpoint
-from unitoken.train.integrity import check_checkpoint
-from unitoken.train.loggers import build_loggers
-from unitoken.train.memory import Need, needs
-from unitoken.train.metrics import Metrics
-from unitoken.train.model import UniToken, build_model, find_weights, load_weights, nan_weights, shapes_of
+from unitoken.train.distributed import composer_trainer, ranks
+from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze
-from unitoken.train.samples import samples_of
-from unitoken.train.tokenizers import checked_tokenizer
-from unitoken.train.weights import Source
 
 
 def run(config: StageConfig, checked: Checked) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
-    parallel.check_precision(config)
+    composer_trainer.check_precision(config)
     ranks.connect()
     with ranks.together():  # the first word that ranks exchange: here they hear that `check` failed on another machine
         if config.codec is not None and needs_codec(config):
@@ -48,9 +52,9 @@ def run(config: StageConfig, checked: Checked) -> None:
         with ranks.together():
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
-                at_work = f"save.folder: {folder}: another run is at work in it and holds {checkpoints.LOCK}"
-                stack.enter_context(held(folder / checkpoints.LOCK, at_work))
-                for line in checkpoints.set_aside_damaged(folder):
+                at_work = f"save.folder: {folder}: another run is at work in it and holds {run_folder.LOCK}"
+                stack.enter_context(held(folder / run_folder.LOCK, at_work))
+                for line in run_folder.set_aside_damaged(folder):
                     say(f"warning: {line}")
         _run(config, checked)
 
@@ -88,9 +92,9 @@ def _run(config: StageConfig, checked: Checked) -> None:
             export_at_end(config)
         return
     count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {parallel.device_name()}"
+    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.device_name()}"
     say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
-    if parallel.has_gpu():
+    if composer_trainer.has_gpu():
         say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
 
     warmup = length.steps(config.optimizer.warmup)
@@ -101,7 +105,7 @@ def _run(config: StageConfig, checked: Checked) -> None:
     callbacks: list[Callback] = [optimisation, saver, interruption, metrics]
     if held_out is not None:
         callbacks.append(Evaluation(config, held_out, metrics, length.epoch_steps))
-    trainer = parallel.build_trainer(
+    trainer = composer_trainer.build_trainer(
         config,
         network,
         build_optimizer(network, config.optimizer, compat=compat),
@@ -145,8 +149,8 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
             if ranks.is_first_rank():
                 say("\n".join(load_weights(network, parts, config.seed)))
             return True
-        checkpoints.check_resumable(resume, shapes_of(network), stage_identity(config))
-    if checkpoints.step_of(resume) >= total_steps:
+        run_folder.check_resumable(resume, shapes_of(network), stage_identity(config))
+    if run_folder.step_of(resume) >= total_steps:
         return False
     say(f"{config.name}: goes on from {resume}")
     if ranks.is_first_rank():
@@ -158,9 +162,9 @@ def _earlier(init_from: str) -> Source:
     origin = find_origin(init_from)
     if origin.is_file() and ranks.is_first_rank():  # which alone reads the weights
         check_checkpoint(origin)
-    if origin.is_file() and (where := checkpoints.unfinished(origin)) is not None:
+    if origin.is_file() and (where := run_folder.unfinished(origin)) is not None:
         say(f"init_from: {origin}: {where}")
-    return checkpoints.open_source(origin)
+    return run_folder.open_source(origin)
 
 
 def _need(config: StageConfig, checked: Checked, trained: int, most_images: int) -> Need:
