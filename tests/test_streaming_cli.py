@@ -18,8 +18,8 @@ from small_datasets import flip_byte, make_record, shard_paths, small_vocabulary
 from typer.testing import CliRunner
 
 from unitoken.dataset.manifest import load_manifest
-from unitoken.storage import store
 from unitoken.storage.folder import Folder
+from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError
 from unitoken.streaming_data import sources
 from unitoken.streaming_data.__main__ import app
@@ -267,8 +267,7 @@ def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed)
 
 
 def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatch):
-    real = store.open_store
-    monkeypatch.setattr(sources, "open_store", lambda url, *args: real(str(mixed) if url == "s3://bucket/mixed" else url))
+    monkeypatch.setattr(sources, "open_store", lambda url, *args: open_store(str(mixed) if url == "s3://bucket/mixed" else url))
     assert run("export-webdataset", "s3://bucket/mixed", tmp_path / "remote")[0] == 0
     assert run("export-webdataset", mixed, tmp_path / "local")[0] == 0
     assert (tmp_path / "remote" / "000000.tar").read_bytes() == (tmp_path / "local" / "000000.tar").read_bytes()

@@ -12,7 +12,7 @@ from small_datasets import small_vocabulary, text_records, write_dataset
 
 from unitoken.common.errors import ConfigError
 from unitoken.storage import bucket
-from unitoken.storage.huggingface import Hub
+from unitoken.storage.huggingface import HuggingFace
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, StoreError
 from unitoken.streaming_data.reading.loader import build_loader
@@ -139,7 +139,7 @@ def test_the_hub_is_a_store_for_reading(hub, datasets, monkeypatch):
 @pytest.mark.parametrize("url", ["hf://models/lab/cats", "hf://datasets/lab", "hf://datasets"])
 def test_a_url_that_names_no_dataset_of_the_hub_is_refused(url):
     with pytest.raises(ConfigError, match=r"expected hf://datasets/owner/name"):
-        Hub(url, *url.removeprefix("hf://").partition("/")[::2], None, 1.0)
+        HuggingFace(url, None, 1.0)
 
 
 @pytest.mark.cloud
