@@ -10,6 +10,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 
+from support.paths import GOLDEN
+
 
 def pytest_sessionfinish() -> None:
     """A process that a failed test left hanging: at its exit the interpreter would wait for it for ever.
@@ -24,12 +26,12 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The part of the outputs recorded from the reference that the suite needs (assets/ and dev/)."""
-    return Path(__file__).parent / "data" / "golden"
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def vqgan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny image tokenizer: random weights, 64 codes, 4 pixels a latent."""
-    from tokenizing import tiny_vqgan
+    from support.tokenizing import tiny_vqgan
 
     return tiny_vqgan(tmp_path_factory.mktemp("weights") / "vqgan")

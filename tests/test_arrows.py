@@ -2,22 +2,34 @@
 
 import ast
 import sys
+import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-GROUND = {"common", "storage", "dataset"}
-MAY_IMPORT = {
-    "common": {"common"},
-    "storage": {"common", "storage"},
-    "dataset": GROUND,
-    "codec": GROUND | {"codec"},
-    "streaming_data": GROUND | {"streaming_data"},
-    "tokenize": GROUND | {"codec", "tokenize"},
-    "train": GROUND | {"codec", "streaming_data", "train"},
+from support.paths import ROOT
+
+# Each may import from itself and from those before it, except for what is forbidden.
+PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train")
+FORBIDDEN = {("tokenize", "streaming_data"), ("train", "tokenize"), ("streaming_data", "codec")}
+# The same inside a package: its sub-packages, and the modules that stand beside them.
+INSIDE = {
+    "codec": ("config", "image_tokenizer", "conversations", "text", "sequence"),
+    "streaming_data": ("settings", "sources", "plan", "check", "reading", "tools", "__main__"),
+    "tokenize": (
+        *("config", "sources", "output", "first_items", "job", "retry", "merge"),
+        *("pipeline", "executors", "checks", "migrate", "__main__"),
+    ),
+    "train": (
+        *("__init__", "config", "optim", "check_tokenizers", "model", "checkpoint", "distributed", "accounting"),
+        *("generation", "check", "callbacks", "stage", "schema", "__main__"),
+    ),
 }
-MODULES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).glob("**/*.py"))]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+}
+EACH_MODULE = pytest.mark.parametrize("name", sorted(MODULES))
 
 
 def imported(source: str) -> set[str]:
@@ -32,52 +44,86 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def rooms(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("unitoken.")}
+def ours(names: set[str]) -> set[str]:
+    """The modules of ours that are meant: `unitoken.storage.open.open_store` -> `storage.open`."""
+    found = set()
+    for name in names:
+        parts = name.split(".")[1:] if name.startswith("unitoken.") else []
+        found |= {".".join(parts[:n]) for n in range(1, len(parts) + 1) if ".".join(parts[:n]) in MODULES}
+    return found
 
 
-def test_the_rooms_are_found():
-    assert {path.parent.name for path in MODULES} == set(MAY_IMPORT)
+def place(module: str) -> str:
+    """Where in its package a module stands: the sub-package, or the module itself beside them."""
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_module_imports_only_what_stands_below_it(path):
-    names = imported(path.read_text())
-    assert rooms(names) <= MAY_IMPORT[path.parent.name]
+def test_the_packages_are_found() -> None:
+    assert {name.split(".")[0] for name in MODULES} == set(PACKAGES)
+    for package, order in INSIDE.items():
+        assert {place(name) for name in MODULES if name.startswith(f"{package}.")} == set(order)
+
+
+@EACH_MODULE
+def test_a_module_imports_only_what_stands_below_it(name: str) -> None:
+    names = imported(MODULES[name].read_text())
+    package = name.split(".")[0]
+    for other in ours(names):
+        theirs = other.split(".")[0]
+        assert PACKAGES.index(theirs) <= PACKAGES.index(package), other
+        assert (package, theirs) not in FORBIDDEN, other
+        if theirs == package and package in INSIDE:
+            assert INSIDE[package].index(place(other)) <= INSIDE[package].index(place(name)), other
     assert "unitoken" not in names
-    # By their folder names the rooms are importable from the root alone, and there `tokenize` is Python's own.
-    assert not {name.split(".")[0] for name in names} & {"streaming_data", "train"}
+    # By their folder names the packages are importable from the root alone, and there `tokenize` is Python's own.
+    assert not {name.split(".")[0] for name in names} & (set(PACKAGES) - {"tokenize"})
 
 
-@pytest.mark.parametrize("line", ["import unitoken.train.model", "from unitoken.train import model", "from unitoken import train"])
-def test_every_form_of_import_is_seen(line):
-    assert rooms(imported(f"def late():\n    {line}\n")) == {"train"}
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: ours(imported(path.read_text())) - {name} for name, path in MODULES.items()}
+    while leaves := {name for name, below in graph.items() if not below}:
+        graph = {name: below - leaves for name, below in graph.items() if name not in leaves}
+    assert not graph
 
 
-def test_tokenize_has_no_init():
+@pytest.mark.parametrize(
+    "line", ["import unitoken.train.stage", "from unitoken.train import stage", "from unitoken.train.stage import run"]
+)
+def test_every_form_of_import_is_seen(line: str) -> None:
+    assert ours(imported(f"def late():\n    {line}\n")) == {"train.stage"}
+
+
+def test_tokenize_has_no_init() -> None:
     """With one, any program started at the root imports it for the standard library's tokenize."""
     assert not (ROOT / "tokenize" / "__init__.py").exists()
 
 
-def test_the_standard_librarys_tokenize_wins_at_the_root():
+def test_the_standard_librarys_tokenize_wins_at_the_root() -> None:
     import tokenize
 
     assert tokenize.__file__ is not None
     assert Path(tokenize.__file__).parent != ROOT / "tokenize"
 
 
-def test_train_has_the_init_that_the_root_program_needs():
+def test_train_has_the_init_that_the_root_program_needs() -> None:
     assert (ROOT / "train" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_module_bears_a_standard_library_name(path):
-    assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names
+@EACH_MODULE
+def test_no_module_bears_a_standard_library_name(name: str) -> None:
+    stem = name.rpartition(".")[2]
+    assert stem.startswith("__") or stem not in sys.stdlib_module_names
 
 
-def test_rooms_are_flat():
-    """An unlisted sub-folder works in an editable install and is silently absent from a wheel."""
-    assert [path for path in MODULES if path.parent.parent != ROOT] == []
+def test_every_folder_with_modules_is_in_the_wheel() -> None:
+    """A folder that is not listed works in an editable install and is silently absent from a wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({f"unitoken.{name.rpartition('.')[0]}" for name in MODULES})
+
+
+def test_no_folder_has_more_modules_than_one_can_look_through() -> None:
+    folders = Counter(name.rpartition(".")[0] for name in MODULES)
+    assert max(folders.values()) <= 14, folders.most_common(1)
 
 
 def risks(source: str) -> set[str]:
@@ -97,10 +143,10 @@ def risks(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_module_runs_what_is_in_a_file(path):
+@EACH_MODULE
+def test_no_module_runs_what_is_in_a_file(name: str) -> None:
     """Only the migration imports pickle, for an unpickler that knows no names."""
-    assert risks(path.read_text()) == ({"pickle"} if path.name == "migrate.py" else set())
+    assert risks(MODULES[name].read_text()) == ({"pickle"} if name == "tokenize.migrate" else set())
 
 
 @pytest.mark.parametrize(
@@ -117,11 +163,11 @@ def test_no_module_runs_what_is_in_a_file(path):
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],
 )
-def test_every_such_risk_is_seen(line):
+def test_every_such_risk_is_seen(line: str) -> None:
     assert risks(f"def late():\n    {line}\n")
 
 
-def test_the_rooms_need_nothing_that_is_not_installed_with_them():
+def test_the_rooms_need_nothing_that_is_not_installed_with_them() -> None:
     """demo, benchmarks and tests are no packages of the wheel."""
-    names = {name.split(".")[0] for path in MODULES for name in imported(path.read_text())}
+    names = {name.split(".")[0] for path in MODULES.values() for name in imported(path.read_text())}
     assert not names & {"demo", "benchmarks", "examples", "tests"}

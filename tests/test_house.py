@@ -2,9 +2,9 @@
 
 import re
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+
 ROOMS = ("streaming_data", "codec", "tokenize", "train")
 
 

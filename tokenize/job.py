@@ -167,7 +167,7 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
     )
     if not output.exists(JOB):
-        from unitoken.tokenize.checks.first_items import check_first_items
+        from unitoken.tokenize.first_items import check_first_items
 
         check_first_items(config, pieces)
     return begin(output, file, pieces, vocabulary, config)

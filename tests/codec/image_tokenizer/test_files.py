@@ -1,0 +1,231 @@
+"""Finding an image tokenizer's files: what they must be, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from support.tokenizing import tiny_transformers, tiny_vqgan, vision_config
+from unitoken.codec.image_tokenizer.convert_vqgan import convert_vqgan
+from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
+from unitoken.codec.image_tokenizer.files import Weights
+from unitoken.codec.image_tokenizer.files import find_weights as find
+from unitoken.common.errors import ConfigError
+from unitoken.tokenize.__main__ import app
+
+
+def load_vision_of(folder: Path) -> VisionCodec:
+    return load_vision(vision_config(folder))
+
+
+def find_weights(folder: Path | str, kind: str = "chameleon") -> Weights:
+    return find(vision_config(folder, kind=kind))
+
+
+def pixels(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 24, 3), np.uint8)
+
+
+def test_one_file_and_checkpoints_of_taming_are_read(vqgan: Path, tmp_path: Path) -> None:
+    expected = load_vision_of(vqgan).encode(pixels(1))
+    state = load_file(vqgan / "vqgan.safetensors")
+    (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    torch.save({"state_dict": state | {"loss.discriminator.weight": torch.zeros(3)}, "epoch": 3}, tmp_path / "vqgan.ckpt")
+    assert (load_vision_of(tmp_path).encode(pixels(1)) == expected).all()
+    assert (load_vision_of(vqgan / "vqgan.safetensors").encode(pixels(1)) == expected).all()
+
+
+def test_other_weights_have_another_fingerprint(vqgan: Path, tmp_path: Path) -> None:
+    other = tiny_vqgan(tmp_path / "other", seed=1)
+    assert find_weights(vqgan).fingerprint != find_weights(other).fingerprint
+    assert find_weights(vqgan).fingerprint == find_weights(vqgan / "vqgan.safetensors").fingerprint
+
+
+def taming(vqgan: Path, folder: Path, **more: Any) -> Path:
+    """Meta's own layout: vqgan.ckpt, with the tensors of its training in it."""
+    folder.mkdir()
+    (folder / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    state = load_file(vqgan / "vqgan.safetensors") | {"loss.discriminator.weight": torch.zeros(3)}
+    torch.save({"state_dict": state | more, "epoch": 3}, folder / "vqgan.ckpt")
+    return folder
+
+
+def test_a_converted_checkpoint_gives_the_same_codes_and_is_the_same_weights(vqgan: Path, tmp_path: Path) -> None:
+    folder, out = taming(vqgan, tmp_path / "meta"), tmp_path / "new" / "converted"
+    done = CliRunner().invoke(app, ["convert-vqgan", str(folder), str(out)])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} == {"vqgan.yaml", "vqgan.safetensors"}
+    pickled, converted = load_vision_of(folder), load_vision_of(out)
+    assert (converted.encode(pixels(2)) == pickled.encode(pixels(2))).all()
+    codes = pickled.encode(pixels(2))
+    assert (converted.decode(codes) == pickled.decode(codes)).all()
+    assert find_weights(out).fingerprint == find_weights(folder).fingerprint
+    assert converted.fingerprint in done.output
+
+
+def test_a_converted_file_that_was_changed_has_a_fingerprint_of_its_own(vqgan: Path, tmp_path: Path) -> None:
+    folder = taming(vqgan, tmp_path / "meta")
+    convert_vqgan(folder, tmp_path / "out")
+    path = tmp_path / "out" / "vqgan.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert find_weights(tmp_path / "out").fingerprint != find_weights(folder).fingerprint
+
+
+def test_what_can_not_be_converted_is_one_line_and_leaves_nothing(vqgan: Path, tmp_path: Path) -> None:
+    folder = taming(vqgan, tmp_path / "meta")
+    with pytest.raises(ConfigError, match="it is there already"):
+        convert_vqgan(folder, folder)
+    with pytest.raises(ConfigError, match=r"no vqgan\.ckpt in it"):
+        convert_vqgan(vqgan, tmp_path / "out")
+    (folder / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": _Evil()}))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        convert_vqgan(folder, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"unknown encoder\.new"):
+        convert_vqgan(taming(vqgan, tmp_path / "more", **{"encoder.new": torch.zeros(1)}), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta", "more"]
+
+
+def changed(vqgan: Path, folder: Path, **changes: torch.Tensor | None) -> str:
+    """A copy in which tensors (`__` for `.`) are replaced or left out."""
+    state = load_file(vqgan / "vqgan.safetensors")
+    for name, tensor in changes.items():
+        state.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            state[name.replace("__", ".")] = tensor
+    save_file(state, folder / "vqgan.safetensors")
+    (folder / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    return str(folder)
+
+
+def test_tensors_that_do_not_fit_are_listed(vqgan: Path, tmp_path: Path) -> None:
+    zero = torch.zeros(3)
+    folder = changed(vqgan, tmp_path, quant_conv__bias=None, quantize__embedding__weight=zero, encoder__new=zero.clone())
+    with pytest.raises(ConfigError) as error:
+        load_vision_of(Path(folder))
+    message = str(error.value)
+    assert "missing quant_conv.bias" in message
+    assert "unknown encoder.new" in message
+    assert "quantize.embedding.weight is [3], the .yaml says [64, 4]" in message
+
+
+def test_many_problems_are_cut_short(tmp_path: Path, vqgan: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "vqgan.safetensors")
+    (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"and \d+ more$") as error:
+        load_vision_of(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('code in a checkpoint ran')",))
+
+
+def test_no_code_in_a_checkpoint_runs(vqgan: Path, tmp_path: Path) -> None:
+    (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    (tmp_path / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": _Evil()}))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_vision_of(tmp_path)
+
+
+def test_a_cut_file_is_one_line(vqgan: Path, tmp_path: Path) -> None:
+    (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
+    whole = (vqgan / "vqgan.safetensors").read_bytes()
+    (tmp_path / "vqgan.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="cannot be read") as error:
+        load_vision_of(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "no-such", "a/b/c"])
+def test_missing_weights_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"vision.weights: {name}: no such file or folder"):
+        find_weights(name)
+
+
+SHAPE = "{params: {n_embed: 3, embed_dim: 3, ddconfig: {ch: 32, ch_mult: [1], z_channels: 3, resolution: 8, num_res_blocks: 1}}}"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "needed"),
+    [
+        ("model: 3", "expected a VQGAN's YAML"),
+        ("{", "expected a VQGAN's YAML"),
+        ("model: {params: {n_embed: 3}}", "model.params.embed_dim: Field required"),
+        ("model: " + SHAPE.replace("ch: 32", "ch: 20"), "ddconfig.ch: .*multiple of 32"),
+        ("model: " + SHAPE.replace("ch: 32", "ch: 32, attn_resolutions: [8]"), "ddconfig.attn_resolutions: "),
+    ],
+)
+def test_a_bad_yaml_is_named(tmp_path: Path, yaml: str, needed: str) -> None:
+    (tmp_path / "vqgan.safetensors").write_bytes(b"")
+    (tmp_path / "vqgan.yaml").write_text(yaml)
+    with pytest.raises(ConfigError, match=needed) as error:
+        find_weights(tmp_path)
+    assert str(tmp_path / "vqgan.yaml") in str(error.value)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kind chameleon needs vqgan.yaml and vqgan.ckpt .* found none of them"):
+        find_weights(tmp_path)
+
+
+def test_a_folder_of_another_kind_is_one_line(vqgan: Path, tmp_path: Path) -> None:
+    janus = tiny_transformers(tmp_path / "janus", "janus")
+    with pytest.raises(ConfigError, match=r"kind chameleon needs vqgan.yaml and .*, found transformers' config.json"):
+        find_weights(janus)
+    with pytest.raises(ConfigError, match=r"kind janus needs config.json in it"):
+        find_weights(vqgan, "janus")
+    with pytest.raises(ConfigError, match=r"kind emu3 needs model_type 'emu3' or 'emu3_vqgan', found 'janus_vqgan'"):
+        find_weights(janus, "emu3")
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "found None"),
+        ('{"model_type": "emu3", "vq_config": 3}', "vq_config: expected an object, found int"),
+        ('{"model_type": "emu3", "vq_config": {"codebook_size": "x"}}', "codebook_size: "),
+    ],
+)
+def test_a_bad_config_is_named(tmp_path: Path, config: str, needed: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=needed) as error:
+        find_weights(tmp_path, "emu3")
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_what_transformers_leaves_out_is_as_by_default(tmp_path: Path) -> None:
+    folder = tiny_transformers(tmp_path / "emu3", "emu3")
+    (folder / "config.json").write_text(json.dumps({"model_type": "emu3"}))
+    found = find_weights(folder, "emu3")
+    assert (found.codebook_size, found.downsampling) == (32768, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"])
+def test_what_is_no_safetensors_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "janus"}))
+    with pytest.raises(ConfigError, match=r"no \*.safetensors in it"):
+        find_weights(tmp_path, "janus")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot be read as safetensors|no tensor quantize.embedding.weight") as error:
+        find_weights(tmp_path, "janus")
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_file_of_transformers_is_one_line(tmp_path: Path) -> None:
+    folder = tiny_transformers(tmp_path / "janus", "janus")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_vision(vision_config(folder, kind="janus"))

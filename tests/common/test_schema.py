@@ -1,0 +1,126 @@
+"""The schemas that editors check YAML files with: up to date, named by every file, right about what the loader takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from support.paths import ROOT
+from unitoken.common.config import Config, load_config
+from unitoken.common.errors import ConfigError
+from unitoken.common.schema import comments_of, dump_schema
+from unitoken.tokenize.config import TokenizeConfig
+from unitoken.train.config import StageConfig
+from unitoken.train.schema import TITLE, main
+
+YAMLS = ROOT / "yamls"
+STAGES = sorted(YAMLS.glob("*.yaml")) + sorted(YAMLS.glob("demo/*.yaml"))
+TOKENIZATIONS = sorted(YAMLS.glob("tokenize/*.yaml"))
+SIZES = "{vocab_size: 10, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}"
+FIRST_LINE = "# yaml-language-server: $schema="
+
+
+def loaded(path: Path) -> Any:
+    """What is in a YAML file, read as the program reads it."""
+    seen: list[Any] = []
+
+    class Anything(Config):
+        @classmethod
+        def model_validate(cls, obj: Any, **_: Any) -> Any:
+            seen.append(obj)
+
+    load_config(Anything, path)
+    return seen[0]
+
+
+def schema() -> Draft202012Validator:
+    return Draft202012Validator(json.loads((YAMLS / "stage.schema.json").read_text()))
+
+
+def test_the_schemas_in_the_repository_are_up_to_date() -> None:
+    """After a change: `unitoken-schema yamls/stage.schema.json`, `python -m unitoken.tokenize schema yamls/tokenize/...`."""
+    assert (YAMLS / "stage.schema.json").read_text() == dump_schema(StageConfig, TITLE)
+    assert (YAMLS / "tokenize" / "tokenize.schema.json").read_text() == dump_schema(TokenizeConfig, "A tokenization")
+
+
+@pytest.mark.parametrize("path", STAGES + TOKENIZATIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_file_names_its_schema_and_fits_it(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(FIRST_LINE)
+    target = (path.parent / first.removeprefix(FIRST_LINE)).resolve()
+    assert target == YAMLS / ("tokenize/tokenize.schema.json" if path in TOKENIZATIONS else "stage.schema.json")
+    validator = Draft202012Validator(json.loads(target.read_text()))
+    validator.check_schema(validator.schema)
+    assert [error.message for error in validator.iter_errors(loaded(path))] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ("data: {global_batch: 524288tok}", True),
+        ("data: {global_batch: 64}", True),
+        ("data: {global_batch: many}", False),
+        ("data: {cache_limit: 500gb}", True),
+        ("data: {cache_limit: 1.5 TB}", True),
+        ("data: {cache_limit: 0}", False),
+        ("optimizer: {lr: 3e-4}", True),
+        ("optimizer: {lr: 1}", True),
+        ("optimizer: {lr: 0}", False),
+        ("optimizer: {betas: [0.9]}", False),
+        ("optimizer: {learning_rate: 1}", False),
+        ("optimiser: {lr: 1}", False),
+        ("max_duration: 1000000tok", True),
+        ("max_duration: 3", False),
+        ("activation_checkpointing: 2", True),
+        ("activation_checkpointing: selective", True),
+        ("activation_checkpointing: some", False),
+        ("model: {vision: null}", True),
+        (f"model: {{decoder: {SIZES}}}", True),
+        ("model: {decoder: {hidden_size: 8}}", False),
+        ("init_from: null", True),
+        ("trainable: []", False),
+        ("data: {streams: {a: {local: x, kinds: [text]}}}", True),
+        ("data: {streams: {a: {local: x, kinds: [texts]}}}", False),
+        ("compat: unitoken", True),
+    ],
+)
+def test_the_schema_takes_what_the_loader_takes(change: str, fits: bool, tmp_path: Path) -> None:
+    settings = yaml.safe_load((YAMLS / "stage1.yaml").read_text())
+    settings["model"]["z_loss"] = settings["optimizer"]["lr"] = settings["optimizer"]["eps"] = 1e-5  # text to safe_load
+    settings["optimizer"]["lr_scales"] = {"vit": 1e-2}
+    (tmp_path / "change.yaml").write_text(change)
+    for key, value in loaded(tmp_path / "change.yaml").items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) and key in settings else value
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(settings))
+    settings = loaded(tmp_path / "stage.yaml")
+    assert list(schema().iter_errors(settings)) is not fits
+    try:
+        load_config(StageConfig, tmp_path / "stage.yaml")
+        taken = True
+    except ConfigError:
+        taken = False
+    assert taken is fits
+
+
+def test_what_a_setting_means_is_in_the_schema() -> None:
+    """Behind the setting, on the lines above it, or behind the last line of a long one."""
+    comments = comments_of(StageConfig)
+    assert comments["compat"].startswith("the reference's behaviour")
+    assert comments["activation_checkpointing"].startswith("What the backward pass computes again")
+    assert comments["activation_checkpointing"].endswith("model.compile).")
+    model = json.loads((YAMLS / "stage.schema.json").read_text())["$defs"]["ModelConfig"]["properties"]
+    assert model["vision"]["description"] == "the same for SigLIP; null: no vision tower and no adapter"
+
+
+def test_the_program_writes_or_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(tmp_path / "stage.schema.json")])
+    main([])
+    assert capsys.readouterr().out == (tmp_path / "stage.schema.json").read_text() == dump_schema(StageConfig, TITLE)
+    for arguments, code in ((["--help"], 0), (["a", "b"], 2), ([str(tmp_path / "no" / "folder")], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
+    assert "unitoken-schema yamls/stage.schema.json" in capsys.readouterr().out

@@ -1,0 +1,49 @@
+"""Runs stages one after the other, as one rank of several: what a rank imports takes longer than what these tests train.
+
+python tests/support/rank_program.py '[{"yaml": "stage.yaml", "overrides": ["seed=1"], "stop": 5}, ...]'
+
+`stop`: the run is cut off after the metrics of that step and before its checkpoint. Layers that are compiled are so by a backend
+that starts no C++ compiler.
+"""
+
+import functools
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from unitoken.common.config import load_config
+from unitoken.train.callbacks.metrics import Metrics
+from unitoken.train.check import check
+from unitoken.train.config import StageConfig
+from unitoken.train.stage import run
+
+
+class StoppedError(Exception):
+    pass
+
+
+def run_stage(yaml: str, overrides: list[str], stop: int = 0) -> None:
+    real = Metrics.batch_end
+
+    def batch_end(self: Any, state: Any, logger: Any) -> None:
+        real(self, state, logger)
+        if state.timestamp.batch.value == stop:
+            raise StoppedError
+
+    Metrics.batch_end = batch_end  # type: ignore[method-assign]
+    config = load_config(StageConfig, yaml, overrides)
+    try:
+        run(config, check(config, int(os.environ.get("WORLD_SIZE", "1"))))
+    except StoppedError:
+        assert stop
+    finally:
+        Metrics.batch_end = real  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    for stage in json.loads(sys.argv[1]):
+        run_stage(**stage)

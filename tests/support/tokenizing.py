@@ -1,0 +1,148 @@
+"""What the tests of `tokenize` share: a tiny image tokenizer, pictures, items, a job run inside the test's process."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from support.paths import GOLDEN
+from unitoken.codec.config import VisionConfig
+from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.job import Job, prepare
+
+TOKENIZER = GOLDEN / "assets" / "tokenizer"
+
+TINY = """
+model:
+  params:
+    embed_dim: 4
+    n_embed: 64
+    ddconfig: {z_channels: 8, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 1, 2], num_res_blocks: 1}
+"""  # 4 pixels a latent
+
+
+def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
+    """A folder with random weights in Meta's layout."""
+    import torch
+    from safetensors.torch import save_file
+
+    from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
+    from unitoken.codec.image_tokenizer.files import read_parameters
+
+    folder.mkdir(parents=True)
+    (folder / "vqgan.yaml").write_text(TINY)
+    torch.manual_seed(seed)
+    model = VQGAN(read_parameters(folder / "vqgan.yaml"))
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    save_file(
+        {meta_name(name, 3): tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "vqgan.safetensors"
+    )
+    return folder
+
+
+def tiny_transformers(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A folder as transformers saves Emu3's or Janus' image tokenizer, with random weights: 64 codes, 4 pixels a latent."""
+    import torch
+
+    model = tiny_model(kind, seed)
+    if kind == "emu3":  # a fresh model's statistics would do nothing
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm3d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    import torch
+    from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
+    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1, 2]}
+    if kind == "emu3":
+        model = Emu3VQVAE(Emu3VQVAEConfig(**shape, codebook_size=64, num_res_blocks=1, attn_resolutions=[2], hidden_size=64))
+    else:
+        model = JanusVQVAE(JanusVQVAEConfig(**shape, num_embeddings=64, num_res_blocks=1, num_patches=4))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    return model
+
+
+def vision_config(folder: Path | str, **changes: Any) -> VisionConfig:
+    return VisionConfig.model_validate({"weights": str(folder), "precision": "fp32"} | changes)
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (20, 16)) -> str:
+    """A PNG of smooth random colours; returns its name."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path.name
+
+
+def png(size: tuple[int, int] = (20, 16)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def turns(*texts: str | None) -> list[dict[str, str | None]]:
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def some_items(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Text only, one image, images in answers, several images, and every seventh item a bad one."""
+    items: list[dict[str, Any]] = []
+    for n in range(count):
+        kinds: list[dict[str, Any]] = [
+            {"conversations": turns(f"How many is {n}?", f"It is {n}.")},
+            {"conversations": turns("What is this? <|image|>", f"Picture {n}."), "image": picture(folder / f"a{n}.png", n)},
+            {
+                "id": f"draw-{n}",
+                "conversations": turns("Draw.", "<|image|> There."),
+                "image": [picture(folder / f"b{n}.png", n + 1000)],
+            },
+            {
+                "conversations": turns("<|image|> and <|image|>", "Now <|image|>", "Thanks", None),
+                "image": [picture(folder / f"c{n}-{k}.png", 100 * n + k, (10 + 10 * k, 24)) for k in range(3)],
+            },
+        ]
+        items.append({"conversations": [], "id": n} if n % 7 == 6 else kinds[n % 4])
+    return items
+
+
+def write_items(folder: Path, items: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "items.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def settings(vqgan: Path, **changes: Any) -> TokenizeConfig:
+    fields = {"tokenizer": str(TOKENIZER), "vision": {"weights": str(vqgan), "batch_size": 3}, "target_size": 16, "chunk_size": 4}
+    return TokenizeConfig.model_validate(fields | changes)
+
+
+def run_here(config: TokenizeConfig, source: Path | str, out: Path, splits: int = 1) -> Job:
+    """All ranks one after the other, in this process, without the merge."""
+    from unitoken.tokenize.pipeline.worker import run_rank
+
+    job = prepare(config, [str(source)], str(out))
+    for rank in range(splits):
+        run_rank(job, rank, splits, lambda finished, rejected: None)
+    return job
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file, hidden ones too, with the hash of its bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,52 @@
+"""A page with pictures: what the image tokenizer kept, before days of training on it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from support.tokenizing import picture, run_here, settings, tiny_vqgan, turns, write_items
+from unitoken.codec.image_tokenizer.encoder import load_vision
+from unitoken.common.errors import ConfigError
+from unitoken.dataset import images
+from unitoken.tokenize.__main__ import app
+from unitoken.tokenize.checks.gallery import GAP, write_page
+from unitoken.tokenize.merge import merge
+
+
+@pytest.fixture(scope="module")
+def folder(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gallery")
+    names = [picture(folder / f"{n}.png", n, (40, 20 + n)) for n in range(2)]
+    items = [
+        {"id": "a<b", "conversations": turns("<|image|> <b>?", "<|image|>"), "image": names},
+        {"conversations": turns("a", "b")},
+    ]
+    run_here(settings(vqgan, crop_position="random"), write_items(folder, items), folder / "data")
+    merge(str(folder / "data"))
+    return folder
+
+
+def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(folder: Path, vqgan: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["preview", str(folder / "data"), "--out", str(tmp_path / "page")])
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/page/index.html: 2 samples\n"), result.stderr
+    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["0000-0.png", "0000-1.png", "index.html"]
+    codec = load_vision(settings(vqgan).vision)
+    for number in range(2):
+        original = images.decode((folder / f"{number}.png").read_bytes())
+        cut = images.tokenizer_pixels(original, (16, 16), images.crop_chance(0, "a<b", number))
+        sheet = np.asarray(Image.open(tmp_path / "page" / f"0000-{number}.png"))
+        assert (sheet[:, :16] == cut).all()
+        assert (sheet[:, 16 + GAP :] == codec.decode(codec.encode([cut]))[0]).all()
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.index("0000-0.png") < page.index("&lt;b&gt;?") < page.index('<figure class="image trained"><img src="0000-1.png"')
+    assert "<b>?" not in page
+
+
+def test_another_image_tokenizer_than_the_datasets_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = settings(tiny_vqgan(tmp_path / "other", seed=1))
+    with pytest.raises(ConfigError, match=r"vision\.weights: .* its fingerprint is [0-9a-f]{16} .* was made with [0-9a-f]{16}"):
+        write_page(str(folder / "data"), other, 1, tmp_path / "page")
+    assert not (tmp_path / "page").exists()

@@ -1,0 +1,252 @@
+"""Several processes: killed at any moment, the same command gives the same bytes; a dead worker stops nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.processes import alive, children, wait_for
+from support.tokenizing import TOKENIZER, content, run_here, settings, some_items, write_items
+from unitoken.common.errors import ConfigError
+from unitoken.storage.store import StoreError
+from unitoken.tokenize.executors.local import Reporter, _work, launch
+from unitoken.tokenize.executors.progress import Share, _Count, _Lines, progress, share_of
+from unitoken.tokenize.job import Round, prepare
+from unitoken.tokenize.merge import merge
+
+ITEMS = 24
+CHUNKS = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    return write_items(folder, some_items(folder, ITEMS))
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The dataset as one process makes it."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    run_here(settings(vqgan, chunk_size=2), source, out)
+    merge(str(out))
+    return content(out)
+
+
+def command(source: Path, vqgan: Path, out: Path, splits: int = 2) -> list[str]:
+    run = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/chameleon.yaml", "--splits", str(splits)]
+    files = ["--in_filename", str(source), "--out_dir", str(out), "--target_size", "16"]
+    return [*run, *files, f"tokenizer={TOKENIZER}", f"vision.weights={vqgan}", "vision.batch_size=3", "chunk_size=2"]
+
+
+def done(out: Path) -> int:
+    return len(list(out.glob("chunk-*/index.json")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_run_killed_at_random_moments_and_repeated_gives_the_same_bytes(
+    source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """The parent is killed: its workers end, too. Then the command runs to its end, and once more to do nothing."""
+    out = tmp_path / "out"
+    moment = random.Random(4)
+    for chunks, splits in ((1, 3), (6, 2)):
+        process = subprocess.Popen(command(source, vqgan, out, splits), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda chunks=chunks: done(out) >= chunks)
+        time.sleep(moment.uniform(0, 0.05))
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        wait_for(lambda workers=workers: not any(map(alive, workers)), seconds=10)
+        assert not (out / "manifest.json").exists()
+    for _ in range(2):
+        finish = subprocess.run(command(source, vqgan, out, splits=1), capture_output=True, text=True, check=True)
+        assert f"{ITEMS} items -> 21 samples, 3 rejected" in finish.stdout
+        assert content(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_worker_that_is_killed_does_not_stop_the_others(
+    source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(source, vqgan, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: process.poll() is not None or done(out) > 0)
+    victim = next(pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    missing = [number for number in range(CHUNKS) if not (out / f"chunk-{number:06d}").exists()]
+    if missing:  # unless it was killed after its last chunk
+        assert process.returncode == 1
+        assert len({number % 2 for number in missing}) == 1
+        assert "was killed by signal 9" in errors
+        assert f"missing {len(missing)} of {CHUNKS} chunks: chunk-{missing[0]:06d}" in errors
+        assert "Traceback" not in errors
+    run_here(settings(vqgan, chunk_size=2), source, out)
+    merge(str(out))
+    assert content(out) == expected
+
+
+@pytest.mark.slow
+def test_ranks_by_hand_and_a_merge_give_the_same(source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """As the seed document does it: one process a rank, started together."""
+    out = tmp_path / "out"
+    ranks = [
+        subprocess.Popen([*command(source, vqgan, out), "--rank", str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+    assert not (out / "index.json").exists()
+    merge(str(out))
+    assert content(out) == expected
+
+
+@pytest.mark.slow
+def test_what_a_worker_finds_wrong_with_the_weights_is_the_parents_error(source: Path, vqgan: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text().replace("n_embed: 64", "n_embed: 65"))
+    (weights / "vqgan.safetensors").write_bytes((vqgan / "vqgan.safetensors").read_bytes())
+    job = prepare(settings(weights), [str(source)], str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"quantize.embedding.weight is \[64, 4\], the .yaml says \[65, 4\]"):
+        launch(job, splits=1)
+
+
+def test_reports_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+
+    class Messages:
+        def send(self, message: tuple[int, int]) -> None:
+            sent.append(message)
+
+    reporter = Reporter(Messages())  # type: ignore[arg-type]
+    for _ in range(1000):
+        reporter(1, 0)
+    reporter(1, 1)
+    reporter.flush()
+    assert len(sent) < 10
+    assert [sum(column) for column in zip(*sent, strict=True)] == [1001, 1]
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(Share(10, 4, 3, lambda: 1)) as bar:
+        bar.show()
+        bar.advance(3, 1)
+        bar.show()
+        bar.advance(3, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "tokenize: 4/10 items, loading the models"
+    assert lines[-1].startswith("tokenize: 10/10 items, ")
+    assert lines[-1].endswith(" 1 rejected")
+    assert len(lines) == 2  # the second came too soon
+
+
+def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    done = iter([1, 3])
+    with progress(Share(None, 0, 3, lambda: next(done))) as bar:
+        bar.show()
+        bar.advance(70, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "tokenize: 0 items, 1/3 chunks, loading the models"
+    assert lines[-1].startswith("tokenize: 70 items, 3/3 chunks, ")
+
+
+def test_the_bar_of_a_terminal_shows_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    for total in (10, None):
+        with progress(Share(total, 4, 3, lambda: 2)) as bar:
+            bar.advance(5, 1)
+            bar.show()
+    shown = capsys.readouterr().err
+    assert "9/10 items, " in shown
+    assert "9 items, 2/3 chunks, " in shown
+    assert "1 rejected" in shown
+
+
+def test_80_columns_hold_all_that_the_bar_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(_Count, "rate", 1071.3)
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress(Share(10_000_000, 0, 3, lambda: 2)) as bar:
+        bar.advance(1_234_567, 12_345)
+        bar.show()
+    assert " 1,234,567/10,000,000 items, 1,071/s, 136.4 min left, 12,345 rejected" in capsys.readouterr().err
+
+
+def test_a_retry_counts_what_it_tries_again(source: Path, vqgan: Path, tmp_path: Path) -> None:
+    job = prepare(settings(vqgan, chunk_size=2), [str(source)], str(tmp_path / "out"))
+    job = dataclasses.replace(job, work=dataclasses.replace(job.work, rounds=(Round(items=[(0, 1)]),)))
+    assert share_of(job, job.chunks()).items == 1
+
+
+def test_the_rate_counts_the_first_seconds_too() -> None:
+    """Items come in bursts: from the first burst on it said 123/s where 0.6/s was true."""
+    count = _Lines(Share(100, 50, 1, lambda: 0))
+    assert count.rate == 0
+    count.advance(10, 0)
+    count._start = time.monotonic() - 2.0
+    count.advance(10, 0)
+    assert count.rate == pytest.approx(10, rel=0.1)
+    assert "70/100 items, 10/s, 0.1 min left" in count.state()
+
+
+def test_a_share_counts_its_own_chunks(source: Path, vqgan: Path, tmp_path: Path) -> None:
+    job = prepare(settings(vqgan, chunk_size=2), [str(source)], str(tmp_path / "out"))
+    (tmp_path / "out" / "chunk-000003").mkdir()
+    (tmp_path / "out" / "chunk-000003" / "index.json").touch()
+    share = share_of(job, job.chunks()[1::2])
+    assert (share.items, share.done, share.chunks, share.chunks_done()) == (ITEMS // 2, 2, CHUNKS // 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "out/chunk-000001"), "stopped: [Errno 28] No space left on device"),
+        (StoreError("s3://bucket/x: no such bucket: bucket"), "stopped: s3://bucket/x: no such bucket: bucket"),
+        (MemoryError(), "stopped: out of memory"),
+    ],
+)
+def test_what_is_no_mistake_of_ours_ends_a_worker_with_one_line(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = ended_with(error, monkeypatch)
+    assert messages[0] == (0, 0)
+    assert messages[1].startswith(line)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_of_the_users_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    (message,) = ended_with(ConfigError("weights: no such folder"), monkeypatch)
+    assert isinstance(message, ConfigError)
+
+
+def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The messages of a worker, run in this process, whose work raises `error`."""
+
+    def run_rank(*_: object) -> None:
+        raise error
+
+    class Messages(list[Any]):
+        send = list.append
+
+    messages = Messages()
+    monkeypatch.setattr("unitoken.tokenize.executors.local._end_with_parent", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_rank=run_rank))
+    with contextlib.suppress(SystemExit):
+        _work(None, 0, 1, messages)  # type: ignore[arg-type]
+    return messages

@@ -1,0 +1,253 @@
+"""What a stage is said to take of memory is what it takes."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from support.paths import ROOT
+from support.simulated import peak_bytes
+from support.stages import DECODER, VISION, stage, write_data
+from unitoken.common.config import load_config
+from unitoken.train.accounting.memory import Mode, counts, decoder_token, kept, needs, tower_token
+from unitoken.train.check import check
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.model.activation_checkpointing import set_recompute
+from unitoken.train.model.decoder import Decoder, _compiled, document_mask
+from unitoken.train.model.unitoken import build_model
+from unitoken.train.model.vision_tower import Encoder
+from unitoken.train.optim import freeze
+
+SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
+TOKENS = 96
+MODES: tuple[Mode, ...] = ("none", "selective", "full")
+
+
+class Made(TorchDispatchMode):
+    """Every storage that an operation gave back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+
+def bytes_kept(module: nn.Module, *inputs: Any) -> int:
+    """What operations made and is still there after the forward pass: kept by autograd, or beside it by selective checkpointing."""
+    with Made() as made:
+        out = module(*inputs)
+    known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *inputs) if isinstance(tensor, Tensor)}
+    alive = {key: size for key, (reference, size) in made.storages.items() if not reference.expired()}
+    out.sum().backward()
+    return sum(size for key, size in alive.items() if key not in known)
+
+
+def kept_by_decoder(setting: Mode | int, learns: bool, dropout: float, dtype: torch.dtype = torch.float32, **changes: Any) -> float:
+    """Bytes of a token that its layers keep."""
+    config = DecoderConfig.model_validate({**SIZES, **changes})
+    decoder = Decoder(config, dropout).to(dtype)
+    decoder.layers.requires_grad_(learns)
+    set_recompute(decoder.layers, setting)
+    documents = (torch.arange(TOKENS) // 30)[None].int()
+    hidden = torch.randn(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
+    inputs = hidden, torch.arange(TOKENS)[None], document_mask(documents, "sdpa")
+    everything = bytes_kept(decoder, *inputs)
+    decoder.layers = nn.ModuleList()
+    return (everything - bytes_kept(decoder, *inputs)) / TOKENS
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "qk_norm": "per_head"}])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("setting", [*MODES, 2, 4])
+def test_a_decoder_keeps_what_is_said(setting: Mode | int, learns: bool, changes: dict[str, Any]) -> None:
+    config = DecoderConfig.model_validate({**SIZES, **changes})
+    each = {mode: decoder_token(config, mode, width=4, learns=learns, mask=4 * TOKENS, dropout=4) for mode in MODES}
+    found = kept_by_decoder(setting, learns, dropout=0.1, **changes)
+    tolerance = 0.08 if setting == "full" else 0.02  # the random generator's state is kept, too
+    assert kept(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=tolerance)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoder_keeps_what_is_said_in_bfloat16(mode: Mode, learns: bool) -> None:
+    """On the CPU autocast leaves the head norms in bfloat16, on a GPU they are in float32."""
+    each = decoder_token(DecoderConfig.model_validate(SIZES), mode, width=2, learns=learns, mask=2 * TOKENS, dropout=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kept_by_decoder(mode, learns, dropout=0.1, dtype=torch.bfloat16)
+    assert 6 * each == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("setting", MODES)
+def test_a_tower_keeps_what_is_said(setting: Mode) -> None:
+    config = VisionConfig.model_validate({**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6})
+    encoder = Encoder(config)
+    set_recompute(encoder.layers, setting)
+    features = torch.randn(3, config.features, config.hidden_size, requires_grad=True)
+    found = bytes_kept(encoder, features) / (3 * config.features)
+    assert 6 * tower_token(config, setting, width=4) == pytest.approx(found, rel=0.02)
+
+
+def test_recomputing_more_keeps_less() -> None:
+    none, selective, full = (kept_by_decoder(setting, learns=True, dropout=0.1) for setting in MODES)
+    assert none > 1.5 * selective > 2 * full
+    assert none > kept_by_decoder(2, True, 0.1) > full
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"qk_norm": "per_head"}])
+def test_parameters_are_counted_right(changes: dict[str, Any]) -> None:
+    decoder, vision = DecoderConfig.model_validate({**DECODER, **changes}), VisionConfig.model_validate(VISION)
+    model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
+    assert counts(decoder, vision).total == sum(parameter.numel() for parameter in model.parameters())
+    assert counts(decoder, vision).tower == sum(parameter.numel() for parameter in model.vit.parameters())
+
+
+SEVEN_B = DecoderConfig(
+    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)  # fmt: skip
+SIGLIP = VisionConfig(
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
+)  # fmt: skip
+
+
+def test_the_real_models_are_counted_as_the_reference_counts_them() -> None:
+    assert counts(SEVEN_B, None).total == 7_013_158_912
+    assert counts(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248  # the tower without its head
+
+
+def seven_b(layers: int) -> DecoderConfig:
+    return SEVEN_B.model_copy(update={"num_hidden_layers": layers})
+
+
+@pytest.mark.parametrize(
+    ("name", "views", "gigabytes"), [("stage1", 2, 28), ("stage2", 2, 40), ("stage1-anyres", 10, 30), ("stage2-anyres", 10, 45)]
+)
+def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigabytes: int) -> None:
+    """The README's figures: two pictures a pack, of five views each under AnyRes."""
+    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
+    trained = 434_000_000 if name.startswith("stage1") else 7_447_000_000
+    need = needs(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=views * config.microbatch)
+    assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
+    assert need.line().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layers", "ranks", "microbatches", "overrides"),
+    [
+        ("stage1", 32, 8, 1, []),
+        ("stage2", 32, 8, 1, []),
+        ("stage2-anyres", 32, 8, 1, []),
+        ("stage2", 8, 8, 2, ["microbatch=4"]),
+        ("stage2", 32, 16, 1, ["fsdp.reshard=false"]),
+        ("stage2", 8, 8, 2, ["microbatch=1", "fsdp.reduce=bf16"]),
+        ("stage1", 4, 8, 1, ["microbatch=2", "activation_checkpointing=none"]),
+        ("stage2", 8, 8, 1, ["microbatch=2", "activation_checkpointing=none"]),
+        ("stage2", 8, 8, 1, ["microbatch=2", "activation_checkpointing=selective"]),
+        ("stage2", 8, 8, 1, ["microbatch=2", "activation_checkpointing=4"]),
+        ("stage2", 2, 1, 1, ["microbatch=1", "activation_checkpointing=none"]),
+    ],
+)
+def test_a_step_at_real_size_takes_what_is_said(
+    name: str, layers: int, ranks: int, microbatches: int, overrides: list[str]
+) -> None:
+    """Each operation of a step of the 7B model and its tower, on tensors that have a size and no memory."""
+    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml", ["model.attention=sdpa", "model.dropout=0.05", *overrides])
+    data = config.data.model_copy(update={"global_batch": ranks * config.microbatch * microbatches})
+    config = config.model_copy(update={"data": data})
+    decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch
+    model = build_model(decoder, SIGLIP, config.model)
+    trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
+    need = needs(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
+    found = peak_bytes(config, decoder, SIGLIP, ranks=ranks, views=views, microbatches=microbatches)
+    assert 0.98 * found < need.total - need.parts["runtime"] < 1.1 * found, f"{found / 1e9:.1f} GB; said {need.line()}"
+
+
+def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
+    config = load_config(StageConfig, ROOT / "yamls/stage2.yaml")
+
+    def parts(ranks: int, **fsdp: Any) -> dict[str, float]:
+        changed = config.model_copy(update={"fsdp": config.fsdp.model_copy(update=fsdp)})
+        return needs(changed, SEVEN_B, SIGLIP, ranks=ranks, trained=7_447_000_000, views=16).parts
+
+    assert parts(16)["parameters"] == parts(8)["parameters"] / 2
+    assert parts(16, replicas=2) == parts(8)
+    assert parts(8, reshard=False)["gathered units"] > 14e9 > parts(8)["gathered units"]
+    assert parts(8, reduce="bf16")["gathered units"] < parts(8)["gathered units"]
+    assert parts(8)["Adam's moments"] == 2 * 4 * 7_447_000_000 / 8
+    assert parts(8)["gradients"] == 0  # at the peak: none has been made yet, but by microbatches before
+    config = config.model_copy(update={"microbatch": 4})
+    assert parts(8)["gradients"] == 4 * 7_447_000_000 / 8
+
+
+@pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
+def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unitoken.train.distributed import composer_trainer
+    from unitoken.train.stage import run
+
+    write_data(tmp_path / "data")
+    config = stage(tmp_path, "max_duration=1ba")
+    monkeypatch.setattr(composer_trainer, "has_gpu", lambda: True)
+    run(config, check(config, 1))
+    assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("setting", "attention"), [("full", "flex"), ("full", "sdpa"), ("selective", "sdpa"), ("none", "sdpa")])
+def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", "flex"]) -> None:
+    """Two layers of the 7B model's size, sharded over one rank as FSDP2 shards them over many."""
+    from torch import distributed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch._dynamo.reset()
+    _compiled.cache_clear()
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
+        overrides = ["microbatch=2", "data.global_batch=4", f"activation_checkpointing={setting}", f"model.attention={attention}"]
+        config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", overrides)
+        model_config = ModelConfig(decoder=sizes, dropout=0.05, attention=attention)
+        network = build_model(sizes, None, model_config, setting).to_empty(device="cuda")
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, 0.0, 0.02)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in (*network.model.layers, network):
+            fully_shard(module, mp_policy=policy)
+        optimizer = torch.optim.AdamW(network.parameters())
+        rows, length = config.microbatch, config.data.packed_length
+        ids = torch.randint(0, sizes.vocab_size, (rows, length), device="cuda")
+        batch = {
+            "input_ids": ids,
+            "labels": ids,
+            "position_ids": torch.arange(length, device="cuda").expand(rows, -1) % 1800,
+            "document_ids": (torch.arange(length, device="cuda").expand(rows, -1) // 1800).int(),
+            "pixel_values": torch.zeros(0, 3, 384, 384, dtype=torch.uint8, device="cuda"),
+        }
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = network(batch).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained = counts(sizes, None).total
+        need = needs(config, sizes, None, ranks=2, trained=trained, views=0)
+        shared = sum(need.parts[part] for part in ("parameters", "Adam's moments", "gradients"))
+        said = need.total - need.parts["runtime"] + shared  # two ranks would have half of these each
+        # Of two layers and a large vocabulary: the output layer's gradients count for more than in a deep model.
+        assert 0.75 * said < torch.cuda.max_memory_allocated() < 1.05 * said
+    finally:
+        distributed.destroy_process_group()

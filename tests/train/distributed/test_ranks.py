@@ -1,0 +1,302 @@
+"""Several ranks with FSDP2, on CPUs through gloo. Where a launcher matters, started as a user does: `composer -n 2 train.py ...`.
+
+A rank imports for ten seconds what it then uses for one, so most of what is tested here runs in few processes, and is looked
+at by several tests: see rank_program.py.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.paths import ROOT, TESTS
+from support.rank_program import run_stage
+from support.ranks import finish, free_port, start
+from support.stages import curve, metrics, stage, write_data, write_stage
+from unitoken.train.check import check
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.layouts import latest_checkpoint
+
+PROGRAM = TESTS / "support" / "rank_program.py"
+BIN = Path(sys.executable).parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_data(folder / "data")
+    write_stage(folder, name="dry")  # without dropout, to compare different numbers of ranks
+    return folder
+
+
+def dry(folder: Path, run: str | Path, *overrides: str, stop: int = 0, steps: int = 5) -> dict[str, Any]:
+    duration = f"max_duration={steps}ba" if steps else "max_duration=1ep"
+    settings = ["model.dropout=0", f"save.folder={folder / run}", duration, *overrides]
+    return {"yaml": str(folder / "dry.yaml"), "overrides": settings, "stop": stop}
+
+
+def launch(ranks: int, *stages: dict[str, Any]) -> None:
+    assert finish(start(ranks, [PROGRAM, json.dumps(stages)])) == [0] * ranks
+
+
+@pytest.fixture(scope="module")
+def by_one(folder: Path) -> Path:
+    run_stage(**dry(folder, "one"))
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def by_two(folder: Path) -> Path:
+    launch(
+        2,
+        dry(folder, "two"),
+        dry(folder, "recomputed", "model.compile=true", "activation_checkpointing=selective", "fsdp.reshard=false"),
+        dry(folder, "moved", steps=0, stop=4),
+        *other_settings_halfway(folder, "two-changed"),
+    )
+    return folder / "two"
+
+
+@pytest.fixture(scope="module")
+def by_four(folder: Path, by_two: Path) -> Path:
+    run_stage(**dry(folder, "moved", steps=0, stop=6))  # one rank goes on where two were stopped, and then four
+    launch(
+        4,
+        dry(folder, "four", "activation_checkpointing=full"),
+        dry(folder, "moved", steps=0),
+        dry(folder, "hsdp", "fsdp.replicas=2", stop=3),
+        dry(folder, "hsdp", "fsdp.replicas=2"),
+    )
+    return folder / "four"
+
+
+def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
+    """Stopped, and resumed with another decay and another group of parameters."""
+    return [dry(folder, run, stop=3), dry(folder, run, "optimizer.weight_decay=5", "optimizer.lr_scales={model: 3}")]
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    for key in ("loss", "grad_norm", "tokens"):
+        assert [line[key] for line in metrics(run)] == pytest.approx([line[key] for line in metrics(expected)], rel=1e-5), key
+
+
+def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
+    """The same losses and gradient norms, also where one of the ranks has no image in a microbatch."""
+    assert_same(by_two, by_one)
+
+
+def test_two_ranks_take_other_settings_of_the_optimizer_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
+    for part in other_settings_halfway(folder, "one-changed"):
+        run_stage(**part)
+    assert_same(folder / "two-changed", folder / "one-changed")
+    assert curve(folder / "one-changed")[:3] == curve(by_one)[:3]
+    assert abs(curve(folder / "one-changed")[4][1] - curve(by_one)[4][1]) > 1e-3
+
+
+def test_four_ranks_train_as_one(by_one: Path, by_four: Path) -> None:
+    assert_same(by_four, by_one)
+
+
+def test_replicas_of_the_sharded_model_train_as_one(folder: Path, by_one: Path, by_four: Path) -> None:
+    """HSDP, saved and resumed on the way."""
+    assert_same(folder / "hsdp", by_one)
+
+
+def test_compiled_and_recomputed_layers_train_as_plain_ones(folder: Path, by_one: Path, by_two: Path) -> None:
+    assert_same(folder / "recomputed", by_one)
+
+
+def test_two_ranks_then_one_then_four_go_on_with_the_same_batches(folder: Path, by_four: Path) -> None:
+    run_stage(**dry(folder, "unmoved", steps=0))
+    assert [line["step"] for line in metrics(folder / "moved")] == list(range(1, 10))
+    assert_same(folder / "moved", folder / "unmoved")
+
+
+def test_weights_are_the_same_however_many_ranks_save_them(folder: Path, by_one: Path, by_four: Path) -> None:
+    expected = run_folder.source_of(by_one / "step-00000005.pt").load()
+    for run in ("two", "four", "hsdp"):
+        found = run_folder.source_of(folder / run / "step-00000005.pt").load()
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=f"{run}: {name}")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """An uninterrupted run, with dropout, of the whole program as a user starts it."""
+    command = [
+        BIN / "composer",
+        "-n",
+        "2",
+        ROOT / "train.py",
+        write_stage(folder),
+        f"save.folder={folder}/whole",
+        "max_duration=3ep",
+    ]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    """A run of the same settings after SIGKILL in the middle of its second epoch."""
+    run = folder / "killed"
+    ranks = start(2, [ROOT / "train.py", write_stage(folder), f"save.folder={run}", "max_duration=3ep"])
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 14:
+        assert all(rank.poll() is None for rank in ranks), "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    saved = latest_checkpoint(run)
+    assert saved is not None
+    assert 12 <= run_folder.step_of(saved) < 27
+    return run
+
+
+def test_a_killed_run_goes_on_as_if_never_killed(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+    """Losses equal bit for bit, with dropout on."""
+    shutil.copytree(killed, tmp_path / "run", symlinks=True)
+    assert finish(start(2, [ROOT / "train.py", write_stage(folder), f"save.folder={tmp_path}/run", "max_duration=3ep"])) == [0, 0]
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_one_rank_goes_on_from_two_with_the_same_batches(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+    from unitoken.train.stage import run
+
+    shutil.copytree(killed, tmp_path / "run", symlinks=True)
+    smaller = stage(folder, f"save.folder={tmp_path}/run", "max_duration=3ep")
+    run(smaller, check(smaller, 1))
+    expected, found = metrics(whole), metrics(tmp_path / "run")
+    assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.02)  # dropout differs
+
+
+def test_a_folder_that_the_machines_do_not_share_is_one_error_on_all_of_them(folder: Path, by_one: Path, tmp_path: Path) -> None:
+    """Rank 0 would go on from a checkpoint, rank 1 from the start, and neither would ever hear of the other again."""
+    shutil.copytree(by_one, tmp_path / "0", symlinks=True)
+    commands = [[ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{rank}", "max_duration=9ba"] for rank in (0, 1)]
+    ranks = start(2, *commands, nodes=2, stderr=subprocess.PIPE, text=True)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    message = (
+        "error: save.folder: rank 0 finds step-00000005.pt and rank 1 finds no checkpoint; it must be the same on all machines"
+    )
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert all(message in words.splitlines() for words in said), said
+
+
+def test_machines_with_different_settings_are_one_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
+    """An old YAML on one of two machines: half of the model would be trained at another learning rate."""
+    command = [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/run"]
+    ranks = start(2, [*command, "optimizer.lr=1e-2"], [*command, "optimizer.lr=1e-9"], nodes=2, stderr=subprocess.PIPE, text=True)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    message = "error: optimizer.lr: rank 0 has 0.01 and rank 1 has 1e-09; settings must be the same on all machines"
+    assert all(message in words.splitlines() for words in said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_one_machine_lacks_is_an_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").symlink_to("step-00000001.pt")  # and no such file
+    commands = [[ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{name}"] for name in ("none", "run")]
+    ranks = start(2, *commands, nodes=2, stderr=subprocess.PIPE, text=True)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "error: rank 1: " in said[0]
+    assert all("it names step-00000001.pt, which is not there" in words for words in said), said
+
+
+OUT_OF_MEMORY = """
+import os, runpy
+from unitoken.train.model.unitoken import UniToken
+
+forward, seen = UniToken.forward, []
+
+def fail_at_the_third(self, batch):
+    seen.append(batch)
+    if os.environ["RANK"] == "1" and len(seen) == 3:
+        raise RuntimeError("out of memory, on rank 1 alone")
+    return forward(self, batch)
+
+UniToken.forward = fail_at_the_third
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_rank_that_fails_alone_ends_all_and_says_why(folder: Path, tmp_path: Path) -> None:
+    """Not a run that hangs for half an hour and says nothing: the others wait for its shards, and it must not wait for them."""
+    command = ["-c", OUT_OF_MEMORY, write_stage(folder), f"save.folder={tmp_path}/run"]
+    ranks = start(2, command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in reversed(ranks)]
+    finally:
+        finish(ranks, timeout=1)
+    assert all(rank.returncode for rank in ranks)
+    assert "RuntimeError: out of memory, on rank 1 alone" in said[0], said
+
+
+def test_two_machines_train_as_one_under_torchrun(folder: Path, by_two: Path) -> None:
+    """Two launchers of one rank each, which meet at an address: with the command of the README."""
+    port, settings = free_port(), dry(folder, "torchrun")["overrides"]
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
+    nodes = [
+        subprocess.Popen(
+            [BIN / "torchrun", *options, str(node), ROOT / "train.py", folder / "dry.yaml", *settings],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for node in (0, 1)
+    ]
+    assert finish(nodes) == [0, 0]
+    assert curve(folder / "torchrun") == curve(by_two)
+
+
+def test_two_machines_train_as_one_under_slurm_and_composer(folder: Path, by_two: Path, tmp_path: Path) -> None:
+    """The example starts Composer's launcher on each. A `srun` and a `scontrol` of our own stand for the cluster."""
+    (tmp_path / ".venv").symlink_to(BIN.parent)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    commands = {
+        "scontrol": 'test "$*" = "show hostnames 127.0.0.[1-2]"; echo 127.0.0.1; echo 127.0.0.2',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 "$@" & first=$!; SLURM_NODEID=1 "$@"; wait $first',
+    }
+    for name, text in commands.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": free_port(), "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+    }  # fmt: skip
+    subprocess.run(
+        ["bash", ROOT / "examples/slurm-train.sh", folder / "dry.yaml", *dry(folder, "slurm")["overrides"]],
+        env={**os.environ, **slurm, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path, check=True, timeout=300,
+    )  # fmt: skip
+    assert curve(folder / "slurm") == curve(by_two)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.global_batch=3", "data.global_batch: 3 packs can not be shared evenly by 2 ranks"),
+        ("fsdp.replicas=3", "fsdp.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(override: str, message: str, folder: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", write_stage(folder, name="wrong"), override],
+        env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == f"error: {message}\n"
+    assert result.stdout == ""

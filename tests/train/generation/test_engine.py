@@ -1,0 +1,316 @@
+"""Replies keep to the grammar, read prompts as training does, and are what the plain way gives: no cache, no batch, no padding."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from support.small_datasets import BLOCK, make_record, small_vocabulary
+from unitoken.dataset.record import Record
+from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.streaming_data.reading.collate import Batch, Collate
+from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.generation.engine import Reading, generate, null_prompt, parts_of, prompt_of
+from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.decoder import KVCache
+from unitoken.train.model.unitoken import UniToken, build_model
+
+VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+LIKELIEST = Sampling(temperature=0.0)
+
+
+def build(vocabulary: Vocabulary, vision: VisionConfig | None) -> UniToken:
+    decoder = DecoderConfig(
+        vocab_size=vocabulary.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
+    load_weights(model, {}, seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # so that the likeliest token differs from place to place
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return small_vocabulary()
+
+
+@pytest.fixture(scope="module")
+def model(vocabulary: Vocabulary) -> UniToken:
+    return build(vocabulary, VISION)
+
+
+def prompts(vocabulary: Vocabulary, *lengths: int) -> list[Record]:
+    """Of several lengths, each a whole turn; every third has a picture, every third two."""
+    records = [prompt_of(make_record(f"p{n}", vocabulary, length, question_images=n % 3)) for n, length in enumerate(lengths)]
+    end = [vocabulary.end_of_turn]
+    return [dataclasses.replace(record, tokens=np.concatenate([record.tokens, end]).astype(np.uint16)) for record in records]
+
+
+def codes_of(vocabulary: Vocabulary, reply: Sequence[int]) -> np.ndarray:
+    (codes,) = parts_of(vocabulary, reply)
+    return np.asarray(codes)
+
+
+def logits_of(model: UniToken, vocabulary: Vocabulary, prompt: Record, said: Sequence[int], views: Views | None) -> torch.Tensor:
+    """What comes after a prompt and a reply, all read anew as training lays it out."""
+    longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, said]).astype(np.uint16))
+    collate = Collate(400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False)
+    batch = collate([[longer]])
+    length = int((batch["document_ids"] >= 0).sum())
+    with torch.no_grad():
+        embeddings = model.embed(batch)[:, :length]
+        return model.lm_head(model.model(embeddings, batch["position_ids"][:, :length], None))[0, -1]
+
+
+def plainly(
+    model: UniToken,
+    vocabulary: Vocabulary,
+    prompt: Record,
+    *,
+    sizes: Sequence[tuple[int, int]] = (),
+    drawing: bool = False,
+    guidance: float = 1.0,
+    max_tokens: int = 64,
+) -> list[int]:
+    """The likeliest reply, by hand: two whole forwards a token."""
+    views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
+    said: list[int] = []
+    heard: list[int] = []  # of the reply, by the branch without the prompt's text
+    forced: list[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
+    text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [vocabulary.end_of_turn]
+    while forced or (not drawing and len(said) < max_tokens):
+        inside = bool(forced)
+        allowed = list(forced.pop(0)) if forced else text + ([vocabulary.image_start] if sizes else [])
+        logits = logits_of(model, vocabulary, prompt, said, views)
+        if inside:
+            null = logits_of(model, vocabulary, null_prompt(prompt), heard, views)
+            logits = null + guidance * (logits - null)
+        token = max(allowed, key=lambda token: logits[token].item())
+        if token == vocabulary.end_of_turn:
+            break
+        said.append(token)
+        if token == vocabulary.image_start:
+            (size,) = sizes
+            forced = list(vocabulary.image_grammar(*size))[1:]
+        if inside or token == vocabulary.image_start:
+            heard.append(token)
+    return said
+
+
+def test_every_drawn_image_is_whole_whatever_the_model_thinks(model: UniToken, vocabulary: Vocabulary) -> None:
+    replies = generate(model, vocabulary, prompts(vocabulary, 3, 5, 3), Sampling(seed=1), sizes=[(4, 2)], drawing=True)
+    codes = np.stack([codes_of(vocabulary, reply) for reply in replies])
+    assert codes.shape == (3, 4, 2)
+    assert codes.min() >= 0
+    assert codes.max() < 8
+    assert len(np.unique(codes)) > 2
+
+
+@pytest.mark.parametrize("drawing", [True, False])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_reply_depends_on_its_prompt_and_the_seed_not_on_its_neighbours(
+    model: UniToken, vocabulary: Vocabulary, drawing: bool, guidance: float
+) -> None:
+    several = prompts(vocabulary, 3, 9, 3, 14, 6, 5, 5)
+    vocabulary = dataclasses.replace(vocabulary, image_start=7)  # a text token, so that a tiny model says it now and then
+
+    def replies(some: Sequence[Record], seed: int, batch: int) -> list[list[int]]:
+        sampling = Sampling(guidance=guidance, seed=seed, temperature=3.0)
+        return generate(model, vocabulary, some, sampling, sizes=[(2, 2), (2, 4)], drawing=drawing, batch=batch, max_tokens=40)
+
+    together = replies(several, 3, 64)
+    assert together == replies(several, 3, 1) == replies(several, 3, 3)
+    assert together[:2] == replies(several[:2], 3, 64)
+    assert together != replies(several, 4, 64)
+    shapes = {codes.shape for reply in together for codes in parts_of(vocabulary, reply) if isinstance(codes, np.ndarray)}
+    assert shapes
+    assert shapes <= {(2, 2), (2, 4)}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.0, 4.0])
+def test_the_likeliest_drawings_are_what_reading_everything_anew_gives(
+    model: UniToken, vocabulary: Vocabulary, guidance: float
+) -> None:
+    """The cache, the padding of several lengths, the forced tokens, and guidance by its formula from two forwards."""
+    several = prompts(vocabulary, 4, 9, 7)
+    sampling = Sampling(temperature=0.0, guidance=guidance)
+    found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], drawing=True)
+    expected = [plainly(model, vocabulary, p, sizes=[(2, 2)], drawing=True, guidance=guidance) for p in several]
+    assert found == expected
+    likeliest = Sampling(temperature=0.7, top_k_image=1, guidance=guidance)
+    assert found == generate(model, vocabulary, several, likeliest, sizes=[(2, 2)], drawing=True)
+
+
+def test_guidance_changes_drawings(model: UniToken, vocabulary: Vocabulary) -> None:
+    several = prompts(vocabulary, *range(4, 12))
+    found = [
+        generate(model, vocabulary, several, Sampling(temperature=0.0, guidance=g), sizes=[(2, 2)], drawing=True)
+        for g in (0.0, 1.0, 6.0)
+    ]
+    assert found[0] != found[1] != found[2]
+    texts = [prompt for prompt in several if not len(prompt.images)]
+    nothing = generate(model, vocabulary, texts, Sampling(temperature=0.0, guidance=0.0), sizes=[(2, 2)], drawing=True)
+    assert nothing == [nothing[0]] * len(texts), "without the prompt's text all are one"
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(
+    model: UniToken, vocabulary: Vocabulary, guidance: float
+) -> None:
+    """Words until the model begins an image by itself; its block; words again; the end of the turn. With guidance."""
+    several = prompts(vocabulary, 4, 9, 7, 6)
+    words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
+    begins, ends = words[0][2], None
+    drawn = dataclasses.replace(vocabulary, image_start=begins)
+    sampling = Sampling(temperature=0.0, guidance=guidance)
+    open_ended = generate(model, drawn, several, sampling, sizes=[(2, 2)], max_tokens=30)
+    parts = parts_of(drawn, open_ended[0])
+    assert isinstance(parts[0], list)
+    assert isinstance(parts[1], np.ndarray)
+    after = next(part for part in parts[2:] if isinstance(part, list))
+    said_before = {token for part in parts[:2] if isinstance(part, list) for token in part}
+    ends = next(token for token in after if token not in said_before)
+    vocabulary = dataclasses.replace(drawn, end_of_turn=ends)
+    found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], max_tokens=30)
+    assert found == [plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=guidance, max_tokens=30) for p in several]
+    assert len(found[0]) < len(open_ended[0])
+    assert any(isinstance(part, np.ndarray) for part in parts_of(vocabulary, found[0]))
+
+
+def test_replies_in_words_read_no_null_prompts(model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They had doubled compute and cache; and from the first image on the null rows read images alone."""
+    rows: list[int] = []
+    real = UniToken.predict
+
+    def watched(self: UniToken, batch: Batch, *rest: Any) -> torch.Tensor:
+        rows.append(len(batch["input_ids"]))
+        return real(self, batch, *rest)
+
+    monkeypatch.setattr(UniToken, "predict", watched)
+    several = prompts(vocabulary, 4, 9, 7, 6)
+    guided = dataclasses.replace(LIKELIEST, guidance=3.0)
+    words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
+    assert words == generate(model, vocabulary, several, guided, sizes=[(2, 2)], max_tokens=8)
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+    rows.clear()
+    drawn = dataclasses.replace(vocabulary, image_start=words[0][2])
+    (reply,) = generate(model, drawn, several[:1], guided, sizes=[(2, 2)], max_tokens=3)
+    assert len(rows) == len(reply) + BLOCK, "the null prompt once, and the image token by token but for its last"
+
+
+def test_several_replies_to_a_picture_show_it_to_the_tower_once(model: UniToken, vocabulary: Vocabulary) -> None:
+    several = prompts(vocabulary, 6, 7, 8)
+    reading = Reading(Views(8, 4))
+    batch = reading.batch([several[1]] * 3 + [several[2]], [reading.length(p) for p in [several[1]] * 3 + [several[2]]], vocabulary)
+    assert len(batch["pixel_values"]) == len({*several[1].images, *several[2].images}) == 3
+    assert batch["feature_views"].reshape(5, 4)[:, 0].tolist() == [0, 0, 0, 1, 2]
+
+
+def test_the_cache_takes_a_few_tokens_more_than_it_holds() -> None:
+    """Doubling took twice what a long prompt needs."""
+    cache = KVCache(1, 10_000)
+    for new in (4000, 1, 300):
+        key = torch.zeros(1, 1, new, 2)
+        cache.update(0, key, key)
+        cache.seen += new
+        assert cache.stored[0] is not None
+        assert cache.seen <= cache.stored[0][0].shape[2] <= cache.seen + KVCache.STEP
+
+
+def test_each_prompt_may_have_a_number_and_a_limit_of_its_own(model: UniToken, vocabulary: Vocabulary) -> None:
+    """So that some of many prompts get the replies that they get among all."""
+    several = prompts(vocabulary, 4, 9, 7, 6)
+    limits = [3, 9, 5, 2]
+    found = generate(model, vocabulary, several, Sampling(seed=1), max_tokens=limits)
+    assert all(len(reply) <= limit for reply, limit in zip(found, limits, strict=True))
+    some = generate(model, vocabulary, several[1:3], Sampling(seed=1), max_tokens=limits[1:3], numbers=[1, 2])
+    assert some == found[1:3]
+
+
+def test_an_image_that_has_begun_is_finished(model: UniToken, vocabulary: Vocabulary) -> None:
+    (prompt,) = prompts(vocabulary, 4)
+    (words,) = generate(model, vocabulary, [prompt], LIKELIEST, max_tokens=1)
+    begins = dataclasses.replace(vocabulary, image_start=words[0])
+    (reply,) = generate(model, begins, [prompt], LIKELIEST, sizes=[(4, 4)], max_tokens=1)
+    assert codes_of(begins, reply).shape == (4, 4)
+
+
+@pytest.mark.parametrize("vision", [VISION, None])
+def test_answers_are_the_likeliest_tokens_up_to_the_end_of_the_turn(vocabulary: Vocabulary, vision: VisionConfig | None) -> None:
+    """Prompts of several lengths, with 0 to 2 images, and without a tower: these are then image tokens alone."""
+    model = build(vocabulary, vision)
+    several = prompts(vocabulary, 6, 7, 6, 9, 6)
+    found = generate(model, vocabulary, several, LIKELIEST, max_tokens=5)
+    assert found == [plainly(model, vocabulary, prompt, max_tokens=5) for prompt in several]
+    assert len({tuple(tokens) for tokens in found}) > 1
+
+
+def test_an_answer_ends_with_the_turn(model: UniToken, vocabulary: Vocabulary) -> None:
+    asked = prompts(vocabulary, 6)
+    first = generate(model, vocabulary, asked, LIKELIEST, max_tokens=1)[0][0]
+    ends_there = dataclasses.replace(vocabulary, end_of_turn=first)
+    assert generate(model, ends_there, asked, LIKELIEST, max_tokens=9) == [[]]
+
+
+def test_a_reply_without_images_has_no_token_of_one(model: UniToken, vocabulary: Vocabulary) -> None:
+    replies = generate(model, vocabulary, prompts(vocabulary, *range(3, 20)), Sampling(temperature=20.0), max_tokens=30)
+    assert not {token for reply in replies for token in reply} & vocabulary.special_ids
+
+
+def test_pictures_of_prompts_may_bring_tiles(model: UniToken, vocabulary: Vocabulary) -> None:
+    """AnyRes: more features, and the newline's embedding behind each row of them."""
+    views = Views(8, 4, anyres=True)
+    several = prompts(vocabulary, 6, 7, 6)
+    found = generate(model, vocabulary, several, LIKELIEST, max_tokens=1, reading=Reading(views))
+    text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [vocabulary.end_of_turn]
+    for prompt, reply in zip(several, found, strict=True):
+        logits = logits_of(model, vocabulary, prompt, [], views)
+        assert (reply or [vocabulary.end_of_turn]) == [max(text, key=lambda token: logits[token].item())]
+    assert Reading(views).length(several[1]) > Reading(Views(8, 4)).length(several[1])
+
+
+def test_an_image_that_the_model_said_itself_brings_no_features(vocabulary: Vocabulary) -> None:
+    """In a conversation of several turns: as in training, where the features of what is drawn are not there either."""
+    record = make_record("r", vocabulary, 4, question_images=1, answer_images=1)
+    longer = dataclasses.replace(record, tokens=np.concatenate([record.tokens, [3, vocabulary.end_of_turn]]).astype(np.uint16))
+    assert Reading(Views(8, 4)).length(longer) == len(longer.tokens) + 1 + 4
+    assert Reading(Views(8, 4), compat=True).length(longer) == len(longer.tokens) + 2 * (1 + 4)
+
+
+def test_a_model_in_bfloat16_draws_and_answers(vocabulary: Vocabulary) -> None:
+    model = build(vocabulary, VISION).to(torch.bfloat16)
+    several = prompts(vocabulary, 3, 5, 3)
+    assert len(generate(model, vocabulary, several, Sampling(guidance=2.0), sizes=[(2, 2)], drawing=True)) == 3
+    assert generate(model, vocabulary, several, LIKELIEST, max_tokens=3)
+
+
+def test_a_prompt_ends_where_training_begins(vocabulary: Vocabulary) -> None:
+    record = make_record("r", vocabulary, 7, question_images=2, answer_images=1)
+    prompt = prompt_of(record)
+    assert len(prompt.tokens) == record.target_spans[0][0]
+    assert len(prompt.images) == len(prompt.image_spans) == 2
+    assert (prompt.labels() == -100).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> None:
+    from support.stages import stage, write_data
+    from unitoken.train.check import check
+    from unitoken.train.generation.engine import load_model
+    from unitoken.train.stage import run
+
+    write_data(tmp_path / "data")
+    config = stage(tmp_path, "max_duration=2ba")
+    checked = check(config, 1)
+    run(config, checked)
+    model = load_model(config)
+    assert not model.training
+    replies = generate(model, checked.vocabulary, prompts(checked.vocabulary, 3), sizes=[(2, 2)], drawing=True)
+    assert codes_of(checked.vocabulary, replies[0]).shape == (2, 2)

@@ -1,0 +1,481 @@
+"""Stages of training in this process, with one rank; test_ranks.py has several."""
+
+import errno
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.stages import curve, metrics, stage, write_data
+from unitoken.common.errors import ConfigError
+from unitoken.dataset.vision_views import Views
+from unitoken.streaming_data.reading.loader import build_loader
+from unitoken.train.callbacks.metrics import Metrics
+from unitoken.train.check import check
+from unitoken.train.checkpoint import run_folder as checkpoints
+from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
+from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.config import StageConfig
+from unitoken.train.model.unitoken import UniToken, build_model
+from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
+from unitoken.train.stage import run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage")
+    write_data(folder / "data")
+    return folder
+
+
+def train(config: StageConfig) -> Path:
+    run(config, check(config, 1))
+    return Path(config.save.folder)
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.source_of(find_origin(str(run_folder))).load()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    return train(stage(folder, f"save.folder={folder}/uninterrupted", "max_duration=2ep"))
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops without a chance to tidy up, after the metrics of `step` are written and before its checkpoint."""
+    real = Metrics.batch_end
+
+    def batch_end(self: Any, state: Any, logger: Any) -> None:
+        real(self, state, logger)
+        if state.timestamp.batch.value == step:
+            raise KilledError
+
+    monkeypatch.setattr(Metrics, "batch_end", batch_end)
+
+
+def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    assert lines[0]["lr"] == 0.0
+    assert lines[2]["lr"] > lines[-1]["lr"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z"], abs=1e-5)
+        assert line["useful"] == line["tokens"] / (4 * 64)
+    checkpoints_kept = {"latest", "step-00000016.pt", "step-00000018.pt"}
+    about = {".lock", "stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
+    assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", *checkpoints_kept, *about}
+    assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
+
+
+@pytest.mark.parametrize("step", [5, 9, 10, 11])  # resumed after step 4 and 8; 9 is the end of the epoch, 10 in the second
+def test_a_run_killed_anywhere_resumes_with_the_same_losses_bit_for_bit(
+    step: int, folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout on: data position, random state, optimizer and learning rate are all restored."""
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep")
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(KilledError):
+            train(config)
+    assert len(curve(tmp_path)) == step
+    assert checkpoints.step_of(latest_checkpoint(tmp_path)) < step
+    train(config)
+    assert curve(tmp_path) == curve(uninterrupted)
+    resumed = weights(tmp_path)
+    for name, tensor in weights(uninterrupted).items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize("interval", ["1ep", "3ba"])
+def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
+    interval: str, folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep", f"save.interval={interval}")
+    with monkeypatch.context() as patch:
+        kill_at(11, patch)
+        with pytest.raises(KilledError):
+            train(config)
+    assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
+    state = checkpoints.read(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
+    assert (state["epoch"], state["batch_in_epoch"]) == (1, 0)  # not 9 of 9: the rest of an epoch that is over
+    train(config)
+    assert curve(tmp_path) == curve(uninterrupted)
+
+
+@pytest.mark.parametrize("compat", [None, "unitoken"])
+def test_a_stage_with_anyres_learns(compat: str | None, folder: Path, tmp_path: Path) -> None:
+    """A picture of 4 x 4 pixels has 4 features as one view, and 10 with its tiles."""
+    lines = {}
+    for anyres in (False, True):
+        config = stage(
+            folder, f"save.folder={tmp_path}/{anyres}", f"data.anyres={anyres}", "data.packed_length=80", compat=compat
+        )  # fmt: skip
+        lines[anyres] = metrics(train(config))
+    assert lines[True][-1]["loss"] < lines[True][0]["loss"] - 0.1
+    assert sum(line["tokens"] for line in lines[True]) > sum(line["tokens"] for line in lines[False])
+
+
+def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> None:
+    """The reference resumed from weights rounded to bfloat16 under float32 moments (bug 24)."""
+    state = checkpoints.read(latest_checkpoint(uninterrupted))
+    tensors = {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
+    moments = [tensor for one in next(iter(state["optimizers"].values()))["state"].values() for tensor in one.values()]
+    assert {tensor.dtype for tensor in [*tensors.values(), *moments]} == {torch.float32}
+    trained = [tensor for name, tensor in tensors.items() if "vit.embeddings" not in name]
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained)
+
+
+def test_a_finished_stage_is_left_as_it_is(folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
+    train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
+
+
+def test_a_run_may_last_so_many_tokens_and_is_as_long_wherever_it_is_resumed(
+    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told in whole steps by the plan's tokens, so that it ends at the same batch on any number of ranks."""
+    tokens = sum(line["tokens"] for line in metrics(uninterrupted)[:9])  # of an epoch
+    config = stage(folder, f"save.folder={tmp_path}", f"max_duration={tokens * 14 // 9}tok", f"optimizer.warmup={tokens}tok")
+    with monkeypatch.context() as patch:
+        kill_at(11, patch)
+        with pytest.raises(KilledError):
+            train(config)
+    train(config)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in metrics(uninterrupted)[:14]]
+    assert lines[8]["lr"] == pytest.approx(3e-3 * 8 / 9)
+    assert lines[9]["lr"] == max(line["lr"] for line in lines) == pytest.approx(3e-3)
+
+
+def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: Path, tmp_path: Path) -> None:
+    """Microbatches hold different numbers of supervised tokens: a mean of their means would differ."""
+    overrides = ["model.dropout=0", "max_duration=4ba"]
+    curves = [curve(train(stage(folder, f"save.folder={tmp_path}/{size}", f"microbatch={size}", *overrides))) for size in (1, 3, 4)]
+    for other in curves[1:]:
+        assert [loss for _, loss in other] == pytest.approx([loss for _, loss in curves[0]], abs=1e-5)
+    reference = stage(folder, f"save.folder={tmp_path}/c", *overrides, "compat=unitoken", "data.continuous=all")
+    plain = stage(folder, f"save.folder={tmp_path}/p", *overrides, "data.continuous=all")
+    means = [curve(train(config))[0][1] for config in (reference, plain)]
+    assert abs(means[0] - means[1]) > 1e-4  # compat: the mean of the microbatches' means (and separators trained on)
+
+
+def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> None:
+    """Learning rates of both groups, clipping, microbatches: against a loop written out."""
+    config = stage(
+        folder, f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "optimizer.clip_norm=0.3",
+        "optimizer.lr_scales={vit: 0.5}", "optimizer.min_lr=1e-3", "microbatch=2",
+    )  # fmt: skip
+    checked = check(config, 1)
+    trained = weights(train(config))
+
+    loader = build_loader(
+        config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=False
+    )  # fmt: skip
+    model = build_model(checked.decoder, checked.vision, config.model)
+    freeze(model, config.trainable)
+    load_weights(model, {}, config.seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(model, config.optimizer)
+    clipped = 0
+    for step, (batch, line) in enumerate(zip(loader, metrics(tmp_path / "run"), strict=False)):
+        set_learning_rate(optimizer, learning_rate(step / 9, config.optimizer, 0.1, 6 / 9))
+        loss = model.train()(batch).total
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        clipped += int(norm > 0.3)
+        assert (loss.item(), norm.item()) == pytest.approx((line["loss"], line["grad_norm"]), rel=1e-5)
+        assert line["lr"] == optimizer.param_groups[-1]["lr"] == 2 * optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert clipped == 6
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folder: Path, tmp_path: Path) -> None:
+    base = stage(
+        folder, f"save.folder={tmp_path}/base", "name=base", "model.vision=null", "data.continuous=none", "max_duration=3ba",
+        "trainable=[model, lm_head]",
+    )  # fmt: skip
+    one = stage(
+        folder,
+        f"save.folder={tmp_path}/one",
+        "name=one",
+        f"init_from={tmp_path}/base",
+        "max_duration=3ba",
+        "trainable=[vit, adapter]",
+    )
+    two = stage(folder, f"save.folder={tmp_path}/two", "name=two", f"init_from={tmp_path}/one", "max_duration=3ba")
+    after = [weights(train(config)) for config in (base, one, two)]
+    for name, tensor in after[1].items():
+        if name.split(".")[0] in ("model", "lm_head"):
+            assert torch.equal(tensor, after[0][name]), f"{name} was frozen in Stage I"
+        elif not name.startswith("vit.embeddings"):
+            assert not torch.equal(tensor, after[2][name]), f"{name} trains in Stage II"
+        else:
+            assert torch.equal(tensor, after[2][name]), f"{name} never trains"
+    assert not torch.equal(after[1]["lm_head.weight"], after[2]["lm_head.weight"])
+
+
+def test_a_stage_that_begins_with_an_unfinished_one_says_so(
+    folder: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["name=next", "max_duration=1ba", "model.decoder.rope_theta=500"]
+    shutil.copy(uninterrupted / "model.json", tmp_path)
+    for step, said in ((16, "step 16 of 18 of that stage"), (18, None)):
+        origin = Path(shutil.copy(uninterrupted / f"step-000000{step}.pt", tmp_path / f"after-{step}.pt"))
+        train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if f"init_from: {origin}" in line]
+        constants = f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
+
+
+def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]")
+    with monkeypatch.context() as patch:
+        kill_at(5, patch)
+        with pytest.raises(KilledError):
+            train(config)
+    saved = weights(tmp_path)
+    seen: dict[str, torch.Tensor] = {}
+
+    def forward(self: UniToken, batch: Any, real: Any = UniToken.forward) -> Any:
+        if not seen:
+            seen.update({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
+        return real(self, batch)
+
+    monkeypatch.setattr(UniToken, "forward", forward)
+    again = stage(
+        folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]", "init_from=/not/needed/any/more"
+    )
+    train(again)
+    assert saved.keys() == seen.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, seen[name]), name
+
+
+def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage I -> export -> init_from -> Stage II -> export, each stage killed and resumed; the reference's bug 23 lost the tower.
+
+    Each stage begins with exactly what the one before it ended with, also where the run that began was killed and another ends it.
+    """
+    starts: list[dict[str, torch.Tensor]] = []  # the weights at the first forward pass of each
+
+    def forward(self: UniToken, batch: Any, real: Any = UniToken.forward) -> Any:
+        if not starts[-1]:
+            starts[-1].update({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
+        return real(self, batch)
+
+    def start(config: StageConfig) -> dict[str, torch.Tensor]:
+        starts.append({})
+        return weights(train(config))
+
+    def killed_then_resumed(config: StageConfig) -> dict[str, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            kill_at(5, patch)
+            with pytest.raises(KilledError):
+                start(config)
+        saved = weights(Path(config.save.folder))  # of step 4
+        trained = start(config)
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, starts[-1][name]), f"{name} was lost when {config.name} resumed"
+        return trained
+
+    monkeypatch.setattr(UniToken, "forward", forward)
+    one = stage(folder, f"save.folder={tmp_path}/one", "name=one", "max_duration=6ba", "trainable=[vit, adapter]")
+    after_one = killed_then_resumed(one)
+    export(str(tmp_path / "one"), tmp_path / "exported", "fp32")
+    two = stage(folder, f"save.folder={tmp_path}/two", "name=two", "max_duration=6ba", f"init_from={tmp_path}/exported")
+    after_two = killed_then_resumed(two)
+    began = starts[-2]
+    for name, tensor in after_one.items():
+        assert torch.equal(tensor, began[name]), f"{name} was lost between the stages"
+        if name.startswith(("vit.encoder", "adapter", "model", "lm_head")):
+            assert not torch.equal(tensor, after_two[name]), f"{name} trains in Stage II"
+    export(str(tmp_path / "two"), tmp_path / "exported", "fp32")  # in the place of the first
+    again = checkpoints.open_source(find_origin(str(tmp_path / "exported"))).load()
+    for name, tensor in after_two.items():
+        assert torch.equal(tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]), name
+
+
+def test_what_may_be_another_mixture_than_was_meant_is_a_line(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
+    monkeypatch.setattr("unitoken.streaming_data.plan.report.Report.warnings", lambda report: ["too long"])
+    train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
+    assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
+
+
+def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/run/model")
+
+    def killed(*args: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unitoken.train.checkpoint.export._write_json", killed)  # its weights are on the disk, half of it is not
+        with pytest.raises(KilledError):
+            train(config)
+    assert not (tmp_path / "run/model").exists()
+    train(config)
+    assert "finished" in (said := capsys.readouterr().out)
+    assert "exported to" in said
+    source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
+    assert torch.equal(source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
+    train(config)
+    assert "exported to" not in capsys.readouterr().out
+    train(config.model_copy(update={"max_duration": "4ba"}))  # longer: a newer model in its place
+    assert "exported to" in capsys.readouterr().out
+    exported = checkpoints.open_source(tmp_path / "run/model").load()
+    assert torch.equal(weights(tmp_path / "run")["lm_head.weight"].bfloat16().float(), exported["lm_head.weight"])
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
+    """Tried small, then with the real data: it would say that it is finished, and Stage II would begin with the trial's weights."""
+    settings = [f"save.folder={tmp_path}/run", "max_duration=1ba"]
+    run_folder = train(stage(folder, *settings))
+    train(stage(folder, *settings, "microbatch=2", "log.every=7", f"data.cache={tmp_path}"))  # nothing that weights depend on
+    other = stage(folder, *settings, "optimizer.lr=5e-4", "seed=7")
+    with pytest.raises(
+        ConfigError, match=r"run: finished with other settings: optimizer\.lr 0\.003, now 0\.0005; seed 0, now 7\. Ch"
+    ):
+        train(other)
+    assert "lr: 0.003" in (run_folder / "stage.yaml").read_text()
+
+
+def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_path: Path) -> None:
+    try:
+        fixed = train(stage(folder, f"save.folder={tmp_path}/fixed", "max_duration=3ba", "deterministic=true"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
+
+
+def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unitoken.train.stage.load_weights", lambda *_: pytest.fail("it loaded weights"))
+    for override in ("optimizer.lr_scales={model.layers.9: 0.1}", "trainable=[model.layers.9]"):
+        with pytest.raises(ConfigError, match=r"'model\.layers\.9' names no parameter"):
+            train(stage(folder, f"save.folder={tmp_path}", override))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from unitoken.common.files import held
+
+with held(Path(sys.argv[1], ".lock"), "never"):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stage(folder, f"save.folder={tmp_path}", "max_duration=1ba")
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=rf"^save\.folder: {tmp_path}: another run is at work in it and holds \.lock$"):
+            train(config)
+        with monkeypatch.context() as patch:  # a file system without locks
+            patch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+            train(config)
+    finally:
+        other.kill()
+        other.communicate()
+    train(config.model_copy(update={"max_duration": "2ba"}))
+    assert len(curve(tmp_path)) == 2
+
+
+def test_a_copy_of_a_run_that_lost_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")  # follows links
+    train(stage(folder, f"save.folder={tmp_path}/run", "max_duration=19ba"))
+    assert curve(tmp_path / "run")[:18] == curve(uninterrupted)
+    assert len(curve(tmp_path / "run")) == 19
+
+
+def test_a_resumed_run_takes_the_optimizers_settings_of_today(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """It went on with those in the checkpoint, without a word, and a new entry of `lr_scales` was a KeyError."""
+    changed = ["optimizer.weight_decay=0.5", "optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-3"]
+    found = {}
+    for name, overrides in {"changed": [*changed, "optimizer.lr_scales={vit: 0.5, adapter: 0.1}"], "same": []}.items():
+        run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
+        train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
+        found[name] = next(iter(checkpoints.read(latest_checkpoint(run_folder))["optimizers"].values()))
+    groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
+    assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
+    assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}
+    assert {name: group["lr_scale"] for (name, _), group in groups.items()} == {"vit": 0.5, "adapter": 0.1, "rest": 1.0}
+    assert groups["vit", 0.5]["lr"] == 0.5 * groups["rest", 0.5]["lr"] > 0
+    assert {(group["betas"], group["eps"]) for group in found["same"]["param_groups"]} == {((0.9, 0.95), 1e-8)}
+    assert found["changed"]["state"].keys() == found["same"]["state"].keys()  # no moment is lost
+
+
+def test_another_runs_export_of_the_same_step_is_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained again with another seed: the folder had kept the model of before, without a word."""
+    config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/model")
+
+    def head(seed: int) -> torch.Tensor:
+        train(config.model_copy(update={"seed": seed}))
+        exported = checkpoints.open_source(tmp_path / "model").load()["lm_head.weight"]
+        assert torch.equal(exported, weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
+        shutil.rmtree(tmp_path / "run")
+        return exported
+
+    first = head(seed=0)
+    assert not torch.equal(first, head(seed=1))
+    with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
+        patch.setattr("unitoken.train.stage.export_at_end", lambda _: None)
+        train(config)
+    assert torch.equal(first, head(seed=0))
+
+
+def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:
+    with pytest.raises(ConfigError, match="give each stage a folder of its own"):
+        train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "name=other"))
+    smaller = stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "model.decoder.hidden_size=16")
+    with pytest.raises(ConfigError, match="another architecture: its decoder and this stage's have hidden_size 32 and 16"):
+        train(smaller)
+    (uninterrupted / "model.json").rename(uninterrupted / "away")  # a run of before there was one
+    with pytest.raises(ConfigError, match="tensors do not fit"):
+        train(smaller)
+    (uninterrupted / "away").rename(uninterrupted / "model.json")
+
+
+def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) -> None:
+    about = (uninterrupted / "stage.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="seed: 0, now 1"):
+        train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "data.seed=1"))
+    assert (uninterrupted / "stage.yaml").read_bytes() == about  # still what was trained
+
+
+def test_bfloat16_without_a_gpu_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="precision: bf16 needs a GPU"):
+        train(stage(folder, f"save.folder={tmp_path}", "precision=bf16"))
