@@ -41,13 +41,13 @@ def main(arguments: list[str]) -> None:
             own_temporary_folder()
         if "=" in arguments[0]:
             raise ConfigError(f"'{arguments[0]}': the first argument is the YAML file, overrides come after it")
-        from unitoken.train.check import check
+        from unitoken.train.check import check_stage
         from unitoken.train.config import StageConfig
 
         config = load_config(StageConfig, arguments[0], arguments[1:])
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         try:
-            checked = check(config, world_size)
+            checked = check_stage(config, world_size)
         except ConfigError:
             if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
                 from unitoken.train.distributed import ranks
@@ -56,9 +56,9 @@ def main(arguments: list[str]) -> None:
                 with ranks.together():
                     raise
             raise
-        from unitoken.train.stage import run  # torch and Composer: ten seconds, and only for settings that fit
+        from unitoken.train.stage import run_stage  # torch and Composer: ten seconds, and only for settings that fit
 
-        run(config, checked)
+        run_stage(config, checked)
 
 
 if __name__ == "__main__":

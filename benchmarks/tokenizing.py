@@ -40,7 +40,7 @@ from PIL import Image
 from benchmarks import source_memory
 from benchmarks.sides import Setting, baseline, ours
 from demo.digits import picture
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.dataset import images
 from unitoken.tokenize.config import TokenizeConfig
@@ -85,7 +85,7 @@ def full(folder: Path, precision: str, weights: Path) -> Setting:
 
 
 def config(tokenizer: Path, weights: Path, size: int, batch_size: int, precision: str) -> TokenizeConfig:
-    vision = VisionConfig.model_validate({"weights": str(weights), "batch_size": batch_size, "precision": precision})
+    vision = ImageTokenizerConfig.model_validate({"weights": str(weights), "batch_size": batch_size, "precision": precision})
     return TokenizeConfig(tokenizer=str(tokenizer), vision=vision, target_size=size, chunk_size=max(200, 8 * batch_size))
 
 

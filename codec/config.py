@@ -7,7 +7,7 @@ from pydantic import Field
 from unitoken.common.config import Config, Name
 
 
-class VisionConfig(Config):
+class ImageTokenizerConfig(Config):
     kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
     weights: Name  # folder, file or hub id
     batch_size: int = Field(default=8, ge=1, le=65536)  # images encoded at once
@@ -29,4 +29,4 @@ def how_to_get(name: str) -> str:
 
 class CodecConfig(Config):
     tokenizer: Name  # folder or hub id of the text tokenizer
-    vision: VisionConfig  # the image tokenizer
+    vision: ImageTokenizerConfig  # the image tokenizer

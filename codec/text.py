@@ -24,7 +24,7 @@ TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
 
 
-def check_folder(name: str) -> None:
+def check_tokenizer_folder(name: str) -> None:
     """Raises ConfigError where `name` can only be a folder and is none; else the hub would be asked for it."""
     if (name.startswith(FOLDERS_BEGIN_WITH) or name.count("/") > 1) and not Path(name).is_dir():
         raise ConfigError(f"tokenizer: {name}: no such folder{how_to_get(name)}")
@@ -35,7 +35,7 @@ def load_tokenizer(name: str) -> Any:
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer  # 2 to 4 s
 
-    check_folder(name)
+    check_tokenizer_folder(name)
     try:
         # By one request: without a network, AutoTokenizer asks for each of its files again and again, 46 s long.
         folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=TOKENIZER_FILES)

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 4.0  # seconds for what is to be tidied up
+TIDY_SECONDS = 4.0  # seconds for what is to be tidied up
 LONGEST_END = 20.0  # seconds for a process to come to its end; launchers send SIGKILL after 30
 ECHO_SECONDS = 3.0  # a launcher passes a terminal's Ctrl-C on as a SIGTERM: no second signal
 PR_SET_PDEATHSIG = 1
@@ -122,9 +122,9 @@ def _watch(heard: int) -> None:
             os._exit(128 + number)
         if not _remembers:
             # What is raised in some places (a destructor, an import that tries all) is lost, too.
-            time.sleep(PATIENCE / 2)
+            time.sleep(TIDY_SECONDS / 2)
             _say()
-            time.sleep(PATIENCE / 2)
+            time.sleep(TIDY_SECONDS / 2)
             os._exit(128 + number)
 
 

@@ -15,9 +15,9 @@ from demo.report import Answer, Drawing
 from unitoken.common.config import load_config
 from unitoken.dataset.images import decode
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.plan.report import Report
+from unitoken.streaming_data.plan.report import PlanReport
 from unitoken.streaming_data.reading.loader import build_loader
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.metadata import STAGE
 from unitoken.train.config import StageConfig
 from unitoken.train.generation.dialogue import Dialogue
@@ -65,9 +65,9 @@ class Evaluation:
         read = classifier.predict(np.stack([small(picture) for picture in pictures]))
         return [Drawing(*drawing) for drawing in zip(pictures, words, (WORDS[digit] for digit in read), strict=True)]
 
-    def plan(self) -> Report:
+    def plan(self) -> PlanReport:
         """The plan that the stage was trained by."""
-        checked = check(self.config, world_size=1)
+        checked = check_stage(self.config, world_size=1)
         vision: Any = checked.vision
         loader = build_loader(
             self.config.data,

@@ -19,11 +19,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from demo.digits import PIXELS, WORDS, moved, picture, split
-from unitoken.train.config import VisionConfig
+from unitoken.train.config import VisionTowerConfig
 from unitoken.train.model.vision_tower import VisionTower
 
 FOLDER = Path(__file__).parent / "assets" / "siglip"
-CONFIG = VisionConfig(
+CONFIG = VisionTowerConfig(
     hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=PIXELS, patch_size=16
 )
 VIEWS, STEPS, BATCH = 64, 1500, 128

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from demo.digits import picture, small, split
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.image_tokenizer.files import Parameters
@@ -81,7 +81,7 @@ def report(pixels: np.ndarray) -> None:
     digits = load_digits()
     train_ids, held_out = split()
     classifier = SVC(gamma=0.001).fit(digits.data[train_ids], digits.target[train_ids])
-    vision = load_vision(VisionConfig(weights=str(FOLDER)))
+    vision = load_vision(ImageTokenizerConfig(weights=str(FOLDER)))
     again = vision.decode(vision.encode(pixels[held_out]))
     error = np.abs(again.astype(float) - pixels[held_out]).mean()
     truth = digits.target[held_out]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from unitoken.common.errors import ConfigError
-from unitoken.storage.store import PATIENCE, MissingError, Ranges, StoreError, TransientStoreError
+from unitoken.storage.store import RETRY_SECONDS, MissingError, Ranges, StoreError, TransientStoreError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # at most, for one try
@@ -31,7 +31,7 @@ class Bucket(ABC):
     own way, and S3's repeats no answer that breaks off in the middle.
     """
 
-    def __init__(self, url: str, endpoint: str | None = None, patience: float = PATIENCE) -> None:
+    def __init__(self, url: str, endpoint: str | None = None, patience: float = RETRY_SECONDS) -> None:
         self.url, self.endpoint, self.patience = url.rstrip("/"), endpoint, patience
         self._bucket, folder = self._locate(self.url.partition("://")[2])
         if not self._bucket:

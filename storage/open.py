@@ -13,7 +13,7 @@ from unitoken.storage.folder import Folder
 from unitoken.storage.google import Google
 from unitoken.storage.huggingface import HuggingFace
 from unitoken.storage.s3 import S3
-from unitoken.storage.store import CLOUDS, PATIENCE, Store, is_url
+from unitoken.storage.store import CLOUDS, RETRY_SECONDS, Store, is_url
 
 
 def open_bucket(url: str, endpoint: str | None, patience: float) -> Bucket:
@@ -32,7 +32,7 @@ def open_bucket(url: str, endpoint: str | None, patience: float) -> Bucket:
 
 
 @functools.lru_cache(maxsize=256)
-def open_store(url: str, endpoint: str | None = None, patience: float = PATIENCE) -> Store:
+def open_store(url: str, endpoint: str | None = None, patience: float = RETRY_SECONDS) -> Store:
     """The store behind a path or URL of a folder. Nothing is asked of a server yet.
 
     Args:

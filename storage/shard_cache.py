@@ -22,7 +22,7 @@ from unitoken.common.errors import ConfigError, DataError, Transient, is_transie
 from unitoken.common.files import aside, locked, remove_abandoned, write_aside
 from unitoken.storage.store import MissingError, Store, StoreError
 
-PATIENCE = 40.0  # seconds; a store that is gone ends training within a minute
+SHARD_RETRY_SECONDS = 40.0  # seconds; a store that is gone ends training within a minute
 ATTEMPTS = 6  # for a file that arrives corrupt, or is said to be missing: of 10,000 with 10 % faults three are not enough
 PAUSE = 0.5  # seconds before a missing file is asked for again, and longer each time
 PART_BYTES = 1 << 23  # a request: what breaks off is asked for again in parts of this size

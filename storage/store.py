@@ -23,7 +23,7 @@ from unitoken.common.errors import Transient, is_transient
 from unitoken.common.urls import without_secrets
 
 CLOUDS = ("s3", "gs", "az", "azure", "hf")
-PATIENCE = 120.0  # seconds in which a request that fails on the way is repeated
+RETRY_SECONDS = 120.0  # seconds in which a request that fails on the way is repeated
 
 
 class StoreError(OSError):

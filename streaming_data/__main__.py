@@ -62,9 +62,9 @@ def plan(
                 typer.echo(f"warning: {line}", err=True)
         finally:  # where there is no such plan, the lengths say which there are
             if sweep_length:
-                from unitoken.streaming_data.tools.sweep import sweep, table
+                from unitoken.streaming_data.tools.sweep import sweep, sweep_table
 
-                typer.echo(f"\n{table(sweep(recipe, sources, views))}")
+                typer.echo(f"\n{sweep_table(sweep(recipe, sources, views))}")
 
 
 def load_data(path: Path, overrides: list[str]) -> tuple[Any, Any]:
@@ -130,7 +130,7 @@ def simulate(
     """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
     with one_line_errors():
         data, vision = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
-        from unitoken.streaming_data.tools.simulate import parse_bandwidth, parse_nodes, simulate_nodes, table
+        from unitoken.streaming_data.tools.simulate import demand_table, parse_bandwidth, parse_nodes, simulate_nodes
 
         counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
         demands, impossible = simulate_nodes(
@@ -148,7 +148,7 @@ def simulate(
             )
         if not demands:
             raise ConfigError(uneven)
-        typer.echo(table(demands, data.cache_limit))
+        typer.echo(demand_table(demands, data.cache_limit))
         typer.echo(uneven, nl=bool(uneven))
 
 
@@ -161,9 +161,9 @@ def convert_config(
     """Turn the reference's data file into the `data:` part of a stage."""
     with one_line_errors():
         from unitoken.common.files import write_aside
-        from unitoken.streaming_data.tools.convert_config import convert
+        from unitoken.streaming_data.tools.convert_config import convert_config
 
-        text = convert(meta, datasets)
+        text = convert_config(meta, datasets)
         if out is None:
             typer.echo(text, nl=False)
             return
@@ -183,9 +183,9 @@ def export_webdataset(
 ) -> None:
     """Write a dataset as WebDataset tars, for those who train on that stack."""
     with one_line_errors():
-        from unitoken.streaming_data.tools.export_webdataset import export
+        from unitoken.streaming_data.tools.export_webdataset import export_webdataset
 
-        typer.echo(f"{export(dataset, out, samples_per_tar)} tars in {out}")
+        typer.echo(f"{export_webdataset(dataset, out, samples_per_tar)} tars in {out}")
 
 
 if __name__ == "__main__":

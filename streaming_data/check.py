@@ -13,7 +13,7 @@ from unitoken.streaming_data.plan.feature_cost import check_images_fit
 if TYPE_CHECKING:
     from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import Source, open_sources
+from unitoken.streaming_data.sources import StreamSource, open_sources
 
 
 def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
@@ -21,14 +21,14 @@ def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
     return check_sources(open_sources(config), config, views)
 
 
-def check_sources(sources: Sequence[Source], config: DataConfig, views: Views | None) -> Vocabulary:
+def check_sources(sources: Sequence[StreamSource], config: DataConfig, views: Views | None) -> Vocabulary:
     """The same, of datasets that are found already. Raises ConfigError."""
     for source in sources:
         check_images_fit(source, config, views)
     return load_vocabulary(sources[0].folder)
 
 
-def other_codes(sources: list[Source]) -> list[str]:
+def other_codes(sources: list[StreamSource]) -> list[str]:
     """A warning each, no error: bf16 changes one code in eight, which may be meant; a migrated dataset's weights are unknown."""
     lines = []
     with_images = [source for source in sources if source.manifest.images]
@@ -51,7 +51,7 @@ def uneven_proportions(config: DataConfig) -> list[str]:
     return [f"the proportions sum to {total:g} and not to 1: the shares are {shares}"]
 
 
-def check_vocabulary(sources: list[Source], vocabulary: Vocabulary, owner: str) -> None:
+def check_streams_vocabulary(sources: list[StreamSource], vocabulary: Vocabulary, owner: str) -> None:
     """Raise ConfigError unless the streams are tokenized in `vocabulary`, which is `owner`'s."""
     for source in sources:
         if source.manifest.vocabulary != vocabulary.fingerprint:

@@ -26,7 +26,7 @@ from unitoken.common.files import locked, remove_abandoned, write_aside
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, VOCABULARY, Manifest, load_manifest, sha256_file
 from unitoken.dataset.mds_index import read_index
 from unitoken.storage.open import open_store
-from unitoken.storage.shard_cache import PATIENCE, ShardError, fetch
+from unitoken.storage.shard_cache import SHARD_RETRY_SECONDS, ShardError, fetch
 from unitoken.storage.store import Store
 from unitoken.streaming_data.settings import DataConfig, StreamConfig
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StreamSource:
     """A stream whose dataset was found, and whose small files are in `folder`."""
 
     name: str
@@ -57,7 +57,7 @@ class Source:
             raise ConfigError(f"stream '{self.name}': {self.folder / file} is {wrong}")
 
 
-def open_sources(config: DataConfig) -> list[Source]:
+def open_sources(config: DataConfig) -> list[StreamSource]:
     """Find every stream's dataset and check that they share one vocabulary. Raises ConfigError."""
     sources = []
     for name, stream in config.streams.items():
@@ -67,12 +67,12 @@ def open_sources(config: DataConfig) -> list[Source]:
             assert stream.local is not None, "checked by StreamConfig"
             folder = Path(stream.local)
         else:
-            store = open_store(remote, stream.endpoint, PATIENCE)
+            store = open_store(remote, stream.endpoint, SHARD_RETRY_SECONDS)
             key = hashlib.sha256(f"{stream.endpoint or ''}{remote}".encode()).hexdigest()[:16]
             folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
             _fetch_small_files(name, store, folder)
         with _of_stream(name):
-            source = Source(name, folder, store, stream, load_manifest(folder))
+            source = StreamSource(name, folder, store, stream, load_manifest(folder))
         source.check(INDEX)
         with _of_stream(name):
             read_index(folder)
@@ -102,7 +102,7 @@ def crops_of(manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(crop for manifest in with_images for crop in manifest.crops()))
 
 
-def to_streams(sources: list[Source]) -> list[streaming.Stream]:
+def to_streams(sources: list[StreamSource]) -> list[streaming.Stream]:
     """The sources as streaming's own objects, weights included."""
     from streaming import Stream
 

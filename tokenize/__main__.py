@@ -111,12 +111,13 @@ def preview(
     With --out each image stands beside the picture that its codes give: what the image tokenizer kept of it.
     """
     with one_line_errors():
-        from unitoken.tokenize.checks.preview import show
         from unitoken.tokenize.job import settings_of
 
         settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
         if out is None:
-            show(out_dir, settings.tokenizer, n)
+            from unitoken.tokenize.checks.preview import show_samples
+
+            show_samples(out_dir, settings.tokenizer, n)
             return
         from unitoken.tokenize.checks.gallery import write_page
 
@@ -155,9 +156,9 @@ def rejects(
     """Show what was rejected, grouped by reason, or try it again."""
     with one_line_errors(GOES_ON):
         if not retry:
-            from unitoken.tokenize.retry import show
+            from unitoken.tokenize.retry import show_rejects
 
-            show(out_dir)
+            show_rejects(out_dir)
             return
         from unitoken.storage.open import open_store
         from unitoken.tokenize.job import load_work, prepare, settings_of

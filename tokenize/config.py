@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.common.config import Config, Name
 
 
 class TokenizeConfig(Config):
     tokenizer: Name  # folder or hub id
-    vision: VisionConfig
+    vision: ImageTokenizerConfig
     adapter: Name = "standard"  # a name in adapters.py, or path/to/file.py:function
     target_size: int = Field(default=512, ge=2, le=2**14)  # pixels; a multiple of 2 latents, checked once the weights are known
     crop: Literal["square", "aspect"] = "square"

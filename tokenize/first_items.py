@@ -18,7 +18,7 @@ from unitoken.dataset.images import decoded
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.sources import reader
 from unitoken.tokenize.sources.adapters import ADAPTERS, Adapter, find_adapter
-from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, Pictures
+from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
 
 COUNT = 200
 SECONDS = 60.0  # for pictures that are far away; what is not seen by then is left to the work
@@ -27,8 +27,8 @@ SECONDS = 60.0  # for pictures that are far away; what is not seen by then is le
 def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
     """Raises ConfigError where the first `COUNT` items would all be rejected: with the commonest reason, and the adapter that
     takes more of them."""
-    adapter, pictures = find_adapter(config.adapter), Pictures(config.allow_http, config.allow_private, config.timeout_seconds)
-    items = itertools.chain.from_iterable(reader.read(input, piece) for piece in range(len(input.pieces)))
+    adapter, pictures = find_adapter(config.adapter), PictureReader(config.allow_http, config.allow_private, config.timeout_seconds)
+    items = itertools.chain.from_iterable(reader.read_piece(input, piece) for piece in range(len(input.pieces)))
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     seen: list[reader.Item] = []

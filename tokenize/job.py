@@ -21,7 +21,7 @@ import pydantic
 import yaml
 from pydantic_core import PydanticSerializationError
 
-from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.config import Config, load_config, parse_config
 from unitoken.common.errors import ConfigError
@@ -149,8 +149,8 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         StoreError: the output's object store does not answer.
     """
     output = Output(out)
-    check_folder(output)
-    weights = find_weights(config.vision)
+    check_out_folder(output)
+    weights = find_image_tokenizer(config.vision)
     vision = weights.describe(config.vision)
     _check_size(config.target_size, vision.downsampling)
     adapter = adapter_fingerprint(config.adapter)
@@ -284,7 +284,7 @@ def dump(model: Config) -> bytes:
         return json.dumps(model.model_dump(mode="python"), indent=1).encode() + b"\n"
 
 
-def check_folder(output: Output) -> None:
+def check_out_folder(output: Output) -> None:
     try:
         output.url.encode()
     except UnicodeEncodeError:

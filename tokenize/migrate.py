@@ -32,13 +32,13 @@ from unitoken.dataset.vocabulary import Vocabulary, image_code_name
 from unitoken.storage.store import split
 from unitoken.tokenize.checks.verify_records import MIGRATED, WITHOUT_IMAGES, crop_latents
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.executors.progress import progress, share_of
-from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_folder, pieces_of
+from unitoken.tokenize.executors.progress import share_of, show_progress
+from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_out_folder, pieces_of
 from unitoken.tokenize.output import Output
 from unitoken.tokenize.pipeline.item import Place, Rejects
-from unitoken.tokenize.pipeline.writer import Sizes, write
+from unitoken.tokenize.pipeline.writer import PictureSizes, write
 from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, Pictures
+from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
 
 MAX_PICKLE = 1 << 26  # bytes; an item of 4,096 tokens has 25 KB
 DOWNSAMPLING = 16  # pixels a latent of Chameleon's image tokenizer, the only one that the reference has
@@ -57,7 +57,7 @@ def migrate(record: Path, out: str, settings: TokenizeConfig, without_images: bo
     """
     job = _prepare(record, out, settings, WITHOUT_IMAGES if without_images else MIGRATED)
     migration = Migration(job)
-    with progress(share_of(job, job.chunks())) as bar:
+    with show_progress(share_of(job, job.chunks())) as bar:
 
         def report(finished: int, rejected: int) -> None:
             bar.advance(finished, rejected)
@@ -70,7 +70,7 @@ def migrate(record: Path, out: str, settings: TokenizeConfig, without_images: bo
 def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> Job:
     """As `job.prepare`, with what is known of the reference in place of an image tokenizer's weights."""
     output = Output(out)
-    check_folder(output)
+    check_out_folder(output)
     files = reader.find_files([str(record)])
     ids = load_tokenizer(settings.tokenizer).get_vocab()
     codes = next(code for code in range(len(ids) + 1) if image_code_name(code) not in ids)
@@ -98,12 +98,14 @@ class Migration:
     def __init__(self, job: Job) -> None:
         self._job, self._vocabulary = job, job.vocabulary()
         self._with_images = job.file.adapter == MIGRATED
-        self._pictures = Pictures(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
+        self._pictures = PictureReader(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
         self._sizes = crop_latents(job.file.crop, job.file.target_size, DOWNSAMPLING)
 
     def write_chunk(self, chunk: Chunk, report: Callable[[int, int], None]) -> None:
         rejects = Rejects()
-        raw = ((self._place(item), item) for piece, taken in chunk.parts for item in reader.read(self._job.input, piece, taken))
+        raw = (
+            (self._place(item), item) for piece, taken in chunk.parts for item in reader.read_piece(self._job.input, piece, taken)
+        )
         items = rejects.sift("source", self._open, raw)
         assembled = rejects.sift("sequence", self._assemble, items)
         records = rejects.sift("image", self._add_images, assembled)
@@ -163,7 +165,7 @@ class Migration:
                 raise ItemError(f"image of another size: {height} x {width} latents, which target_size and crop do not make")
             yield start, last + 1, height, width
 
-    def _add_images(self, _: Place, value: tuple[Record, dict[str, Any]]) -> tuple[Record, Sizes]:
+    def _add_images(self, _: Place, value: tuple[Record, dict[str, Any]]) -> tuple[Record, PictureSizes]:
         record, item = value
         count = len(record.image_spans)
         if not self._with_images:
@@ -173,7 +175,7 @@ class Migration:
         if len(names) != count or not all(isinstance(name, str) for name in names):
             raise ItemError(f"no originals: {count} images in the tokens, 'raw_image' is {brief(item.get('raw_image'))}")
         originals: list[bytes] = []
-        sizes: Sizes = []
+        sizes: PictureSizes = []
         for name in names:
             originals.append(self._pictures.read(".", name, MAX_ITEM_BYTES - sum(map(len, originals))))
             try:

@@ -34,7 +34,7 @@ def grouped(out: str) -> list[tuple[str, int, str]]:
     return [(kind, count, examples[kind]) for kind, count in counts.most_common()]
 
 
-def show(out: str) -> None:
+def show_rejects(out: str) -> None:
     """Print a table of them."""
     manifest = read_manifest(open_store(out))
     groups = grouped(out)

@@ -56,7 +56,7 @@ def export(
         stage = load_config(StageConfig, config, overrides or []) if config is not None else None
         if overrides and config is None:
             stage = settings(Path(checkpoint), None, overrides)
-        from unitoken.train.checkpoint.export import export as write
+        from unitoken.train.checkpoint.export import export_model as write
 
         write(checkpoint, out, dtype, stage)
         print(f"{out}: exported from {checkpoint}")
@@ -106,7 +106,7 @@ def generate(
         stage = settings(checkpoint, config, overrides or [])
         guided = guidance_of(guidance, stage, GUIDANCE)
         request = Request(stage, checkpoint, repeated, out, draw, max_tokens, batch)
-        checked = command.check(request, size, guided, prompts)
+        checked = command.check_request(request, size, guided, prompts)
         from unitoken.train.generation.sampling import Sampling
 
         command.reply(request, checked, Sampling(temperature, top_k_text or None, top_k_image or None, guided, seed))

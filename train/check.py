@@ -17,28 +17,28 @@ import pydantic
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.check import check_sources, check_vocabulary
+from unitoken.streaming_data.check import check_sources, check_streams_vocabulary
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
 from unitoken.train.checkpoint.compatibility import check_fits, other_constants
 from unitoken.train.checkpoint.export_mark import check_target
 from unitoken.train.checkpoint.layouts import checkpoint_folder, find_origin, latest_checkpoint, model_configs
-from unitoken.train.checkpoint.metadata import Pictures, Sizes, read_about
-from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionConfig
+from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_about
+from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionTowerConfig
 from unitoken.train.generation.check_samples import check_samples
 
 
-class Checked(NamedTuple):
+class ResolvedStage(NamedTuple):
     decoder: DecoderConfig
-    vision: VisionConfig | None
+    vision: VisionTowerConfig | None
     vocabulary: Vocabulary
-    pictures: Pictures  # how the data's were cut
+    pictures: PictureCrops  # how the data's were cut
     evaluation: DataConfig | None = None  # what is evaluated on
     notes: Sequence[str] = ()  # what may be meant and may be not, a line each
 
 
-def check(config: StageConfig, world_size: int) -> Checked:
+def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     """Everything that can be found wrong before anything large is loaded, what is cheap to find first. Raises ConfigError."""
     _check_data(config, world_size)
     _check_ranks(config, world_size)
@@ -55,14 +55,14 @@ def check(config: StageConfig, world_size: int) -> Checked:
         raise ConfigError(
             f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
         )
-    notes = _check_origins(config, Sizes(decoder=decoder, vision=vision), vocabulary)
+    notes = _check_origins(config, ModelSizes(decoder=decoder, vision=vision), vocabulary)
     if config.codec is not None and needs_codec(config):
         notes += check_codec(config.codec, vocabulary, manifests)
-    pictures = Pictures(crops=crops_of(manifests))
+    pictures = PictureCrops(crops=crops_of(manifests))
     notes += check_samples(config, pictures)
     if evaluation is not None:
-        check_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
-    return Checked(decoder, vision, vocabulary, pictures, evaluation, notes)
+        check_streams_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
+    return ResolvedStage(decoder, vision, vocabulary, pictures, evaluation, notes)
 
 
 def needs_codec(config: StageConfig) -> bool:
@@ -89,7 +89,7 @@ def _check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {folder}: cannot write there: {error.strerror or error}") from None
 
 
-def _check_origins(config: StageConfig, sizes: Sizes, vocabulary: Vocabulary) -> list[str]:
+def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
     """That the weights this stage begins with are this model's, and of the data's vocabulary; gives back what may be meant."""
     origins, notes = {}, []
     if (saved := latest_checkpoint(Path(config.save.folder))) is not None:  # a run that resumes needs nothing else any more

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unitoken.codec.config import CodecConfig
-from unitoken.codec.image_tokenizer.files import Weights, find_weights
-from unitoken.codec.text import check_folder, load_tokenizer
+from unitoken.codec.image_tokenizer.files import Weights, find_image_tokenizer
+from unitoken.codec.text import check_tokenizer_folder, load_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import MANIFEST, UNKNOWN, Manifest, load_manifest
 from unitoken.dataset.vocabulary import Vocabulary
@@ -17,8 +17,8 @@ from unitoken.streaming_data.settings import DataConfig
 
 def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:
     """All that can be said before the tokenizer is loaded: what is odd, a line each. Raises ConfigError."""
-    check_folder(codec.tokenizer)
-    return check_image_tokenizer(codec, find_weights(codec.vision), vocabulary, manifests)
+    check_tokenizer_folder(codec.tokenizer)
+    return check_image_tokenizer(codec, find_image_tokenizer(codec.vision), vocabulary, manifests)
 
 
 def check_image_tokenizer(codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:

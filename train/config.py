@@ -67,7 +67,7 @@ class DecoderConfig(Config):
         return self
 
 
-class VisionConfig(Config):
+class VisionTowerConfig(Config):
     """A SigLIP vision tower; names and defaults are those of the checkpoints' config.json."""
 
     hidden_size: Count = 768
@@ -84,7 +84,7 @@ class VisionConfig(Config):
         return int((self.image_size // self.patch_size) ** 2)
 
     @pydantic.model_validator(mode="after")
-    def _heads_divide(self) -> VisionConfig:
+    def _heads_divide(self) -> VisionTowerConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         return self
@@ -97,7 +97,7 @@ def _sizes(model: type[Config]) -> pydantic.BeforeValidator:
 
 class ModelConfig(Config):
     decoder: Annotated[Name | DecoderConfig, _sizes(DecoderConfig)]  # folder or hub id of a checkpoint; or the sizes of a new one
-    vision: Annotated[Name | VisionConfig | None, _sizes(VisionConfig)] = (
+    vision: Annotated[Name | VisionTowerConfig | None, _sizes(VisionTowerConfig)] = (
         None  # the same for SigLIP; null: no vision tower and no adapter
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # on both residual branches of the decoder

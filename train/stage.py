@@ -23,7 +23,7 @@ from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.callbacks.optimisation import Optimisation
 from unitoken.train.callbacks.samples import samples_of
 from unitoken.train.callbacks.saver import Interruption, Saver
-from unitoken.train.check import Checked, needs_codec
+from unitoken.train.check import ResolvedStage, needs_codec
 from unitoken.train.check_tokenizers import checked_tokenizer
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import check_finished, shared
@@ -31,15 +31,15 @@ from unitoken.train.checkpoint.export import export_at_end
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
 from unitoken.train.checkpoint.loading import find_weights, load_weights, nan_weights, shapes_of
-from unitoken.train.checkpoint.metadata import Sizes, write_about
-from unitoken.train.checkpoint.tensors import Source
+from unitoken.train.checkpoint.metadata import ModelSizes, write_about
+from unitoken.train.checkpoint.tensors import TensorSource
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze
 
 
-def run(config: StageConfig, checked: Checked) -> None:
+def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     composer_trainer.check_precision(config)
     ranks.connect()
@@ -59,7 +59,7 @@ def run(config: StageConfig, checked: Checked) -> None:
         _run(config, checked)
 
 
-def _run(config: StageConfig, checked: Checked) -> None:
+def _run(config: StageConfig, checked: ResolvedStage) -> None:
     folder = Path(config.save.folder)
     compat = config.compat == "unitoken"
     views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
@@ -117,7 +117,9 @@ def _run(config: StageConfig, checked: Checked) -> None:
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
     )
     if ranks.is_first_rank():  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
-        write_about(folder, config, Sizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures)
+        write_about(
+            folder, config, ModelSizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures
+        )
     remember_signals()
     try:
         trainer.fit()
@@ -158,7 +160,7 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
     return True
 
 
-def _earlier(init_from: str) -> Source:
+def _earlier(init_from: str) -> TensorSource:
     origin = find_origin(init_from)
     if origin.is_file() and ranks.is_first_rank():  # which alone reads the weights
         check_checkpoint(origin)
@@ -167,7 +169,7 @@ def _earlier(init_from: str) -> Source:
     return run_folder.open_source(origin)
 
 
-def _need(config: StageConfig, checked: Checked, trained: int, most_images: int) -> Need:
+def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images: int) -> Need:
     """What it takes of a GPU; `most_images` is the most that a pack of the plan has."""
     views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
     views *= config.microbatch * most_images

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.codec.image_tokenizer.chameleon import meta_name
-from unitoken.codec.image_tokenizer.files import CONVERTED_FROM, CONVERTED_TO, Parameters, data_sha256, find_weights
+from unitoken.codec.image_tokenizer.files import CONVERTED_FROM, CONVERTED_TO, Parameters, data_sha256, find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
@@ -33,7 +33,7 @@ def convert_vqgan(source: Path, out: Path) -> str:
     checkpoint = source / CHECKPOINT
     if not checkpoint.is_file():
         raise ConfigError(f"{source}: no {CHECKPOINT} in it")
-    weights = find_weights(VisionConfig(weights=str(checkpoint)))
+    weights = find_image_tokenizer(ImageTokenizerConfig(weights=str(checkpoint)))
     assert isinstance(weights.shape, Parameters)
     levels = len(weights.shape.ddconfig.ch_mult)
     tensors = {

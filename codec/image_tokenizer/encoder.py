@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unitoken.codec.config import VisionConfig
-from unitoken.codec.image_tokenizer.files import Weights, find_weights
+from unitoken.codec.config import ImageTokenizerConfig
+from unitoken.codec.image_tokenizer.files import Weights, find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -60,13 +60,13 @@ class VisionCodec(Protocol):
         ...
 
 
-def load_vision(config: VisionConfig, device: str = "cpu") -> VisionCodec:
-    weights = find_weights(config)
+def load_vision(config: ImageTokenizerConfig, device: str = "cpu") -> VisionCodec:
+    weights = find_image_tokenizer(config)
     return _Codec(load_network(config.kind, weights), weights, config, torch.device(device))
 
 
 class _Codec:
-    def __init__(self, network: Any, weights: Weights, config: VisionConfig, device: torch.device) -> None:
+    def __init__(self, network: Any, weights: Weights, config: ImageTokenizerConfig, device: torch.device) -> None:
         self.codebook_size = weights.codebook_size
         self.downsampling = weights.downsampling
         self.fingerprint = weights.fingerprint

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pydantic
 import yaml
 
-from unitoken.codec.config import FOLDERS_BEGIN_WITH, VisionConfig, how_to_get
+from unitoken.codec.config import FOLDERS_BEGIN_WITH, ImageTokenizerConfig, how_to_get
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import VisionTokenizer, sha256_file
 
@@ -28,7 +28,7 @@ CODEBOOK = "quantize.embedding.weight"
 CONVERTED_FROM, CONVERTED_TO = "converted_from", "converted_to"
 
 
-class Encoder(pydantic.BaseModel):
+class EncoderSizes(pydantic.BaseModel):
     """`ddconfig` of a VQGAN: encoder and decoder. What else the file says (losses) is for its training."""
 
     double_z: bool = False
@@ -62,7 +62,7 @@ class Parameters(pydantic.BaseModel):
 
     embed_dim: int
     n_embed: int
-    ddconfig: Encoder
+    ddconfig: EncoderSizes
 
 
 class Emu3Sizes(pydantic.BaseModel):
@@ -89,7 +89,7 @@ class Weights:
     downsampling: int  # pixels a latent, each way
     fingerprint: str
 
-    def describe(self, config: VisionConfig) -> VisionTokenizer:
+    def describe(self, config: ImageTokenizerConfig) -> VisionTokenizer:
         return VisionTokenizer(
             kind=config.kind,
             weights=self.fingerprint,
@@ -99,7 +99,7 @@ class Weights:
         )
 
 
-def find_weights(config: VisionConfig) -> Weights:
+def find_image_tokenizer(config: ImageTokenizerConfig) -> Weights:
     """`config.weights` is a folder, a hub id, or (chameleon) a weights file with its .yaml beside it."""
     path = Path(config.weights)
     patterns = ["vqgan.*"] if config.kind == "chameleon" else ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -145,7 +145,7 @@ def _file_fingerprint(path: Path) -> str:
     if path.suffix == ".safetensors":
         try:
             with open(path, "rb") as stream:
-                metadata = read_header(stream)[0].get("__metadata__", {})
+                metadata = read_safetensors_header(stream)[0].get("__metadata__", {})
             if CONVERTED_FROM in metadata and metadata.get(CONVERTED_TO) == data_sha256(path):
                 return str(metadata[CONVERTED_FROM])
         except (OSError, ValueError, AttributeError):
@@ -153,7 +153,7 @@ def _file_fingerprint(path: Path) -> str:
     return sha256_file(path)[:16]
 
 
-def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+def read_safetensors_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where the tensors begin. Raises ValueError."""
     size = int.from_bytes(stream.read(8), "little")
     if size > os.fstat(stream.fileno()).st_size:
@@ -167,7 +167,7 @@ def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
 def data_sha256(path: Path) -> str:
     """Over a safetensors file's tensors, without its header."""
     with open(path, "rb") as stream:
-        stream.seek(read_header(stream)[1])
+        stream.seek(read_safetensors_header(stream)[1])
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -187,7 +187,7 @@ def read_parameters(path: Path) -> Parameters:
 # --- transformers' layout --------------------------------------------------------------------------------------------
 
 
-def _find_transformers(config: VisionConfig, folder: Path) -> Weights:
+def _find_transformers(config: ImageTokenizerConfig, folder: Path) -> Weights:
     shape = _read_shape(config.kind, folder)
     try:
         sizes = (Emu3Sizes if config.kind == "emu3" else JanusSizes).model_validate(shape)
@@ -246,7 +246,7 @@ def _tensor_spans(folder: Path) -> dict[str, _Span]:
     for file in files:
         try:
             with open(file, "rb") as stream:
-                header, begin = read_header(stream)
+                header, begin = read_safetensors_header(stream)
             for name, entry in header.items():
                 if name != "__metadata__":
                     start, end = (begin + offset for offset in entry["data_offsets"])

@@ -29,7 +29,7 @@ from unitoken.streaming_data.plan.mixing import mix
 from unitoken.streaming_data.plan.order import Row, SampleIds, amounts, choose, random_order, rows_of, windows_of
 from unitoken.streaming_data.plan.packing import pack, split_packs
 from unitoken.streaming_data.plan.recipe import Recipe
-from unitoken.streaming_data.plan.report import Report, StreamShare, in_batches_of
+from unitoken.streaming_data.plan.report import PlanReport, StreamShare, in_batches_of
 
 MIXED_BATCH = 32  # packs: in smaller batches whole packs are too coarse for the mixture, and are mixed themselves
 AT_ONCE = 1 << 18  # packs that are put in their final order at a time
@@ -45,7 +45,7 @@ class Plan:
     offsets: npt.NDArray[np.unsignedinteger[Any]]  # (packs + 1,)
     squares: npt.NDArray[np.float32]  # (packs,) sum of the squares of the documents' lengths
     images: npt.NDArray[np.uint16]  # (packs,) that bring features
-    report: Report
+    report: PlanReport
 
     @property
     def packs(self) -> int:
@@ -59,7 +59,7 @@ class Plan:
         return self.ids[places].astype(np.int64), borders.tolist()
 
 
-def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: Report | None) -> Plan:
+def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: PlanReport | None) -> Plan:
     """Make the plan of an epoch. `first` is epoch 0's report, None for epoch 0 itself. Raises ConfigError."""
     nodes, group = recipe.canonical_nodes, math.lcm(recipe.global_batch, recipe.canonical_nodes)
     if sum(len(stream.lengths) for stream in streams) >= 1 << 32:
@@ -95,7 +95,7 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: R
     if recipe.batching_method == "per_stream":
         shares = [share.model_copy(update={"packs": packs}) for share, packs in zip(shares, kept, strict=True)]
     asked = [amount / max(sum(wanted), 1e-9) for amount in wanted]
-    report = Report(
+    report = PlanReport(
         recipe=recipe.hash,
         order=order_of(ids, offsets),
         weights=weights_of(squares, images),
@@ -203,7 +203,7 @@ def _by_stream(firsts: Ids, ids: SampleIds) -> Iterator[tuple[int, Any, SampleId
         yield number, mine, ids[mine] - np.uint32(begin)
 
 
-def _kept(recipe: Recipe, found: list[list[int]], first: Report | None) -> list[int]:
+def _kept(recipe: Recipe, found: list[list[int]], first: PlanReport | None) -> list[int]:
     """How many packs of each part the epoch has: whole global batches and as many of every row; in all epochs epoch 0's."""
     group = math.lcm(recipe.global_batch, recipe.canonical_nodes)
     if recipe.batching_method != "per_stream":

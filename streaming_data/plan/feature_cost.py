@@ -14,7 +14,7 @@ from unitoken.dataset.vocabulary import image_tokens
 if TYPE_CHECKING:
     from unitoken.dataset.vision_views import Views
     from unitoken.streaming_data.settings import DataConfig, StreamConfig
-    from unitoken.streaming_data.sources import Source
+    from unitoken.streaming_data.sources import StreamSource
 
 ROWS = 1 << 16  # of the sidecar, read at once: most often the first image fits
 
@@ -24,7 +24,7 @@ def limit_of(stream: StreamConfig, packed_length: int) -> int:
     return min(stream.max_tokens or packed_length, packed_length)
 
 
-def check_images_fit(source: Source, config: DataConfig, views: Views | None) -> None:
+def check_images_fit(source: StreamSource, config: DataConfig, views: Views | None) -> None:
     """Raise ConfigError where a stream has images to ask about, or to draw, and the smallest is too long for a pack.
 
     A sample has text, too, and other images may be larger: what is over-long all the same is counted when the plan is made.
@@ -35,7 +35,7 @@ def check_images_fit(source: Source, config: DataConfig, views: Views | None) ->
         _check_images_fit(source, config, views)
 
 
-def _check_images_fit(source: Source, config: DataConfig, views: Views | None) -> None:
+def _check_images_fit(source: StreamSource, config: DataConfig, views: Views | None) -> None:
     source.check(SIDECAR)
     limit, block = limit_of(source.config, config.packed_length), _block(source)
     found = _found(source)
@@ -52,13 +52,13 @@ def _check_images_fit(source: Source, config: DataConfig, views: Views | None) -
             )
 
 
-def _block(source: Source) -> int:
+def _block(source: StreamSource) -> int:
     """Tokens of the smallest image of a stream."""
     latent = source.manifest.vision.downsampling
     return min(image_tokens(height // latent, width // latent) for width, height in source.manifest.crops())
 
 
-def _found(source: Source) -> set[str]:
+def _found(source: StreamSource) -> set[str]:
     """What is done with images in the samples of the kinds wanted: asked about, drawn, or both. Rows are many, memory is not."""
     import pyarrow.parquet
 
@@ -76,7 +76,7 @@ def _found(source: Source) -> set[str]:
     return found
 
 
-def _features(source: Source, kind: str, room: int, views: Views) -> int:
+def _features(source: StreamSource, kind: str, room: int, views: Views) -> int:
     """Separator and features of an image that fits into `room`, or else of the smallest."""
     import pyarrow.parquet
 

@@ -19,7 +19,7 @@ from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.sidecar import sidecar_errors
 from unitoken.streaming_data.plan.feature_cost import limit_of
 from unitoken.streaming_data.settings import Kind, StreamConfig
-from unitoken.streaming_data.sources import Source
+from unitoken.streaming_data.sources import StreamSource
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,7 +55,7 @@ class StreamSamples:
         return int((self.lengths if unit == "tokens" else self.target_tokens).sum(dtype=np.int64))
 
 
-def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamSamples:
+def read_lengths(source: StreamSource, recipe: Recipe, views: Views | None) -> StreamSamples:
     """Read a stream's sidecar.
 
     Raises:
@@ -65,7 +65,7 @@ def read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamS
         return _read_lengths(source, recipe, views)
 
 
-def _read_lengths(source: Source, recipe: Recipe, views: Views | None) -> StreamSamples:
+def _read_lengths(source: StreamSource, recipe: Recipe, views: Views | None) -> StreamSamples:
     import pyarrow.parquet
 
     source.check(SIDECAR)

@@ -10,7 +10,7 @@ from typing import Any
 
 from unitoken.common.config import Config, changed, flat
 from unitoken.streaming_data.settings import BatchingMethod, Continuous, DataConfig, Kind, OverLong, Unit
-from unitoken.streaming_data.sources import Source
+from unitoken.streaming_data.sources import StreamSource
 
 # Of the algorithm: another one makes other plans, so it is part of the hash. Version 2 knew no batching_method: its packs
 # stood in random order. A run that was begun with it goes on with it.
@@ -48,7 +48,7 @@ class Recipe(Config):
     streams: dict[str, StreamRecipe]
 
     @classmethod
-    def of(cls, config: DataConfig, sources: Sequence[Source], views: Any) -> Recipe:
+    def of(cls, config: DataConfig, sources: Sequence[StreamSource], views: Any) -> Recipe:
         """What of the settings decides the plan. `views` is None where no image brings features."""
         streams = {
             s.name: StreamRecipe(

@@ -64,7 +64,7 @@ class StreamShare(Config):
     packs: int | None = None  # of batches that are of this stream alone, with batching_method: per_stream
 
 
-class Report(Config):
+class PlanReport(Config):
     """What is known of an epoch's plan besides the order itself."""
 
     recipe: str  # its hash

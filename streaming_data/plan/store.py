@@ -16,7 +16,7 @@ from unitoken.common.files import AsideFolder, locked, remove_abandoned
 from unitoken.streaming_data.plan.build import Plan, build, order_of, weights_of
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.recipe import Recipe
-from unitoken.streaming_data.plan.report import Report
+from unitoken.streaming_data.plan.report import PlanReport
 
 ARRAYS = ("ids", "offsets", "squares", "images")  # the files of a saved plan
 KEPT_SECONDS = 30 * 86400.0  # after its last use; one that is needed again is made again, and is the same
@@ -47,7 +47,7 @@ def _load(place: Path) -> Plan | None:
     """A saved plan; None where there is none, or its files are not those that were saved: one flipped bit would lose a sample
     and repeat another."""
     try:
-        report = Report.model_validate_json((place / "report.json").read_bytes())
+        report = PlanReport.model_validate_json((place / "report.json").read_bytes())
         mapped = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         changed = tuple((place / f"{name}.npy").stat().st_mtime_ns for name in ARRAYS)
     except (OSError, ValueError, EOFError):

@@ -33,9 +33,9 @@ from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.reading.null_prompts import drop_captions
 from unitoken.streaming_data.reading.shards import Shard, Shards
-from unitoken.streaming_data.reading.share import Share
+from unitoken.streaming_data.reading.share import WorkerShare
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import Source, to_streams
+from unitoken.streaming_data.sources import StreamSource, to_streams
 
 STATE_VERSION: Literal[1] = 1
 LOCAL_RUN, REMOTE_RUN = 256, 16  # packs that a worker reads together: what can be done once for many samples is
@@ -90,7 +90,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: DataConfig, sources: Sequence[Source], *, views: Views | None, batch_packs: int, compat: bool
+        self, config: DataConfig, sources: Sequence[StreamSource], *, views: Views | None, batch_packs: int, compat: bool
     ) -> None:
         self.nodes, self.ranks_per_node, self.rank = _world()
         ranks = self.nodes * self.ranks_per_node
@@ -182,7 +182,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         epoch, seen = self._position.tolist()
         if self.plan is None or self.plan.report.epoch != epoch:
             self.plan = self._plan_of(epoch)
-        share = Share(
+        share = WorkerShare(
             self.plan,
             seen,
             nodes=self.nodes,
@@ -198,7 +198,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             return drop_captions(packs, self.recipe.null_prompt_fraction, self.recipe.seed, epoch)
         return packs
 
-    def _packs(self, share: Share) -> Iterator[list[Record]]:
+    def _packs(self, share: WorkerShare) -> Iterator[list[Record]]:
         """While the packs of one run are handed out, threads download and map the shards of the next ones."""
         if not any(source.store for source in self.sources):
             for run in self._runs(share, LOCAL_RUN):
@@ -217,7 +217,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _runs(self, share: Share, size: int) -> Iterator[Run]:
+    def _runs(self, share: WorkerShare, size: int) -> Iterator[Run]:
         packs = itertools.chain.from_iterable(batch.tolist() for batch in share)
         while some := list(itertools.islice(packs, size)):
             yield Run(self, *share.plan.samples_of(np.array(some)))

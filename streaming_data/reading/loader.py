@@ -19,7 +19,7 @@ from unitoken.common.interruption import held_back, leave_signals_to_parent
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.shard_cache import ShardError, TransientShardError
-from unitoken.streaming_data.check import check_vocabulary
+from unitoken.streaming_data.check import check_streams_vocabulary
 from unitoken.streaming_data.plan.feature_cost import limit_of
 from unitoken.streaming_data.reading.collate import Batch, Collate
 from unitoken.streaming_data.reading.dataset import PackedDataset
@@ -97,7 +97,7 @@ def build_loader(
     if config.continuous != "none" and views is None:
         raise ConfigError(f"continuous: {config.continuous} needs a vision tower; without one set continuous: none")
     sources = open_sources(config)
-    check_vocabulary(sources, vocabulary, "the model")
+    check_streams_vocabulary(sources, vocabulary, "the model")
     dataset = PackedDataset(config, sources, views=views, batch_packs=batch_packs, compat=compat)
     workers: dict[str, Any] = {}
     if config.workers:

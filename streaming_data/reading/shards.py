@@ -41,7 +41,7 @@ def _check_columns(entry: dict[str, Any]) -> None:
 
 
 Ids = npt.NDArray[np.int64]
-Decoder = Callable[[mmap.mmap, Ids, int], Iterator[Record]]  # (data, where samples begin, stream) -> the samples
+SampleDecoder = Callable[[mmap.mmap, Ids, int], Iterator[Record]]  # (data, where samples begin, stream) -> the samples
 
 
 class Shard(NamedTuple):
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
     name: str  # for messages
     data: mmap.mmap
     offsets: npt.NDArray[np.uint32]  # (samples + 1,) where each sample begins
-    decode: Decoder
+    decode: SampleDecoder
 
     def records(self, places: Ids, stream: int) -> Iterator[Record]:
         """The samples at `places` (n,), each made when it is asked for. Raises ShardError for one that is none."""
@@ -71,7 +71,7 @@ class Shards:
         self.cache = Cache(stream, self.entries, store, folder, stamps, limit)
         self._stream = stream
         self._most_open = MOST_OPEN if limit is None else MOST_OPEN_LIMITED
-        self._decoders: dict[str, Decoder] = {}
+        self._decoders: dict[str, SampleDecoder] = {}
         self._decoder_of = [self._decoder(entry) for entry in self.entries]
         self._open: dict[int, Shard] = {}
         if store is None:  # what is missing is missing for good: say so before training begins
@@ -115,7 +115,7 @@ class Shards:
             self._open.pop(next(iter(list(self._open))), None)  # threads may have been faster
         return self._open.setdefault(shard, Shard(name, data, offsets, self._decoder_of[shard]))
 
-    def _decoder(self, entry: dict[str, Any]) -> Decoder:
+    def _decoder(self, entry: dict[str, Any]) -> SampleDecoder:
         """Ours for our columns alone; upstream's where there are others besides. One for all shards with the same columns."""
         try:
             _check_columns(entry)
@@ -133,7 +133,7 @@ class Shards:
         return self._decoders[key]
 
 
-def _plain(token_type: str) -> Decoder:
+def _plain(token_type: str) -> SampleDecoder:
     """A decoder of samples with exactly our columns: 2 us a text sample, where upstream's takes 25. Tokens are views of the map.
 
     A sample is the sizes of its five columns (uint32), then the columns in the order of their names. An array is a byte
@@ -184,7 +184,7 @@ def _gather(raw: npt.NDArray[np.uint8], begins: Ids, counts: Ids) -> tuple[npt.N
     return raw[places].view("<u4").reshape(-1, 2), borders.tolist()
 
 
-def _general(folder: Path, entry: dict[str, Any]) -> Decoder:
+def _general(folder: Path, entry: dict[str, Any]) -> SampleDecoder:
     """A decoder of samples with more columns than ours."""
     from streaming.base.format import reader_from_json
 

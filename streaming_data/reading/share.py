@@ -12,7 +12,7 @@ from unitoken.streaming_data.reading.balance import balance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Share:
+class WorkerShare:
     """The packs that one worker of one rank reads, in its order, after `seen` packs of the epoch.
 
     Within a rank, worker w of W reads the batches w, w + W, ...: the order in which a DataLoader asks its workers. With as many

@@ -30,7 +30,7 @@ class MetaFile(Config):
     META: list[Meta] = Field(min_length=1)
 
 
-def convert(path: Path, datasets: str) -> str:
+def convert_config(path: Path, datasets: str) -> str:
     """A file of the reference -> YAML whose streams lie in the folder `datasets`. Raises ConfigError."""
     entries = load_config(MetaFile, path).META
     names = _names([entry.path for entry in entries])

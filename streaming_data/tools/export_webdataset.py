@@ -31,7 +31,7 @@ from unitoken.storage.open import open_store
 from unitoken.storage.store import Store, is_url
 from unitoken.streaming_data.reading.shards import Shards
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import Source, open_sources
+from unitoken.streaming_data.sources import StreamSource, open_sources
 
 CARD = "README.md"
 LIST, BEGUN = "webdataset.json", "webdataset.begun.json"
@@ -40,7 +40,7 @@ AT_ONCE = 256  # samples
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # others are called as Pillow calls them
 
 
-def export(dataset: str, out: str, samples_per_tar: int) -> int:
+def export_webdataset(dataset: str, out: str, samples_per_tar: int) -> int:
     """Write `dataset` (a folder or URL) to `out` (a folder or URL); returns the number of tars.
 
     Raises:
@@ -71,7 +71,7 @@ def _begin(target: Store, begun: bytes) -> set[str]:
     return found
 
 
-def _write(source: Source, shards: Shards, target: Store, done: set[str], temporary: Path, samples_per_tar: int) -> int:
+def _write(source: StreamSource, shards: Shards, target: Store, done: set[str], temporary: Path, samples_per_tar: int) -> int:
     samples = source.manifest.samples
     names: list[str] = []
     endings: set[str] = set()

@@ -28,7 +28,7 @@ from unitoken.streaming_data.reading.balance import balance
 from unitoken.streaming_data.reading.dataset import REMOTE_RUN, RUNS_AHEAD
 from unitoken.streaming_data.reading.shards import MOST_OPEN_LIMITED
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import Source, open_sources
+from unitoken.streaming_data.sources import StreamSource, open_sources
 
 NODES_LOOKED_AT = 4  # of many: they differ by chance alone
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9}
@@ -86,7 +86,7 @@ def parse_bandwidth(text: str) -> float:
     return value
 
 
-def table(demands: Sequence[Demand], cache_limit: int | None) -> str:
+def demand_table(demands: Sequence[Demand], cache_limit: int | None) -> str:
     """For people."""
     head = "nodes  steps  epoch  shards in use (most)  samples read  cache needed  downloads (times)  an hour  bandwidth  waiting"
     rows = [
@@ -128,7 +128,7 @@ def _size(count: float) -> str:
     return f"{count / 1024:,.1f} KB"
 
 
-def shard_table(sources: Sequence[Source]) -> ShardTable:
+def shard_table(sources: Sequence[StreamSource]) -> ShardTable:
     entries = [(number, entry) for number, source in enumerate(sources) for entry in read_index(source.folder)]
     return ShardTable(
         np.cumsum([0] + [entry["samples"] for _, entry in entries], dtype=np.int64),

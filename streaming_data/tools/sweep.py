@@ -10,7 +10,7 @@ from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.build import build
 from unitoken.streaming_data.plan.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
-from unitoken.streaming_data.sources import Source
+from unitoken.streaming_data.sources import StreamSource
 
 LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 UNLIMITED = (1 << 31) - 1
@@ -18,7 +18,7 @@ FEW_PACKS = 100
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     length: int
     fill: float  # share of the packs' positions that hold a token
     over_long: int  # samples that are left out, or cut
@@ -27,7 +27,7 @@ class Row:
     problem: str = ""  # why there is no such plan
 
 
-def sweep(recipe: Recipe, sources: Sequence[Source], views: Views | None) -> list[Row]:
+def sweep(recipe: Recipe, sources: Sequence[StreamSource], views: Views | None) -> list[SweepRow]:
     """Plan the first epoch for each length, with all its packs."""
 
     def samples(length: int) -> tuple[Recipe, list[StreamSamples]]:
@@ -41,15 +41,15 @@ def sweep(recipe: Recipe, sources: Sequence[Source], views: Views | None) -> lis
             other, streams = samples(length)
             report = build(other, streams, 0, None).report
         except ConfigError as error:  # each sample of a stream may be longer
-            rows.append(Row(length, 0.0, 0, 0.0, problem=str(error)))
+            rows.append(SweepRow(length, 0.0, 0, 0.0, problem=str(error)))
             continue
         over_long = sum(stream.over_long + stream.cut for stream in streams)
         kept = sum(s.total("tokens") for s in streams) / everything
-        rows.append(Row(length, report.fill, over_long, kept, report.packs))
+        rows.append(SweepRow(length, report.fill, over_long, kept, report.packs))
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
+def sweep_table(rows: Sequence[SweepRow]) -> str:
     """For people. The best is what fills packs with most of the data: short packs are full because long samples are left out."""
     highest = max(row.fill * row.kept for row in rows)
     best = next(row for row in rows if row.fill * row.kept >= highest - 0.0005)  # the shortest of equals

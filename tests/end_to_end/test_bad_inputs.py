@@ -18,7 +18,7 @@ from support.bad_inputs import damaged, lies
 from support.small_datasets import make_record, small_vocabulary, write_dataset
 from support.tars import tar_of
 from support.tokenizing import TOKENIZER, png, tiny_vqgan, turns
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.codec.conversations import ItemError, parse
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.text import load_tokenizer
@@ -35,7 +35,7 @@ from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import open_sources
 from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.sources.adapters import find_adapter
-from unitoken.tokenize.sources.reader import cut, find_files, read
+from unitoken.tokenize.sources.reader import cut, find_files, read_piece
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import damage
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
@@ -92,7 +92,7 @@ def test_sources(suffix: str, tmp_path: Path) -> None:
     def use() -> None:
         source = cut(find_files([str(path)]), 2)
         for piece in range(len(source.pieces)):
-            for item in read(source, piece):
+            for item in read_piece(source, piece):
                 if isinstance(item.value, ItemError):
                     continue
                 try:
@@ -225,7 +225,7 @@ def test_image_tokenizers(name: str, tmp_path: Path) -> None:
     content = (folder / name).read_bytes()
 
     def use() -> None:
-        load_vision(VisionConfig(weights=str(folder)))
+        load_vision(ImageTokenizerConfig(weights=str(folder)))
 
     outcomes(damaged(content, 4, 40), folder / name, use)
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from demo import digits, report
 from support.paths import ROOT
-from unitoken.codec.config import VisionConfig
-from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.config import ImageTokenizerConfig
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.checkpoint.layouts import model_configs
@@ -63,7 +63,9 @@ def test_the_model_of_the_demo_has_room_for_its_vocabulary() -> None:
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer").get_vocab()
-    vocabulary = Vocabulary.from_tokens(tokens, find_weights(VisionConfig(weights=str(ROOT / "demo/assets/vqgan"))).codebook_size)
+    vocabulary = Vocabulary.from_tokens(
+        tokens, find_image_tokenizer(ImageTokenizerConfig(weights=str(ROOT / "demo/assets/vqgan"))).codebook_size
+    )
     for stage in ("base", "stage1", "stage2"):
         decoder, _ = model_configs(load_config(StageConfig, ROOT / f"yamls/demo/{stage}.yaml").model)
         assert decoder.vocab_size == vocabulary.size

@@ -121,7 +121,7 @@ def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard
 
 def _read_until_error(rank: int, settings: DataConfig, group: Path, results) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    shard_cache.PATIENCE = sources.PATIENCE = 5.0  # instead of 40
+    shard_cache.SHARD_RETRY_SECONDS = sources.PATIENCE = 5.0  # instead of 40
     torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)
     loader = build_loader(settings, views=None, vocabulary=small_vocabulary(), batch_packs=2, compat=False)
     results.put((rank, "ready"))

@@ -28,7 +28,7 @@ from support.reference import (
 from unitoken.common.config import load_config
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.checkpoint.loading import load_weights
-from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model import decoder
 from unitoken.train.model.decoder import DecoderLayer, document_mask, rotary
 from unitoken.train.model.loss import Loss
@@ -207,7 +207,7 @@ def test_a_step_of_the_real_width_takes_no_more_memory_than_the_stage_says(recom
 
     depth = LAYER.model_copy(update={"num_hidden_layers": 2})
     config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", ["microbatch=1", f"activation_checkpointing={recomputed}"])
-    vision = VisionConfig(**SIGLIP)
+    vision = VisionTowerConfig(**SIGLIP)
     model = build_model(depth, vision, config.model, config.activation_checkpointing)
     load_weights(model, {}, seed=0)
     trained = freeze(model.to(DEVICE).train(), config.trainable)

@@ -16,7 +16,7 @@ from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.collate import Collate, split_batch
 from unitoken.streaming_data.reading.loader import build_loader
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.model import loss as loss_module
 from unitoken.train.model.unitoken import build_model
@@ -138,14 +138,14 @@ def test_bug_20_the_tower_and_the_embedding_run_once_a_microbatch(golden: Path, 
 def test_bug_22_in_compat_alone_a_step_is_the_mean_of_means(tmp_path: Path) -> None:
     """And the whole step is the reference's: separators trained on, drawn images with features, weight decay on everything."""
     from support.stages import metrics
-    from unitoken.train.stage import run
+    from unitoken.train.stage import run_stage
 
     write_data(tmp_path / "data")
     config = stage(tmp_path, "compat=unitoken", "model.dropout=0", "max_duration=4ba", "microbatch=1", "save.interval=100ba",
                    "optimizer.weight_decay=0.9")  # fmt: skip
     assert config.data.continuous == "all", "nothing else has to be said"
-    checked = check(config, 1)
-    run(config, checked)
+    checked = check_stage(config, 1)
+    run_stage(config, checked)
     lines = metrics(tmp_path / "run")
 
     loader = build_loader(config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=True)

@@ -20,7 +20,7 @@ from unitoken.common.urls import without_secrets
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import MissingError, StoreError
 from unitoken.storage.web_session import PrivateAddressError, WebSession, is_public
-from unitoken.tokenize.sources.pictures import Pictures
+from unitoken.tokenize.sources.pictures import PictureReader
 
 PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1"]
 PRIVATE += ["::", "255.255.255.255", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
@@ -107,7 +107,7 @@ def test_addresses_that_are_public(address: str) -> None:
 def test_a_private_host_is_refused_by_whatever_name(served: Server, host: str) -> None:  # noqa: F811
     served.files["/a.png"] = b"abc"
     with pytest.raises(ItemError, match=r"^image not allowed: .*allow_private=true"):
-        Pictures(True, False, 5.0).read(".", f"http://{host}:{served.server_port}/a.png", 1000)
+        PictureReader(True, False, 5.0).read(".", f"http://{host}:{served.server_port}/a.png", 1000)
     assert not served.asked
 
 
@@ -121,7 +121,7 @@ def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: py
     )
     served.files["/b.png"] = b"private"
     with pytest.raises(ItemError, match=r"^image not allowed: "):
-        Pictures(True, False, 5.0).read(".", f"{served.url}/a.png", 1000)
+        PictureReader(True, False, 5.0).read(".", f"{served.url}/a.png", 1000)
     assert served.asked == ["/a.png"]
 
 

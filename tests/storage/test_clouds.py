@@ -17,7 +17,7 @@ from unitoken.storage import bucket
 from unitoken.storage.bucket import Bucket
 from unitoken.storage.open import open_bucket, open_store
 from unitoken.storage.s3 import S3
-from unitoken.storage.store import PATIENCE, MissingError, StoreError, TransientStoreError
+from unitoken.storage.store import RETRY_SECONDS, MissingError, StoreError, TransientStoreError
 
 URLS = {"s3": "s3://name/folder", "gs": "gs://name/folder", "az": "az://name/folder"}
 DATA = b"the whole content"
@@ -183,13 +183,13 @@ def test_wrong_credentials_are_a_denied_permission_at_once(scheme: str, secret: 
             begun = time.monotonic()
             with pytest.raises(StoreError, match="permission denied"):
                 open_store(service.url("folder")).write("file", b"1")
-            assert time.monotonic() - begun < PATIENCE / 2
+            assert time.monotonic() - begun < RETRY_SECONDS / 2
 
 
 @pytest.mark.parametrize("url", ["s3://", "gs:///folder", "az://", "azure://account"])
 def test_a_url_without_a_bucket_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"expected the name of a (bucket|container)"):
-        open_bucket(url, None, PATIENCE)
+        open_bucket(url, None, RETRY_SECONDS)
 
 
 def test_azure_needs_the_name_of_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,16 +197,18 @@ def test_azure_needs_the_name_of_an_account(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZURE_ACCOUNT_ACCESS_KEY", ACCOUNT_KEY)
     with pytest.raises(ConfigError, match="az://container/folder: AZURE_ACCOUNT_NAME is not set"):
-        open_bucket("az://container/folder", None, PATIENCE)
-    assert "theirs.blob.core.windows.net/container" in open_bucket("azure://theirs/container/folder", None, PATIENCE)._client.url
+        open_bucket("az://container/folder", None, RETRY_SECONDS)
+    assert (
+        "theirs.blob.core.windows.net/container" in open_bucket("azure://theirs/container/folder", None, RETRY_SECONDS)._client.url
+    )
     monkeypatch.setenv("AZURE_ACCOUNT_NAME", "ours")
-    assert "ours.blob.core.windows.net/container" in open_bucket("az://container/folder", None, PATIENCE)._client.url
+    assert "ours.blob.core.windows.net/container" in open_bucket("az://container/folder", None, RETRY_SECONDS)._client.url
 
 
 def test_a_profile_that_is_not_there_is_a_mistake_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ConfigError, match=r"s3://name/folder: .*nobody"):
-        open_bucket("s3://name/folder", None, PATIENCE)
+        open_bucket("s3://name/folder", None, RETRY_SECONDS)
 
 
 def test_a_profile_gives_the_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,13 +216,13 @@ def test_a_profile_gives_the_credentials(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    assert open_bucket("s3://name/folder", None, PATIENCE)._client._get_credentials().access_key == "theirs"
+    assert open_bucket("s3://name/folder", None, RETRY_SECONDS)._client._get_credentials().access_key == "theirs"
 
 
 def test_googles_keys_for_s3_are_used_as_streaming_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCS_KEY", "key")
     monkeypatch.setenv("GCS_SECRET", "secret")
-    store = open_bucket("gs://name/folder", None, PATIENCE)
+    store = open_bucket("gs://name/folder", None, RETRY_SECONDS)
     assert isinstance(store, S3)
     assert store._client.meta.endpoint_url == "https://storage.googleapis.com"
     assert store._client._get_credentials().access_key == "key"
@@ -230,7 +232,7 @@ def test_the_requester_pays_where_streaming_is_told_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "other, name")
-    store = open_bucket("s3://name/folder", None, PATIENCE)
+    store = open_bucket("s3://name/folder", None, RETRY_SECONDS)
     sent: list[dict[str, object]] = []
     monkeypatch.setattr(store._client, "head_object", lambda **asked: sent.append(asked) or {"ContentLength": 1, "ETag": "x"})
     store.size("file")

@@ -24,7 +24,7 @@ from unitoken.storage.store import StoreError
 from unitoken.streaming_data import sources
 from unitoken.streaming_data.__main__ import app
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.tools.sweep import Row, table
+from unitoken.streaming_data.tools.sweep import SweepRow, sweep_table
 
 VOCABULARY = small_vocabulary()
 
@@ -296,12 +296,12 @@ def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
 
 def test_the_best_length_is_no_short_one_that_leaves_samples_out():
     rows = [
-        Row(1024, 0.999, 900, 0.4, 900),
-        Row(2048, 0.9, 0, 1.0, 800),
-        Row(4096, 0.97, 0, 1.0, 400),
-        Row(8192, 0.9703, 0, 1.0, 200),
+        SweepRow(1024, 0.999, 900, 0.4, 900),
+        SweepRow(2048, 0.9, 0, 1.0, 800),
+        SweepRow(4096, 0.97, 0, 1.0, 400),
+        SweepRow(8192, 0.9703, 0, 1.0, 200),
     ]
-    text = table([*rows, Row(16384, 0.0, 0, 0.0, problem="each is longer")])
+    text = sweep_table([*rows, SweepRow(16384, 0.0, 0, 0.0, problem="each is longer")])
     assert [line.split()[0] for line in text.splitlines() if "<- best" in line] == ["4,096"]
     assert "16,384       -  each is longer" in text
 

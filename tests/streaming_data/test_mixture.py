@@ -10,7 +10,7 @@ from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.images import crops
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
-from unitoken.streaming_data.check import check_mixture, check_vocabulary, other_codes
+from unitoken.streaming_data.check import check_mixture, check_streams_vocabulary, other_codes
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import crops_of, open_sources, to_streams
 
@@ -88,9 +88,9 @@ def test_streams_of_different_vocabularies_are_refused_naming_both(tmp_path, dat
 
 def test_a_model_of_another_vocabulary_is_refused_naming_both(tmp_path, dataset):
     sources = open_sources(settings(tmp_path, {"a": {"local": str(dataset)}}))
-    check_vocabulary(sources, small_vocabulary(), "the model")
+    check_streams_vocabulary(sources, small_vocabulary(), "the model")
     with pytest.raises(ConfigError) as caught:
-        check_vocabulary(sources, small_vocabulary(60), "the model")
+        check_streams_vocabulary(sources, small_vocabulary(60), "the model")
     for part in (str(dataset), small_vocabulary(60).fingerprint, small_vocabulary().fingerprint, "the model"):
         assert part in str(caught.value)
 

@@ -29,11 +29,11 @@ UNIT = 8  # pixels of a picture's side are a multiple of it
 def demo_vocabulary() -> Vocabulary:
     from transformers import AutoTokenizer
 
-    from unitoken.codec.image_tokenizer.files import find_weights
+    from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 
     codec = CodecConfig.model_validate(CODEC)
     tokens = AutoTokenizer.from_pretrained(codec.tokenizer).get_vocab()
-    return Vocabulary.from_tokens(tokens, find_weights(codec.vision).codebook_size)
+    return Vocabulary.from_tokens(tokens, find_image_tokenizer(codec.vision).codebook_size)
 
 
 def drawing_stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:

@@ -16,16 +16,16 @@ import torch
 
 from unitoken.common.config import load_config
 from unitoken.train.callbacks.metrics import Metrics
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
-from unitoken.train.stage import run
+from unitoken.train.stage import run_stage
 
 
 class StoppedError(Exception):
     pass
 
 
-def run_stage(yaml: str, overrides: list[str], stop: int = 0) -> None:
+def train(yaml: str, overrides: list[str], stop: int = 0) -> None:
     real = Metrics.batch_end
 
     def batch_end(self: Any, state: Any, logger: Any) -> None:
@@ -36,7 +36,7 @@ def run_stage(yaml: str, overrides: list[str], stop: int = 0) -> None:
     Metrics.batch_end = batch_end  # type: ignore[method-assign]
     config = load_config(StageConfig, yaml, overrides)
     try:
-        run(config, check(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        run_stage(config, check_stage(config, int(os.environ.get("WORLD_SIZE", "1"))))
     except StoppedError:
         assert stop
     finally:
@@ -46,4 +46,4 @@ def run_stage(yaml: str, overrides: list[str], stop: int = 0) -> None:
 if __name__ == "__main__":
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     for stage in json.loads(sys.argv[1]):
-        run_stage(**stage)
+        train(**stage)

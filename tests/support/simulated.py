@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
@@ -78,7 +78,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_bytes(
-    config: StageConfig, decoder: DecoderConfig, vision: VisionConfig, *, ranks: int, views: int, microbatches: int = 1
+    config: StageConfig, decoder: DecoderConfig, vision: VisionTowerConfig, *, ranks: int, views: int, microbatches: int = 1
 ) -> int:
     """Of one of `ranks` GPUs, its microbatches each of `config.microbatch` packs and `views` pictures that the tower sees."""
     with ExitStack() as stack:
@@ -124,7 +124,7 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.fsdp.reshard)
 
 
-def _batch(config: StageConfig, vision: VisionConfig, views: int) -> dict[str, Tensor]:
+def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:
     packs, length = config.microbatch, config.data.packed_length
     tokens, features = torch.zeros(packs, length, dtype=torch.int64), torch.zeros(views * vision.features, dtype=torch.int64)
     return {

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from support.paths import GOLDEN
-from unitoken.codec.config import VisionConfig
+from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.job import Job, prepare
 
@@ -78,8 +78,8 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     return model
 
 
-def vision_config(folder: Path | str, **changes: Any) -> VisionConfig:
-    return VisionConfig.model_validate({"weights": str(folder), "precision": "fp32"} | changes)
+def vision_config(folder: Path | str, **changes: Any) -> ImageTokenizerConfig:
+    return ImageTokenizerConfig.model_validate({"weights": str(folder), "precision": "fp32"} | changes)
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (20, 16)) -> str:

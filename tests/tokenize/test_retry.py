@@ -15,7 +15,7 @@ from unitoken.dataset.manifest import Manifest
 from unitoken.storage.folder import Folder
 from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.retry import begin_retry, grouped, show
+from unitoken.tokenize.retry import begin_retry, grouped, show_rejects
 
 ITEMS = 10
 
@@ -54,7 +54,7 @@ def test_rejects_are_grouped_by_kind_the_most_frequent_first(folder: Path) -> No
 
 
 def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(str(folder / "out"))
+    show_rejects(str(folder / "out"))
     assert capsys.readouterr().out == (
         f"{folder / 'out'}: 6 of 10 items were rejected\n"
         "       5  no such image     items.json item 0 (0) 0.png\n"
@@ -66,7 +66,7 @@ def test_a_long_table_is_cut(folder: Path, capsys: pytest.CaptureFixture[str]) -
     line = {"chunk": 0, "file": "f", "position": 1, "id": "i", "stage": "adapter"}
     lines = [json.dumps(line | {"reason": f"kind {n % 40:02d}: {'x' * 200}"}) for n in range(90)]
     (folder / "out" / "rejects.jsonl").write_text("\n".join(lines))
-    show(str(folder / "out"))
+    show_rejects(str(folder / "out"))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 32
     assert printed[1] == f"       3  kind 00  f item 1 (i) {'x' * 84}..."
@@ -103,12 +103,12 @@ def test_where_nothing_was_rejected_nothing_is_done(vqgan: Path, tmp_path: Path,
     assert begin_retry(str(tmp_path / "out")) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: nothing was rejected\n"
     assert content(tmp_path / "out") == before
-    show(str(tmp_path / "out"))
+    show_rejects(str(tmp_path / "out"))
 
 
 def test_an_unfinished_dataset_is_refused(folder: Path) -> None:
     (folder / "out" / "manifest.json").unlink()
-    for function in (begin_retry, show):
+    for function in (begin_retry, show_rejects):
         with pytest.raises(ConfigError, match=r"it has no manifest.json; finish it with"):
             function(str(folder / "out"))
 

@@ -14,7 +14,7 @@ from support.stages import DECODER, stage, write_data, write_stage
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.layouts import checkpoint_folder, find_origin, read_decoder, read_vision
 from unitoken.train.config import StageConfig
 
@@ -62,9 +62,9 @@ def test_compat_alone_is_the_reference(folder: Path) -> None:
     assert stage(folder).data.continuous == "questions"
     config = stage(folder, "compat=unitoken")
     assert config.data.continuous == "all"
-    check(config, 1)
+    check_stage(config, 1)
     assert stage(folder, "compat=unitoken", "data.continuous=all") == config
-    check(stage(folder, "compat=unitoken", "model.vision=null", "data.continuous=none", "trainable=[model]"), 1)
+    check_stage(stage(folder, "compat=unitoken", "model.vision=null", "data.continuous=none", "trainable=[model]"), 1)
 
 
 def test_the_longest_image_of_anyres_takes_as_much_as_the_references_and_fits_the_stages_pack() -> None:
@@ -158,7 +158,7 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
 )
 def test_a_wrong_setting_is_named(override: str | tuple[str, ...], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        check(stage(folder, *([override] if isinstance(override, str) else override)), 2)
+        check_stage(stage(folder, *([override] if isinstance(override, str) else override)), 2)
     assert "\n" not in str(caught.value)
 
 
@@ -179,7 +179,7 @@ def test_what_is_cheap_to_find_is_found_before_the_hub_is_asked(
     """18 GB were downloaded first."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ConfigError, match=override.split("=")[0].replace("data.streams.all.local", "/nowhere")):
-        check(stage(folder, "model.decoder=owner/name", "model.vision=owner/tower", override), 2)
+        check_stage(stage(folder, "model.decoder=owner/name", "model.vision=owner/tower", override), 2)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +193,12 @@ def test_what_is_cheap_to_find_is_found_before_the_hub_is_asked(
     ],
 )
 def test_a_stage_that_trains_a_part_of_what_it_names_is_one(overrides: tuple[str, ...], folder: Path) -> None:
-    check(stage(folder, *overrides), 2)
+    check_stage(stage(folder, *overrides), 2)
 
 
 def test_streams_of_different_vocabularies_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="different vocabularies"):
-        check(stage(folder, f"data.streams.second.local={folder}/other"), 1)
+        check_stage(stage(folder, f"data.streams.second.local={folder}/other"), 1)
 
 
 def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from support.drawn import CODEC, drawing_stage, write_data, write_run
 from support.tokenizing import TOKENIZER, tiny_vqgan
 from unitoken.common.errors import ConfigError
-from unitoken.train.check import check
-from unitoken.train.checkpoint.export import export
+from unitoken.train.check import check_stage
+from unitoken.train.checkpoint.export import export_model
 from unitoken.train.config import StageConfig
 
 
@@ -38,9 +38,9 @@ def test_an_image_tokenizer_of_another_codebook_is_not_exported(
 ) -> None:
     write_run(folder, with_codec(folder, tmp_path / "run"))
     with pytest.raises(ConfigError, match=ANOTHER):
-        export(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run", weights=folder / "other"))
+        export_model(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run", weights=folder / "other"))
     assert not (tmp_path / "out").exists()
-    export(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run"))
+    export_model(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run"))
     said = capsys.readouterr().out
     assert re.search(r"warning: .*weights: .* has fingerprint \w{16}, image codes of the data are of 0{16}\n", said)
 
@@ -58,11 +58,11 @@ def test_what_an_export_needs_is_looked_for_with_the_settings(
 ) -> None:
     config = with_codec(folder, tmp_path, **{key: value.format(folder=folder) for key, value in changes.items()})
     with pytest.raises(ConfigError, match=message):
-        check(config, 1)
+        check_stage(config, 1)
 
 
 def test_other_weights_of_the_image_tokenizer_are_warned_of(folder: Path, tmp_path: Path) -> None:
-    (note,) = check(with_codec(folder, tmp_path), 1).notes
+    (note,) = check_stage(with_codec(folder, tmp_path), 1).notes
     assert re.fullmatch(r"codec\.vision\.weights: .*/vqgan has fingerprint \w{16}, .* of the data are of 0{16}", note)
 
 
@@ -70,9 +70,9 @@ def test_other_weights_of_the_image_tokenizer_are_warned_of(folder: Path, tmp_pa
 def test_another_tokenizer_is_found_before_weights_are_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unitoken.train.stage import run
+    from unitoken.train.stage import run_stage
 
     monkeypatch.setattr("unitoken.train.stage.load_weights", lambda *_: pytest.fail("it loaded weights"))
     config = with_codec(folder, tmp_path, tokenizer=TOKENIZER)
     with pytest.raises(ConfigError, match=r"codec\.tokenizer: .* gives a vocabulary .*, the data is in \w{16} \(583"):
-        run(config, check(config, 1))
+        run_stage(config, check_stage(config, 1))

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
 DECODER = DecoderConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2)
-VISION = VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+VISION = VisionTowerConfig(
+    hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.callbacks.metrics import Metrics
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder as checkpoints
-from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
-from unitoken.train.stage import run
+from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(config: StageConfig) -> Path:
-    run(config, check(config, 1))
+    run_stage(config, check_stage(config, 1))
     return Path(config.save.folder)
 
 
@@ -109,7 +109,7 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
         with pytest.raises(KilledError):
             train(config)
     assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
-    state = checkpoints.read(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
+    state = checkpoints.read_checkpoint(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
     assert (state["epoch"], state["batch_in_epoch"]) == (1, 0)  # not 9 of 9: the rest of an epoch that is over
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
@@ -130,7 +130,7 @@ def test_a_stage_with_anyres_learns(compat: str | None, folder: Path, tmp_path: 
 
 def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> None:
     """The reference resumed from weights rounded to bfloat16 under float32 moments (bug 24)."""
-    state = checkpoints.read(latest_checkpoint(uninterrupted))
+    state = checkpoints.read_checkpoint(latest_checkpoint(uninterrupted))
     tensors = {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
     moments = [tensor for one in next(iter(state["optimizers"].values()))["state"].values() for tensor in one.values()]
     assert {tensor.dtype for tensor in [*tensors.values(), *moments]} == {torch.float32}
@@ -181,7 +181,7 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
         folder, f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "optimizer.clip_norm=0.3",
         "optimizer.lr_scales={vit: 0.5}", "optimizer.min_lr=1e-3", "microbatch=2",
     )  # fmt: skip
-    checked = check(config, 1)
+    checked = check_stage(config, 1)
     trained = weights(train(config))
 
     loader = build_loader(
@@ -301,7 +301,7 @@ def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: P
     monkeypatch.setattr(UniToken, "forward", forward)
     one = stage(folder, f"save.folder={tmp_path}/one", "name=one", "max_duration=6ba", "trainable=[vit, adapter]")
     after_one = killed_then_resumed(one)
-    export(str(tmp_path / "one"), tmp_path / "exported", "fp32")
+    export_model(str(tmp_path / "one"), tmp_path / "exported", "fp32")
     two = stage(folder, f"save.folder={tmp_path}/two", "name=two", "max_duration=6ba", f"init_from={tmp_path}/exported")
     after_two = killed_then_resumed(two)
     began = starts[-2]
@@ -309,7 +309,7 @@ def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: P
         assert torch.equal(tensor, began[name]), f"{name} was lost between the stages"
         if name.startswith(("vit.encoder", "adapter", "model", "lm_head")):
             assert not torch.equal(tensor, after_two[name]), f"{name} trains in Stage II"
-    export(str(tmp_path / "two"), tmp_path / "exported", "fp32")  # in the place of the first
+    export_model(str(tmp_path / "two"), tmp_path / "exported", "fp32")  # in the place of the first
     again = checkpoints.open_source(find_origin(str(tmp_path / "exported"))).load()
     for name, tensor in after_two.items():
         assert torch.equal(tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]), name
@@ -319,7 +319,7 @@ def test_what_may_be_another_mixture_than_was_meant_is_a_line(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
-    monkeypatch.setattr("unitoken.streaming_data.plan.report.Report.warnings", lambda report: ["too long"])
+    monkeypatch.setattr("unitoken.streaming_data.plan.report.PlanReport.warnings", lambda report: ["too long"])
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
     assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
 
@@ -427,7 +427,7 @@ def test_a_resumed_run_takes_the_optimizers_settings_of_today(folder: Path, unin
     for name, overrides in {"changed": [*changed, "optimizer.lr_scales={vit: 0.5, adapter: 0.1}"], "same": []}.items():
         run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
         train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
-        found[name] = next(iter(checkpoints.read(latest_checkpoint(run_folder))["optimizers"].values()))
+        found[name] = next(iter(checkpoints.read_checkpoint(latest_checkpoint(run_folder))["optimizers"].values()))
     groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
     assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
     assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
-from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import write_aside
 from unitoken.dataset import images
@@ -65,7 +65,7 @@ def write_page(out: str, settings: TokenizeConfig, count: int, folder: Path) -> 
 def _codec(manifest: Manifest, settings: TokenizeConfig, out: str) -> VisionCodec:
     import torch
 
-    given, made = find_weights(settings.vision), manifest.vision
+    given, made = find_image_tokenizer(settings.vision), manifest.vision
     if made.weights not in (UNKNOWN, given.fingerprint) or made.codebook_size != given.codebook_size:
         raise ConfigError(
             f"vision.weights: {settings.vision.weights}: its fingerprint is {given.fingerprint} ({given.codebook_size} codes), "

@@ -65,7 +65,7 @@ def open_dataset(out: str, tokenizer_name: str) -> Dataset:
     return Dataset(store, manifest, vocabulary, tokenizer)
 
 
-def show(out: str, tokenizer_name: str, count: int) -> None:
+def show_samples(out: str, tokenizer_name: str, count: int) -> None:
     """Print the first `count` samples of the dataset in a folder or bucket."""
     store, _, vocabulary, tokenizer = open_dataset(out, tokenizer_name)
 

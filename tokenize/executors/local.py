@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from unitoken.common.errors import ConfigError
-from unitoken.tokenize.executors.progress import Progress, progress, share_of
+from unitoken.tokenize.executors.progress import Progress, share_of, show_progress
 from unitoken.tokenize.job import Job
 from unitoken.tokenize.pipeline.timing import Times
 
@@ -47,7 +47,7 @@ def launch(job: Job, splits: int) -> list[str]:
         return []
     workers = [_start(job, rank, splits, device) for rank, device in zip(ranks, _devices(len(ranks)), strict=True)]
     try:
-        with progress(share_of(job, chunks)) as bar:
+        with show_progress(share_of(job, chunks)) as bar:
             times = _listen(workers, bar)
     finally:
         for worker in workers:
@@ -63,7 +63,7 @@ def run_here(job: Job, rank: int, splits: int) -> None:
     """One rank's share in this process, with its own progress."""
     from unitoken.tokenize.pipeline.worker import run_rank
 
-    with progress(share_of(job, job.chunks()[rank::splits])) as bar:
+    with show_progress(share_of(job, job.chunks()[rank::splits])) as bar:
 
         def report(finished: int, rejected: int) -> None:
             bar.advance(finished, rejected)

@@ -16,7 +16,7 @@ CHUNK_SECONDS = 10.0  # between counts of the chunks that are done: each asks th
 
 
 @dataclass(frozen=True)
-class Share:
+class RunProgress:
     """What is to be done, and what of it is done already."""
 
     items: int | None  # None: only reading tells
@@ -31,7 +31,7 @@ class Progress(Protocol):
     def show(self) -> None: ...
 
 
-def share_of(job: Job, chunks: Sequence[Chunk]) -> Share:
+def share_of(job: Job, chunks: Sequence[Chunk]) -> RunProgress:
     if job.work.rounds:  # what they try again is what the run is about; the rest is done
         chunks = [chunk for chunk in chunks if chunk.round == len(job.work.rounds)]
 
@@ -41,11 +41,11 @@ def share_of(job: Job, chunks: Sequence[Chunk]) -> Share:
 
     items = [job.work.items(chunk) for chunk in chunks]
     total = None if None in items else sum(count or 0 for count in items)
-    return Share(total, sum(job.work.items(chunk) or 0 for chunk in done()), len(chunks), lambda: len(done()))
+    return RunProgress(total, sum(job.work.items(chunk) or 0 for chunk in done()), len(chunks), lambda: len(done()))
 
 
 @contextlib.contextmanager
-def progress(share: Share) -> Iterator[Progress]:
+def show_progress(share: RunProgress) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         lines = _Lines(share)
         yield lines
@@ -63,7 +63,7 @@ def progress(share: Share) -> Iterator[Progress]:
 
 
 class _Count:
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: RunProgress) -> None:
         self.share, self.done, self.rejected = share, share.done, 0
         self._begun_with = share.done
         self._start = time.monotonic()  # loading the models counts: items come in bursts, and the first burst alone is no rate
@@ -117,7 +117,7 @@ class _Lines(_Count):
 
 
 class _Bar(_Count):
-    def __init__(self, share: Share, bar: Any) -> None:
+    def __init__(self, share: RunProgress, bar: Any) -> None:
         super().__init__(share)
         self._bar = bar
         self._task = bar.add_task("tokenize", total=share.items, completed=share.done, state=self.state())

@@ -15,7 +15,7 @@ from typing import Any
 
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.executors.local import failure_line, show_times
-from unitoken.tokenize.executors.progress import Progress, progress, share_of
+from unitoken.tokenize.executors.progress import Progress, share_of, show_progress
 from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.pipeline.timing import Times
 
@@ -45,7 +45,7 @@ def launch_on_ray(job: Job) -> list[str]:
         return []
     ray = _start_ray()
     try:
-        with progress(share_of(job, job.chunks())) as bar:
+        with show_progress(share_of(job, job.chunks())) as bar:
             return _run(ray, job, missing, bar)
     finally:
         ray.shutdown()

@@ -34,15 +34,15 @@ from unitoken.tokenize.pipeline import concurrency
 from unitoken.tokenize.pipeline.concurrency import Group, Room
 from unitoken.tokenize.pipeline.item import Picture, Place, Rejects
 from unitoken.tokenize.pipeline.timing import Times, timed
-from unitoken.tokenize.pipeline.writer import Sizes, note_left_out, write
+from unitoken.tokenize.pipeline.writer import PictureSizes, note_left_out, write
 from unitoken.tokenize.sources import reader
 from unitoken.tokenize.sources.adapters import find_adapter
-from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, Pictures
+from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
 
 GROUP_ITEMS, GROUP_IMAGES = 64, 8  # that travel together; a thread decodes the images of a group
 MAX_THREADS = 8
 
-Report = Callable[[int, int], None]  # (items finished, of them rejected), since the last call
+ReportItems = Callable[[int, int], None]  # (items finished, of them rejected), since the last call
 
 
 @dataclass(eq=False)
@@ -64,12 +64,12 @@ class Tokenizer:
         self._text = TextEncoder(load_tokenizer(job.config.tokenizer), self.vocabulary, self._compat)
         self.vision = load_vision(job.config.vision, device)
         self._adapter = find_adapter(job.config.adapter)
-        self._pictures = Pictures(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
+        self._pictures = PictureReader(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
         self._threads = job.config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
         self._crops = images.crops(job.config.crop, job.config.target_size, unit)
 
-    def write_chunks(self, chunks: Iterable[Chunk], report: Report) -> Times:
+    def write_chunks(self, chunks: Iterable[Chunk], report: ReportItems) -> Times:
         """What is raised in any of the threads is raised here, and no thread outlives that."""
         times, room = Times(), Room(concurrency.HELD_BYTES)
         start, waited = time.perf_counter(), 0.0
@@ -115,7 +115,11 @@ class Tokenizer:
 
     def _conversations(self, work: ChunkWork) -> Iterator[tuple[Place, tuple[Conversation, str]]]:
         """The chunk's conversations, and where the names of their images begin."""
-        raw = ((self._place(item), item) for piece, taken in work.chunk.parts for item in reader.read(self.job.input, piece, taken))
+        raw = (
+            (self._place(item), item)
+            for piece, taken in work.chunk.parts
+            for item in reader.read_piece(self.job.input, piece, taken)
+        )
         items = work.rejects.sift("source", _readable, raw)
         adapted = work.rejects.sift("adapter", self._adapt, items)
         return work.rejects.sift("conversation", self._parse, adapted)
@@ -172,7 +176,7 @@ class Tokenizer:
 
     # --- the worker's own thread ---
 
-    def _write(self, work: ChunkWork, groups: Iterable[Group], room: Room, report: Report) -> None:
+    def _write(self, work: ChunkWork, groups: Iterable[Group], room: Room, report: ReportItems) -> None:
         items = _items(groups, work.rejects, room, report)
         records = work.rejects.sift("sequence", functools.partial(self._assemble, work), items)
         with self.job.output.chunk(work.chunk.name) as folder:
@@ -181,7 +185,7 @@ class Tokenizer:
             note_left_out(folder.path / INDEX, work.turns_left_out)
             folder.publish()
 
-    def _assemble(self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, Sizes]:
+    def _assemble(self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, PictureSizes]:
         conversation, pictures = value
         codes = [picture.codes for picture in pictures if picture.codes is not None]
         record = assemble(conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary)
@@ -217,7 +221,7 @@ def _grouped(
 
 
 def _items(
-    groups: Iterable[Group], rejects: Rejects, room: Room, report: Report
+    groups: Iterable[Group], rejects: Rejects, room: Room, report: ReportItems
 ) -> Iterator[tuple[Place, tuple[Conversation, list[Picture]]]]:
     """The items of a chunk's groups; what has been written makes room."""
     reported = 0
@@ -229,7 +233,7 @@ def _items(
         reported += fallen
 
 
-def run_rank(job: Job, rank: int, splits: int, report: Report) -> Times:
+def run_rank(job: Job, rank: int, splits: int, report: ReportItems) -> Times:
     """The chunks at the places `rank`, `rank + splits`, ... that are not done."""
     mine = job.chunks()[rank::splits]
     done = job.output.done()
@@ -240,7 +244,7 @@ def run_rank(job: Job, rank: int, splits: int, report: Report) -> Times:
     return run_chunks(job, (chunk for chunk in missing if not job.output.is_done(chunk.name)), report, _device())
 
 
-def run_chunks(job: Job, chunks: Iterable[Chunk], report: Report, device: str) -> Times:
+def run_chunks(job: Job, chunks: Iterable[Chunk], report: ReportItems, device: str) -> Times:
     """The models stay loaded for the next call."""
     threads = torch.get_num_threads()
     if device == "cpu":

@@ -19,11 +19,11 @@ from unitoken.dataset.vocabulary import Vocabulary
 
 SHARD_BYTES = 1 << 26  # 64 MiB
 
-Sizes = list[tuple[int, int]]  # width, height of an item's images
+PictureSizes = list[tuple[int, int]]  # width, height of an item's images
 
 
 def write(
-    records: Iterable[tuple[Record, Sizes]], folder: Path, vocabulary: Vocabulary, report: Callable[[int, int], None]
+    records: Iterable[tuple[Record, PictureSizes]], folder: Path, vocabulary: Vocabulary, report: Callable[[int, int], None]
 ) -> None:
     rows: list[dict[str, Any]] = []
     with MDSWriter(out=str(folder), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=SHARD_BYTES) as writer:
@@ -40,7 +40,7 @@ def note_left_out(path: Path, turns: int) -> None:
         path.write_bytes(dump_index(json.loads(path.read_bytes())["shards"], turns))
 
 
-def _row(record: Record, sizes: Sizes) -> dict[str, Any]:
+def _row(record: Record, sizes: PictureSizes) -> dict[str, Any]:
     targets = record.labels() >= 0
     generated = targets[record.image_spans[:, 0]]
     return {

@@ -53,7 +53,7 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def spans(count: int, chunk_size: int) -> Iterator[Span]:
+def loose_spans(count: int, chunk_size: int) -> Iterator[Span]:
     for start in range(0, count, chunk_size):
         end = min(count, start + chunk_size)
         yield Span(start, end, end - start)
@@ -65,7 +65,7 @@ def _listed(folder: Path, version: str) -> list[tuple[str, list[Path]]]:  # noqa
     return list(samples_in(folder).items())
 
 
-def values(folder: Path, version: str, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def loose_values(folder: Path, version: str, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     for number, (key, files) in enumerate(_listed(folder, version)[start:end]):
         if wanted is None or number in wanted:
             yield number, _sample(folder, key, files)

@@ -14,7 +14,7 @@ LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull"
 MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
 
 
-class Pictures:
+class PictureReader:
     """Safe over threads.
 
     Args:

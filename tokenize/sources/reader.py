@@ -123,7 +123,7 @@ def cut(files: Sequence[InputFile], chunk_size: int) -> Input:
     return Input(files=list(files), pieces=pieces)
 
 
-def read(input: Input, piece: int, positions: Collection[int] | None = None) -> Iterator[Item]:
+def read_piece(input: Input, piece: int, positions: Collection[int] | None = None) -> Iterator[Item]:
     """The items of a piece, or those at `positions` of its file, one by one.
 
     Raises:
@@ -294,17 +294,17 @@ def _locate(name: str) -> tuple[Store | Web, str]:
 
 def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
     if file.format == "folder":
-        return loose_files.spans(file.size, chunk_size)
+        return loose_files.loose_spans(file.size, chunk_size)
     source = SourceFile(*_locate(file.name), file.size, file.name)
     if _suffixes(file.name)[1] or file.format in DELIMITERS:
-        return unpacked.spans(source)
+        return unpacked.unpacked_spans(source)
     match file.format:
         case "json":
             return json_files.list_spans(source, chunk_size)
         case "jsonl":
             return json_files.line_spans(source, chunk_size)
         case "webdataset":
-            return tars.spans(source)
+            return tars.tar_spans(source)
         case "parquet":
             return tables.parquet_spans(source, chunk_size)
         case "arrow":
@@ -315,10 +315,10 @@ def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
 
 def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     if file.format == "folder":
-        return loose_files.values(Path(file.name), file.version, piece.start, piece.end, wanted)
+        return loose_files.loose_values(Path(file.name), file.version, piece.start, piece.end, wanted)
     source = SourceFile(*_locate(file.name), file.size, file.name)
     if packed := _suffixes(file.name)[1]:
-        return unpacked.values(source, packed, functools.partial(_whole, file.format), wanted)
+        return unpacked.unpacked_values(source, packed, functools.partial(_whole, file.format), wanted)
     match file.format:
         case "csv" | "tsv":
             return unpacked.rows(source, DELIMITERS[file.format], wanted)
@@ -327,7 +327,7 @@ def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> It
         case "jsonl":
             return json_files.line_values(source, piece.start, piece.end, wanted)
         case "webdataset":
-            return tars.values(source, wanted)
+            return tars.tar_values(source, wanted)
         case "parquet":
             return tables.parquet_values(source, piece.start, piece.end, wanted)
         case "arrow":
@@ -337,7 +337,7 @@ def _values(file: InputFile, piece: Piece, wanted: Collection[int] | None) -> It
 def _whole(format: Format, source: SourceFile) -> Iterator[tuple[int, object]]:
     """All items of a file that was unpacked."""
     if format == "webdataset":
-        yield from tars.values(source, None)
+        yield from tars.tar_values(source, None)
     elif format in DELIMITERS:
         yield from unpacked.rows(source, DELIMITERS[format], None)
     else:

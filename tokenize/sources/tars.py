@@ -38,7 +38,7 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def spans(file: SourceFile) -> Iterator[Span]:
+def tar_spans(file: SourceFile) -> Iterator[Span]:
     """One: the samples of a tar can not be found without reading it.
 
     Raises:
@@ -53,7 +53,7 @@ def spans(file: SourceFile) -> Iterator[Span]:
     yield Span(0, file.size, None)
 
 
-def values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def tar_values(file: SourceFile, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     """Each sample as `{"__key__": "000012", "jpg": bytes, "txt": str, "json": object}`, numbered from 0.
 
     Where the tar breaks off, an ItemError takes the place of the sample that is perhaps not whole.

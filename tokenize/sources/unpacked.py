@@ -30,13 +30,13 @@ MOST_RATIO = 1 << 10  # and so many times what it was packed; text packs 3 to 20
 Values = Callable[[SourceFile], Iterator[tuple[int, object]]]
 
 
-def spans(file: SourceFile) -> Iterator[Span]:
+def unpacked_spans(file: SourceFile) -> Iterator[Span]:
     """One: where an item begins can not be known without unpacking what is before it."""
     if file.size:
         yield Span(0, file.size, None)
 
 
-def values(file: SourceFile, suffix: str, inner: Values, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def unpacked_values(file: SourceFile, suffix: str, inner: Values, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
     """The items of what is packed in `file`, as `inner` reads it. Where it breaks off an ItemError takes the place of the next."""
     with AsideFolder(scratch_folder() / "unpacked") as folder:
         name = "source"

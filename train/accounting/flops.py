@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from unitoken.train.config import DecoderConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, VisionTowerConfig
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, as the makers' data sheets say; by what the driver calls the device.
 PEAKS = {
@@ -76,7 +76,7 @@ class _Pass:
         return 4.0 * width * (3 if self.flows else 1)
 
 
-def step_flops(decoder: DecoderConfig, vision: VisionConfig | None, trained: Collection[str]) -> Flops:
+def step_flops(decoder: DecoderConfig, vision: VisionTowerConfig | None, trained: Collection[str]) -> Flops:
     """What a step costs in which the parameters of these names are trained."""
     on = _Pass(trained)
     view = _view(on, decoder, vision) if vision else 0.0
@@ -100,7 +100,7 @@ def step_flops(decoder: DecoderConfig, vision: VisionConfig | None, trained: Col
     return Flops(token, square, view, target=on.matrices({"lm_head": hidden * decoder.vocab_size}))
 
 
-def _view(on: _Pass, decoder: DecoderConfig, vision: VisionConfig) -> float:
+def _view(on: _Pass, decoder: DecoderConfig, vision: VisionTowerConfig) -> float:
     hidden, inner = vision.hidden_size, vision.intermediate_size
     rows = on.matrices({"vit.embeddings.patch_embedding": 3 * vision.patch_size**2 * hidden})  # FLOPs a feature
     on.norm("vit.embeddings.position_embedding")

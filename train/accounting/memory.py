@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unitoken.train.config import DecoderConfig, StageConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 
 Mode = Literal["none", "full", "selective"]
 
@@ -54,7 +54,7 @@ class Counts:
         return self.layer * self.layers + self.tower + self.rest
 
 
-def counts(decoder: DecoderConfig, vision: VisionConfig | None) -> Counts:
+def counts(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> Counts:
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
     head = hidden // decoder.num_attention_heads
     keys = decoder.kv_heads * head
@@ -92,7 +92,7 @@ def decoder_token(decoder: DecoderConfig, mode: Mode, *, width: int, learns: boo
     return 2 * norm + head_norms + attention + mlp + 2 * dropout * hidden
 
 
-def tower_token(vision: VisionConfig, mode: Mode, *, width: int) -> int:
+def tower_token(vision: VisionTowerConfig, mode: Mode, *, width: int) -> int:
     """The same for a feature in a layer of the vision tower. One that is frozen keeps nothing: no gradient passes it."""
     size, wide, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
     if mode == "full":
@@ -114,7 +114,7 @@ def kept(setting: Literal["none", "full", "selective"] | int, layers: int, each:
 def needs(
     config: StageConfig,
     decoder: DecoderConfig,
-    vision: VisionConfig | None,
+    vision: VisionTowerConfig | None,
     *,
     ranks: int,
     trained: int,

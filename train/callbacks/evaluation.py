@@ -20,12 +20,12 @@ from unitoken.streaming_data.reading.collate import Batch, split_batch
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.train.accounting.step_sums import Measured, Measures
 from unitoken.train.callbacks.metrics import Metrics, losses, named
-from unitoken.train.check import Checked
+from unitoken.train.check import ResolvedStage
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
 
 
-def evaluation_loader(config: StageConfig, checked: Checked, views: Views | None) -> PackedLoader | None:
+def evaluation_loader(config: StageConfig, checked: ResolvedStage, views: Views | None) -> PackedLoader | None:
     """This rank's share of what is evaluated on; None where nothing is. Raises ConfigError."""
     if checked.evaluation is None:
         return None

@@ -20,16 +20,16 @@ from composer import Callback, Logger, State
 
 from unitoken.common.files import AsideFolder
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.checkpoint.metadata import Pictures
+from unitoken.train.checkpoint.metadata import PictureCrops
 from unitoken.train.config import SamplesConfig, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
-from unitoken.train.generation.check_samples import GUIDANCE, drawn_sizes, guidance_of
+from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, drawn_sizes, guidance_of
 from unitoken.train.generation.command import png
 from unitoken.train.generation.dialogue import Dialogue, Picture
 from unitoken.train.generation.engine import Reading, generate
 from unitoken.train.generation.prompts import asked
 from unitoken.train.generation.sampling import Sampling
-from unitoken.train.generation.settings import check_vocabulary
+from unitoken.train.generation.settings import check_trained_vocabulary
 
 SAMPLES = "samples"
 
@@ -37,7 +37,7 @@ SAMPLES = "samples"
 class Samples(Callback):  # type: ignore[misc]
     """All ranks go through the model together, whose shards they gather; the first one writes."""
 
-    def __init__(self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary, pictures: Pictures) -> None:
+    def __init__(self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary, pictures: PictureCrops) -> None:
         assert config.codec is not None, "checked with the settings"
         self._vocabulary = vocabulary
         self._sizes = drawn_sizes(config, pictures)
@@ -51,7 +51,7 @@ class Samples(Callback):  # type: ignore[misc]
         samples = self._samples
         with ranks.together(), composer_trainer.paused(state) as network:
             self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
-            check_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
+            check_trained_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
             self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], self._crops)
             questions = [asked(text, [picture]) for picture, text in samples.answer.items()]
             self._questions = self._dialogue.prompts(questions, self._crops)
@@ -87,7 +87,7 @@ class Samples(Callback):  # type: ignore[misc]
     def _ask(self, state: State) -> tuple[list[Picture], list[list[str]]]:
         """The drawings, and of each answer picture, question and answer."""
         samples, dialogue = self._samples, self._dialogue
-        guidance = guidance_of(samples.guidance, self._config, GUIDANCE)
+        guidance = guidance_of(samples.guidance, self._config, SAMPLES_GUIDANCE)
         drawn, likeliest = (
             Sampling(samples.temperature, None, samples.top_k, guidance, self._config.seed),
             Sampling(temperature=0.0),
@@ -112,7 +112,7 @@ class Samples(Callback):  # type: ignore[misc]
             return pictures, [[*asked, text] for asked, text in zip(samples.answer.items(), said, strict=True)]
 
 
-def samples_of(config: StageConfig, vocabulary: Vocabulary, pictures: Pictures) -> list[Samples]:
+def samples_of(config: StageConfig, vocabulary: Vocabulary, pictures: PictureCrops) -> list[Samples]:
     """The callback where a stage asks for it. `vocabulary` and `pictures` are the data's."""
     return [Samples(config, config.samples, vocabulary, pictures)] if config.samples else []
 

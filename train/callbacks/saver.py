@@ -66,7 +66,7 @@ class Saver(Callback):  # type: ignore[misc]
             try:
                 composer_trainer.write_checkpoint(state, written)
                 if ranks.is_first_rank():
-                    run_folder.publish(written, run_folder.path_of(self.folder, step), self.keep)
+                    run_folder.publish_checkpoint(written, run_folder.path_of(self.folder, step), self.keep)
             except OSError as error:  # a full disk: what is half written must not keep it full
                 written.unlink(missing_ok=True)
                 raise store_error(f"step {step} could not be saved: {error.strerror or error}", error) from None

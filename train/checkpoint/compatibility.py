@@ -11,7 +11,7 @@ from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.check import check_mixture
 from unitoken.train.checkpoint.layouts import model_configs
-from unitoken.train.checkpoint.metadata import MODEL, About, Pictures, Sizes, read_about, read_stage
+from unitoken.train.checkpoint.metadata import MODEL, About, ModelSizes, PictureCrops, read_about, read_stage
 from unitoken.train.config import StageConfig
 
 
@@ -46,9 +46,9 @@ class Whole(NamedTuple):
     """`About` with nothing missing that a model needs."""
 
     stage: StageConfig | None
-    sizes: Sizes
+    sizes: ModelSizes
     vocabulary: Vocabulary
-    pictures: Pictures | None
+    pictures: PictureCrops | None
 
 
 def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
@@ -61,7 +61,7 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
     if sizes is None:
         assert stage is not None
         decoder, vision = model_configs(stage.model)
-        sizes = Sizes(decoder=decoder, vision=vision)
+        sizes = ModelSizes(decoder=decoder, vision=vision)
     if vocabulary is None:
         assert stage is not None
         vocabulary = check_mixture(stage.data)
@@ -75,7 +75,7 @@ _DECODER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
-def check_fits(about: About, sizes: Sizes, vocabulary: Vocabulary, where: str) -> None:
+def check_fits(about: About, sizes: ModelSizes, vocabulary: Vocabulary, where: str) -> None:
     """Raises ConfigError where weights are of another architecture, or were trained in another vocabulary, than is needed."""
     if about.sizes is not None:
         _same(about.sizes.decoder, sizes.decoder, _DECODER, where, "decoder")
@@ -90,7 +90,7 @@ def check_fits(about: About, sizes: Sizes, vocabulary: Vocabulary, where: str) -
         )
 
 
-def other_constants(about: About, sizes: Sizes) -> str | None:
+def other_constants(about: About, sizes: ModelSizes) -> str | None:
     """Numbers that no tensor shows and that differ: the same weights are another model with them."""
     if about.sizes is None:
         return None

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_weights
+from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
 from unitoken.common.files import AsideFolder
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
@@ -32,9 +32,9 @@ from unitoken.train.checkpoint.export_mark import check_target, mark_of
 from unitoken.train.checkpoint.integrity import check_checkpoint, digests
 from unitoken.train.checkpoint.layouts import CONFIG, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.loading import shapes_of
-from unitoken.train.checkpoint.metadata import PICTURES, STAGE, Sizes, dump_stage, found_anywhere
-from unitoken.train.checkpoint.tensors import Source, Tensors, check_shapes, fit_norms
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.checkpoint.metadata import PICTURES, STAGE, ModelSizes, dump_stage, found_anywhere
+from unitoken.train.checkpoint.tensors import Tensors, TensorSource, check_shapes, fit_norms
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,7 +56,7 @@ def export_at_end(config: StageConfig) -> None:
     out = Path(config.save.export)
     wanted = run_folder.id_of(checkpoint)
     if wanted is None or (mark_of(out) or {}).get("checkpoint") != wanted:
-        export(str(checkpoint), out, stage=config)
+        export_model(str(checkpoint), out, stage=config)
         print(f"{config.name}: exported to {out}", flush=True)
 
 
@@ -67,7 +67,7 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
     return {"step": run_folder.step_of(origin), "checkpoint": run_folder.id_of(origin)}
 
 
-def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None) -> None:
+def export_model(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None) -> None:
     """Write the model in `source` (anything that `init_from` takes) to the folder `out`, or in the place of an exported one there.
 
     `stage` says what the source's folder does not say itself, and where the tokenizers are.
@@ -85,7 +85,7 @@ def export(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stag
     weights = _in_transformers_layout(run_folder.open_source(origin), whole.sizes)
     codec = whole.stage.codec if whole.stage else None
     tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
-    image_tokenizer = find_weights(codec.vision) if codec and codec.vision.kind == "chameleon" else None
+    image_tokenizer = find_image_tokenizer(codec.vision) if codec and codec.vision.kind == "chameleon" else None
     if codec is not None and whole.stage is not None and image_tokenizer is not None:
         for odd in check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)):
             print(f"warning: {odd}", flush=True)
@@ -144,7 +144,7 @@ def _before(out: Path) -> Path:
     return out.with_name(f".before-{out.name}")
 
 
-def _in_transformers_layout(source: Source, sizes: Sizes) -> Source:
+def _in_transformers_layout(source: TensorSource, sizes: ModelSizes) -> TensorSource:
     """With a row a head in the norms of queries and keys, as transformers builds them; checked against the model's sizes."""
     decoder = sizes.decoder.model_copy(update={"qk_norm": "per_head"})
     expected = shapes_of(build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision)))
@@ -153,7 +153,7 @@ def _in_transformers_layout(source: Source, sizes: Sizes) -> Source:
     return fitted
 
 
-def _with_image_tokenizer(source: Source, found: Weights) -> Source:
+def _with_image_tokenizer(source: TensorSource, found: Weights) -> TensorSource:
     """And encoder and codebook of the VQGAN, which transformers keeps inside its Chameleon; its decoder has no place there."""
     from unitoken.codec.image_tokenizer.network import load_network
 
@@ -163,10 +163,10 @@ def _with_image_tokenizer(source: Source, found: Weights) -> Source:
     def read(names: Collection[str]) -> Tensors:
         return source.read([name for name in names if name not in kept]) | {name: kept[name] for name in names if name in kept}
 
-    return Source(source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read)
+    return TensorSource(source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read)
 
 
-def _write_tensors(folder: Path, source: Source, dtype: torch.dtype) -> None:
+def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype) -> None:
     """`model.safetensors`, or several files and their index. The image tokenizer stays in float32: less precision, other codes."""
     dtypes = {name: torch.float32 if name.startswith(VQ) else dtype for name in source.shapes}
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in source.shapes.items()}
@@ -191,7 +191,7 @@ def _write_tensors(folder: Path, source: Source, dtype: torch.dtype) -> None:
         )
 
 
-def _config(sizes: Sizes, vocabulary: Vocabulary, tokenizer: Any) -> dict[str, Any]:
+def _config(sizes: ModelSizes, vocabulary: Vocabulary, tokenizer: Any) -> dict[str, Any]:
     """Transformers' ChameleonConfig. It keeps `qk_norm`, which says that the rows of a norm are one, and `vision_config` unread."""
     names = {image_code_name(code): token for code, token in enumerate(vocabulary.image_ids)}
     ids = tokenizer.get_vocab() if tokenizer is not None else {}
@@ -219,7 +219,7 @@ def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
     return {**decoder.model_dump(), "num_key_value_heads": decoder.kv_heads, **fixed}
 
 
-def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
+def _vision_fields(vision: VisionTowerConfig) -> dict[str, Any]:
     fixed = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
     return {**fixed, **vision.model_dump()}
 
@@ -232,7 +232,7 @@ def _vq_config(weights: Weights) -> dict[str, Any]:
     return shape_of(weights.shape)
 
 
-def _preprocessor(vision: VisionConfig) -> dict[str, Any]:
+def _preprocessor(vision: VisionTowerConfig) -> dict[str, Any]:
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True,

@@ -15,7 +15,7 @@ import pydantic
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.common.config import ConfigT
 from unitoken.common.errors import ConfigError
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 
 STEP = re.compile(r"step-(\d{8,})\.pt")
 LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
@@ -23,7 +23,7 @@ CONFIG = "config.json"  # in a folder of Hugging Face's layout
 FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 
-def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
+def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionTowerConfig | None]:
     """The model's sizes, read from the checkpoints where folders or hub ids are given. Raises ConfigError."""
     with _named("model.decoder"):
         decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
@@ -180,7 +180,7 @@ def read_decoder(source: str) -> DecoderConfig:
     return _validated(DecoderConfig, known, path)
 
 
-def read_vision(source: str) -> VisionConfig:
+def read_vision(source: str) -> VisionTowerConfig:
     """The sizes of a SigLIP checkpoint: a vision tower, or a whole SigLIP of which only the tower is used."""
     path = checkpoint_folder(source) / CONFIG
     fields = _read_json(path)
@@ -191,7 +191,7 @@ def read_vision(source: str) -> VisionConfig:
         raise ConfigError(f"{path}: `vision_config`: expected an object, found {type(fields).__name__}")
     _fixed(path, fields, "hidden_act", "gelu_pytorch_tanh")
     _fixed(path, fields, "num_channels", 3)
-    return _validated(VisionConfig, {key: fields[key] for key in VisionConfig.model_fields if key in fields}, path)
+    return _validated(VisionTowerConfig, {key: fields[key] for key in VisionTowerConfig.model_fields if key in fields}, path)
 
 
 def has_vision(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.tensors import Shapes, Source, decoder_source, fit_norms, misfits, vision_source
+from unitoken.train.checkpoint.tensors import Shapes, TensorSource, decoder_source, fit_norms, misfits, vision_source
 from unitoken.train.config import ModelConfig
 from unitoken.train.model.unitoken import UniToken
 
@@ -20,7 +20,7 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def find_weights(model: UniToken, config: ModelConfig, trained: Source | None) -> dict[str, Source]:
+def find_weights(model: UniToken, config: ModelConfig, trained: TensorSource | None) -> dict[str, TensorSource]:
     """Where each part of a `meta` model gets its weights: from `trained` (an earlier stage), else from the configured folders.
 
     Tower and adapter that `trained` lacks (the base stage has none) are what they would be without it; a part that is in
@@ -29,12 +29,12 @@ def find_weights(model: UniToken, config: ModelConfig, trained: Source | None) -
     Raises:
         ConfigError: tensors of a part are missing, have no place in the model, or have another shape; all of them.
     """
-    parts: dict[str, Source] = _in_pairs(trained) if trained is not None else {}
+    parts: dict[str, TensorSource] = _in_pairs(trained) if trained is not None else {}
     if isinstance(config.decoder, str) and "model" not in parts:
         parts = _in_pairs(decoder_source(config.decoder)) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
         parts |= _by_part(vision_source(config.vision))
-    expected = {part: source.shapes for part, source in _by_part(Source("", shapes_of(model), lambda _: {})).items()}
+    expected = {part: source.shapes for part, source in _by_part(TensorSource("", shapes_of(model), lambda _: {})).items()}
     found: dict[str, tuple[Shapes, Shapes]] = {}  # by where it is: what is there, what is needed of it
     for part, source in parts.items():
         parts[part] = fit_norms(source, expected.get(part, {}))
@@ -47,7 +47,7 @@ def find_weights(model: UniToken, config: ModelConfig, trained: Source | None) -
     return parts
 
 
-def load_weights(model: UniToken, parts: Mapping[str, Source], seed: int) -> list[str]:
+def load_weights(model: UniToken, parts: Mapping[str, TensorSource], seed: int) -> list[str]:
     """Give a `meta` model what `find_weights` found, and new weights to the rest. Says where from, a line a part."""
     lines = []
     for part, module in model.named_children():
@@ -62,7 +62,7 @@ def load_weights(model: UniToken, parts: Mapping[str, Source], seed: int) -> lis
     return lines
 
 
-def _in_pairs(source: Source) -> dict[str, Source]:
+def _in_pairs(source: TensorSource) -> dict[str, TensorSource]:
     """By part, where a part that lacks its companion brings it along, without a tensor."""
     parts = _by_part(source)
     for pair in PAIRS:
@@ -71,7 +71,7 @@ def _in_pairs(source: Source) -> dict[str, Source]:
     return parts
 
 
-def _by_part(source: Source) -> dict[str, Source]:
+def _by_part(source: TensorSource) -> dict[str, TensorSource]:
     parts: dict[str, Shapes] = {}
     for name, shape in source.shapes.items():
         parts.setdefault(name.split(".")[0], {})[name] = shape

@@ -23,7 +23,7 @@ from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.checkpoint.export_mark import is_export
 from unitoken.train.checkpoint.integrity import check_small_files
 from unitoken.train.checkpoint.layouts import CONFIG, has_vision, model_configs, read_decoder, read_vision
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 
 STAGE = "stage.yaml"
 MODEL = "model.json"
@@ -33,14 +33,14 @@ PICTURES = "pictures.json"
 Told = TypeVar("Told", bound=Config)
 
 
-class Sizes(Config):
+class ModelSizes(Config):
     """`model.json`."""
 
     decoder: DecoderConfig
-    vision: VisionConfig | None
+    vision: VisionTowerConfig | None
 
 
-class Pictures(Config):
+class PictureCrops(Config):
     """`pictures.json`."""
 
     crops: list[tuple[int, int]]  # width and height in pixels; empty where the data has no pictures
@@ -49,12 +49,14 @@ class Pictures(Config):
 class About(NamedTuple):
     """What is known of trained weights; None where the folder is older, or another program's."""
 
-    sizes: Sizes | None
+    sizes: ModelSizes | None
     vocabulary: Vocabulary | None
-    pictures: Pictures | None
+    pictures: PictureCrops | None
 
 
-def write_about(folder: Path, stage: StageConfig, sizes: Sizes, vocabulary: Vocabulary, pictures: Pictures | None = None) -> None:
+def write_about(
+    folder: Path, stage: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary, pictures: PictureCrops | None = None
+) -> None:
     write_aside(folder / STAGE, dump_stage(found_anywhere(stage)))
     write_aside(folder / MODEL, sizes.model_dump_json(indent=2).encode() + b"\n")
     if pictures is not None:
@@ -86,11 +88,11 @@ def read_about(origin: Path) -> About:
     if told and origin.is_dir():
         check_small_files(folder, json.loads((folder / CONFIG).read_bytes()))
     vocabulary = Vocabulary.load(folder / VOCABULARY) if told and (folder / VOCABULARY).is_file() else None
-    pictures = _read(Pictures, folder / PICTURES, "the sizes of pictures") if told else None
+    pictures = _read(PictureCrops, folder / PICTURES, "the sizes of pictures") if told else None
     if origin.is_dir():
         vision = read_vision(str(folder)) if has_vision(folder) else None
-        return About(Sizes(decoder=read_decoder(str(folder)), vision=vision), vocabulary, pictures)
-    return About(_read(Sizes, folder / MODEL, "the sizes of a model"), vocabulary, pictures)
+        return About(ModelSizes(decoder=read_decoder(str(folder)), vision=vision), vocabulary, pictures)
+    return About(_read(ModelSizes, folder / MODEL, "the sizes of a model"), vocabulary, pictures)
 
 
 def read_stage(origin: Path) -> StageConfig | None:
@@ -108,7 +110,7 @@ def _read(model: type[Told], path: Path, what: str) -> Told | None:
         raise ConfigError(f"{path}: not {what}: {' '.join(str(error).split())[:200]}") from None
 
 
-def sizes_of(origin: Path, config: ModelConfig) -> tuple[DecoderConfig, VisionConfig | None]:
+def sizes_of(origin: Path, config: ModelConfig) -> tuple[DecoderConfig, VisionTowerConfig | None]:
     """The sizes of the weights in `origin`, by themselves or by the settings of the model. Raises ConfigError."""
     sizes = read_about(origin).sizes
     return (sizes.decoder, sizes.vision) if sizes else model_configs(config)

@@ -24,7 +24,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.common.files import aside, remove_abandoned
 from unitoken.train.checkpoint.integrity import check_finite, damage
 from unitoken.train.checkpoint.layouts import LATEST, STEP, latest_checkpoint
-from unitoken.train.checkpoint.tensors import Shapes, Source, Tensors, check_shapes, decoder_source
+from unitoken.train.checkpoint.tensors import Shapes, Tensors, TensorSource, check_shapes, decoder_source
 
 LOCK = ".lock"
 NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
@@ -59,7 +59,7 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def read(checkpoint: Path) -> dict[str, Any]:
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Composer's state; tensors stay on disk until they are used."""
     allow_safe_types()
     try:
@@ -74,13 +74,13 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 def id_of(checkpoint: Path) -> str | None:
     """What tells it from all others, of other runs too; None where it is older than ids."""
-    found: str | None = _saved_by(read(checkpoint)).get("id")
+    found: str | None = _saved_by(read_checkpoint(checkpoint)).get("id")
     return found
 
 
 def unfinished(checkpoint: Path) -> str | None:
     """`step 4 of 9 of that stage`; None at a stage's end, and where the checkpoint does not say."""
-    state = read(checkpoint)
+    state = read_checkpoint(checkpoint)
     total = _saved_by(state).get("total_steps")
     step = state["timestamp"]["Timestamp"]["batch"] if total else 0  # its name may be another's
     return f"step {step} of {total} of that stage" if total and step < total else None
@@ -94,27 +94,27 @@ def _network(state: dict[str, Any]) -> Tensors:
     return {name.removeprefix(NETWORK): tensor for name, tensor in state["model"].items() if isinstance(tensor, Tensor)}
 
 
-def source_of(checkpoint: Path) -> Source:
+def source_of(checkpoint: Path) -> TensorSource:
     """The model's weights in a checkpoint."""
-    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in _network(read(checkpoint)).items()}
-    return Source(str(checkpoint), shapes, lambda names: _copies(checkpoint, names))
+    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in _network(read_checkpoint(checkpoint)).items()}
+    return TensorSource(str(checkpoint), shapes, lambda names: _copies(checkpoint, names))
 
 
 def _copies(checkpoint: Path, names: Collection[str]) -> Tensors:
-    tensors = _network(read(checkpoint))
+    tensors = _network(read_checkpoint(checkpoint))
     copies = {name: tensors[name].clone() for name in names}
     check_finite(copies.items(), str(checkpoint))
     return copies
 
 
-def open_source(origin: Path) -> Source:
+def open_source(origin: Path) -> TensorSource:
     """The weights that `find_origin` found, whichever form they are in."""
     return decoder_source(str(origin)) if origin.is_dir() else source_of(origin)
 
 
 def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
     """Composer would load what fits and say nothing of the rest. Raises ConfigError where the checkpoint is not this stage's."""
-    state = read(checkpoint)
+    state = read_checkpoint(checkpoint)
     saved = _saved_by(state)
     for key, value in stage.items():
         if saved.get(key) != value:
@@ -152,7 +152,7 @@ def _point_to(checkpoint: Path) -> None:
     os.replace(link, checkpoint.parent / LATEST)
 
 
-def publish(written: Path, checkpoint: Path, keep: int) -> None:
+def publish_checkpoint(written: Path, checkpoint: Path, keep: int) -> None:
     """Give a finished file its name, point `latest` at it, and delete all but the newest `keep`."""
     with open(written, "rb") as file:
         os.fsync(file.fileno())

@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 _HEAD_NORM = re.compile(r"\.[qk]_norm\.(weight|bias)$")
 
 
-class Source(NamedTuple):
+class TensorSource(NamedTuple):
     """Where weights come from."""
 
     where: str
@@ -34,7 +34,7 @@ class Source(NamedTuple):
         return self.read(self.shapes)
 
 
-def decoder_source(source: str) -> Source:
+def decoder_source(source: str) -> TensorSource:
     """A Chameleon checkpoint: `model.*` and `lm_head.*`; `vit.*` and `adapter.*` too where it is UniToken's, or exported here.
 
     Without the VQ-VAE that transformers keeps in `model.vqmodel`, which has no part in training, and without the tower's
@@ -45,7 +45,7 @@ def decoder_source(source: str) -> Source:
     )
 
 
-def vision_source(source: str) -> Source:
+def vision_source(source: str) -> TensorSource:
     """A SigLIP checkpoint as `vit.*`: its vision tower, or a whole SigLIP, or a UniToken folder; without the pooling head."""
     return _folder_source(source, _vision_names)
 
@@ -57,11 +57,11 @@ def _vision_names(names: Iterable[str]) -> dict[str, str]:
     return {f"vit.{ours}": name for ours, name in towers.items() if not ours.startswith("head.")}
 
 
-def _folder_source(source: str, rename: Callable[[Iterable[str]], dict[str, str]]) -> Source:
+def _folder_source(source: str, rename: Callable[[Iterable[str]], dict[str, str]]) -> TensorSource:
     """`rename`: the names in the files -> ours: theirs, of those that are wanted."""
     stored = stored_tensors(checkpoint_folder(source))
     theirs = rename(stored)
-    return Source(
+    return TensorSource(
         source,
         {ours: stored[name].shape for ours, name in theirs.items()},
         lambda names: _read({ours: (stored[theirs[ours]], theirs[ours]) for ours in names}),
@@ -88,7 +88,7 @@ def _read(wanted: Mapping[str, tuple[Stored, str]]) -> Tensors:
     return tensors
 
 
-def fit_norms(source: Source, expected: Shapes) -> Source:
+def fit_norms(source: TensorSource, expected: Shapes) -> TensorSource:
     """Gains and biases of queries' and keys' norms in the layout that is expected: one for all heads, or one a head.
 
     One for all is repeated for each head, which gives the same numbers. The way back needs equal rows.
@@ -115,7 +115,7 @@ def fit_norms(source: Source, expected: Shapes) -> Source:
         return tensors
 
     shapes = {name: (rows[name], *shape[1:]) if name in rows else shape for name, shape in source.shapes.items()}
-    return Source(source.where, shapes, read)
+    return TensorSource(source.where, shapes, read)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decode
 from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID
-from unitoken.train.checkpoint.metadata import Pictures
+from unitoken.train.checkpoint.metadata import PictureCrops
 from unitoken.train.config import StageConfig
 from unitoken.train.generation.prompts import _original, asked
 
 SIZE = (512, 512)  # of pictures, where nobody says how large the data's are
 
 
-GUIDANCE = 3.0  # of `samples`
+SAMPLES_GUIDANCE = 3.0  # of `samples`
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def latents(pixels: tuple[int, int], downsampling: int, key: str = "size") -> tu
     return pixels[0] // downsampling, pixels[1] // downsampling
 
 
-def unusual(size: tuple[int, int], pictures: Pictures | None) -> str | None:
+def unusual(size: tuple[int, int], pictures: PictureCrops | None) -> str | None:
     """What is odd about drawing (height, width) pixels with a model whose data had `pictures`."""
     if pictures is None or not pictures.crops or size[::-1] in pictures.crops:
         return None
@@ -61,7 +61,7 @@ def unguided(guidance: float, config: StageConfig) -> str | None:
     return f"guidance {guidance:g} is away from a prompt that training never showed: data.null_prompt_fraction is 0"
 
 
-def check_samples(config: StageConfig, pictures: Pictures) -> list[str]:
+def check_samples(config: StageConfig, pictures: PictureCrops) -> list[str]:
     """What a stage asks its model while it trains: gives back what is odd about it, a line each. Raises ConfigError."""
     samples, codec = config.samples, config.codec
     if samples is None:
@@ -70,7 +70,7 @@ def check_samples(config: StageConfig, pictures: Pictures) -> list[str]:
         raise ConfigError("samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights")
     if not samples.draw and not samples.answer:
         raise ConfigError("samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer")
-    downsampling = find_weights(codec.vision).downsampling
+    downsampling = find_image_tokenizer(codec.vision).downsampling
     for size in drawn_sizes(config, pictures):
         latents(size, downsampling, "samples.size")
     for picture, question in samples.answer.items():
@@ -83,11 +83,14 @@ def check_samples(config: StageConfig, pictures: Pictures) -> list[str]:
         asked(question, [picture], f"samples.answer: {picture}")
     for text in samples.draw:
         asked(text, (), f"samples.draw: '{text}'")
-    odd = [samples.size and unusual(samples.size, pictures), unguided(guidance_of(samples.guidance, config, GUIDANCE), config)]
+    odd = [
+        samples.size and unusual(samples.size, pictures),
+        unguided(guidance_of(samples.guidance, config, SAMPLES_GUIDANCE), config),
+    ]
     return [f"samples: {line}" for line in odd if line and samples.draw]
 
 
-def drawn_sizes(config: StageConfig, pictures: Pictures | None) -> list[tuple[int, int]]:
+def drawn_sizes(config: StageConfig, pictures: PictureCrops | None) -> list[tuple[int, int]]:
     """(height, width) in pixels that a drawing may have: `samples.size`, or those of the data."""
     if config.samples is not None and config.samples.size is not None:
         return [config.samples.size]

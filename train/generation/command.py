@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from unitoken.codec.conversations import Conversation, shown
-from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE, held
 from unitoken.dataset.vocabulary import Vocabulary
@@ -22,8 +22,8 @@ from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.metadata import read_about, sizes_of
 from unitoken.train.generation.check_samples import drawn_sizes, latents, parse_size, unguided, unusual
 from unitoken.train.generation.prompts import files_of, prompt_text
-from unitoken.train.generation.reply_folder import Line, Replies, check_folder
-from unitoken.train.generation.settings import Request, check_vocabulary
+from unitoken.train.generation.reply_folder import Line, Replies, check_reply_folder
+from unitoken.train.generation.settings import Request, check_trained_vocabulary
 
 if TYPE_CHECKING:  # torch
     from unitoken.train.generation.dialogue import Dialogue, Said
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch
     from unitoken.train.generation.sampling import Sampling
 
 
-class Checked(NamedTuple):
+class CheckedRequest(NamedTuple):
     """As far as it can be checked without loading anything."""
 
     origin: Path
@@ -39,7 +39,7 @@ class Checked(NamedTuple):
     crops: list[tuple[int, int]]  # width, height that pictures of prompts may be cut to for the image tokenizer
 
 
-def check(request: Request, size: str | None, guidance: float, prompts: Path | None) -> Checked:
+def check_request(request: Request, size: str | None, guidance: float, prompts: Path | None) -> CheckedRequest:
     """Says what is odd. Raises ConfigError."""
     codec, config = request.config.codec, request.config
     if codec is None:
@@ -49,16 +49,16 @@ def check(request: Request, size: str | None, guidance: float, prompts: Path | N
     pictures = read_about(origin).pictures
     sizes = [parse_size(size)] if size else drawn_sizes(config, pictures)
     for pixels in sizes:
-        latents(pixels, find_weights(codec.vision).downsampling)
-    check_folder(request.out, inputs)
+        latents(pixels, find_image_tokenizer(codec.vision).downsampling)
+    check_reply_folder(request.out, inputs)
     for odd in (unusual(sizes[0], pictures) if len(sizes) == 1 else None, unguided(guidance, config)):
         if odd:
             print(f"warning: {odd}", file=sys.stderr, flush=True)
     crops = pictures.crops if pictures is not None else []  # a run of before it said so: as large as what is drawn
-    return Checked(origin, sizes, crops or [(width, height) for height, width in sizes])
+    return CheckedRequest(origin, sizes, crops or [(width, height) for height, width in sizes])
 
 
-def reply(request: Request, checked: Checked, sampling: Sampling) -> None:
+def reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> None:
     """Load the model, and batch by batch generate, write, print. One at a time in a folder."""
     lock = request.out / f"{ASIDE}lock"
     with held(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
@@ -66,7 +66,7 @@ def reply(request: Request, checked: Checked, sampling: Sampling) -> None:
     lock.unlink(missing_ok=True)
 
 
-def _reply(request: Request, checked: Checked, sampling: Sampling) -> None:
+def _reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> None:
     import torch
 
     from unitoken.train.generation.dialogue import Dialogue
@@ -133,10 +133,10 @@ def _check_room(vocabulary: Vocabulary, request: Request, origin: Path) -> None:
         raise ConfigError(f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {decoder.vocab_size}")
     trained = read_about(origin).vocabulary
     if trained is not None:
-        check_vocabulary(vocabulary, trained, str(request.checkpoint))
+        check_trained_vocabulary(vocabulary, trained, str(request.checkpoint))
 
 
-def _lengths(request: Request, checked: Checked, dialogue: Dialogue, reading: Reading) -> list[int]:
+def _lengths(request: Request, checked: CheckedRequest, dialogue: Dialogue, reading: Reading) -> list[int]:
     """Positions of each prompt; with a reply they must be no more than the model ever read. Raises ConfigError."""
     drawn = [dialogue.latents(size) for size in checked.sizes] if request.drawing else []
     room = max((len(list(dialogue.vocabulary.image_grammar(*size))) for size in drawn), default=1)
@@ -160,7 +160,7 @@ def _batches(lengths: Sequence[int], done: Collection[int], batch: int) -> Itera
         yield missing[first : first + batch]
 
 
-def _identity(request: Request, checked: Checked, sampling: Sampling) -> Line:
+def _identity(request: Request, checked: CheckedRequest, sampling: Sampling) -> Line:
     """What the replies depend on; files by their names, sizes and times, since weights are large and prompts many."""
     config, origin = request.config, checked.origin
     weights = [origin] if origin.is_file() else sorted(origin.glob("*.safetensors"))

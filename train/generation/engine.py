@@ -32,8 +32,8 @@ from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.loading import load_weights, shapes_of
 from unitoken.train.checkpoint.metadata import sizes_of
 from unitoken.train.checkpoint.tensors import check_shapes, fit_norms
-from unitoken.train.config import StageConfig, VisionConfig
-from unitoken.train.generation.sampling import Grammar, Sampling, Turn, draw, generator_of
+from unitoken.train.config import StageConfig, VisionTowerConfig
+from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, draw, generator_of
 from unitoken.train.model.decoder import KVCache, causal_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 
@@ -74,7 +74,7 @@ class Reading:
     compat: bool = False
 
     @classmethod
-    def of(cls, config: StageConfig, vision: VisionConfig | None) -> Reading:
+    def of(cls, config: StageConfig, vision: VisionTowerConfig | None) -> Reading:
         compat = config.compat == "unitoken"
         views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
         return cls(views, config.data.continuous, compat)
@@ -165,7 +165,7 @@ def _replies(
     context: _Context,
     guide: Guide | None,
     vocabulary: Vocabulary,
-    turns: Sequence[Turn],
+    turns: Sequence[GrammarSteps],
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     agree: Callable[[Tensor], Tensor],

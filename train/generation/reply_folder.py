@@ -24,7 +24,7 @@ OURS = re.compile(r"[0-9]{4,}(-[0-9]+)?\.(png|txt)")
 Line = dict[str, Any]
 
 
-def check_folder(folder: Path, inputs: Sequence[Path]) -> None:
+def check_reply_folder(folder: Path, inputs: Sequence[Path]) -> None:
     """Nothing of anybody else's is overwritten or removed. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class Choices:
     of_image: bool
 
 
-Turn = Generator[Choices, int, None]  # yields what may come, is sent what came
+GrammarSteps = Generator[Choices, int, None]  # yields what may come, is sent what came
 
 
 class Grammar:
@@ -56,12 +56,12 @@ class Grammar:
             token: self._choices([token]) for token in (vocabulary.image_start, vocabulary.newline, vocabulary.image_end)
         }
 
-    def drawing(self) -> Turn:
+    def drawing(self) -> GrammarSteps:
         """One image and nothing else."""
         yield self.single[self.vocabulary.image_start]
         yield from self._image()
 
-    def turn(self, max_tokens: int) -> Turn:
+    def turn(self, max_tokens: int) -> GrammarSteps:
         """Text and images until the end of the turn, or until there are `max_tokens`; an image that has begun is finished."""
         said = 0
         while said < max_tokens:

@@ -45,7 +45,7 @@ def settings(checkpoint: Path, config: Path | None, overrides: Sequence[str]) ->
     return stage.model_copy(update={"codec": stage.codec.model_copy(update={"tokenizer": str(folder)})})
 
 
-def check_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where: str) -> None:
+def check_trained_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where: str) -> None:
     """The tokenizers must be those that the model was trained with. Raises ConfigError."""
     if vocabulary.fingerprint != trained.fingerprint:
         raise ConfigError(

@@ -32,7 +32,7 @@ def set_recompute(layers: Iterable[Recomputed], setting: Mode | int) -> None:
         layer.recompute = setting if isinstance(setting, str) else "none" if number % setting else "full"
 
 
-def run(forward: Callable[..., Tensor], mode: Mode, *inputs: Any) -> Tensor:
+def run_layers(forward: Callable[..., Tensor], mode: Mode, *inputs: Any) -> Tensor:
     """`forward(*inputs)`, its activations kept as `mode` says. Random numbers are drawn the same the second time."""
     if mode == "none":
         return forward(*inputs)

@@ -146,7 +146,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (P, heads, L
     return states * cos[:, None].to(states.dtype) + torch.cat([-second, first], dim=-1) * sin[:, None].to(states.dtype)
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
+class DecoderMLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -196,8 +196,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, dropout: float) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.self_attn = DecoderAttention(config, layer)
+        self.mlp = DecoderMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.swin_norm = config.swin_norm
@@ -214,7 +214,7 @@ class DecoderLayer(nn.Module):
         self._train = torch.compile(self._train, *args, **kwargs)  # type: ignore[method-assign]
 
     def _train(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        return activation_checkpointing.run(self._forward, self.recompute, hidden, cos, sin, mask, None)
+        return activation_checkpointing.run_layers(self._forward, self.recompute, hidden, cos, sin, mask, None)
 
     def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
         if self.swin_norm:  # the 34B model norms what a branch gives, not what it takes

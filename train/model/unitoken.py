@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import Mode, set_recompute
 from unitoken.train.model.decoder import Decoder, KVCache, document_mask
 from unitoken.train.model.loss import Loss, token_loss
@@ -26,7 +26,7 @@ class UniToken(nn.Module):
     def __init__(
         self,
         decoder: DecoderConfig,
-        vision: VisionConfig | None,
+        vision: VisionTowerConfig | None,
         *,
         dropout: float = 0.0,
         z_loss: float = 1e-5,
@@ -79,7 +79,7 @@ class UniToken(nn.Module):
 
 def build_model(
     decoder: DecoderConfig,
-    vision: VisionConfig | None,
+    vision: VisionTowerConfig | None,
     config: ModelConfig,
     activation_checkpointing: Mode | int = "none",
     image_ids: Sequence[int] = (),

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unitoken.train.config import VisionConfig
+from unitoken.train.config import VisionTowerConfig
 from unitoken.train.model import activation_checkpointing
 
 
-class Embeddings(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+class TowerEmbeddings(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.features, config.hidden_size)
@@ -24,8 +24,8 @@ class Embeddings(nn.Module):
         return patches + self.position_embedding.weight
 
 
-class Attention(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+class TowerAttention(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -43,8 +43,8 @@ class Attention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+class TowerMLP(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -54,17 +54,17 @@ class MLP(nn.Module):
         return out
 
 
-class EncoderLayer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+class TowerLayer(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = TowerAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = TowerMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recompute: activation_checkpointing.Mode = "none"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return activation_checkpointing.run(self._forward, self.recompute if self.training else "none", hidden)
+        return activation_checkpointing.run_layers(self._forward, self.recompute if self.training else "none", hidden)
 
     def _forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
@@ -72,10 +72,10 @@ class EncoderLayer(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+class TowerEncoder(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
@@ -84,10 +84,10 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.embeddings = TowerEmbeddings(config)
+        self.encoder = TowerEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from support.tokenizing import tiny_model, tiny_transformers, vision_config
 from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision, nearest
-from unitoken.codec.image_tokenizer.files import find_weights
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
 from unitoken.dataset import images
@@ -66,7 +66,7 @@ def test_flat_pictures_keep_their_codes(golden: Path) -> None:
     white = images.decode((golden / "assets" / "images" / "d11_16bit.png").read_bytes(), compat=True)
     flat = images.tokenizer_pixels(white, (256, 256))[None]
     found = load(folder).encode(flat)
-    exact = load_network("chameleon", find_weights(vision_config(folder))).double()
+    exact = load_network("chameleon", find_image_tokenizer(vision_config(folder))).double()
     x = torch.tensor(flat).permute(0, 3, 1, 2).contiguous().double() / 255 * 2 - 1
     expected = nearest(exact.latents(x), exact.quantize.embedding.weight.float()).numpy()
     assert (found == expected).mean() > 0.98
@@ -157,7 +157,10 @@ def test_the_image_tokenizer_of_a_whole_model_is_read(tmp_path: Path, kind: str,
         save_file({name: state[name] for name in names}, whole / f"model-{number + 1:05d}-of-00002.safetensors")
     shape = json.loads((alone / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({"model_type": kind, "vq_config": shape}))
-    assert find_weights(vision_config(whole, kind=kind)).fingerprint == find_weights(vision_config(alone, kind=kind)).fingerprint
+    assert (
+        find_image_tokenizer(vision_config(whole, kind=kind)).fingerprint
+        == find_image_tokenizer(vision_config(alone, kind=kind)).fingerprint
+    )
     assert (load(whole, kind=kind).encode(pixels(1)) == load(alone, kind=kind).encode(pixels(1))).all()
 
 

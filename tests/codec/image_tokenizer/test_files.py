@@ -17,7 +17,7 @@ from support.tokenizing import tiny_transformers, tiny_vqgan, vision_config
 from unitoken.codec.image_tokenizer.convert_vqgan import convert_vqgan
 from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
 from unitoken.codec.image_tokenizer.files import Weights
-from unitoken.codec.image_tokenizer.files import find_weights as find
+from unitoken.codec.image_tokenizer.files import find_image_tokenizer as find
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.__main__ import app
 

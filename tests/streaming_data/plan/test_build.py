@@ -14,7 +14,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.build import Plan, _pack_window, build
 from unitoken.streaming_data.plan.order import amounts, choose
 from unitoken.streaming_data.plan.store import load_or_build
-from unitoken.streaming_data.reading.share import Share
+from unitoken.streaming_data.reading.share import WorkerShare
 
 
 @pytest.mark.parametrize("nodes", [1, 3, 4])
@@ -214,7 +214,7 @@ def global_batches(plan: Plan, seen: int, nodes: int, ranks_per_node: int, worke
     batches: list[list[int]] = [[] for _ in range((plan.packs - seen) // 12)]
     for rank in range(ranks):
         shares = [
-            Share(plan, seen, nodes, ranks_per_node, rank, 12 // ranks, canonical_nodes, worker, max(workers, 1))
+            WorkerShare(plan, seen, nodes, ranks_per_node, rank, 12 // ranks, canonical_nodes, worker, max(workers, 1))
             for worker in range(max(workers, 1))
         ]
         for number, batch in enumerate(batches):  # a DataLoader asks its workers in turn
@@ -235,7 +235,7 @@ def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(plan, nodes, ran
 
 def test_with_a_canonical_row_a_node_or_more_each_node_keeps_to_its_rows(plan):
     for node in range(2):
-        packs = [p for rank in (2 * node, 2 * node + 1) for batch in Share(plan, 0, 2, 2, rank, 3, 2) for p in batch]
+        packs = [p for rank in (2 * node, 2 * node + 1) for batch in WorkerShare(plan, 0, 2, 2, rank, 3, 2) for p in batch]
         assert {pack % 2 for pack in packs} == {node}
 
 

@@ -23,12 +23,14 @@ from unitoken.streaming_data.reading.collate import Collate, num_tokens, split_b
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import open_sources
 from unitoken.train.checkpoint.loading import load_weights
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
 VOCABULARY = small_vocabulary()
 DECODER = DecoderConfig(vocab_size=170, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+VISION = VisionTowerConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
 SIZES = ((4, 4), (40, 15), (9, 30), (16, 16), (24, 8))  # of the pictures, one after the other: each canvas of AnyRes
 
 

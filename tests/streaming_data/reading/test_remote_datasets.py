@@ -144,12 +144,12 @@ def test_a_url_that_names_no_dataset_of_the_hub_is_refused(url):
 
 @pytest.mark.cloud
 def test_an_export_goes_from_bucket_to_bucket(datasets, tmp_path):
-    from unitoken.streaming_data.tools.export_webdataset import export
+    from unitoken.streaming_data.tools.export_webdataset import export_webdataset
 
     with started("s3", tmp_path / "s3") as service, used(service):
         upload(datasets / "a", service.url("a"))
-        assert export(service.url("a"), service.url("tars"), 50) == 2
-        assert export(str(datasets / "a"), str(tmp_path / "tars"), 50) == 2
+        assert export_webdataset(service.url("a"), service.url("tars"), 50) == 2
+        assert export_webdataset(str(datasets / "a"), str(tmp_path / "tars"), 50) == 2
         for name in ("000000.tar", "000001.tar", "webdataset.json"):
             assert open_store(service.url("tars")).read(name) == (tmp_path / "tars" / name).read_bytes()
     shutil.rmtree(tmp_path / "tars")

@@ -17,17 +17,17 @@ from unitoken.storage import shard_cache
 from unitoken.streaming_data.__main__ import app
 from unitoken.streaming_data.reading import dataset
 from unitoken.streaming_data.reading.loader import build_loader
-from unitoken.streaming_data.reading.share import Share
+from unitoken.streaming_data.reading.share import WorkerShare
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.tools.simulate import (
     Shape,
     _cache_needed,
     _downloads,
     _packs_of,
+    demand_table,
     parse_bandwidth,
     parse_nodes,
     simulate_nodes,
-    table,
 )
 
 VOCABULARY = small_vocabulary()
@@ -115,7 +115,7 @@ def test_nodes_read_the_packs_that_their_ranks_are_given(nodes: int, canonical_n
     shape = Shape(nodes, 2, 1, 16, canonical_nodes)
     for node, packs in enumerate(_packs_of(plan, shape, range(nodes))):
         for rank in range(2):
-            share = Share(
+            share = WorkerShare(
                 plan, 0, nodes, ranks_per_node=2, rank=2 * node + rank, batch_packs=8 // nodes, canonical_nodes=canonical_nodes
             )
             assert packs[:, rank].tolist() == [batch.tolist() for batch in share]
@@ -152,7 +152,7 @@ def test_a_slow_network_makes_training_wait(remote: Path, tmp_path: Path) -> Non
     by_tokens = simulate_nodes(config, [2], 1, (384, 14), 1e9, None, 1000.0)[0][0]
     tokens = sum(len(r.tokens) for r in text_records(900))
     assert by_tokens.hours == pytest.approx(tokens / 2 / 1000 / 3600, rel=0.15)  # and the pictures' tokens
-    assert len(table([fast, slow], 1 << 30).splitlines()) == 5
+    assert len(demand_table([fast, slow], 1 << 30).splitlines()) == 5
 
 
 @pytest.mark.parametrize("text", ["", "0gbit", "1gb", "x", "1.2.3gbit", "-1gbit"])

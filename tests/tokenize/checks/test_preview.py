@@ -13,7 +13,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.tokenize.__main__ import app
-from unitoken.tokenize.checks.preview import describe, records, show
+from unitoken.tokenize.checks.preview import describe, records, show_samples
 from unitoken.tokenize.merge import merge
 
 
@@ -52,7 +52,7 @@ def test_the_command_shows_samples(dataset: Path, vqgan: Path) -> None:
 
 def test_another_tokenizer_than_the_datasets_is_refused(dataset: Path) -> None:
     with pytest.raises(ConfigError, match=r"was made with another tokenizer: its vocabulary is [0-9a-f]{16}, .* is [0-9a-f]{16}"):
-        show(str(dataset), str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
+        show_samples(str(dataset), str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
 
 
 def test_the_samples_in_order_as_streaming_reads_them(dataset: Path) -> None:

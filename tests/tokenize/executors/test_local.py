@@ -21,7 +21,7 @@ from support.tokenizing import TOKENIZER, content, run_here, settings, some_item
 from unitoken.common.errors import ConfigError
 from unitoken.storage.store import StoreError
 from unitoken.tokenize.executors.local import Reporter, _work, launch
-from unitoken.tokenize.executors.progress import Share, _Count, _Lines, progress, share_of
+from unitoken.tokenize.executors.progress import RunProgress, _Count, _Lines, share_of, show_progress
 from unitoken.tokenize.job import Round, prepare
 from unitoken.tokenize.merge import merge
 
@@ -142,7 +142,7 @@ def test_reports_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(Share(10, 4, 3, lambda: 1)) as bar:
+    with show_progress(RunProgress(10, 4, 3, lambda: 1)) as bar:
         bar.show()
         bar.advance(3, 1)
         bar.show()
@@ -156,7 +156,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
 
 def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     done = iter([1, 3])
-    with progress(Share(None, 0, 3, lambda: next(done))) as bar:
+    with show_progress(RunProgress(None, 0, 3, lambda: next(done))) as bar:
         bar.show()
         bar.advance(70, 0)
     lines = capsys.readouterr().err.splitlines()
@@ -168,7 +168,7 @@ def test_the_bar_of_a_terminal_shows_the_same(capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     for total in (10, None):
-        with progress(Share(total, 4, 3, lambda: 2)) as bar:
+        with show_progress(RunProgress(total, 4, 3, lambda: 2)) as bar:
             bar.advance(5, 1)
             bar.show()
     shown = capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_80_columns_hold_all_that_the_bar_says(capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(_Count, "rate", 1071.3)
     monkeypatch.setenv("COLUMNS", "80")
-    with progress(Share(10_000_000, 0, 3, lambda: 2)) as bar:
+    with show_progress(RunProgress(10_000_000, 0, 3, lambda: 2)) as bar:
         bar.advance(1_234_567, 12_345)
         bar.show()
     assert " 1,234,567/10,000,000 items, 1,071/s, 136.4 min left, 12,345 rejected" in capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_a_retry_counts_what_it_tries_again(source: Path, vqgan: Path, tmp_path:
 
 def test_the_rate_counts_the_first_seconds_too() -> None:
     """Items come in bursts: from the first burst on it said 123/s where 0.6/s was true."""
-    count = _Lines(Share(100, 50, 1, lambda: 0))
+    count = _Lines(RunProgress(100, 50, 1, lambda: 0))
     assert count.rate == 0
     count.advance(10, 0)
     count._start = time.monotonic() - 2.0

@@ -21,8 +21,8 @@ from support.tokenizing import turns
 from unitoken.codec.conversations import Conversation, ItemError, parse
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.sources.adapters import ADAPTERS, adapter_fingerprint, find_adapter
-from unitoken.tokenize.sources.pictures import Pictures
-from unitoken.tokenize.sources.reader import base, cut, find_files, item_name, read
+from unitoken.tokenize.sources.pictures import PictureReader
+from unitoken.tokenize.sources.reader import base, cut, find_files, item_name, read_piece
 
 EXAMPLE = DATA / "my_format.py"
 
@@ -77,10 +77,10 @@ def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, gol
 
 
 def items_of(path: Path) -> list[tuple[str, object, list[bytes]]]:
-    source, adapter, pictures = cut(find_files([str(path)]), 4), find_adapter("standard"), Pictures(False, False, 1)
+    source, adapter, pictures = cut(find_files([str(path)]), 4), find_adapter("standard"), PictureReader(False, False, 1)
     result: list[tuple[str, object, list[bytes]]] = []
     for piece in range(len(source.pieces)):
-        for item in read(source, piece):
+        for item in read_piece(source, piece):
             conversation = parse(adapter(item.value), item_name(source, item))  # type: ignore[arg-type]
             images = [pictures.read(base(source, item.file), image, 1 << 30) for image in conversation.images]
             result.append((conversation.id, conversation.turns, images))
@@ -428,7 +428,7 @@ def test_bare_base64_is_a_picture() -> None:
         Image.new("RGB", (30, 30), (1, 2, 3)).save(buffer, format)
         text = base64.b64encode(buffer.getvalue()).decode()
         (image,) = adapted("standard", {"conversations": turns("a", "b"), "image": text}).images
-        assert Pictures(False, False, 1).read(".", image, 1 << 20) == buffer.getvalue(), format
+        assert PictureReader(False, False, 1).read(".", image, 1 << 20) == buffer.getvalue(), format
     for path in ("/9j/a.jpg", "/9j/" + "a" * 70 + ".jpg", "iVBORw0KGgo", "images/" + "a" * 90):
         assert adapted("standard", {"conversations": turns("a", "b"), "image": path}).images == (path,)
 

@@ -24,7 +24,7 @@ from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError
 from unitoken.tokenize.sources import json_files, reader, tars
-from unitoken.tokenize.sources.reader import Input, base, cut, find_files, item_name, read
+from unitoken.tokenize.sources.reader import Input, base, cut, find_files, item_name, read_piece
 
 
 def source_of(path: Path, chunk_size: int = 10) -> Input:
@@ -32,7 +32,7 @@ def source_of(path: Path, chunk_size: int = 10) -> Input:
 
 
 def whole(source: Input) -> list[Any]:
-    return [item.value for piece in range(len(source.pieces)) for item in read(source, piece)]
+    return [item.value for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -124,14 +124,14 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
         for n in range(5):
             writer.write({"__key__": f"a/{n:05d}", "jpg": b"%d" % n, "txt": f"text {n}\u2028", "json": {"n": n}, "seg.PNG": b"s"})
     source = cut(find_files([f"{tmp_path}/*.tar"]), 1000)
-    items = [item for piece in range(len(source.pieces)) for item in read(source, piece)]
+    items = [item for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
     assert [item.value for item in items] == [
         {"__key__": f"a/{n:05d}", "jpg": b"%d" % n, "txt": f"text {n}\u2028", "json": {"n": n}, "seg.png": b"s"} for n in range(5)
     ]
     assert [(item.file, item.position) for item in items] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     assert [item_name(source, item) for item in items] == [f"a/{n:05d}" for n in range(5)]
     assert source.items is None
-    assert [item.value["__key__"] for item in read(source, 1, {1})] == ["a/00003"]  # type: ignore[index]
+    assert [item.value["__key__"] for item in read_piece(source, 1, {1})] == ["a/00003"]  # type: ignore[index]
 
 
 def test_bad_samples_are_counted_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_file_that_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
 def test_names_that_are_not_unicode_can_be_written_down(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "i.tar", [("caf\udce9.txt", b"1")])
     source = source_of(path)
-    [item] = read(source, 0)
+    [item] = read_piece(source, 0)
     assert item_name(source, item) == "caf\\xe9"
 
 
@@ -260,7 +260,7 @@ def test_parquet_is_cut_by_rows_wherever_its_groups_end(tmp_path: Path, chunk_si
 def test_arrow_is_cut_by_rows_wherever_its_batches_end(tmp_path: Path, stream: bool) -> None:
     source = source_of(write_arrow(tmp_path / "i.arrow", some_rows(50), 8, stream), 7)
     assert whole(source) == some_rows(50)
-    assert [item.value for item in read(source, 2, {14, 16})] == [some_rows(50)[14], some_rows(50)[16]]
+    assert [item.value for item in read_piece(source, 2, {14, 16})] == [some_rows(50)[14], some_rows(50)[16]]
 
 
 def test_a_folder_of_hugging_face_datasets_is_its_files_in_order(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_header_of_gigabytes_ends_the_tar(kind: bytes, tmp_path: Path) -> None
         file.write(content)
         file.truncate(3 << 30)  # takes no room on the disk
     begun = time.monotonic()
-    first, last = [item.value for item in read(cut(find_files([str(path)]), 10), 0)]
+    first, last = [item.value for item in read_piece(cut(find_files([str(path)]), 10), 0)]
     assert time.monotonic() - begun < 20
     assert first == {"__key__": "a", "txt": "x"}
     assert str(last).startswith("input cut: at byte 2048 of ")
@@ -445,6 +445,6 @@ def test_a_sparse_file_larger_than_its_tar_is_a_reject(tmp_path: Path) -> None:
         info = tarfile.TarInfo("b.txt")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"y"))
-    first, second = [item.value for item in read(cut(find_files([str(path)]), 10), 0)]
+    first, second = [item.value for item in read_piece(cut(find_files([str(path)]), 10), 0)]
     assert str(first).startswith("item too large: a")
     assert second == {"__key__": "b", "txt": "y"}

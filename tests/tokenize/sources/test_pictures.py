@@ -15,7 +15,7 @@ from unitoken.codec.conversations import ItemError
 from unitoken.storage import web
 from unitoken.storage.store import MissingError, StoreError
 from unitoken.tokenize.sources import pictures
-from unitoken.tokenize.sources.pictures import Pictures
+from unitoken.tokenize.sources.pictures import PictureReader
 
 ROOM = 1000
 
@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def fetch(
     source: str | bytes, base: str = ".", allow_http: bool = True, allow_private: bool = True, seconds: float = 5, room: int = ROOM
 ) -> bytes:
-    return Pictures(allow_http, allow_private, seconds).read(base, source, room)
+    return PictureReader(allow_http, allow_private, seconds).read(base, source, room)
 
 
 def reason(source: str | bytes, **settings: Any) -> str:

@@ -11,11 +11,11 @@ from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.sources import base as formats
 from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.reader import Input, Item, base, cut, find_files, item_name, read
+from unitoken.tokenize.sources.reader import Input, Item, base, cut, find_files, item_name, read_piece
 
 
 def whole(source: Input) -> list[object]:
-    return [item.value for piece in range(len(source.pieces)) for item in read(source, piece)]
+    return [item.value for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -124,14 +124,14 @@ def test_no_piece_crosses_a_file_and_an_input_survives_being_stored(tmp_path: Pa
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     source = cut(find_files([write(tmp_path / "i.jsonl", "".join(f"{n}\n" for n in range(10)))]), 4)
-    assert list(read(source, 1, {5, 7})) == [Item(1, 0, 5, 5), Item(1, 0, 7, 7)]
+    assert list(read_piece(source, 1, {5, 7})) == [Item(1, 0, 5, 5), Item(1, 0, 7, 7)]
 
 
 def test_items_are_named_by_their_place(tmp_path: Path) -> None:
     one = cut(find_files([write(tmp_path / "i.json", "[1, 2]")]), 1)
     two = cut(find_files([write(tmp_path / "i.json", "[1, 2]"), write(tmp_path / "j.json", "[3]")]), 1)
-    assert [item_name(one, item) for piece in range(2) for item in read(one, piece)] == ["0", "1"]
-    assert [item_name(two, item) for piece in range(3) for item in read(two, piece)] == ["0:0", "0:1", "1:0"]
+    assert [item_name(one, item) for piece in range(2) for item in read_piece(one, piece)] == ["0", "1"]
+    assert [item_name(two, item) for piece in range(3) for item in read_piece(two, piece)] == ["0:0", "0:1", "1:0"]
 
 
 def test_json_and_jsonl_hold_the_same(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_where_a_file_breaks_off_all_before_is_kept(tmp_path: Path, name: str, c
     assert (first, second, source.items) == (1, 2, 3)
     assert str(error).startswith(f"input cut: {reason}")
     assert all((piece.items or 0) <= size for piece in source.pieces)
-    assert [str(item.value) for item in read(source, len(source.pieces) - 1, {2})] == [str(error)]
+    assert [str(item.value) for item in read_piece(source, len(source.pieces) - 1, {2})] == [str(error)]
 
 
 def test_a_last_line_without_its_end_is_whole_if_it_can_be_read(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from support.tokenizing import png, run_here, settings, turns, write_items
 from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import scratch_folder
-from unitoken.tokenize.sources.reader import cut, find_files, item_name, read
+from unitoken.tokenize.sources.reader import cut, find_files, item_name, read_piece
 
 TEXTS = [{"id": f"i{n}", "conversations": turns(f"What {n}?", "A.")} for n in range(30)]
 
@@ -56,14 +56,14 @@ def test_what_is_compressed_is_read_as_without(kind: str, suffix: str, tmp_path:
     assert [item.value for item in whole(path)] == [item.value for item in whole(plain)]
     assert [item.position for item in whole(path)] == list(range(30))
     source = cut(find_files([str(path)]), 7)
-    assert [item.position for item in read(source, 0, {3, 29})] == [3, 29]
+    assert [item.position for item in read_piece(source, 0, {3, 29})] == [3, 29]
     assert not list(scratch_folder().glob(".aside-unpacked*"))
 
 
 def test_tgz_is_a_tar_and_its_items_have_their_names(tmp_path: Path) -> None:
     path = packed(tmp_path / "i.tgz", content_of("tar", tmp_path))
     source = cut(find_files([str(path)]), 7)
-    assert [item_name(source, item) for item in read(source, 0)] == [f"{n:03}" for n in range(30)]
+    assert [item_name(source, item) for item in read_piece(source, 0)] == [f"{n:03}" for n in range(30)]
 
 
 def test_a_row_of_csv_is_text_by_name_and_a_ragged_one_a_reject(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_a_folder_of_pictures_is_read_as_a_tar_of_them(tmp_path: Path, vqgan: Pa
     (folder / "00000_stats.json").write_text("{}")
     (folder / "00000.parquet").write_bytes(b"x")
     source = cut(find_files([str(folder)]), 2)
-    items = [item for piece in range(len(source.pieces)) for item in read(source, piece)]
+    items = [item for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
     assert [item_name(source, item) for item in items] == [f"00000/{n:09}" for n in (0, 2, 4)] + [f"00001/{n:09}" for n in (1, 3)]
     assert items[0].value == {"__key__": "00000/000000000", "jpg": png(), "txt": "picture 0"}
-    assert [item.position for item in read(source, 1, {3})] == [3]
+    assert [item.position for item in read_piece(source, 1, {3})] == [3]
 
     run_here(settings(vqgan, adapter="caption", chunk_size=2), folder, tmp_path / "out")
     assert [line for path in (tmp_path / "out").rglob("rejects.jsonl") for line in path.read_text().splitlines()] == []
@@ -242,7 +242,9 @@ def test_what_lies_in_a_folder_and_can_not_be_used_is_named(tmp_path: Path) -> N
     (folder / "d.txt").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("secret")
     (folder / "e.png").symlink_to(folder / "nowhere.png")
-    values = {item_name(source, item): item.value for source in [cut(find_files([str(folder)]), 10)] for item in read(source, 0)}
+    values = {
+        item_name(source, item): item.value for source in [cut(find_files([str(folder)]), 10)] for item in read_piece(source, 0)
+    }
     assert values["a"] == {"__key__": "a", "png": png(), "txt": "a"}
     assert values["b"] == {"__key__": "b", "mp4": b"x", "txt": "b"}  # and so the adapter names it
     errors = [str(value) for value in values.values() if isinstance(value, ItemError)]

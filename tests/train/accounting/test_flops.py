@@ -7,14 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unitoken.dataset.record import IGNORED
 from unitoken.train.accounting.flops import peak, step_flops
-from unitoken.train.config import DecoderConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken
 from unitoken.train.optim import freeze
 
 DECODER = DecoderConfig(
     vocab_size=90, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
 )
-VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2)
+VISION = VisionTowerConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2
+)
 PACKS, LENGTH, VIEWS = 2, 40, 3
 
 

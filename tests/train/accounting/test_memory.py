@@ -15,12 +15,12 @@ from support.simulated import peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
 from unitoken.train.accounting.memory import Mode, counts, decoder_token, kept, needs, tower_token
-from unitoken.train.check import check
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.check import check_stage
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import set_recompute
 from unitoken.train.model.decoder import Decoder, _compiled, document_mask
 from unitoken.train.model.unitoken import build_model
-from unitoken.train.model.vision_tower import Encoder
+from unitoken.train.model.vision_tower import TowerEncoder
 from unitoken.train.optim import freeze
 
 SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -91,8 +91,8 @@ def test_a_decoder_keeps_what_is_said_in_bfloat16(mode: Mode, learns: bool) -> N
 
 @pytest.mark.parametrize("setting", MODES)
 def test_a_tower_keeps_what_is_said(setting: Mode) -> None:
-    config = VisionConfig.model_validate({**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6})
-    encoder = Encoder(config)
+    config = VisionTowerConfig.model_validate({**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6})
+    encoder = TowerEncoder(config)
     set_recompute(encoder.layers, setting)
     features = torch.randn(3, config.features, config.hidden_size, requires_grad=True)
     found = bytes_kept(encoder, features) / (3 * config.features)
@@ -107,7 +107,7 @@ def test_recomputing_more_keeps_less() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"qk_norm": "per_head"}])
 def test_parameters_are_counted_right(changes: dict[str, Any]) -> None:
-    decoder, vision = DecoderConfig.model_validate({**DECODER, **changes}), VisionConfig.model_validate(VISION)
+    decoder, vision = DecoderConfig.model_validate({**DECODER, **changes}), VisionTowerConfig.model_validate(VISION)
     model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
     assert counts(decoder, vision).total == sum(parameter.numel() for parameter in model.parameters())
     assert counts(decoder, vision).tower == sum(parameter.numel() for parameter in model.vit.parameters())
@@ -116,7 +116,7 @@ def test_parameters_are_counted_right(changes: dict[str, Any]) -> None:
 SEVEN_B = DecoderConfig(
     vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )  # fmt: skip
-SIGLIP = VisionConfig(
+SIGLIP = VisionTowerConfig(
     hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
 )  # fmt: skip
 
@@ -196,12 +196,12 @@ def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from unitoken.train.distributed import composer_trainer
-    from unitoken.train.stage import run
+    from unitoken.train.stage import run_stage
 
     write_data(tmp_path / "data")
     config = stage(tmp_path, "max_duration=1ba")
     monkeypatch.setattr(composer_trainer, "has_gpu", lambda: True)
-    run(config, check(config, 1))
+    run_stage(config, check_stage(config, 1))
     assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
 
 

@@ -11,8 +11,8 @@ from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.collate import Batch, split_batch
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.accounting.step_sums import NAMES, Measured, Measures
-from unitoken.train.check import check
-from unitoken.train.config import DecoderConfig, VisionConfig
+from unitoken.train.check import check_stage
+from unitoken.train.config import DecoderConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # streaming's own
@@ -24,7 +24,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     write_data(folder / "data")
     config = stage(folder)
     loader = build_loader(
-        config.data, views=Views(8, 4), vocabulary=check(config, 1).vocabulary, batch_packs=4, compat=False
+        config.data, views=Views(8, 4), vocabulary=check_stage(config, 1).vocabulary, batch_packs=4, compat=False
     )  # fmt: skip
     return list(loader)
 
@@ -32,7 +32,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
 @pytest.fixture(scope="module")
 def model() -> UniToken:
     torch.manual_seed(0)
-    return UniToken(DecoderConfig(**DECODER), VisionConfig(**VISION))
+    return UniToken(DecoderConfig(**DECODER), VisionTowerConfig(**VISION))
 
 
 def mean(measured: Measured, names: Iterator[str]) -> float:

@@ -13,13 +13,13 @@ from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import _is_held_out
 from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.callbacks.evaluation import evaluation_loader
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import build_model
-from unitoken.train.stage import run
+from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 TRAIN = ROOT / "train.py"
@@ -34,12 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(config: StageConfig) -> Path:
-    run(config, check(config, 1))
+    run_stage(config, check_stage(config, 1))
     return Path(config.save.folder)
 
 
 def loader_of(config: StageConfig) -> PackedLoader:
-    loader = evaluation_loader(config, check(config, 1), Views(8, 4))
+    loader = evaluation_loader(config, check_stage(config, 1), Views(8, 4))
     assert loader is not None
     return loader
 
@@ -56,7 +56,7 @@ def test_training_is_the_same_bit_for_bit_with_evaluation_and_without(folder: Pa
     timeless = [[{k: v for k, v in line.items() if "second" not in k} for line in metrics(run)] for run in (evaluated, plain)]
     assert timeless[0] == timeless[1]
     files = [find_origin(str(run)) for run in (evaluated, plain)]
-    states = [run_folder.read(file) for file in files]
+    states = [run_folder.read_checkpoint(file) for file in files]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
     assert states[0]["dataset_state"] == states[1]["dataset_state"]
@@ -76,7 +76,7 @@ def test_it_is_done_at_the_interval_and_at_the_end_and_always_on_the_same(evalua
 
 def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: Path, evaluated: Path) -> None:
     config = stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba")
-    checked = check(config, 1)
+    checked = check_stage(config, 1)
     model = build_model(checked.decoder, checked.vision, config.model)
     source = run_folder.source_of(find_origin(str(evaluated)))
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
@@ -125,10 +125,10 @@ def test_other_streams_can_be_evaluated_on(folder: Path, tmp_path: Path) -> None
 
 def test_what_can_not_be_evaluated_on_is_an_error_before_anything_is_loaded(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval: no stream of data.streams has `held_out`"):
-        check(stage(folder, "eval.interval=2ba"), 1)
+        check_stage(stage(folder, "eval.interval=2ba"), 1)
     streams = f"{{a: {{local: {folder}/data, held_out: 0.1}}, b: {{local: {folder}/data}}}}"
     with pytest.raises(ConfigError, match=r"eval.streams: split: held_out needs `held_out` above 0 in every stream: 'b' has none"):
-        check(stage(folder, f"eval.streams={streams}"), 1)
+        check_stage(stage(folder, f"eval.streams={streams}"), 1)
     few = stage(folder, "data.streams.all.held_out=0.02", "eval.interval=2ba")
     with pytest.raises(ConfigError, match=r"eval: \d+ samples make \d packs .* an epoch needs at least 4, .* raise `held_out`"):
         loader_of(few)

@@ -17,10 +17,10 @@ from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics, read_metrics
 from unitoken.train.callbacks.progress import Lines
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
-from unitoken.train.stage import run
+from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's, streaming's and tensorboard's own
 
@@ -44,7 +44,7 @@ def two_streams(folder: Path) -> dict[str, Any]:
 
 
 def train(config: StageConfig) -> Path:
-    run(config, check(config, 1))
+    run_stage(config, check_stage(config, 1))
     return Path(config.save.folder)
 
 
@@ -189,7 +189,7 @@ def test_a_logger_that_is_not_installed_is_named_at_once(
     monkeypatch.delitem(sys.modules, package, raising=False)
     setting = "true" if package == "tensorboard" else "mine"
     with pytest.raises(ConfigError, match=f"log.{package}: the package {package} is not installed; pip install {package}"):
-        check(stage(folder, f"log.{package}={setting}"), 1)
+        check_stage(stage(folder, f"log.{package}={setting}"), 1)
 
 
 def test_weights_and_biases_gets_only_what_is_ours(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from support.poisoned import poisoned
 from support.ranks import finish, start
 from support.stages import metrics, stage, write_data, write_stage
 from unitoken.train.callbacks.metrics import Metrics
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.layouts import latest_checkpoint
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import UniToken
-from unitoken.train.stage import run
+from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(config: StageConfig) -> list[dict[str, Any]]:
-    run(config, check(config, 1))
+    run_stage(config, check_stage(config, 1))
     return metrics(Path(config.save.folder))
 
 

@@ -16,8 +16,8 @@ from support.drawn import CODEC, ROOT, drawing_stage, write_data
 from support.stages import curve
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.samples import sheet
-from unitoken.train.check import check
-from unitoken.train.checkpoint.metadata import Pictures, read_about
+from unitoken.train.check import check_stage
+from unitoken.train.checkpoint.metadata import PictureCrops, read_about
 from unitoken.train.config import StageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,14 +49,16 @@ def settings(folder: Path, name: str, *overrides: str, **changes: Any) -> StageC
 
 
 def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
-    from unitoken.train.stage import run
+    from unitoken.train.stage import run_stage
 
     for name, samples in (("without", None), ("with", asking(folder))):
         config = settings(folder, name, samples=samples)
-        run(config, check(config, 1))
+        run_stage(config, check_stage(config, 1))
     assert curve(folder / "with") == curve(folder / "without")
     assert len(curve(folder / "with")) == 4
-    assert read_about(folder / "with" / "step-00000004.pt").pictures == Pictures(crops=[(32, 32)])  # as the data's manifest has it
+    assert read_about(folder / "with" / "step-00000004.pt").pictures == PictureCrops(
+        crops=[(32, 32)]
+    )  # as the data's manifest has it
     steps = sorted(path.name for path in (folder / "with" / "samples").iterdir())
     assert steps == ["step-00000002", "step-00000004"]
     for step in steps:
@@ -96,7 +98,7 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     )
     before, modes = torch.get_rng_state(), [module.training for module in network.modules()]
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    checked = check(config, 1)
+    checked = check_stage(config, 1)
     (samples,) = samples_of(config, checked.vocabulary, checked.pictures)
     old = folder / "alone" / "samples" / "step-00000003"
     old.mkdir(parents=True)
@@ -172,18 +174,18 @@ def test_what_can_not_be_asked_is_found_before_anything_is_loaded(folder: Path, 
 
     config = stage(folder, "model.decoder.vocab_size=583", **{"codec": CODEC, "samples": asking(folder), **changes})
     with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in said)):
-        check(config, 1)
+        check_stage(config, 1)
 
 
 def test_data_of_other_tokenizers_is_refused_with_both(tmp_path: Path) -> None:
     from support import stages
-    from unitoken.train.stage import run
+    from unitoken.train.stage import run_stage
 
     stages.write_data(tmp_path / "data")
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     config = settings(tmp_path, "other", samples=asking(tmp_path))
     with pytest.raises(ConfigError, match=r"weights: .* has 128 image codes, the data's vocabulary has 8"):
-        run(config, check(config, 1))
+        run_stage(config, check_stage(config, 1))
 
 
 def test_a_sheet_holds_all_pictures_in_order() -> None:

@@ -16,21 +16,21 @@ from support.paths import ROOT
 from support.small_datasets import make_record, small_vocabulary, write_dataset
 from support.stages import DECODER, VISION, stage, write_data, write_stage
 from unitoken.codec.config import CodecConfig
-from unitoken.codec.config import VisionConfig as ImageTokenizer
+from unitoken.codec.config import ImageTokenizerConfig as ImageTokenizer
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import export as exporting
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import read_whole
-from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.layouts import find_origin, model_configs
 from unitoken.train.checkpoint.loading import find_weights, load_weights
-from unitoken.train.checkpoint.metadata import Pictures, Sizes, found_anywhere, read_about, read_stage, write_about
+from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, found_anywhere, read_about, read_stage, write_about
 from unitoken.train.checkpoint.tensors import decoder_source
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
 TOKENIZERS = {"tokenizer": "tokenizer", "vision.weights": "vqgan"}
@@ -49,8 +49,8 @@ def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: i
     folder.mkdir(parents=True)
     state = {f"{run_folder.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
-    run_folder.publish(folder / ".aside-7.pt", run_folder.path_of(folder, 7), keep=1)
-    write_about(folder, config, Sizes(decoder=decoder, vision=vision), vocabulary, Pictures(crops=[(32, 16)]))
+    run_folder.publish_checkpoint(folder / ".aside-7.pt", run_folder.path_of(folder, 7), keep=1)
+    write_about(folder, config, ModelSizes(decoder=decoder, vision=vision), vocabulary, PictureCrops(crops=[(32, 16)]))
     return model
 
 
@@ -68,7 +68,7 @@ def model(folder: Path) -> UniToken:
 
 @pytest.fixture(scope="module")
 def exported(folder: Path, model: UniToken) -> Path:
-    export(str(folder / "run"), folder / "model", "fp32")
+    export_model(str(folder / "run"), folder / "model", "fp32")
     return folder / "model"
 
 
@@ -119,9 +119,9 @@ def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, export
 def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     whole = read_whole(find_origin(str(exported)))
     assert whole.vocabulary == small_vocabulary()
-    assert whole.pictures == Pictures(crops=[(32, 16)])
+    assert whole.pictures == PictureCrops(crops=[(32, 16)])
     assert whole.stage == stage(folder)
-    assert whole.sizes.vision == VisionConfig(**VISION)
+    assert whole.sizes.vision == VisionTowerConfig(**VISION)
     assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
     fields = json.loads((exported / "config.json").read_bytes())
     files = sorted(path.name for path in exported.iterdir())
@@ -140,7 +140,7 @@ def test_bf16_is_half_of_it_and_several_files_are_the_same(
     folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "SHARD_BYTES", 20_000)
-    export(str(folder / "run" / "step-00000007.pt"), tmp_path / "half")
+    export_model(str(folder / "run" / "step-00000007.pt"), tmp_path / "half")
     files = sorted(tmp_path.glob("half/model-*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -162,7 +162,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     decoder = DecoderConfig(**{**DECODER, "vocab_size": vocabulary.size, **unusual})
     config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
     model = write_run(tmp_path / "run", config, vocabulary)
-    export(str(tmp_path / "run"), tmp_path / "out")
+    export_model(str(tmp_path / "run"), tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
     theirs, report = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
@@ -182,7 +182,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
 
     other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
     with pytest.raises(ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the data is in {vocabulary.fingerprint}"):
-        export(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
+        export_model(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
 
 
 @pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
@@ -196,9 +196,9 @@ def test_a_killed_export_leaves_what_was_there(
         with monkeypatch.context() as patch:
             patch.setattr(f"unitoken.train.checkpoint.export.{call}", killed)
             with pytest.raises(KeyboardInterrupt):
-                export(str(folder / "run"), tmp_path / "model")
+                export_model(str(folder / "run"), tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir()] == before
-        export(str(folder / "run"), tmp_path / "model")
+        export_model(str(folder / "run"), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert torch.equal(
         load(str(tmp_path / "model"), None if not VISION else str(tmp_path / "model")).lm_head.weight,
@@ -232,7 +232,7 @@ def test_a_kill_between_the_renames_loses_no_model(
 ) -> None:
     """The next export brings back the model of before, also where it is killed itself."""
     out = tmp_path / "model"
-    export(str(folder / "run"), out)
+    export_model(str(folder / "run"), out)
     before = contents(out)
     done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, folder / "run", out], check=False)
     assert done.returncode == -9
@@ -241,9 +241,9 @@ def test_a_kill_between_the_renames_loses_no_model(
         with monkeypatch.context() as patch:
             patch.setattr("unitoken.train.checkpoint.export._write_tensors", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                export(str(folder / "run"), tmp_path / name)
+                export_model(str(folder / "run"), tmp_path / name)
     assert contents(out) == before
-    export(str(folder / "run"), out)
+    export_model(str(folder / "run"), out)
     assert contents(out) == before
     assert not list(tmp_path.glob(".before-*"))
 
@@ -252,7 +252,7 @@ def test_the_model_of_before_stays_until_the_new_one_is_on_the_disk(
     folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """14 GB take a while: a kill in that time must not cost the old model."""
-    export(str(folder / "run"), tmp_path / "model")
+    export_model(str(folder / "run"), tmp_path / "model")
     synced: list[Path] = []
     rename = Path.rename
 
@@ -263,41 +263,41 @@ def test_the_model_of_before_stays_until_the_new_one_is_on_the_disk(
 
     monkeypatch.setattr("unitoken.common.files._sync", synced.append)
     monkeypatch.setattr(Path, "rename", renamed)
-    export(str(folder / "run"), tmp_path / "model")
+    export_model(str(folder / "run"), tmp_path / "model")
     assert synced
 
 
 def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniToken, tmp_path: Path) -> None:
     """A run's folder inside of it was, by an export to where the run's own base model is."""
     out = tmp_path / "model"
-    export(str(folder / "run"), out)
+    export_model(str(folder / "run"), out)
     shutil.copytree(folder / "run", out / "finetune", symlinks=True)
     (out / "README.md").write_text("mine")
     with pytest.raises(
         ConfigError, match=r"model: it holds README\.md, finetune besides the exported model, so it is not replaced"
     ):
-        export(str(out / "finetune"), out)
+        export_model(str(out / "finetune"), out)
     fields = json.loads((out / "config.json").read_bytes())
     del fields["unitoken"]["files"]  # exported before they were listed, and before the tower had a folder
     shutil.rmtree(out / "tower")
     (out / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=r"model: it holds finetune besides the exported model"):
-        export(str(out / "finetune"), out)
+        export_model(str(out / "finetune"), out)
     shutil.rmtree(out / "finetune")
-    export(str(folder / "run"), out)
+    export_model(str(folder / "run"), out)
 
 
 def test_a_link_that_is_exported_to_stays_a_link(folder: Path, model: UniToken, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    export(str(folder / "run"), tmp_path / "disk" / "model")
+    export_model(str(folder / "run"), tmp_path / "disk" / "model")
     (tmp_path / "link").symlink_to("disk/model")
-    export(str(folder / "run"), tmp_path / "link", "fp32")
+    export_model(str(folder / "run"), tmp_path / "link", "fp32")
     assert (tmp_path / "link").readlink() == Path("disk/model")
     assert json.loads((tmp_path / "disk/model/config.json").read_bytes())["dtype"] == "float32"
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
     (tmp_path / "nowhere").symlink_to("gone/model")
     with pytest.raises(ConfigError, match=r"nowhere: it is a link to gone/model, which is not there"):
-        export(str(folder / "run"), tmp_path / "nowhere")
+        export_model(str(folder / "run"), tmp_path / "nowhere")
 
 
 def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_path: Path) -> None:
@@ -305,9 +305,9 @@ def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_pa
     (tmp_path / "thesis" / "chapter1.txt").write_text("mine")
     for out in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.txt", folder / "run"):
         with pytest.raises(ConfigError, match="it is there and is no exported model"):
-            export(str(folder / "run"), out)
+            export_model(str(folder / "run"), out)
         with pytest.raises(ConfigError, match="it is there and is no exported model"):
-            check(stage(folder, f"save.folder={tmp_path}/new", f"save.export={out}"), 1)
+            check_stage(stage(folder, f"save.folder={tmp_path}/new", f"save.export={out}"), 1)
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "mine"
 
 
@@ -315,8 +315,8 @@ def test_an_export_can_not_take_the_place_of_its_run(folder: Path, tmp_path: Pat
     """Found at the start, not after days of training: neither folder is there yet."""
     for out in (tmp_path / "new", tmp_path / "new" / "run"):
         with pytest.raises(ConfigError, match=rf"save\.export: {out} holds the run's own folder, save\.folder: {tmp_path}/new/run"):
-            check(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={out}"), 1)
-    check(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={tmp_path}/new/run/model"), 1)
+            check_stage(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={out}"), 1)
+    check_stage(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={tmp_path}/new/run/model"), 1)
 
 
 def test_a_run_of_before_it_said_what_it_is_needs_its_stage(folder: Path, model: UniToken, tmp_path: Path) -> None:
@@ -324,11 +324,11 @@ def test_a_run_of_before_it_said_what_it_is_needs_its_stage(folder: Path, model:
     run.mkdir()
     shutil.copy(folder / "run" / "step-00000007.pt", run)
     with pytest.raises(ConfigError, match=r"step-00000007\.pt: no vocabulary\.json beside it; name the stage .* --config"):
-        export(str(run / "step-00000007.pt"), tmp_path / "out")
-    export(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder))
+        export_model(str(run / "step-00000007.pt"), tmp_path / "out")
+    export_model(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder))
     assert read_about(tmp_path / "out").vocabulary == small_vocabulary()
     with pytest.raises(ConfigError, match=r"step-00000007\.pt: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)"):
-        export(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder, "model.decoder.vocab_size=180"))
+        export_model(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder, "model.decoder.vocab_size=180"))
 
 
 def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_init_from_takes_every_form(folder: Path, model: UniToken, exported: Pat
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(exported) if name == "me/model" else None)
     for form in (folder / "run", folder / "run" / "latest", folder / "run" / "step-00000007.pt", exported, "me/model"):
         config = stage(folder, f"init_from={form}", f"save.folder={folder}/new")
-        check(config, 1)
+        check_stage(config, 1)
         network = build_model(*model_configs(config.model), config.model)
         source = run_folder.open_source(find_origin(config.init_from))
         load_weights(network, find_weights(network, config.model, source), seed=1)
@@ -394,7 +394,7 @@ def test_init_from_another_model_is_refused_with_both_sides(
     overrides = [text.format(folder=folder) for text in ([override] if isinstance(override, str) else override)]
     config = stage(folder, *overrides, f"init_from={folder / form}", f"save.folder={folder}/new")
     with pytest.raises(ConfigError, match=f"init_from: {folder / form}: .*{message}") as caught:
-        check(config, 1)
+        check_stage(config, 1)
     assert "\n" not in str(caught.value)
 
 
@@ -403,11 +403,11 @@ def test_numbers_that_no_tensor_shows_are_compared(folder: Path, model: UniToken
     changes = ("model.decoder.rope_theta=500", "model.vision.layer_norm_eps=1e-3")
     found = "its model and this stage's have rope_theta 10000.0 and 500.0, layer_norm_eps 1e-06 and 0.001"
     for form in ("run", "model"):
-        checked = check(stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1)
+        checked = check_stage(stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1)
         assert checked.notes == [f"init_from: {folder / form}: {found}"]
-    assert not check(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).notes
+    assert not check_stage(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).notes
     with pytest.raises(ConfigError, match=rf"save\.folder: {folder}/run: {found}; a run goes on with those it began with"):
-        check(stage(folder, *changes), 1)
+        check_stage(stage(folder, *changes), 1)
 
 
 def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path, exported: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_run_is_not_resumed_with_data_of_another_vocabulary(folder: Path, mode
     with pytest.raises(
         ConfigError, match=r"save\.folder: .* in a vocabulary with fingerprint \w{16} \(163 tokens\), .* \(162 tokens\)"
     ):
-        check(stage(folder, f"data.streams.all.local={folder}/fewer"), 1)
+        check_stage(stage(folder, f"data.streams.all.local={folder}/fewer"), 1)
 
 
 def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: Path) -> None:
@@ -440,7 +440,7 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
     write_dataset(folder / "few", [make_record("x", small_vocabulary(40), 9)], other)
     config = stage(folder, f"data.streams.all.local={folder}/few", f"save.folder={folder}/new", f"model.decoder={exported}")
     with pytest.raises(ConfigError, match=rf"model\.decoder: {exported}: it was trained in a vocabulary .* \(163 tokens\)"):
-        check(config, 1)
+        check_stage(config, 1)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
 def test_init_from_what_is_no_checkpoint_is_refused(make: Any, message: str, folder: Path, tmp_path: Path) -> None:
     make(tmp_path / "x")
     with pytest.raises(ConfigError, match=message) as caught:
-        check(stage(folder, f"init_from={tmp_path}/x", f"save.folder={folder}/new"), 1)
+        check_stage(stage(folder, f"init_from={tmp_path}/x", f"save.folder={folder}/new"), 1)
     assert str(tmp_path / "x") in str(caught.value)
 
 
@@ -473,7 +473,7 @@ def test_the_hub_is_not_asked_for_a_folder_that_is_missing_here(folder: Path, mo
 )
 def test_a_stages_settings_come_back_from_its_folder(path: Path, tmp_path: Path) -> None:
     config = load_config(StageConfig, path, ["optimizer.lr=5e-4", "data.cache_limit=1gb", "data.global_batch=8"])
-    write_about(tmp_path, config, Sizes(decoder=DecoderConfig(**DECODER), vision=None), small_vocabulary())
+    write_about(tmp_path, config, ModelSizes(decoder=DecoderConfig(**DECODER), vision=None), small_vocabulary())
     assert read_stage(tmp_path / "step-00000001.pt") == found_anywhere(config)
     sizes = read_about(tmp_path / "step-00000001.pt").sizes
     assert sizes is not None

@@ -13,13 +13,15 @@ from torch import Tensor
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.layouts import find_origin, model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
-from unitoken.train.checkpoint.tensors import Source, decoder_source, fit_norms
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.checkpoint.tensors import TensorSource, decoder_source, fit_norms
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
 HEADS, HEAD_DIM = 4, 8
 DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS)
-VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+VISION = VisionTowerConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
 CHAMELEON = {  # config.json of all three: transformers' Chameleon
     "architectures": ["ChameleonForConditionalGeneration"],
     "model_type": "chameleon",
@@ -118,7 +120,7 @@ def siglip_inner_tower(folder: Path, weights: Mapping[str, Tensor]) -> str:
     return save(folder, {"model_type": "siglip_vision_model", **VISION.model_dump()}, tower | {"head.probe": torch.ones(1, 1, 16)})
 
 
-def load(config: ModelConfig, trained: Source | None = None) -> UniToken:
+def load(config: ModelConfig, trained: TensorSource | None = None) -> UniToken:
     model = build_model(*model_configs(config), config)
     load_weights(model, find_weights(model, config, trained), seed=0)
     return model
@@ -188,7 +190,7 @@ def test_groups_of_heads_are_repeated_in_their_order() -> None:
     """Chameleon 34B has a row for each of the machines it was trained on."""
     norm = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     name = "model.layers.0.self_attn.q_norm.weight"
-    fitted = fit_norms(Source("", {name: (2, 2)}, lambda names: dict.fromkeys(names, norm)), {name: (4, 2)})
+    fitted = fit_norms(TensorSource("", {name: (2, 2)}, lambda names: dict.fromkeys(names, norm)), {name: (4, 2)})
     assert fitted.shapes == {name: (4, 2)}
     assert fitted.load()[name][:, 0].tolist() == [1, 1, 2, 2]
 

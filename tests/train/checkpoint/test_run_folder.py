@@ -18,8 +18,8 @@ from unitoken.train.checkpoint.run_folder import (
     check_resumable,
     clean_up,
     path_of,
-    publish,
-    read,
+    publish_checkpoint,
+    read_checkpoint,
     set_aside_damaged,
     source_of,
     step_of,
@@ -34,7 +34,7 @@ def save(folder: Path, step: int, keep: int = 2, **state: Any) -> Path:
     model = {"network.lm_head.weight": torch.full((3, 2), float(step))}
     written = unpublished(folder, step)
     torch.save({"state": {"model": model, "callbacks": {"Saver": STAGE}, **state}}, written)
-    publish(written, path_of(folder, step), keep)
+    publish_checkpoint(written, path_of(folder, step), keep)
     return path_of(folder, step)
 
 
@@ -102,7 +102,7 @@ class Attack:
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path, 1, scaler=Attack())
     with pytest.raises(ConfigError, match=r"it holds a (posix|os)\.system, which could run code"):
-        read(path)
+        read_checkpoint(path)
     assert "attacked" not in capfd.readouterr().out
 
 
@@ -111,7 +111,7 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> Non
     path = tmp_path / "step-00000001.pt"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="not a checkpoint of this program"):
-        read(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from support.paths import ROOT, TESTS
-from support.rank_program import run_stage
+from support.rank_program import train
 from support.ranks import finish, free_port, start
 from support.stages import curve, metrics, stage, write_data, write_stage
-from unitoken.train.check import check
+from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.layouts import latest_checkpoint
 
@@ -49,7 +49,7 @@ def launch(ranks: int, *stages: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def by_one(folder: Path) -> Path:
-    run_stage(**dry(folder, "one"))
+    train(**dry(folder, "one"))
     return folder / "one"
 
 
@@ -67,7 +67,7 @@ def by_two(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def by_four(folder: Path, by_two: Path) -> Path:
-    run_stage(**dry(folder, "moved", steps=0, stop=6))  # one rank goes on where two were stopped, and then four
+    train(**dry(folder, "moved", steps=0, stop=6))  # one rank goes on where two were stopped, and then four
     launch(
         4,
         dry(folder, "four", "activation_checkpointing=full"),
@@ -95,7 +95,7 @@ def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
 
 def test_two_ranks_take_other_settings_of_the_optimizer_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
     for part in other_settings_halfway(folder, "one-changed"):
-        run_stage(**part)
+        train(**part)
     assert_same(folder / "two-changed", folder / "one-changed")
     assert curve(folder / "one-changed")[:3] == curve(by_one)[:3]
     assert abs(curve(folder / "one-changed")[4][1] - curve(by_one)[4][1]) > 1e-3
@@ -115,7 +115,7 @@ def test_compiled_and_recomputed_layers_train_as_plain_ones(folder: Path, by_one
 
 
 def test_two_ranks_then_one_then_four_go_on_with_the_same_batches(folder: Path, by_four: Path) -> None:
-    run_stage(**dry(folder, "unmoved", steps=0))
+    train(**dry(folder, "unmoved", steps=0))
     assert [line["step"] for line in metrics(folder / "moved")] == list(range(1, 10))
     assert_same(folder / "moved", folder / "unmoved")
 
@@ -172,11 +172,10 @@ def test_a_killed_run_goes_on_as_if_never_killed(folder: Path, whole: Path, kill
 
 
 def test_one_rank_goes_on_from_two_with_the_same_batches(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
-    from unitoken.train.stage import run
 
     shutil.copytree(killed, tmp_path / "run", symlinks=True)
     smaller = stage(folder, f"save.folder={tmp_path}/run", "max_duration=3ep")
-    run(smaller, check(smaller, 1))
+    run_stage(smaller, check_stage(smaller, 1))
     expected, found = metrics(whole), metrics(tmp_path / "run")
     assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.02)  # dropout differs

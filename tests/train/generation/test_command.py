@@ -18,7 +18,7 @@ from support.drawn import CODEC, ROOT, drawing_stage, write_run
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.__main__ import app
-from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.export import export_model
 from unitoken.train.config import StageConfig
 from unitoken.train.generation import dialogue
 from unitoken.train.generation import engine as generating
@@ -268,7 +268,7 @@ def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path, mon
     stage = load_config(StageConfig, run / "stage.yaml", overrides)
     assert stage.codec is not None
     Dialogue(stage.codec).vocabulary.save(run / "vocabulary.json")
-    export(str(run), exported, "fp32", stage)
+    export_model(str(run), exported, "fp32", stage)
     shutil.rmtree(tmp_path / "tokenizer")
     monkeypatch.chdir("/")
     for checkpoint, out in ((run, "one"), (exported, "two")):

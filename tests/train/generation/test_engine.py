@@ -15,17 +15,19 @@ from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.reading.collate import Batch, Collate
 from unitoken.train.checkpoint.loading import load_weights
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.generation.engine import Reading, generate, null_prompt, parts_of, prompt_of
 from unitoken.train.generation.sampling import Sampling
 from unitoken.train.model.decoder import KVCache
 from unitoken.train.model.unitoken import UniToken, build_model
 
-VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+VISION = VisionTowerConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)
 LIKELIEST = Sampling(temperature=0.0)
 
 
-def build(vocabulary: Vocabulary, vision: VisionConfig | None) -> UniToken:
+def build(vocabulary: Vocabulary, vision: VisionTowerConfig | None) -> UniToken:
     decoder = DecoderConfig(
         vocab_size=vocabulary.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )
@@ -243,7 +245,9 @@ def test_an_image_that_has_begun_is_finished(model: UniToken, vocabulary: Vocabu
 
 
 @pytest.mark.parametrize("vision", [VISION, None])
-def test_answers_are_the_likeliest_tokens_up_to_the_end_of_the_turn(vocabulary: Vocabulary, vision: VisionConfig | None) -> None:
+def test_answers_are_the_likeliest_tokens_up_to_the_end_of_the_turn(
+    vocabulary: Vocabulary, vision: VisionTowerConfig | None
+) -> None:
     """Prompts of several lengths, with 0 to 2 images, and without a tower: these are then image tokens alone."""
     model = build(vocabulary, vision)
     several = prompts(vocabulary, 6, 7, 6, 9, 6)
@@ -302,14 +306,14 @@ def test_a_prompt_ends_where_training_begins(vocabulary: Vocabulary) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> None:
     from support.stages import stage, write_data
-    from unitoken.train.check import check
+    from unitoken.train.check import check_stage
     from unitoken.train.generation.engine import load_model
-    from unitoken.train.stage import run
+    from unitoken.train.stage import run_stage
 
     write_data(tmp_path / "data")
     config = stage(tmp_path, "max_duration=2ba")
-    checked = check(config, 1)
-    run(config, checked)
+    checked = check_stage(config, 1)
+    run_stage(config, checked)
     model = load_model(config)
     assert not model.training
     replies = generate(model, checked.vocabulary, prompts(checked.vocabulary, 3), sizes=[(2, 2)], drawing=True)

@@ -11,7 +11,7 @@ from support.drawn import drawing_stage
 from support.small_datasets import png
 from unitoken.codec.conversations import Conversation
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.metadata import Pictures
+from unitoken.train.checkpoint.metadata import PictureCrops
 from unitoken.train.generation.check_samples import check_samples, drawn_sizes, guidance_of, unguided, unusual
 from unitoken.train.generation.prompts import conversation_of, files_of, originals_of, read_prompts
 
@@ -108,10 +108,12 @@ def test_guidance_is_off_where_training_showed_no_null_prompt(tmp_path: Path) ->
 
 
 def test_drawings_have_the_sizes_of_the_data_where_nobody_says_another(tmp_path: Path) -> None:
-    pictures = Pictures(crops=[(16, 16), (24, 8)])
+    pictures = PictureCrops(crops=[(16, 16), (24, 8)])
     assert drawn_sizes(drawing_stage(tmp_path), pictures) == [(16, 16), (8, 24)]
     assert drawn_sizes(drawing_stage(tmp_path, "samples={size: [8, 16]}"), pictures) == [(8, 16)]
-    assert drawn_sizes(drawing_stage(tmp_path), None) == drawn_sizes(drawing_stage(tmp_path), Pictures(crops=[])) == [(512, 512)]
+    assert (
+        drawn_sizes(drawing_stage(tmp_path), None) == drawn_sizes(drawing_stage(tmp_path), PictureCrops(crops=[])) == [(512, 512)]
+    )
     assert unusual((8, 24), pictures) is None
     assert unusual((24, 8), None) is None
     assert unusual((24, 8), pictures) == "no picture of the data has 8x24 pixels, they have 16x16, 24x8"
@@ -119,7 +121,7 @@ def test_drawings_have_the_sizes_of_the_data_where_nobody_says_another(tmp_path:
 
 def test_samples_that_are_odd_are_warned_of_and_broken_pictures_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1)[:20])
-    pictures = Pictures(crops=[(16, 16)])
+    pictures = PictureCrops(crops=[(16, 16)])
     config = drawing_stage(tmp_path, "samples={draw: [x], size: [24, 16], guidance: 2}")
     size, guidance = check_samples(config, pictures)
     assert size == "samples: no picture of the data has 16x24 pixels, they have 16x16"

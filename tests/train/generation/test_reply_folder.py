@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.generation.reply_folder import Replies, check_folder
+from unitoken.train.generation.reply_folder import Replies, check_reply_folder
 
 
 def line(number: int, *pictures: str) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def line(number: int, *pictures: str) -> dict[str, Any]:
 
 
 def write(folder: Path, request: str, *numbers: int) -> Replies:
-    check_folder(folder, [])
+    check_reply_folder(folder, [])
     replies = Replies(folder, {"asked": request})
     replies.begin()
     for number in numbers:
@@ -43,7 +43,7 @@ def test_another_request_removes_the_files_that_the_lines_name_and_no_others(tmp
     (tmp_path / "0009.png").write_text("mine")
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write(json.dumps(line(5, "../mine.png", "notes.txt")) + "\n")
-    check_folder(tmp_path, [])
+    check_reply_folder(tmp_path, [])
     assert Replies(tmp_path, {"asked": "b"}).begin() == set()
     assert names(tmp_path) == ["0009.png", "notes.txt", "request.json", "results.jsonl"]
     assert (tmp_path / "results.jsonl").read_bytes() == b""
@@ -54,7 +54,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, found: dict[str, s
     for name, text in found.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=rf"it holds {next(iter(found))} and no results.jsonl of replies: name an empty folder"):
-        check_folder(tmp_path, [])
+        check_reply_folder(tmp_path, [])
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == found
 
 
@@ -63,5 +63,5 @@ def test_what_is_asked_about_may_not_lie_where_replies_are_written(tmp_path: Pat
     (tmp_path / "link.png").symlink_to("out/0000.png")
     for path in (tmp_path / "out" / "0000.png", tmp_path / "link.png"):
         with pytest.raises(ConfigError, match="it is inside --out"):
-            check_folder(tmp_path / "out", [path])
-    check_folder(tmp_path / "out", [tmp_path / "a.png"])
+            check_reply_folder(tmp_path / "out", [path])
+    check_reply_folder(tmp_path / "out", [tmp_path / "a.png"])

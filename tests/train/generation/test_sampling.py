@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from support.small_datasets import small_vocabulary
-from unitoken.train.generation.sampling import Grammar, Turn, generator_of, guided, sample
+from unitoken.train.generation.sampling import Grammar, GrammarSteps, generator_of, guided, sample
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
@@ -46,7 +46,7 @@ def test_the_random_numbers_of_a_prompt_are_its_own() -> None:
     assert len(distinct) == 81
 
 
-def walk(turn: Turn, *said: int) -> list[int]:
+def walk(turn: GrammarSteps, *said: int) -> list[int]:
     """What may come after what was said; empty where the turn is over."""
     choices = next(turn)
     try:

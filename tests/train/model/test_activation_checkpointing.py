@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from support.decoders import build, packed, small
 from support.stages import DECODER, VISION
-from unitoken.train.config import ModelConfig, VisionConfig
+from unitoken.train.config import ModelConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import Mode, set_recompute
 from unitoken.train.model.decoder import Decoder, document_mask
 from unitoken.train.model.unitoken import build_model
@@ -44,7 +44,7 @@ def test_a_recomputed_decoder_gives_the_same_gradients_bit_for_bit_with_dropout_
 @pytest.mark.parametrize("setting", ["full", "selective", 2])
 def test_a_recomputed_tower_gives_the_same_gradients_bit_for_bit(setting: Mode | int) -> None:
     torch.manual_seed(0)
-    tower = VisionTower(VisionConfig.model_validate({**VISION, "num_hidden_layers": 3}))
+    tower = VisionTower(VisionTowerConfig.model_validate({**VISION, "num_hidden_layers": 3}))
     for parameter in tower.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)

@@ -11,15 +11,17 @@ from torch import Tensor
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
-from unitoken.train.checkpoint.tensors import Source
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionConfig
+from unitoken.train.checkpoint.tensors import TensorSource
+from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
 DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-VISION = VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+VISION = VisionTowerConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
 
 
-def build(decoder: Any = DECODER, vision: Any = VISION, trained: Source | None = None, **settings: Any) -> UniToken:
+def build(decoder: Any = DECODER, vision: Any = VISION, trained: TensorSource | None = None, **settings: Any) -> UniToken:
     config = ModelConfig(decoder=decoder, vision=vision, **{"dropout": 0.0, **settings})
     model = build_model(*model_configs(config), config)
     load_weights(model, find_weights(model, config, trained), seed=0)
@@ -133,9 +135,9 @@ def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(spoil: Any, messag
         build(str(tmp_path), None)
 
 
-def from_model(model: UniToken, *parts: str) -> Source:
+def from_model(model: UniToken, *parts: str) -> TensorSource:
     state = {name: tensor for name, tensor in model.state_dict().items() if not parts or name.split(".")[0] in parts}
-    return Source(
+    return TensorSource(
         "init_from",
         {name: tuple(tensor.shape) for name, tensor in state.items()},
         lambda names: {name: state[name] for name in names},
