@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
         if __name__ == "__main__":
             own_temporary_folder()
         if "=" in arguments[0]:
-            raise ConfigError(f"'{arguments[0]}': the first argument is the YAML file, overrides come after it")
+            raise ConfigError(
+                f"'{arguments[0]}': the first argument is the YAML file, overrides come after it"
+            )
         from unitoken.train.check import check_stage
         from unitoken.train.config import StageConfig
 
@@ -56,7 +58,9 @@ def main(arguments: list[str]) -> None:
                 with ranks.together():
                     raise
             raise
-        from unitoken.train.stage import run_stage  # torch and Composer: ten seconds, and only for settings that fit
+        from unitoken.train.stage import (
+            run_stage,  # torch and Composer: ten seconds, and only for settings that fit
+        )
 
         run_stage(config, checked)
 

@@ -18,12 +18,19 @@ from unitoken.streaming_data.sources import open_sources
 
 
 def cost(folder: Path) -> dict[str, float]:
-    data = {"streams": {"a": {"local": str(folder)}}, "packed_length": 4096, "global_batch": 128, "continuous": "none"}
+    data = {
+        "streams": {"a": {"local": str(folder)}},
+        "packed_length": 4096,
+        "global_batch": 128,
+        "continuous": "none",
+    }
     config = DataConfig.model_validate(data)
     begun = time.perf_counter()
     sources = open_sources(config)
     recipe = Recipe.of(config, sources, None)
-    made = load_or_build(folder / "plans", recipe, 0, lambda: [read_lengths(source, recipe, None) for source in sources])
+    made = load_or_build(
+        folder / "plans", recipe, 0, lambda: [read_lengths(source, recipe, None) for source in sources]
+    )
     seconds = time.perf_counter() - begun
     disk = sum(path.stat().st_size for path in (folder / "plans").rglob("*.npy"))
     return {

@@ -28,6 +28,13 @@ def reference_pixels(data: bytes, views: Views, process: Any) -> torch.Tensor:
     width, height = _inside(image.size, (across * size, down * size))
     canvas = Image.new("RGB", (across * size, down * size), (0, 0, 0))
     canvas.paste(image.resize((width, height)), ((across * size - width) // 2, (down * size - height) // 2))
-    tiles = [canvas.crop((x * size, y * size, (x + 1) * size, (y + 1) * size)) for y in range(down) for x in range(across)]
-    parts = [process.preprocess(part, return_tensors="pt")["pixel_values"][0] for part in [image.resize((size, size)), *tiles]]
+    tiles = [
+        canvas.crop((x * size, y * size, (x + 1) * size, (y + 1) * size))
+        for y in range(down)
+        for x in range(across)
+    ]
+    parts = [
+        process.preprocess(part, return_tensors="pt")["pixel_values"][0]
+        for part in [image.resize((size, size)), *tiles]
+    ]
     return torch.stack(parts)

@@ -55,13 +55,19 @@ def _worker_figures(setting: Setting, rank: int, ranks: int) -> dict[str, Any]:
         times = run_chunks(job, job.chunks()[rank::ranks], lambda *_: None, setting.device)
         seconds = time.perf_counter() - start
     shares = {stage: getattr(times, stage) / times.total for stage in ("read", "pictures", "encode", "write")}
-    return {"images_per_s": times.images / seconds, "gpu_wait_share": times.gpu_wait_share, "stage_shares": shares}
+    return {
+        "images_per_s": times.images / seconds,
+        "gpu_wait_share": times.gpu_wait_share,
+        "stage_shares": shares,
+    }
 
 
 def _encoder_rate(setting: Setting, vision: Any) -> float:
     """Images a second of the image tokenizer alone, two batches in flight as the worker has them."""
     size = setting.config.target_size
-    batch = list(np.random.default_rng(0).integers(0, 256, (setting.config.vision.batch_size, size, size, 3), np.uint8))
+    batch = list(
+        np.random.default_rng(0).integers(0, 256, (setting.config.vision.batch_size, size, size, 3), np.uint8)
+    )
     vision.encode(batch)
     count = max(2, setting.items // len(batch) // 2)
     start = time.perf_counter()
@@ -91,10 +97,17 @@ def baseline(connection: Connection, setting: Setting) -> None:
 
 
 def _reference_step(
-    item: dict[str, Any], number: int, setting: Setting, vision: Any, tokenizer: Any, vocabulary: Vocabulary, folder: Path
+    item: dict[str, Any],
+    number: int,
+    setting: Setting,
+    vision: Any,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    folder: Path,
 ) -> None:
     """One item as UniToken's `pretokenize` has it: opened, cropped, encoded alone, tokens and labels as lists, a pickle,
-    a line in the record, and how far it is."""
+    a line in the record, and how far it is.
+    """
     image = Image.open(io.BytesIO((setting.source.parent / item["image"][0]).read_bytes()))
     image.load()
     crop = images.choose_crop(image.size, [(setting.config.target_size,) * 2])
@@ -102,7 +115,9 @@ def _reference_step(
     tokens, labels = [vocabulary.bos], [-100]
     for turn in item["conversations"]:
         for part, text in enumerate(turn["value"].split("<|image|>")):
-            ids = (block if part else []) + tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+            ids = (block if part else []) + tokenizer(text, truncation=False, add_special_tokens=False)[
+                "input_ids"
+            ]
             tokens += ids
             labels += ids if turn["from"] == "gpt" else [-100] * len(ids)
         tokens.append(vocabulary.end_of_turn)

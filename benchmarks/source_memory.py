@@ -57,8 +57,16 @@ def write_items(path: Path, items: int) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write("[" if is_list else "")
         for n in range(items):
-            question = {"from": "human", "value": f"How many sheep are in field {n}, and how many of them sleep?"}
-            item = {"conversations": [question, {"from": "gpt", "value": f"There are {n * 7} sheep, {n % 7} of them asleep."}]}
+            question = {
+                "from": "human",
+                "value": f"How many sheep are in field {n}, and how many of them sleep?",
+            }
+            item = {
+                "conversations": [
+                    question,
+                    {"from": "gpt", "value": f"There are {n * 7} sheep, {n % 7} of them asleep."},
+                ]
+            }
             file.write(("," if is_list and n else "") + json.dumps(item) + "\n")
         file.write("]" if is_list else "")
 
@@ -75,7 +83,10 @@ def measure(items: int, folder: str | None = None) -> dict[str, float]:
     """`source_10m_*` of a JSONL file with so many items, `list_*` of a JSON list with a tenth of them."""
     results: dict[str, float] = {"source_items": items}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for prefix, suffix, count in (("source_10m", "jsonl", items), ("list", "json", max(CHUNK_SIZE, items // LIST_SHARE))):
+        for prefix, suffix, count in (
+            ("source_10m", "jsonl", items),
+            ("list", "json", max(CHUNK_SIZE, items // LIST_SHARE)),
+        ):
             path, stored = Path(temporary, f"items.{suffix}"), Path(temporary, f"{suffix}-input.json")
             write_items(path, count)
             _, cut_seconds, cut_peak = figures(CUT, path, stored, CHUNK_SIZE)
@@ -84,7 +95,9 @@ def measure(items: int, folder: str | None = None) -> dict[str, float]:
             results |= {
                 f"{prefix}_cut_s": cut_seconds,
                 f"{prefix}_cut_peak_mb": cut_peak,
-                f"{prefix}_first_chunk_s": first[0],  # a whole process: start, imports, the input's list of pieces, a chunk
+                f"{prefix}_first_chunk_s": first[
+                    0
+                ],  # a whole process: start, imports, the input's list of pieces, a chunk
                 f"{prefix}_first_item_s": first[1],  # of them from the list of pieces to the first item
                 f"{prefix}_peak_mb": first[2],
                 f"{prefix}_above_base_mb": first[3],
@@ -96,7 +109,9 @@ def measure(items: int, folder: str | None = None) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, default=10_000_000)
     parser.add_argument("--folder", help="where there is room for the temporary folder")
     arguments = parser.parse_args()

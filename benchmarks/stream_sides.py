@@ -22,7 +22,15 @@ import pyarrow.parquet
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer, sha256_file
+from unitoken.dataset.manifest import (
+    INDEX,
+    REJECTS,
+    SIDECAR,
+    VOCABULARY,
+    Manifest,
+    VisionTokenizer,
+    sha256_file,
+)
 from unitoken.dataset.record import IGNORED, Record, columns
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
@@ -49,7 +57,9 @@ def write_manifest(folder: Path, count: int) -> None:
     """All that makes a folder a dataset, where index and sidecar are there."""
     vocabulary().save(folder / VOCABULARY)
     (folder / REJECTS).write_bytes(b"")
-    vision = VisionTokenizer(kind="chameleon", weights="0" * 16, codebook_size=8, downsampling=16, precision="fp32")
+    vision = VisionTokenizer(
+        kind="chameleon", weights="0" * 16, codebook_size=8, downsampling=16, precision="fp32"
+    )
     manifest = Manifest(
         vocabulary=vocabulary().fingerprint, vision=vision, target_size=32, crop="center", compat=None, items=count, samples=count,
         rejected=0, tokens=0, target_tokens=0, images=0, chunks=1, chunk_size=count, source="0" * 16,
@@ -72,7 +82,9 @@ def _write_mds(folder: Path, count: int) -> None:
     from streaming import MDSWriter
 
     none, rows = np.zeros((0, 4), np.uint32), []
-    with MDSWriter(out=str(folder / "chunk"), columns=columns(60_000), hashes=["sha1"], size_limit=1 << 26) as writer:
+    with MDSWriter(
+        out=str(folder / "chunk"), columns=columns(60_000), hashes=["sha1"], size_limit=1 << 26
+    ) as writer:
         for number, (tokens, spans) in enumerate(samples(count)):
             writer.write(Record(f"{number:08}", tokens, spans, none, ()).to_mds())
             rows.append((len(tokens), int(spans[0, 1] - spans[0, 0])))
@@ -95,7 +107,9 @@ def write_sidecar(path: Path, lengths: np.ndarray, targets: np.ndarray) -> None:
                 "tokens": lengths[begin : begin + step],
                 "target_tokens": targets[begin : begin + step],
             }
-            empty = pyarrow.ListArray.from_arrays(np.zeros(rows + 1, np.int32), pyarrow.array([], pyarrow.uint32()))
+            empty = pyarrow.ListArray.from_arrays(
+                np.zeros(rows + 1, np.int32), pyarrow.array([], pyarrow.uint32())
+            )
             arrays = [
                 pyarrow.array(values[name]).cast(kind) if name in values
                 else empty.cast(kind) if pyarrow.types.is_list(kind)
@@ -111,7 +125,9 @@ def _pack(tokens: np.ndarray, spans: np.ndarray) -> bytes:
 
 def _unpack(data: bytes) -> Sample:
     spans = int.from_bytes(data[:4], "little")
-    return np.frombuffer(data, "<u2", offset=4 + 8 * spans), np.frombuffer(data, "<u4", 2 * spans, 4).reshape(-1, 2)
+    return np.frombuffer(data, "<u2", offset=4 + 8 * spans), np.frombuffer(data, "<u4", 2 * spans, 4).reshape(
+        -1, 2
+    )
 
 
 def _write_tars(folder: Path, count: int) -> None:
@@ -156,7 +172,9 @@ def write_litdata(folder: Path, count: int) -> None:
     """In a process of its own: it changes how all later processes are started."""
     import litdata
 
-    litdata.optimize(litdata_samples, [range(count)], str(folder), chunk_bytes="64MB", num_workers=1, verbose=False)
+    litdata.optimize(
+        litdata_samples, [range(count)], str(folder), chunk_bytes="64MB", num_workers=1, verbose=False
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -168,7 +186,9 @@ def our_loader(folder: Path, workers: int = 0, **settings: Any) -> PackedLoader:
         "workers": workers, "cache": str(folder / "cache"),
     }  # fmt: skip
     config = DataConfig.model_validate({**defaults, **settings})
-    return build_loader(config, views=None, vocabulary=vocabulary(), batch_packs=config.global_batch, compat=False)
+    return build_loader(
+        config, views=None, vocabulary=vocabulary(), batch_packs=config.global_batch, compat=False
+    )
 
 
 def _ours(folder: Path) -> Iterable[Sample]:
@@ -180,7 +200,9 @@ def _ours(folder: Path) -> Iterable[Sample]:
 def _stock_dataset(folder: Path) -> Any:
     from streaming import StreamingDataset
 
-    return StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=BATCH, num_canonical_nodes=1, predownload=8192)
+    return StreamingDataset(
+        local=str(folder / "mds"), shuffle=True, batch_size=BATCH, num_canonical_nodes=1, predownload=8192
+    )
 
 
 def _stock(folder: Path) -> Iterable[Sample]:
@@ -212,7 +234,9 @@ def _litdata(folder: Path) -> Iterable[Sample]:
 
 class Pickles(Dataset[Sample]):
     def __init__(self, folder: Path) -> None:
-        self.paths = [folder / "pickles" / f"{n}.pkl" for n in range(sum(1 for _ in (folder / "pickles").iterdir()))]
+        self.paths = [
+            folder / "pickles" / f"{n}.pkl" for n in range(sum(1 for _ in (folder / "pickles").iterdir()))
+        ]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -257,7 +281,9 @@ ONE_PROCESS: dict[str, Callable[[Path], Iterable[Sample]]] = {
 
 def padded(batch: list[Any]) -> dict[str, torch.Tensor]:
     """What a trainer needs of samples that are not packed."""
-    pairs = [(s.get("tokens"), s.get("spans", s.get("target_spans"))) if isinstance(s, dict) else s for s in batch]
+    pairs = [
+        (s.get("tokens"), s.get("spans", s.get("target_spans"))) if isinstance(s, dict) else s for s in batch
+    ]
     shape = len(pairs), max(len(tokens) for tokens, _ in pairs)
     ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED)
     for row, (tokens, spans) in enumerate(pairs):

@@ -42,7 +42,9 @@ from unitoken.streaming_data.plan.build import build
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
 
-PHOTOGRAPH = Path(__file__).parent.parent / "tests" / "data" / "golden" / "assets" / "images" / "d10_large.jpg"
+PHOTOGRAPH = (
+    Path(__file__).parent.parent / "tests" / "data" / "golden" / "assets" / "images" / "d10_large.jpg"
+)
 SWEEP = (4096, 6144, 8192, 12288, 16384)
 
 
@@ -50,7 +52,9 @@ def lengths_of(count: int, seed: int = 0) -> np.ndarray:
     result = np.empty(count, np.uint32)
     for begin in range(0, count, 1 << 20):
         rng = np.random.default_rng([seed, begin])
-        result[begin : begin + (1 << 20)] = np.clip(rng.lognormal(6.0, 0.9, len(result[begin : begin + (1 << 20)])), 16, 4096)
+        result[begin : begin + (1 << 20)] = np.clip(
+            rng.lognormal(6.0, 0.9, len(result[begin : begin + (1 << 20)])), 16, 4096
+        )
     return result
 
 
@@ -69,12 +73,17 @@ def text(folder: Path, count: int, rounds: int) -> dict[str, Any]:
                 seconds, samples, tokens = read(side, folder)
                 complete = samples > 0.98 * count if side == "ours" else (samples, tokens) == (count, total)
                 if not complete:  # ours has whole global batches
-                    raise RuntimeError(f"{side}, {way}: {samples} samples of {count}, {tokens} tokens of {total}")
+                    raise RuntimeError(
+                        f"{side}, {way}: {samples} samples of {count}, {tokens} tokens of {total}"
+                    )
                 if number:
                     figures = found.setdefault(side, {})
                     figures.setdefault(f"{way}_samples_per_s", []).append(samples / seconds)
                     figures.setdefault(f"{way}_tokens_per_s", []).append(tokens / seconds)
-    return {side: {name: round(statistics.median(values)) for name, values in of.items()} for side, of in found.items()}
+    return {
+        side: {name: round(statistics.median(values)) for name, values in of.items()}
+        for side, of in found.items()
+    }
 
 
 def litdata_here(folder: str, count: str) -> dict[str, float]:
@@ -153,8 +162,14 @@ def start(folder: Path, rounds: int, repeat: float) -> dict[str, float]:
     child("benchmarks.streaming", "--child", "start", str(folder), str(repeat), "0")  # makes the plan
     for _ in range(rounds):
         for percent, seconds in found.items():
-            seconds.append(child("benchmarks.streaming", "--child", "start", str(folder), str(repeat), percent)["seconds"])
-    return {f"at_{percent}_percent_s": round(statistics.median(seconds), 3) for percent, seconds in found.items()}
+            seconds.append(
+                child("benchmarks.streaming", "--child", "start", str(folder), str(repeat), percent)[
+                    "seconds"
+                ]
+            )
+    return {
+        f"at_{percent}_percent_s": round(statistics.median(seconds), 3) for percent, seconds in found.items()
+    }
 
 
 def start_here(folder: str, repeat: str, percent: str) -> dict[str, float]:
@@ -178,7 +193,13 @@ def fill(count: int) -> dict[str, Any]:
     def stream(name: str, lengths: np.ndarray, **weight: float) -> StreamSamples:
         shards = np.full(len(lengths) // 1000, 1000)
         return StreamSamples(
-            name, shards, lengths, lengths // 2, np.zeros(len(lengths), np.uint16), np.zeros(len(lengths), np.uint8), weight
+            name,
+            shards,
+            lengths,
+            lengths // 2,
+            np.zeros(len(lengths), np.uint16),
+            np.zeros(len(lengths), np.uint8),
+            weight,
         )
 
     def fill_of(streams: list[StreamSamples], length: int) -> float:
@@ -190,7 +211,10 @@ def fill(count: int) -> dict[str, Any]:
         return build(recipe, streams, 0, None).report.fill
 
     texts, captions = lengths_of(count), np.clip(lengths_of(count, 1) // 4, 16, 600) + 1790
-    mix = [stream("text", texts, proportion=0.5), stream("pictures", captions.astype(np.uint32), proportion=0.5)]
+    mix = [
+        stream("text", texts, proportion=0.5),
+        stream("pictures", captions.astype(np.uint32), proportion=0.5),
+    ]
     swept = {length: round(fill_of(mix, length), 4) for length in SWEEP}
     best = max(swept, key=lambda length: swept[length])
     return {
@@ -234,14 +258,23 @@ def run(short: bool, rounds: int) -> dict[str, Any]:
         "image_prep_ratio": prepared["anyres_reference_ms"] / prepared["anyres_ours_ms"],
         "image_prep_ratio_base": prepared["base_reference_ms"] / prepared["base_ours_ms"],
         "image_prep_ratio_compat": prepared["anyres_reference_ms"] / prepared["anyres_compat_ms"],
-        "resume_ratio": max(started["at_50_percent_s"], started["at_99_percent_s"]) / started["at_0_percent_s"],
+        "resume_ratio": max(started["at_50_percent_s"], started["at_99_percent_s"])
+        / started["at_0_percent_s"],
         "fill_text": filled["text"],
         "fill_mix": filled["mix"],
     }
     for count, found in plans.items():
-        figures |= {f"plan_{count // 1_000_000}m_s": found["seconds"], f"plan_{count // 1_000_000}m_gb": found["gb"]}
+        figures |= {
+            f"plan_{count // 1_000_000}m_s": found["seconds"],
+            f"plan_{count // 1_000_000}m_gb": found["gb"],
+        }
     figures = {name: round(value, 4) for name, value in figures.items()}
-    return figures | {"short": short, "rounds": rounds, "date": datetime.date.today().isoformat(), "machine": machine()}
+    return figures | {
+        "short": short,
+        "rounds": rounds,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+    }
 
 
 def machine() -> str:
@@ -257,8 +290,12 @@ def show(name: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a minute, for CI: few samples, plans of 1 M only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a minute, for CI: few samples, plans of 1 M only"
+    )
     parser.add_argument("--rounds", type=int, help="default 3; 1 with --short")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -68,7 +68,9 @@ def small(folder: Path, device: str) -> Setting:
 
     digits = load_digits().images
     source = write_items(folder, [picture(digit) for digit in digits], "png", items := 4000)
-    return Setting("small", config(DEMO / "tokenizer", DEMO / "vqgan", 16, 64, "fp32"), source, device, items, 500)
+    return Setting(
+        "small", config(DEMO / "tokenizer", DEMO / "vqgan", 16, 64, "fp32"), source, device, items, 500
+    )
 
 
 def golden_512(folder: Path, device: str) -> Setting:
@@ -85,8 +87,12 @@ def full(folder: Path, precision: str, weights: Path) -> Setting:
 
 
 def config(tokenizer: Path, weights: Path, size: int, batch_size: int, precision: str) -> TokenizeConfig:
-    vision = ImageTokenizerConfig.model_validate({"weights": str(weights), "batch_size": batch_size, "precision": precision})
-    return TokenizeConfig(tokenizer=str(tokenizer), vision=vision, target_size=size, chunk_size=max(200, 8 * batch_size))
+    vision = ImageTokenizerConfig.model_validate(
+        {"weights": str(weights), "batch_size": batch_size, "precision": precision}
+    )
+    return TokenizeConfig(
+        tokenizer=str(tokenizer), vision=vision, target_size=size, chunk_size=max(200, 8 * batch_size)
+    )
 
 
 def photographs(count: int) -> list[Image.Image]:
@@ -94,14 +100,21 @@ def photographs(count: int) -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
     whole = [Image.fromarray(photo) for photo in load_sample_images().images]
-    whole += [Image.open(path).convert("RGB") for path in (GOLDEN / "images" / "d01_rgb.jpg", GOLDEN / "images" / "d10_large.jpg")]
+    whole += [
+        Image.open(path).convert("RGB")
+        for path in (GOLDEN / "images" / "d01_rgb.jpg", GOLDEN / "images" / "d10_large.jpg")
+    ]
     rng = np.random.default_rng(0)
     parts = []
     for number in range(count):
         photo = whole[number % len(whole)]
         width, height = (round(side * rng.uniform(0.6, 1)) for side in photo.size)
         left, upper = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
-        parts.append(photo.crop((left, upper, left + width, upper + height)).resize((768, 576), Image.Resampling.BICUBIC))
+        parts.append(
+            photo.crop((left, upper, left + width, upper + height)).resize(
+                (768, 576), Image.Resampling.BICUBIC
+            )
+        )
     return parts
 
 
@@ -109,9 +122,15 @@ def write_items(folder: Path, pictures: list[Image.Image], suffix: str, items: i
     folder.mkdir()
     for number, image in enumerate(pictures):
         image.save(folder / f"{number}.{suffix}", quality=90)
-    question, answer = {"from": "human", "value": "<|image|> What is this?"}, "This is number {} of the pictures, in a few words."
+    question, answer = (
+        {"from": "human", "value": "<|image|> What is this?"},
+        "This is number {} of the pictures, in a few words.",
+    )
     content = [
-        {"conversations": [question, {"from": "gpt", "value": answer.format(n)}], "image": [f"{n % len(pictures)}.{suffix}"]}
+        {
+            "conversations": [question, {"from": "gpt", "value": answer.format(n)}],
+            "image": [f"{n % len(pictures)}.{suffix}"],
+        }
         for n in range(items)
     ]
     source = folder / "items.json"
@@ -160,7 +179,11 @@ def ask(connection: Connection, task: Any) -> Any:
 def measure(setting: Setting, rounds: int) -> dict[str, Any]:
     """Medians over the rounds, behind one for warming up."""
     found: list[dict[str, Any]] = []
-    with process(ours, setting) as first, process(ours, setting) as second, process(baseline, setting) as reference:
+    with (
+        process(ours, setting) as first,
+        process(ours, setting) as second,
+        process(baseline, setting) as reference,
+    ):
         for _ in range(rounds + 1):
             figures = ask(first, ("worker", 0, 1))
             figures["encoder_images_per_s"] = ask(first, ("encoder",))
@@ -172,7 +195,10 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
                 for rank, connection in enumerate((first, second)):
                     connection.send(("worker", rank, 2))
                 both = sum(connection.recv()["images_per_s"] for connection in (first, second))
-                figures |= {"splits_2_images_per_s": both, "splits_2_ratio": both / figures["baseline_images_per_s"]}
+                figures |= {
+                    "splits_2_images_per_s": both,
+                    "splits_2_ratio": both / figures["baseline_images_per_s"],
+                }
             found.append(figures)
     result = {key: median([figures[key] for figures in found[1:]]) for key in found[0]}
     ratios = [figures["ratio_vs_baseline"] for figures in found[1:]]
@@ -201,7 +227,9 @@ def precisions(setting: Setting, count: int) -> dict[str, dict[str, float]]:
     for precision in PRECISIONS:
         vision = codec(precision)
         starts = range(0, len(pictures), vision_config.batch_size)
-        codes = np.concatenate([vision.encode(pictures[start : start + vision_config.batch_size]) for start in starts])
+        codes = np.concatenate(
+            [vision.encode(pictures[start : start + vision_config.batch_size]) for start in starts]
+        )
         error = np.mean((np.concatenate([exact.decode(one[None]) for one in codes]) - shown) ** 2)
         result["code_agreement"][precision] = round(float((codes == expected).mean()), 4)
         result["psnr"][precision] = round(float(10 * np.log10(255**2 / error)), 2) if error else LOSSLESS
@@ -209,11 +237,17 @@ def precisions(setting: Setting, count: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="Chameleon's size, on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--source-items", type=int, default=10_000_000, help="of the source whose memory is measured; 0: not")
-    parser.add_argument("--short", action="store_true", help="one round of the small setting: does it run at all")
+    parser.add_argument(
+        "--source-items", type=int, default=10_000_000, help="of the source whose memory is measured; 0: not"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="one round of the small setting: does it run at all"
+    )
     arguments = parser.parse_args()
     if arguments.short:
         arguments.rounds, arguments.source_items = 1, 100_000
@@ -228,14 +262,21 @@ def main() -> None:
             settings = [small(Path(temporary, "small"), "cpu")]
             settings += [] if arguments.short else [golden_512(Path(temporary, "golden"), "cpu")]
         for setting in settings:
-            results[setting.name] = measure(setting, arguments.rounds) | precisions(setting, COMPARED.get(setting.name, 64))
+            results[setting.name] = measure(setting, arguments.rounds) | precisions(
+                setting, COMPARED.get(setting.name, 64)
+            )
             print(setting.name, json.dumps(results[setting.name], indent=1), flush=True)
     names = list(results)  # the first is the one of the ratio, the last the one of the arithmetic
     headline = results["full_tf32"] if arguments.full else results["small"]
-    report = headline | {"share_of_encoder_rate": results[names[-1]]["share_of_encoder_rate"], "settings": results}
+    report = headline | {
+        "share_of_encoder_rate": results[names[-1]]["share_of_encoder_rate"],
+        "settings": results,
+    }
     if arguments.source_items:
         report |= source_memory.measure(arguments.source_items)
-    device = torch.cuda.get_device_name() if arguments.full else f"{platform.machine()}, {os.cpu_count()} CPUs"
+    device = (
+        torch.cuda.get_device_name() if arguments.full else f"{platform.machine()}, {os.cpu_count()} CPUs"
+    )
     print(json.dumps(report | {"device": device, "date": datetime.date.today().isoformat()}))
 
 

@@ -11,7 +11,9 @@ class ImageTokenizerConfig(Config):
     kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
     weights: Name  # folder, file or hub id
     batch_size: int = Field(default=8, ge=1, le=65536)  # images encoded at once
-    precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # changes codes; tf32 is what the reference runs with on a GPU
+    precision: Literal["fp32", "tf32", "bf16"] = (
+        "tf32"  # changes codes; tf32 is what the reference runs with on a GPU
+    )
     compile: bool = False
 
 

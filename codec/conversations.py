@@ -27,7 +27,17 @@ from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
 ROLES = (("human",), ("gpt", "assistant"))  # by the turn's place, in any case
 PICTURE_KEYS = (  # the symbol itself is a key the reference knows, too
-    *(IMAGE_PLACEHOLDER, "image", "images", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls"),
+    *(
+        IMAGE_PLACEHOLDER,
+        "image",
+        "images",
+        "image_path",
+        "image_paths",
+        "image_file",
+        "image_files",
+        "image_url",
+        "image_urls",
+    ),
     *("img", "imgs", "img_path", "img_paths", "img_url", "picture", "pictures", "photo", "photos"),
 )
 PICTURE_SUFFIXES = (  # of files in the formats that image_files.py reads
@@ -70,7 +80,9 @@ class Turn:
 class Conversation:
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str | bytes, ...]  # paths, URLs or the bytes, in the order in which the images stand in the text
+    images: tuple[
+        str | bytes, ...
+    ]  # paths, URLs or the bytes, in the order in which the images stand in the text
     turns_left_out: int = 0  # by an adapter
 
 
@@ -100,7 +112,11 @@ def _trimmed(value: object, limit: int, depth: int = 4) -> object:
         return [_trimmed(part, limit, depth - 1) for part in value[:limit]] if depth else "..."
     if isinstance(value, dict):
         pairs = itertools.islice(value.items(), limit)
-        return {_trimmed(key, limit): _trimmed(part, limit, depth - 1) for key, part in pairs} if depth else "..."
+        return (
+            {_trimmed(key, limit): _trimmed(part, limit, depth - 1) for key, part in pairs}
+            if depth
+            else "..."
+        )
     return value
 
 
@@ -108,7 +124,9 @@ def shown(source: str | bytes) -> str:
     """An image's name for messages: never its bytes."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes in the item"
-    text = f"{source[:40]}..." if is_inline(source) else source if len(source) <= 300 else f"{source[:300]}..."
+    text = (
+        f"{source[:40]}..." if is_inline(source) else source if len(source) <= 300 else f"{source[:300]}..."
+    )
     return text if "\0" not in text else repr(text)
 
 
@@ -141,7 +159,9 @@ def checked_text(value: str, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ItemError(f"text that is not Unicode: {what} holds half of a surrogate pair: {brief(value)}") from None
+        raise ItemError(
+            f"text that is not Unicode: {what} holds half of a surrogate pair: {brief(value)}"
+        ) from None
     return value
 
 
@@ -163,7 +183,11 @@ def parse(item: object, name: str) -> Conversation:
         raise ItemError(f"not an item: expected a JSON object, found {brief(item)}")
     name = item_id(item, name)
     if not isinstance(raw_turns := item.get("conversations"), list) or not raw_turns:
-        found = f"found {brief(raw_turns)}" if "conversations" in item else f"the item's keys are {brief(list(item))}"
+        found = (
+            f"found {brief(raw_turns)}"
+            if "conversations" in item
+            else f"the item's keys are {brief(list(item))}"
+        )
         raise ItemError(f"no conversations: expected a list of turns under 'conversations', {found}")
     texts = [_text(turn, number, last=number == len(raw_turns) - 1) for number, turn in enumerate(raw_turns)]
     images = tuple(_image(image) for image in pictures_of(item))
@@ -175,7 +199,9 @@ def parse(item: object, name: str) -> Conversation:
         given = f"{len(images)} image{'s' if len(images) != 1 else ''}"
         raise ItemError(f"image counts differ: {written} {IMAGE_PLACEHOLDER} in the text but {given}")
     turns = tuple(
-        Turn(tuple(text.split(IMAGE_PLACEHOLDER)), trained=number % 2 == 1) for number, text in enumerate(texts) if text is not None
+        Turn(tuple(text.split(IMAGE_PLACEHOLDER)), trained=number % 2 == 1)
+        for number, text in enumerate(texts)
+        if text is not None
     )
     left_out = item.get(LEFT_OUT)
     return Conversation(name, turns, images, left_out if isinstance(left_out, int) else 0)
@@ -191,14 +217,20 @@ def refuse_empty(conversation: Conversation) -> None:
 def _text(turn: Any, number: int, last: bool) -> str | None:
     """The text of turn `number`; None only for a last assistant turn that is left open."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise ItemError(f"bad turn: turn {number}: expected an object with 'from' and 'value', found {brief(turn)}")
+        raise ItemError(
+            f"bad turn: turn {number}: expected an object with 'from' and 'value', found {brief(turn)}"
+        )
     role, text = turn["from"], turn["value"]
     if not isinstance(role, str) or role.lower() not in ROLES[number % 2]:
-        raise ItemError(f"wrong turn order: turn {number} is from {brief(role)}, expected '{ROLES[number % 2][0]}'")
+        raise ItemError(
+            f"wrong turn order: turn {number} is from {brief(role)}, expected '{ROLES[number % 2][0]}'"
+        )
     if text is None and last and number % 2 == 1:
         return None
     if not isinstance(text, str):
-        raise ItemError(f"turn without text: turn {number}: expected text, found {brief(text)}; only a last gpt turn may be null")
+        raise ItemError(
+            f"turn without text: turn {number}: expected text, found {brief(text)}; only a last gpt turn may be null"
+        )
     return checked_text(text, f"turn {number}")
 
 
@@ -223,7 +255,13 @@ def refuse_video_and_audio(item: dict[str, Any]) -> None:
 
 def _listed(value: Any) -> list[Any]:
     """None, "" and [] name nothing."""
-    return value if isinstance(value, list) else [] if value is None or (isinstance(value, str) and not value) else [value]
+    return (
+        value
+        if isinstance(value, list)
+        else []
+        if value is None or (isinstance(value, str) and not value)
+        else [value]
+    )
 
 
 def _same_pictures(some: list[Any], others: list[Any]) -> bool:
@@ -231,7 +269,9 @@ def _same_pictures(some: list[Any], others: list[Any]) -> bool:
 
     def name(picture: Any) -> str | None:
         if isinstance(picture, dict):
-            picture = next((picture[key] for key in ("path", "url") if isinstance(picture.get(key), str)), None)
+            picture = next(
+                (picture[key] for key in ("path", "url") if isinstance(picture.get(key), str)), None
+            )
         if not isinstance(picture, str) or is_inline(picture) or _is_bare_base64(picture):
             return None
         return picture.partition("?")[0].rpartition("/")[2]
@@ -254,7 +294,11 @@ def _with_our_placeholders(texts: list[str | None], images: int) -> list[str | N
     if found.count(LLAVA_PLACEHOLDER) == len(found) == images and not ours:
         return [text and text.replace(LLAVA_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in texts]
     counts = f"{len(found)} of them, {images} picture{'s' if images != 1 else ''}"
-    hint = ": adapter=sharegpt?" if found[0] == LLAVA_PLACEHOLDER else f"; {IMAGE_PLACEHOLDER} stands for a picture"
+    hint = (
+        ": adapter=sharegpt?"
+        if found[0] == LLAVA_PLACEHOLDER
+        else f"; {IMAGE_PLACEHOLDER} stands for a picture"
+    )
     raise ItemError(f"placeholder of another format: the text says {found[0]} ({counts}){hint}")
 
 

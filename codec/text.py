@@ -42,9 +42,13 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except KeyError:  # the model's kind has no tokenizer: its message is a class
         raise ConfigError(f"tokenizer: {name}: there is no text tokenizer in it") from None
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
         reason = " ".join(str(error).split())
-        raise ConfigError(f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}") from None
+        raise ConfigError(
+            f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}"
+        ) from None
 
 
 class TextEncoder:
@@ -54,7 +58,9 @@ class TextEncoder:
         self._compat = compat
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # An unknown character is no forgery.
-        self._forbidden = (vocabulary.special_ids | added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+        self._forbidden = (vocabulary.special_ids | added | set(tokenizer.all_special_ids)) - {
+            tokenizer.unk_token_id
+        }
         # A tokenizer that puts a space before its text encodes the tail of a sentence as it encodes the sentence's tail.
         tail = self._encode("my darling")
         self._adds_space = self._encode("Hi my darling")[-len(tail) :] == tail
@@ -76,7 +82,9 @@ class TextEncoder:
 
     def _encode_any(self, text: str) -> tuple[int, ...]:
         # verbose=False: no warning that a text is longer than the model's context.
-        encoding = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not self._compat, verbose=False)
+        encoding = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=not self._compat, verbose=False
+        )
         return tuple(encoding["input_ids"])
 
     def _without_prefix(self, text: str) -> Sequence[int]:
@@ -84,4 +92,6 @@ class TextEncoder:
             alone, together = self._encode(prefix), self._encode(prefix + text)
             if together[: len(alone)] == alone:
                 return together[len(alone) :]
-        raise ItemError(f"text that merges with all of {' '.join(map(repr, PREFIXES))} before it: {brief(text)}")
+        raise ItemError(
+            f"text that merges with all of {' '.join(map(repr, PREFIXES))} before it: {brief(text)}"
+        )

@@ -29,7 +29,9 @@ def one_line_errors(goes_on: str = "") -> Iterator[None]:
         end_on_signals(f"interrupted; {goes_on}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a path that is not UTF-8, a terminal that knows ASCII alone
+            stream.reconfigure(
+                errors="replace"
+            )  # a path that is not UTF-8, a terminal that knows ASCII alone
     try:
         yield
     except ConfigError as error:
@@ -51,5 +53,7 @@ def run_program(app: Callable[..., None], name: str) -> None:
 
 
 def _with_hint(error: Exception, goes_on: str) -> str:
-    words = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+    words = " ".join(str(error).split()) or (
+        "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    )
     return f"{words}; {goes_on}" if goes_on and is_transient(error) else words

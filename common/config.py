@@ -73,7 +73,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             if (key.tag, key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark
+                )
             seen.add((key.tag, key.value))
         return node
 
@@ -90,7 +92,9 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except RecursionError:
         raise ConfigError(f"{where}: not readable as YAML: nested too deeply") from None
-    except Exception as error:  # besides YAMLError whatever int(), float() and datetime() object to: 2024-99-99, !!int x
+    except (
+        Exception
+    ) as error:  # besides YAMLError whatever int(), float() and datetime() object to: 2024-99-99, !!int x
         raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -106,7 +110,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
         if below is None:
             below = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"override '{shown}': '{'.'.join(keys[: depth + 1])}' is {below!r}, it has no keys of its own")
+            raise ConfigError(
+                f"override '{shown}': '{'.'.join(keys[: depth + 1])}' is {below!r}, it has no keys of its own"
+            )
         settings[key] = dict(below)
         settings = settings[key]
     settings[keys[-1]] = _parse(value, f"override '{shown}'")
@@ -148,9 +154,16 @@ def _valid_keys(model: type[pydantic.BaseModel], location: Sequence[str | int]) 
 _OTHER_NAMES = {
     **dict.fromkeys(("learning_rate", "base_lr", "max_lr"), "optimizer.lr"),
     **dict.fromkeys(("batch_size", "global_batch_size", "train_batch_size"), "data.global_batch"),
-    **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size", "device_train_microbatch_size"), "microbatch"),
-    **dict.fromkeys(("max_steps", "num_epochs", "epochs", "num_train_epochs", "train_steps", "max_iters"), "max_duration"),
-    **dict.fromkeys(("seq_length", "seq_len", "max_seq_len", "max_length", "block_size", "sequence_length"), "data.packed_length"),
+    **dict.fromkeys(
+        ("micro_batch_size", "per_device_train_batch_size", "device_train_microbatch_size"), "microbatch"
+    ),
+    **dict.fromkeys(
+        ("max_steps", "num_epochs", "epochs", "num_train_epochs", "train_steps", "max_iters"), "max_duration"
+    ),
+    **dict.fromkeys(
+        ("seq_length", "seq_len", "max_seq_len", "max_length", "block_size", "sequence_length"),
+        "data.packed_length",
+    ),
     **dict.fromkeys(("output_dir", "save_dir", "save_folder", "checkpoint_dir"), "save.folder"),
     **dict.fromkeys(("warmup_steps", "warmup_ratio", "lr_warmup"), "optimizer.warmup"),
     **dict.fromkeys(("gradient_clipping", "max_grad_norm", "grad_clip"), "optimizer.clip_norm"),
@@ -183,7 +196,9 @@ def _meant(key: str, valid: Sequence[str], model: type[pydantic.BaseModel]) -> s
     return last_names[close[0]] if close else None
 
 
-def _describe(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str, overrides: Sequence[str]) -> str:
+def _describe(
+    error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str, overrides: Sequence[str]
+) -> str:
     """One line for the first thing wrong, and how many more there are."""
     errors = error.errors(include_url=False)
     order = {"extra_forbidden": 0, "missing": 2}  # a misspelt key explains the missing one
@@ -226,7 +241,9 @@ def load_config(model: type[ConfigT], path: str | Path | None, overrides: Sequen
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}"
+        ) from None
     return parse_config(model, text, str(path), overrides)
 
 

@@ -25,7 +25,15 @@ class Transient(Exception):  # noqa: N818 - a mark of errors, none of its own
     """It may pass: a server that does not answer, a disk that is full."""
 
 
-_TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+_TRANSIENT = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+}
 
 
 def is_transient(error: Exception) -> bool:

@@ -184,8 +184,14 @@ def scratch_folder() -> Path:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
-        raise ConfigError(f"{path}: expected a folder of your own with mode 0700; remove it, or set TMPDIR to another place")
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.getuid()
+        or stat.S_IMODE(status.st_mode) != 0o700
+    ):
+        raise ConfigError(
+            f"{path}: expected a folder of your own with mode 0700; remove it, or set TMPDIR to another place"
+        )
     return path
 
 

@@ -74,7 +74,8 @@ def remember_signals() -> None:
 
 def keep_status(status: int) -> None:
     """For a process that ends with an error: a launcher that ends all others with SIGTERM does not change its status, nor add a
-    line. Ctrl-C still ends it, and after `LONGEST_END` it ends by itself."""
+    line. Ctrl-C still ends it, and after `LONGEST_END` it ends by itself.
+    """
     if not _installed:
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -149,7 +150,8 @@ def held_back() -> Iterator[None]:
 
 def leave_signals_to_parent() -> None:
     """In a process that loads data: what is sent to the whole group is the parent's to act on. It ends when the parent ends it,
-    and with the parent."""
+    and with the parent.
+    """
     import multiprocessing
     import shutil
 
@@ -160,12 +162,16 @@ def leave_signals_to_parent() -> None:
     def watch() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:  # a launcher's, a scheduler's
             pass
-        folder = settings.get("tempdir")  # multiprocessing's, with the socket by which tensors are handed over
+        folder = settings.get(
+            "tempdir"
+        )  # multiprocessing's, with the socket by which tensors are handed over
         if folder and folder != parents_folder:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)  # no failure: torch would raise it in the parent, wherever that is
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that begin from now on, too: `watch` alone is told
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM}
+    )  # threads that begin from now on, too: `watch` alone is told
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=watch, daemon=True).start()  # torch's own watch ends it with a parent that died

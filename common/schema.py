@@ -36,7 +36,11 @@ def comments_of(model: type[pydantic.BaseModel]) -> dict[str, str]:
     lines = source.splitlines()
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT]
+    tokens = [
+        token
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
     comments = {token.start[0]: token.string.removeprefix("#").strip() for token in tokens}
     found = {}
     for statement in body.body:
@@ -52,7 +56,12 @@ def comments_of(model: type[pydantic.BaseModel]) -> dict[str, str]:
 
 def dump_schema(model: type[Config], title: str) -> str:
     schema = model.model_json_schema(schema_generator=_WithComments)
-    return json.dumps({"$schema": _WithComments.schema_dialect, **schema, "title": title}, indent=1, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {"$schema": _WithComments.schema_dialect, **schema, "title": title}, indent=1, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def write_schema(model: type[Config], title: str, out: Path | None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 # scheme://[user:password@]host/path[?query][#fragment], up to a space, a quote or a bracket.
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?(#[^\s'\"<>]*)?")
+_URL = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>]*@)?([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?(#[^\s'\"<>]*)?"
+)
 
 
 def without_secrets(text: str) -> str:

@@ -25,7 +25,15 @@ MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a 
 MAX_SCANS = 100  # of a progressive JPEG, each of which runs over all pixels; encoders write about ten
 MAX_RLE_WIDTH = 65_535  # of a run-length encoded BMP: Pillow writes out up to 255 rows for 6 bytes, however large the picture
 
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)  # x, y, and steps
 BLOCK_BYTES = 1 << 20  # of a PNG's rows that are unpacked at once
 ORIENTATION = 0x0112  # the EXIF and TIFF tag
 TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143  # TIFF tags
@@ -58,7 +66,9 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
     """How the picture is to be turned to be seen as its EXIF says; None where it is as it is, or says nothing that can be read."""
     try:
         with QUIET:  # Pillow warns of what is cut or odd in it
-            orientation = Image.Image.getexif(image).get(ORIENTATION)  # PngImageFile's own decodes the picture first
+            orientation = Image.Image.getexif(image).get(
+                ORIENTATION
+            )  # PngImageFile's own decodes the picture first
     except Exception:  # Pillow raises all kinds for what is no EXIF
         return None
     return TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -73,12 +83,15 @@ def reason_of(error: BaseException) -> str:
         return said.partition(b":")[0].decode(errors="replace")[:200]
     words = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "a file", " ".join(str(error).split()))
     words = re.sub(r"""b'(?:[^'\\]|\\.)*'|b"(?:[^"\\]|\\.)*"|(?<=header): .*""", "...", words)
-    return words[:200] if re.search("[A-Za-z]", words) else f"{type(error).__name__} {words}".strip()  # KeyError says a key alone
+    return (
+        words[:200] if re.search("[A-Za-z]", words) else f"{type(error).__name__} {words}".strip()
+    )  # KeyError says a key alone
 
 
 class _Quiet:
     """No warnings while any thread is inside. `warnings.catch_warnings` in two threads at once may leave its filters
-    behind for good, or take them away from the other."""
+    behind for good, or take them away from the other.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -89,7 +102,9 @@ class _Quiet:
             if self._inside == 1:
                 self._caught = warnings.catch_warnings()
                 self._caught.__enter__()
-                warnings.simplefilter("ignore")  # Pillow warns from half the limit on; the limit itself is checked here
+                warnings.simplefilter(
+                    "ignore"
+                )  # Pillow warns from half the limit on; the limit itself is checked here
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -116,7 +131,9 @@ def _open(data: bytes | memoryview, pixels: bool) -> Image.Image:
             raise
         except Image.DecompressionBombError as error:
             raise ImageError(str(error)) from None
-        except Exception as error:  # the decoders raise all kinds: RuntimeError, AssertionError, struct.error, ...
+        except (
+            Exception
+        ) as error:  # the decoders raise all kinds: RuntimeError, AssertionError, struct.error, ...
             if failure is None or not isinstance(error, UnidentifiedImageError):
                 failure = error
     if isinstance(failure, UnidentifiedImageError):
@@ -136,7 +153,9 @@ def _refuse_costly(image: Image.Image) -> None:
         raise ImageError(f"a TIFF with a tile of {pixels} pixels, at most {MAX_PIXELS} are decoded")
     run_lengths = isinstance(image, ImageFile.ImageFile) and any(tile[0] == "bmp_rle" for tile in image.tile)
     if run_lengths and image.width > MAX_RLE_WIDTH:
-        raise ImageError(f"a run-length encoded BMP of {image.width} pixels a row, at most {MAX_RLE_WIDTH} are decoded")
+        raise ImageError(
+            f"a run-length encoded BMP of {image.width} pixels a row, at most {MAX_RLE_WIDTH} are decoded"
+        )
 
 
 def _refuse_unfinished(image: Image.Image, data: bytes | memoryview) -> None:
@@ -151,7 +170,10 @@ def _refuse_unfinished(image: Image.Image, data: bytes | memoryview) -> None:
     if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
         return
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
-    passes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in (ADAM7 if interlaced else ((0, 0, 1, 1),))]
+    passes = [
+        (-(-(width - x) // dx), -(-(height - y) // dy))
+        for x, y, dx, dy in (ADAM7 if interlaced else ((0, 0, 1, 1),))
+    ]
     expected = sum((1 + -(-columns * bits // 8)) * rows for columns, rows in passes if columns > 0)
     found, rows = 0, zlib.decompressobj()
     for kind, chunk, _ in _png_chunks(bytes(data)):
@@ -199,7 +221,11 @@ def _unidentified(data: bytes | memoryview) -> str:
 
 def _attempts(data: bytes | memoryview) -> Iterator[bytes | memoryview]:
     """The file as it is, and where that fails without the metadata that a picture does not need, at last without its EXIF."""
-    if bytes(data[:2]) == b"\xff\xd8" and bytes(data).count(b"\xff\xda") > MAX_SCANS and _scans(bytes(data)) > MAX_SCANS:
+    if (
+        bytes(data[:2]) == b"\xff\xd8"
+        and bytes(data).count(b"\xff\xda") > MAX_SCANS
+        and _scans(bytes(data)) > MAX_SCANS
+    ):
         raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
     yield data
     whole = bytes(data)
@@ -299,7 +325,11 @@ def _bare_jp2(data: bytes) -> bytes:
         if kind == b"jp2h":
             inside = list(_boxes(content))
             colours = [box for box in inside if box[0] == b"colr" and len(box[2]) >= 7][:1]
-            kept = [box for box in inside if box in colours or box[0] in (b"ihdr", b"bpcc", b"pclr", b"cmap", b"cdef")]
+            kept = [
+                box
+                for box in inside
+                if box in colours or box[0] in (b"ihdr", b"bpcc", b"pclr", b"cmap", b"cdef")
+            ]
             content = b"".join(box[1] + box[2] for box in kept)
             head = struct.pack(">I4s", 8 + len(content), kind)
         if kind in (b"jP  ", b"ftyp", b"jp2h", b"jp2c"):
@@ -308,7 +338,30 @@ def _bare_jp2(data: bytes) -> bytes:
 
 
 # Sizes, bits, compression, colours, strips, tiles and what their decoders need (TIFF 6.0, section 8 and 15 to 22).
-_TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 263, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325}
+_TIFF_TAGS = {
+    254,
+    255,
+    256,
+    257,
+    258,
+    259,
+    262,
+    263,
+    266,
+    273,
+    277,
+    278,
+    279,
+    284,
+    292,
+    293,
+    317,
+    320,
+    322,
+    323,
+    324,
+    325,
+}
 _TIFF_TAGS |= {332, 336, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 532}
 
 

@@ -20,7 +20,16 @@ import numpy.typing as npt
 import pyarrow
 from PIL import Image, TiffImagePlugin
 
-from unitoken.dataset.image_files import MAX_PIXELS, QUIET, ImageError, decoded_pixels, open_image, read_header, reason_of, turn_of
+from unitoken.dataset.image_files import (
+    MAX_PIXELS,
+    QUIET,
+    ImageError,
+    decoded_pixels,
+    open_image,
+    read_header,
+    reason_of,
+    turn_of,
+)
 
 MEMORY_BYTES = 2 << 30  # that the pictures which are being decoded take, over all threads of a process
 EXTRA_BYTES = 16  # a pixel, at most, beyond the decoded picture, while it is blended and converted
@@ -33,7 +42,14 @@ ON_ITS_SIDE = (
     Image.Transpose.ROTATE_90,
 )
 
-_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # that Pillow keeps a pixel in; all others: 4
+_MODE_BYTES = {
+    "1": 1,
+    "L": 1,
+    "P": 1,
+    "I;16": 2,
+    "I;16B": 2,
+    "I;16L": 2,
+}  # that Pillow keeps a pixel in; all others: 4
 # A pixel, that a format's own library takes while it decodes (measured; JPEG 2000 with the smallest code blocks).
 _DECODER_BYTES = {"WEBP": 8, "AVIF": 8, "JPEG2000": 32}
 
@@ -78,7 +94,11 @@ def decoded(data: bytes | memoryview, compat: bool = False) -> Iterator[Image.Im
     """
     header = read_header(data)
     plain = header.mode in ("RGB", "L") and "transparency" not in header.info
-    each = _MODE_BYTES.get(header.mode, 4) + (4 if plain else EXTRA_BYTES) + _DECODER_BYTES.get(header.format or "", 0)
+    each = (
+        _MODE_BYTES.get(header.mode, 4)
+        + (4 if plain else EXTRA_BYTES)
+        + _DECODER_BYTES.get(header.format or "", 0)
+    )
     size = decoded_pixels(header) * each
     del header
     with _memory.hold(size):
@@ -100,7 +120,9 @@ def decode(data: bytes | memoryview, compat: bool = False) -> Image.Image:
 def seen_size(data: bytes | memoryview, compat: bool = False) -> tuple[int, int]:
     """(width, height) of the picture that `decode` would give, by its header alone. Raises ImageError."""
     header = read_header(data)
-    on_its_side = not compat and header.format != "TIFF" and turn_of(header) in ON_ITS_SIDE  # Pillow turns a TIFF itself
+    on_its_side = (
+        not compat and header.format != "TIFF" and turn_of(header) in ON_ITS_SIDE
+    )  # Pillow turns a TIFF itself
     return (header.height, header.width) if on_its_side else header.size
 
 
@@ -130,7 +152,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     low, high = 0.0, 65535.0
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # all others have 16 bits
-        ends = [(float(part.min()), float(part.max())) for part in (np.asarray(strip) for _, strip in _strips(image))]
+        ends = [
+            (float(part.min()), float(part.max()))
+            for part in (np.asarray(strip) for _, strip in _strips(image))
+        ]
         low, high = min(low for low, _ in ends), max(high for _, high in ends)
         if not (low >= 0 and high <= 65535):  # so written, as NaN is neither
             wanted = "0 to 1, 0 to 255 or 0 to 65535" if image.mode == "F" else "0 to 255 or 0 to 65535"
@@ -165,7 +190,11 @@ def on_white(image: Image.Image) -> Image.Image:
     for top, strip in _strips(image):  # a whole picture at once takes 72 bytes a pixel
         rgba = np.asarray(strip.convert("RGBA"))
         alpha = rgba[:, :, 3:] / 255.0  # float64, and truncated
-        blended = ((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8) if alpha.min() < 1 else rgba[:, :, :3]
+        blended = (
+            ((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8)
+            if alpha.min() < 1
+            else rgba[:, :, :3]
+        )
         result.paste(Image.fromarray(blended), (0, top))
     return result
 
@@ -217,16 +246,23 @@ def fit(image: Image.Image, crop: tuple[int, int], chance: np.random.Generator |
     scale = max(crop[0] / image.width, crop[1] / image.height)
     size = (round(image.width * scale), round(image.height * scale))
     if size[0] * size[1] > MAX_PIXELS:  # 1 x 100,000 pixels would become 512 x 51 million
-        raise ImageError(f"{image.width} x {image.height} pixels are too narrow to cover {crop[0]} x {crop[1]}")
+        raise ImageError(
+            f"{image.width} x {image.height} pixels are too narrow to cover {crop[0]} x {crop[1]}"
+        )
     image = image.resize(size, Image.Resampling.BICUBIC)
     if chance is None:
         left, upper = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
     else:
-        left, upper = (int(chance.integers(0, side, endpoint=True)) for side in (image.width - crop[0], image.height - crop[1]))
+        left, upper = (
+            int(chance.integers(0, side, endpoint=True))
+            for side in (image.width - crop[0], image.height - crop[1])
+        )
     return image.crop((left, upper, left + crop[0], upper + crop[1]))
 
 
-def tokenizer_pixels(image: Image.Image, crop: tuple[int, int], chance: np.random.Generator | None = None) -> npt.NDArray[np.uint8]:
+def tokenizer_pixels(
+    image: Image.Image, crop: tuple[int, int], chance: np.random.Generator | None = None
+) -> npt.NDArray[np.uint8]:
     """The picture as the image tokenizer sees it: (height, width, 3)."""
     return np.asarray(on_white(fit(image, crop, chance)))
 
@@ -240,7 +276,9 @@ def opaque(image: Image.Image, compat: bool) -> Image.Image:
         return Image.fromarray(np.asarray(image.convert("RGB")))
 
 
-def resized(image: Image.Image, sizes: Sequence[tuple[int, int]], compat: bool) -> list[npt.NDArray[np.uint8]]:
+def resized(
+    image: Image.Image, sizes: Sequence[tuple[int, int]], compat: bool
+) -> list[npt.NDArray[np.uint8]]:
     """BICUBIC, from RGB to (3, height, width) for each (width, height).
 
     By Pillow with `compat`, so as the reference to the bit; else by torch, which takes a fifth of the time and differs by 1

@@ -81,7 +81,18 @@ class Manifest(Config):
     def _reconciles(self) -> Manifest:
         if self.items != self.samples + self.rejected:
             raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
-        if min(self.samples, self.rejected, self.tokens, self.target_tokens, self.images, self.turns_left_out, self.chunks) < 0:
+        if (
+            min(
+                self.samples,
+                self.rejected,
+                self.tokens,
+                self.target_tokens,
+                self.images,
+                self.turns_left_out,
+                self.chunks,
+            )
+            < 0
+        ):
             raise ValueError("its counts are not all 0 or more")
         if self.target_size < self.vision.downsampling * LATENTS_PER_GRID_UNIT:
             raise ValueError(
@@ -124,7 +135,11 @@ def _parse(data: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not readable: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
-        found = f"{fields.get('format')!r} version {fields.get('version')!r}" if isinstance(fields, dict) else type(fields).__name__
+        found = (
+            f"{fields.get('format')!r} version {fields.get('version')!r}"
+            if isinstance(fields, dict)
+            else type(fields).__name__
+        )
         raise ConfigError(f"{where}: expected {FORMAT!r} version {VERSION}, found {found}")
     try:
         return Manifest.model_validate(fields)

@@ -33,7 +33,13 @@ def token_type(vocabulary_size: int) -> str:
 def columns(vocabulary_size: int) -> dict[str, str]:
     """The MDS columns."""
     tokens = f"ndarray:{token_type(vocabulary_size)}"
-    return {"id": "str", "tokens": tokens, "target_spans": "ndarray:uint32", "image_spans": "bytes", "images": "bytes"}
+    return {
+        "id": "str",
+        "tokens": tokens,
+        "target_spans": "ndarray:uint32",
+        "image_spans": "bytes",
+        "images": "bytes",
+    }
 
 
 @dataclass(eq=False, slots=True)  # frozen, it would take 1 us more to make
@@ -63,7 +69,14 @@ class Record:
     @classmethod
     def from_mds(cls, sample: Mapping[str, Any], stream: int = 0) -> Record:
         spans = np.frombuffer(sample["image_spans"], "<u4").reshape(-1, 4)
-        return cls(sample["id"], sample["tokens"], sample["target_spans"], spans, unpack_bytes(sample["images"]), stream)
+        return cls(
+            sample["id"],
+            sample["tokens"],
+            sample["target_spans"],
+            spans,
+            unpack_bytes(sample["images"]),
+            stream,
+        )
 
 
 def labels(tokens: npt.NDArray[Any], target_spans: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
@@ -90,5 +103,7 @@ def unpack_bytes(data: AnyBytes) -> tuple[AnyBytes, ...]:
     lengths = np.frombuffer(data, "<u4", count, offset=4)
     ends = np.cumsum(lengths, dtype=np.int64) + 4 * (count + 1)
     if count and int(ends[-1]) != len(data):
-        raise ValueError(f"{count} images of {int(lengths.sum())} bytes in all, in a field of {len(data)} bytes")
+        raise ValueError(
+            f"{count} images of {int(lengths.sum())} bytes in all, in a field of {len(data)} bytes"
+        )
     return tuple(data[int(end) - int(length) : int(end)] for length, end in zip(lengths, ends, strict=True))

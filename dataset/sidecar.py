@@ -26,7 +26,9 @@ def sidecar_errors(stream: str, folder: Path) -> Iterator[None]:
         raise
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
-        raise ConfigError(f"stream '{stream}': {folder / SIDECAR}: not readable as Parquet: {words}") from None
+        raise ConfigError(
+            f"stream '{stream}': {folder / SIDECAR}: not readable as Parquet: {words}"
+        ) from None
 
 
 @functools.cache
@@ -41,7 +43,10 @@ def samples_schema() -> pyarrow.Schema:
             ("target_tokens", pa.uint32()),
             ("images", pa.uint16()),
             ("question_images", pa.uint16()),
-            ("image_sizes", pa.list_(pa.uint32())),  # width, height, width, height, ... of the originals in pixels
+            (
+                "image_sizes",
+                pa.list_(pa.uint32()),
+            ),  # width, height, width, height, ... of the originals in pixels
             ("generated", pa.list_(pa.bool_())),  # of each image: is it trained on
         ]
     )

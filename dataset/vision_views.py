@@ -84,7 +84,9 @@ class Views:
         left, upper = (across * size - width) // 2, (down * size - height) // 2
         canvas = np.zeros((3, down * size, across * size), np.uint8)
         canvas[:, upper : upper + height, left : left + width] = inside
-        tiles = canvas.reshape(3, down, size, across, size).transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
+        tiles = (
+            canvas.reshape(3, down, size, across, size).transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
+        )
         return np.concatenate([whole[None], tiles]), image.size
 
 

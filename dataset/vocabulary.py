@@ -68,7 +68,9 @@ class Vocabulary:
     newline: int
     grid_ids: tuple[int, ...]
     image_ids: tuple[int, ...]
-    tokens_sha256: str  # over every (name, id) of the tokenizer: another text vocabulary is another vocabulary
+    tokens_sha256: (
+        str  # over every (name, id) of the tokenizer: another text vocabulary is another vocabulary
+    )
 
     @classmethod
     def from_tokens(cls, ids: Mapping[str, int], codebook_size: int) -> Vocabulary:
@@ -120,7 +122,9 @@ class Vocabulary:
     def _grid_id(self, latents: int) -> int:
         units, odd = divmod(latents, LATENTS_PER_GRID_UNIT)
         if odd or not 1 <= units <= len(self.grid_ids):
-            raise ValueError(f"an image side of {latents} latents: expected an even number from 2 to {2 * len(self.grid_ids)}")
+            raise ValueError(
+                f"an image side of {latents} latents: expected an even number from 2 to {2 * len(self.grid_ids)}"
+            )
         return self.grid_ids[units - 1]
 
     def image_codes(self, block: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:

@@ -26,7 +26,12 @@ RUNS = OUT / "runs"
 STAGES = ("base", "stage1", "stage2")
 RANKS = 2
 # On CPUs also where there is a GPU (two ranks can not share one); one thread a rank: two ranks on two cores.
-SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+SETTINGS = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
 ENVIRONMENT = {**os.environ, **SETTINGS}
 
 start = time.monotonic()
@@ -37,7 +42,16 @@ def say(text: str) -> None:
 
 
 def tokenize(name: str) -> None:
-    command = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/digits.yaml", "--splits", str(RANKS)]
+    command = [
+        sys.executable,
+        "-m",
+        "unitoken.tokenize",
+        "run",
+        "--config",
+        "yamls/tokenize/digits.yaml",
+        "--splits",
+        str(RANKS),
+    ]
     subprocess.run(
         [*command, "--in_filename", str(DATA / f"{name}.json"), "--out_dir", str(DATA / name)],
         cwd=ROOT,
@@ -49,7 +63,14 @@ def tokenize(name: str) -> None:
 def launch(stage: str, run: str) -> subprocess.Popen[bytes]:
     """Start a stage under Composer's launcher, in a process group of its own so that all of it can be killed."""
     launcher = str(Path(sys.executable).with_name("composer"))
-    command = [launcher, "-n", str(RANKS), "train.py", f"yamls/demo/{stage}.yaml", f"save.folder={RUNS / run}"]
+    command = [
+        launcher,
+        "-n",
+        str(RANKS),
+        "train.py",
+        f"yamls/demo/{stage}.yaml",
+        f"save.folder={RUNS / run}",
+    ]
     if stage != "base":  # without a vision tower, and with little to change
         command += sys.argv[1:]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
@@ -109,9 +130,13 @@ def describe_samples() -> Iterator[list[tuple[str, bool]]]:
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer")
     for name in ("captions", "drawings"):
-        dataset = StreamingDataset(local=str(DATA / name), batch_size=1)  # stock: any MDS reader reads the folder
+        dataset = StreamingDataset(
+            local=str(DATA / name), batch_size=1
+        )  # stock: any MDS reader reads the folder
         record = Record.from_mds(dataset[0])
-        yield [(text, trained) for _, text, trained in describe(record, load_vocabulary(DATA / name), tokenizer)]
+        yield [
+            (text, trained) for _, text, trained in describe(record, load_vocabulary(DATA / name), tokenizer)
+        ]
 
 
 def main() -> None:
@@ -132,7 +157,10 @@ def main() -> None:
     evaluation = Evaluation(RUNS / "stage2-resumed")
     answers = evaluation.read(DATA / "heldout.json")
     drawings = evaluation.draw()
-    manifests = [json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8")) for name in ("captions", "drawings")]
+    manifests = [
+        json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8"))
+        for name in ("captions", "drawings")
+    ]
     plan = evaluation.plan()
     curves = {stage: losses(stage) for stage in STAGES}
     figures = {
@@ -146,7 +174,9 @@ def main() -> None:
         "share_in_batches": {share.name: _rounded(share.in_batches) for share in plan.streams},
         "seconds": round(time.monotonic() - start, 1),
     }
-    report.write_report(OUT / "report.html", figures, curves, killed_at, drawings, answers[:30], list(describe_samples()))
+    report.write_report(
+        OUT / "report.html", figures, curves, killed_at, drawings, answers[:30], list(describe_samples())
+    )
     say(f"the report: {(OUT / 'report.html').relative_to(ROOT)}")
     print(json.dumps(figures))
 

@@ -20,8 +20,16 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 PIXELS = 32  # the 8 x 8 originals, four times enlarged: 4 x 4 latents of 8 pixels
 HELD_OUT = 297
 VIEWS = 4  # of each digit to read: 1,500 pictures alone are learnt by heart before they are understood
-QUESTIONS = ("What digit is this? <|image|>", "<|image|> Which digit do you see?", "Read this digit: <|image|>")
-SAID = ("It is a {}.", "Someone wrote {}.", "a {}")  # in place of the image: a language model comes to Stage I able to read
+QUESTIONS = (
+    "What digit is this? <|image|>",
+    "<|image|> Which digit do you see?",
+    "Read this digit: <|image|>",
+)
+SAID = (
+    "It is a {}.",
+    "Someone wrote {}.",
+    "a {}",
+)  # in place of the image: a language model comes to Stage I able to read
 REQUESTS = ("Draw a {}.", "Please draw the digit {}.", "Show me a handwritten {}.")
 
 
@@ -47,7 +55,12 @@ def moved(whole: Image.Image, index: int, view: int) -> Image.Image:
     centre = (PIXELS - 1) / 2
     x, y = centre + random.uniform(-2, 2, 2)
     shift = (x - cos * centre - sin * centre, y + sin * centre - cos * centre)
-    return whole.transform(whole.size, Image.Transform.AFFINE, (cos, sin, shift[0], -sin, cos, shift[1]), Image.Resampling.BILINEAR)
+    return whole.transform(
+        whole.size,
+        Image.Transform.AFFINE,
+        (cos, sin, shift[0], -sin, cos, shift[1]),
+        Image.Resampling.BILINEAR,
+    )
 
 
 def small(picture_rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
@@ -58,14 +71,20 @@ def small(picture_rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
 
 
 def _text_item(index: int, view: int, word: str) -> dict[str, object]:
-    question = QUESTIONS[(index + view) % len(QUESTIONS)].replace("<|image|>", SAID[(index // 3 + view) % len(SAID)].format(word))
+    question = QUESTIONS[(index + view) % len(QUESTIONS)].replace(
+        "<|image|>", SAID[(index // 3 + view) % len(SAID)].format(word)
+    )
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": word}]
     return {"id": f"text-{index:04d}-{view}", "conversations": turns}
 
 
 def _item(index: int, view: int, human: str, gpt: str, name: str) -> dict[str, object]:
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
-    return {"id": f"{name}-{index:04d}-{view}", "conversations": turns, "image": [f"images/{index:04d}-{view}.png"]}
+    return {
+        "id": f"{name}-{index:04d}-{view}",
+        "conversations": turns,
+        "image": [f"images/{index:04d}-{view}.png"],
+    }
 
 
 def write(folder: Path) -> None:
@@ -77,10 +96,15 @@ def write(folder: Path) -> None:
             moved(picture(digit), index, view).save(folder / "images" / f"{index:04d}-{view}.png")
     word = [WORDS[label] for label in digits.target]
     captions = [
-        _item(i, view, QUESTIONS[(i + view) % len(QUESTIONS)], word[i], "caption") for view in range(VIEWS) for i in train.tolist()
+        _item(i, view, QUESTIONS[(i + view) % len(QUESTIONS)], word[i], "caption")
+        for view in range(VIEWS)
+        for i in train.tolist()
     ]
     captions += [_text_item(i, view, word[i]) for view in range(2) for i in train.tolist()]
-    drawings = [_item(i, 0, REQUESTS[i % len(REQUESTS)].format(word[i]), "<|image|>", "drawing") for i in train.tolist()]
+    drawings = [
+        _item(i, 0, REQUESTS[i % len(REQUESTS)].format(word[i]), "<|image|>", "drawing")
+        for i in train.tolist()
+    ]
     questions = [_item(i, 0, QUESTIONS[0], word[i], "heldout") for i in held_out.tolist()]
     for name, items in (("captions", captions), ("drawings", drawings), ("heldout", questions)):
         (folder / f"{name}.json").write_text(json.dumps(items, indent=1) + "\n", encoding="utf-8")

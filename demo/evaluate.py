@@ -44,10 +44,14 @@ class Evaluation:
     def read(self, file: Path) -> list[Answer]:
         """Ask for each item of `file` what digit it is; the item's own answer is kept from the model."""
         items = json.loads(file.read_text(encoding="utf-8"))
-        conversations = [conversation_of(beside(item, file.parent), str(number)) for number, item in enumerate(items)]
+        conversations = [
+            conversation_of(beside(item, file.parent), str(number)) for number, item in enumerate(items)
+        ]
         prompts = self.dialogue.prompts(conversations, [SIZE])
         reading = Reading.of(self.config, self.model.vision)
-        replies = generate(self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, reading=reading, batch=64)
+        replies = generate(
+            self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, reading=reading, batch=64
+        )
         return [
             Answer(np.asarray(decode(prompt.images[0])), item["conversations"][1]["value"], said.text)
             for prompt, item, said in zip(prompts, items, self.dialogue.said(replies), strict=True)
@@ -58,12 +62,17 @@ class Evaluation:
         words = [word for word in WORDS for _ in range(EACH)]
         prompts = self.dialogue.prompts([asked(REQUESTS[0].format(word)) for word in words], [SIZE])
         sizes = [self.dialogue.latents(SIZE)]
-        replies = generate(self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64)
+        replies = generate(
+            self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64
+        )
         pictures = [said.pictures[0] for said in self.dialogue.said(replies)]
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
         read = classifier.predict(np.stack([small(picture) for picture in pictures]))
-        return [Drawing(*drawing) for drawing in zip(pictures, words, (WORDS[digit] for digit in read), strict=True)]
+        return [
+            Drawing(*drawing)
+            for drawing in zip(pictures, words, (WORDS[digit] for digit in read), strict=True)
+        ]
 
     def plan(self) -> PlanReport:
         """The plan that the stage was trained by."""

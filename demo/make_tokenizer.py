@@ -23,7 +23,9 @@ def main() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     sentences = [question.replace("<|image|>", "") for question in QUESTIONS]
     sentences += [request.format(word) for request in REQUESTS + SAID for word in WORDS] + list(WORDS) * 3
-    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=350, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(sentences, trainer)
     FOLDER.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(FOLDER / "tokenizer.json"), pretty=False)

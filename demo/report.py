@@ -97,7 +97,12 @@ def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
     axes[0].set_ylabel("loss a token", fontsize=9, color="#667085")
     axes[-1].axvline(resumed_at, color="#c4320a", linewidth=1, linestyle="--")
     axes[-1].annotate(
-        "killed, resumed", (resumed_at, axes[-1].get_ylim()[1]), (5, -9), textcoords="offset points", fontsize=8.5, color="#c4320a"
+        "killed, resumed",
+        (resumed_at, axes[-1].get_ylim()[1]),
+        (5, -9),
+        textcoords="offset points",
+        fontsize=8.5,
+        color="#c4320a",
     )
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -137,7 +142,8 @@ def _answers(answers: Sequence[Answer]) -> str:
 def _shares(shares: Mapping[str, Mapping[str, float]]) -> str:
     head = ("stream", "mean", "standard deviation", "least", "most", "of independent draws")
     rows = [
-        (name, *(f"{one[key]:.1%}" for key in ("mean", "sd", "least", "most", "independent_sd"))) for name, one in shares.items()
+        (name, *(f"{one[key]:.1%}" for key in ("mean", "sd", "least", "most", "independent_sd")))
+        for name, one in shares.items()
     ]
     cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     titles = "".join(f"<th>{title}</th>" for title in head)
@@ -145,7 +151,9 @@ def _shares(shares: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _tokens(sample: Sequence[tuple[str, bool]]) -> str:
-    spans = "".join(f"<span{' class=trained' if trained else ''}>{html.escape(text)}</span>" for text, trained in sample)
+    spans = "".join(
+        f"<span{' class=trained' if trained else ''}>{html.escape(text)}</span>" for text, trained in sample
+    )
     return f'<div class="tokens">{spans}</div>'
 
 
@@ -161,11 +169,22 @@ def write_report(
     """Write the page. `samples` are conversations as (piece of text, is it trained on)."""
     equal = figures["resumed_equal"]
     tiles = [
-        _figure(f"{figures['caption_accuracy']:.1%}", "of held-out digits read rightly", figures["caption_accuracy"] >= 0.9),
-        _figure(f"{figures['drawing_accuracy']:.0%}", "of drawn digits read as asked", figures["drawing_accuracy"] >= 0.7),
+        _figure(
+            f"{figures['caption_accuracy']:.1%}",
+            "of held-out digits read rightly",
+            figures["caption_accuracy"] >= 0.9,
+        ),
+        _figure(
+            f"{figures['drawing_accuracy']:.0%}",
+            "of drawn digits read as asked",
+            figures["drawing_accuracy"] >= 0.7,
+        ),
         _figure("equal" if equal else "different", "losses after kill -9 and resume, bit for bit", equal),
         _figure(f"{figures['fill']:.1%}", f"of {figures['packs']:,} packs an epoch is real tokens"),
-        _figure(f"{figures['samples']:,}", f"samples of {figures['items']:,} items, {figures['rejected']} rejected"),
+        _figure(
+            f"{figures['samples']:,}",
+            f"samples of {figures['items']:,} items, {figures['rejected']} rejected",
+        ),
         _figure(f"{figures['seconds']:.0f} s", "from raw pictures to this page"),
     ]
     page = f"""<!doctype html>

@@ -24,7 +24,12 @@ from unitoken.train.model.vision_tower import VisionTower
 
 FOLDER = Path(__file__).parent / "assets" / "siglip"
 CONFIG = VisionTowerConfig(
-    hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=PIXELS, patch_size=16
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=PIXELS,
+    patch_size=16,
 )
 VIEWS, STEPS, BATCH = 64, 1500, 128
 
@@ -74,9 +79,17 @@ def main() -> None:
     print(f"held out: {np.mean(read == digits.target[held_out]):.3f} go with the right word")
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    state = {f"vision_model.{name}": tensor.half().contiguous() for name, tensor in model.tower.state_dict().items()}
+    state = {
+        f"vision_model.{name}": tensor.half().contiguous()
+        for name, tensor in model.tower.state_dict().items()
+    }
     save_file(state, FOLDER / "model.safetensors")
-    settings = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3, **CONFIG.model_dump()}
+    settings = {
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+        **CONFIG.model_dump(),
+    }
     (FOLDER / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

@@ -30,7 +30,14 @@ STEPS, BATCH = 1500, 32
 SHAPE = {
     "embed_dim": 8,
     "n_embed": 128,
-    "ddconfig": {"z_channels": 16, "resolution": SIZE, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": []},
+    "ddconfig": {
+        "z_channels": 16,
+        "resolution": SIZE,
+        "ch": 32,
+        "ch_mult": [1, 1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+    },
 }
 
 
@@ -61,7 +68,9 @@ def train(model: VQGAN, pictures: torch.Tensor) -> None:
         schedule.step()
         uses += torch.bincount(codes.flatten(), minlength=len(uses))
         if step % 100 == 99:
-            print(f"step {step + 1}: loss {loss.item():.4f}, {int((uses > 0).sum())} codes in use", flush=True)
+            print(
+                f"step {step + 1}: loss {loss.item():.4f}, {int((uses > 0).sum())} codes in use", flush=True
+            )
             if step < STEPS * 0.7:
                 revive(model, uses, latents)
             uses.zero_()
@@ -70,10 +79,14 @@ def train(model: VQGAN, pictures: torch.Tensor) -> None:
 def save(model: VQGAN) -> None:
     """Meta's names (which count the decoder's levels from the finest), half precision: it is a demo."""
     levels = len(SHAPE["ddconfig"]["ch_mult"])  # type: ignore[index]
-    state = {meta_name(name, levels): tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        meta_name(name, levels): tensor.half().contiguous() for name, tensor in model.state_dict().items()
+    }
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_file(state, FOLDER / "vqgan.safetensors")
-    (FOLDER / "vqgan.yaml").write_text(yaml.safe_dump({"model": {"params": SHAPE}}, sort_keys=False), encoding="utf-8")
+    (FOLDER / "vqgan.yaml").write_text(
+        yaml.safe_dump({"model": {"params": SHAPE}}, sort_keys=False), encoding="utf-8"
+    )
 
 
 def report(pixels: np.ndarray) -> None:
@@ -85,14 +98,18 @@ def report(pixels: np.ndarray) -> None:
     again = vision.decode(vision.encode(pixels[held_out]))
     error = np.abs(again.astype(float) - pixels[held_out]).mean()
     truth = digits.target[held_out]
-    before, after = (classifier.score(np.stack([small(p) for p in batch]), truth) for batch in (pixels[held_out], again))
+    before, after = (
+        classifier.score(np.stack([small(p) for p in batch]), truth) for batch in (pixels[held_out], again)
+    )
     print(f"held out: mean error {error:.1f} of 255, read rightly {before:.3f} before and {after:.3f} after")
 
 
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    pixels = np.stack([tokenizer_pixels(picture(digit).convert("RGB"), (SIZE, SIZE)) for digit in load_digits().images])
+    pixels = np.stack(
+        [tokenizer_pixels(picture(digit).convert("RGB"), (SIZE, SIZE)) for digit in load_digits().images]
+    )
     model = VQGAN(Parameters.model_validate(SHAPE))
     train(model, torch.from_numpy(pixels[split()[0]]).permute(0, 3, 1, 2).float() / 127.5 - 1)
     save(model)

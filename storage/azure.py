@@ -32,11 +32,15 @@ class Azure(Bucket):
         }
         if connection := os.environ.get("AZURE_STORAGE_CONNECTION_STRING"):
             self._access = "with AZURE_STORAGE_CONNECTION_STRING"
-            return BlobServiceClient.from_connection_string(connection, **options).get_container_client(self._bucket)
+            return BlobServiceClient.from_connection_string(connection, **options).get_container_client(
+                self._bucket
+            )
         if not self._account:
             raise ConfigError(f"{self.url}: AZURE_ACCOUNT_NAME is not set")
         address = f"https://{self._account}.blob.core.windows.net"
-        return BlobServiceClient(address, credential=self._credential(), **options).get_container_client(self._bucket)
+        return BlobServiceClient(address, credential=self._credential(), **options).get_container_client(
+            self._bucket
+        )
 
     def _credential(self) -> Any:
         if key := os.environ.get("AZURE_ACCOUNT_ACCESS_KEY"):

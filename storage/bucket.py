@@ -111,7 +111,9 @@ class Bucket(ABC):
             raise
 
     def open(self, name: str) -> BinaryIO:
-        return io.BufferedReader(Ranges(functools.partial(self.read_range, name), self.size(name)), PART_BYTES)
+        return io.BufferedReader(
+            Ranges(functools.partial(self.read_range, name), self.size(name)), PART_BYTES
+        )
 
     def size(self, name: str) -> int:
         return self._do(name, self._head)[0]
@@ -167,7 +169,9 @@ class Bucket(ABC):
                 passing = status in (NO_ANSWER, 408, 429) or status >= 500
                 if not passing or time.monotonic() + pause > end:
                     if passing:
-                        raise TransientStoreError(f"{where}: {_line(error)} (tried for {self.patience:.0f} s)") from None
+                        raise TransientStoreError(
+                            f"{where}: {_line(error)} (tried for {self.patience:.0f} s)"
+                        ) from None
                     raise StoreError(f"{where}: {_line(error)}") from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)

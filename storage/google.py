@@ -21,7 +21,9 @@ class Google(Bucket):
         try:
             credentials, project = default()
         except DefaultCredentialsError:
-            self._access = "without credentials: set GOOGLE_APPLICATION_CREDENTIALS, or GCS_KEY and GCS_SECRET"
+            self._access = (
+                "without credentials: set GOOGLE_APPLICATION_CREDENTIALS, or GCS_KEY and GCS_SECRET"
+            )
             return Client.create_anonymous_client()  # a public bucket
         self._access = "with Google's application default credentials"
         return Client(credentials=credentials, project=project or "none")
@@ -34,7 +36,11 @@ class Google(Bucket):
         return self._client.bucket(self._bucket).blob(key)
 
     def _get(self, key: str, start: int, end: int | None) -> bytes:
-        return bytes(self._blob(key).download_as_bytes(start=start, end=None if end is None else end - 1, **self._options))
+        return bytes(
+            self._blob(key).download_as_bytes(
+                start=start, end=None if end is None else end - 1, **self._options
+            )
+        )
 
     def _head(self, key: str) -> tuple[int, str]:
         blob = self._blob(key)

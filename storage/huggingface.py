@@ -22,7 +22,9 @@ class HuggingFace(Bucket):
         kind, owner, name, folder = (place + "///").split("/", 3)
         name, _, revision = name.partition("@")
         if kind != "datasets" or not owner or not name:
-            raise ConfigError(f"{self.url}: expected hf://datasets/owner/name or hf://datasets/owner/name/folder")
+            raise ConfigError(
+                f"{self.url}: expected hf://datasets/owner/name or hf://datasets/owner/name/folder"
+            )
         self._revision = quote(revision or "main", safe="")
         return f"datasets/{owner}/{name}", folder.strip("/")
 
@@ -39,7 +41,9 @@ class HuggingFace(Bucket):
         return session
 
     def _ask(self, method: str, address: str, **options: Any) -> Any:
-        answer = self._client.request(method, address, timeout=self._timeouts, allow_redirects=True, **options)
+        answer = self._client.request(
+            method, address, timeout=self._timeouts, allow_redirects=True, **options
+        )
         answer.raise_for_status()
         return answer
 
@@ -67,7 +71,9 @@ class HuggingFace(Bucket):
             address = answer.links.get("next", {}).get("url", "")
 
     def _put(self, key: str, file: BinaryIO) -> None:  # noqa: ARG002
-        raise StoreError(f"{self.url}: the hub is for reading only; upload a finished folder with its own tools")
+        raise StoreError(
+            f"{self.url}: the hub is for reading only; upload a finished folder with its own tools"
+        )
 
     def _remove(self, key: str) -> None:  # noqa: ARG002
         raise StoreError(f"{self.url}: the hub is for reading only")

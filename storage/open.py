@@ -17,9 +17,8 @@ from unitoken.storage.store import CLOUDS, RETRY_SECONDS, Store, is_url
 
 
 def open_bucket(url: str, endpoint: str | None, patience: float) -> Bucket:
-    """
-    Raises:
-        ConfigError: settings from which no client can be made.
+    """Raises:
+    ConfigError: settings from which no client can be made.
     """
     scheme = url.partition("://")[0]
     if scheme == "hf":

@@ -59,7 +59,9 @@ def _file_hash(path: Path, algorithm: str) -> str:
         return str(get_hash(algorithm, file.read()))
 
 
-def fetch(store: Store, name: str, path: Path, wrong: Callable[[Path], str | None], size: int | None = None) -> BinaryIO:
+def fetch(
+    store: Store, name: str, path: Path, wrong: Callable[[Path], str | None], size: int | None = None
+) -> BinaryIO:
     """Download `name` aside, check it, give it its `path`; what `wrong` objects to is deleted and downloaded again.
 
     Returns:
@@ -111,7 +113,13 @@ class Cache:
     """
 
     def __init__(
-        self, stream: str, entries: Sequence[Mapping[str, Any]], store: Store | None, folder: Path, stamps: Path, limit: int | None
+        self,
+        stream: str,
+        entries: Sequence[Mapping[str, Any]],
+        store: Store | None,
+        folder: Path,
+        stamps: Path,
+        limit: int | None,
     ) -> None:
         self.downloads = 0  # by this process
         self._stream, self._entries, self._store = stream, [entry["raw_data"] for entry in entries], store
@@ -125,7 +133,9 @@ class Cache:
                     if chunk.is_dir():
                         remove_abandoned(chunk)  # what killed downloads left
         except OSError as error:
-            raise ConfigError(f"the cache folder {error.filename}: {error.strerror}; set `cache` to one of your own") from None
+            raise ConfigError(
+                f"the cache folder {error.filename}: {error.strerror}; set `cache` to one of your own"
+            ) from None
 
     def open(self, shard: int) -> BinaryIO:
         """A shard, there and as the index says it is. Raises ShardError, naming stream, shard and place, where it can't be had."""
@@ -147,9 +157,17 @@ class Cache:
             if self._limit is not None:
                 self._make_room(entry["bytes"])
             try:
-                file = fetch(self._store, entry["basename"], path, lambda new: what_is_wrong(entry, new), entry["bytes"])
+                file = fetch(
+                    self._store,
+                    entry["basename"],
+                    path,
+                    lambda new: what_is_wrong(entry, new),
+                    entry["bytes"],
+                )
             except ShardError as error:
-                raise type(error)(f"stream '{self._stream}': the shard {entry['basename']} can not be had: {error}") from None
+                raise type(error)(
+                    f"stream '{self._stream}': the shard {entry['basename']} can not be had: {error}"
+                ) from None
             self.downloads += 1
             self._stamp(shard, "downloaded", path, file)
             return file

@@ -102,9 +102,17 @@ class Web:
             raise StoreError(f"{url}: too many redirects") from None
         except exceptions.Timeout:
             raise _PassingError(f"{url}: timeout") from None
-        except (exceptions.ConnectionError, exceptions.ChunkedEncodingError, exceptions.ContentDecodingError, HTTPError):
+        except (
+            exceptions.ConnectionError,
+            exceptions.ChunkedEncodingError,
+            exceptions.ContentDecodingError,
+            HTTPError,
+        ):
             raise _PassingError(f"{url}: no connection, or one that broke off") from None
-        except (exceptions.RequestException, ValueError):  # requests lets some of urllib3's and idna's through
+        except (
+            exceptions.RequestException,
+            ValueError,
+        ):  # requests lets some of urllib3's and idna's through
             raise StoreError(f"{url}: not a URL that can be fetched, or it leads to one") from None
 
     def _session(self) -> Any:

@@ -29,17 +29,31 @@ from unitoken.common.config import Config, load_config
 from unitoken.common.errors import ConfigError
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: data.packed_length=8192")] = None,
-    sweep_length: Annotated[bool, typer.Option(help="also print how full packs of 1k to 16k tokens are")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as in training: data.packed_length=8192")
+    ] = None,
+    sweep_length: Annotated[
+        bool, typer.Option(help="also print how full packs of 1k to 16k tokens are")
+    ] = False,
     epoch: Annotated[int, typer.Option(min=0)] = 0,
-    image_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
-    patch_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
+    ] = None,
 ) -> None:
     """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
     with one_line_errors():
@@ -107,37 +121,67 @@ def tower_size(vision: Any, image_size: int | None, patch_size: int | None) -> t
                 typer.echo(f"model.vision: {vision} is not on this machine: taken for {assumed}", err=True)
             found = {"image_size": SO400M[0], "patch_size": SO400M[1]}
     defaults = SO400M if vision is None else (224, 16)  # as SigLIP's own configuration
-    size = [image_size or found.get("image_size", defaults[0]), patch_size or found.get("patch_size", defaults[1])]
+    size = [
+        image_size or found.get("image_size", defaults[0]),
+        patch_size or found.get("patch_size", defaults[1]),
+    ]
     if not all(isinstance(one, int) and 0 < one <= 1 << 14 for one in size) or size[1] > size[0]:
-        raise ConfigError(f"model.vision: expected image_size and patch_size in pixels, found {size[0]!r} and {size[1]!r}")
+        raise ConfigError(
+            f"model.vision: expected image_size and patch_size in pixels, found {size[0]!r} and {size[1]!r}"
+        )
     return size[0], size[1]
 
 
 @app.command()
 def simulate(
     config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in training: data.global_batch=8192")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as in training: data.global_batch=8192")
+    ] = None,
     nodes: Annotated[str, typer.Option(help="numbers of nodes")] = ",".join(str(1 << n) for n in range(11)),
     ranks_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    batch_seconds: Annotated[float | None, typer.Option(help="that a step takes; or give --tokens-per-second")] = None,
+    batch_seconds: Annotated[
+        float | None, typer.Option(help="that a step takes; or give --tokens-per-second")
+    ] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="that a node trains on")] = None,
     bandwidth: Annotated[str, typer.Option(help="of a node: 500mbit, 10gbit")] = "1gbit",
-    cache_limit: Annotated[str | None, typer.Option(help="of a node: 100gb; default: the settings' cache_limit")] = None,
+    cache_limit: Annotated[
+        str | None, typer.Option(help="of a node: 100gb; default: the settings' cache_limit")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    image_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
-    patch_size: Annotated[int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
+    ] = None,
 ) -> None:
     """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
     with one_line_errors():
-        data, vision = load_data(config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])])
-        from unitoken.streaming_data.tools.simulate import demand_table, parse_bandwidth, parse_nodes, simulate_nodes
+        data, vision = load_data(
+            config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])]
+        )
+        from unitoken.streaming_data.tools.simulate import (
+            demand_table,
+            parse_bandwidth,
+            parse_nodes,
+            simulate_nodes,
+        )
 
         counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
         demands, impossible = simulate_nodes(
-            data, counts, ranks_per_node, tower_size(vision, image_size, patch_size), bits, batch_seconds, tokens_per_second
+            data,
+            counts,
+            ranks_per_node,
+            tower_size(vision, image_size, patch_size),
+            bits,
+            batch_seconds,
+            tokens_per_second,
         )
         if as_json:
-            typer.echo(json.dumps({"nodes": [demand.model_dump() for demand in demands], "not_possible": impossible}))
+            typer.echo(
+                json.dumps({"nodes": [demand.model_dump() for demand in demands], "not_possible": impossible})
+            )
             return
         uneven = ""
         if impossible:
@@ -156,7 +200,9 @@ def simulate(
 def convert_config(
     meta: Annotated[Path, typer.Argument(help="the reference's file: META, a list of path and ratio")],
     out: Annotated[Path | None, typer.Option(help="a file to write; default: print")] = None,
-    datasets: Annotated[str, typer.Option(help="folder or URL where the tokenized datasets lie, or will")] = "data",
+    datasets: Annotated[
+        str, typer.Option(help="folder or URL where the tokenized datasets lie, or will")
+    ] = "data",
 ) -> None:
     """Turn the reference's data file into the `data:` part of a stage."""
     with one_line_errors():

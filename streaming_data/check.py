@@ -35,7 +35,9 @@ def other_codes(sources: list[StreamSource]) -> list[str]:
     for other in with_images[1:]:
         first = with_images[0]
         ours, theirs = first.manifest.vision.model_dump(), other.manifest.vision.model_dump()
-        if differences := [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+        if differences := [
+            f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]
+        ]:
             names = f"streams '{first.name}' and '{other.name}'"
             lines.append(f"{names} have image codes of different tokenizers: {', '.join(differences)}")
     return lines
@@ -43,7 +45,9 @@ def other_codes(sources: list[StreamSource]) -> list[str]:
 
 def uneven_proportions(config: DataConfig) -> list[str]:
     """A warning where proportions look like shares of 1 and are not."""
-    given = {name: stream.proportion for name, stream in config.streams.items() if stream.proportion is not None}
+    given = {
+        name: stream.proportion for name, stream in config.streams.items() if stream.proportion is not None
+    }
     total = sum(given.values())
     if not given or abs(total - 1) < 1e-6 or all(value.is_integer() for value in given.values()):
         return []  # 3 to 1 is meant as it is said

@@ -22,7 +22,9 @@ Length = Annotated[int, Field(gt=0, le=2**24)]  # positions in a pack
 Unit = Literal["samples", "tokens", "target_tokens"]
 
 
-Kind = Literal["understanding", "generation", "text"]  # all images are asked about; one at least is generated; no image
+Kind = Literal[
+    "understanding", "generation", "text"
+]  # all images are asked about; one at least is generated; no image
 
 
 Continuous = Literal["questions", "all", "none"]
@@ -40,12 +42,20 @@ class StreamConfig(Config):
     local: Name | None = None  # the dataset folder; with `remote`, the folder that caches it
     remote: Name | None = None  # a folder, s3://, gs://, azure://, hf:// ...
     endpoint: Name | None = None  # the S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's
-    proportion: Annotated[float, Field(ge=0, le=1e9)] | None = None  # share of the epoch in `unit`, relative to the other streams'
+    proportion: Annotated[float, Field(ge=0, le=1e9)] | None = (
+        None  # share of the epoch in `unit`, relative to the other streams'
+    )
     repeat: Annotated[float, Field(ge=0, le=1e6)] | None = None  # times all it has
     choose: Annotated[int, Field(ge=0, le=10**15)] | None = None  # so many of `unit`
-    max_tokens: Length | None = None  # a longer sample, features included, is over-long; default packed_length
-    kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = None  # only samples of these kinds; default all
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the samples, by hash of their ids, that is not trained on
+    max_tokens: Length | None = (
+        None  # a longer sample, features included, is over-long; default packed_length
+    )
+    kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = (
+        None  # only samples of these kinds; default all
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # share of the samples, by hash of their ids, that is not trained on
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_weight(self) -> StreamConfig:
@@ -82,19 +92,27 @@ class DataConfig(Config):
     split: Literal["train", "held_out"] = "train"  # held_out: what training leaves out, to evaluate on
     continuous: Continuous = "questions"  # which images bring their continuous features
     anyres: bool = False  # besides the whole picture its tiles at full resolution
-    canonical_nodes: Count = 1  # rows of shards that are read side by side: the most nodes that share no shard
+    canonical_nodes: Count = (
+        1  # rows of shards that are read side by side: the most nodes that share no shard
+    )
     shuffle: bool = True
     window: Annotated[int, Field(gt=0, lt=2**31)] = 131072  # samples that are packed together
     # stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream: each batch is of one
     # stream, in proportion. Without `shuffle` packs come in the order of the samples.
     batching_method: BatchingMethod = "stratified"
-    over_long: OverLong = "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
-    null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the drawings are trained on without their prompt's text
+    over_long: OverLong = (
+        "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
+    )
+    null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # of the drawings are trained on without their prompt's text
+    )
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes a rank; 0 loads in the training process
     prefetch: Annotated[int, Field(gt=0, le=1024)] = 2  # batches that each worker prepares ahead
     timeout: Count = 600  # seconds without a batch from a worker until that is an error
     cache_limit: Bytes | None = None  # that downloaded shards may take in each cache folder: 500gb
-    cache: Name | None = None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
+    cache: Name | None = (
+        None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -116,7 +134,9 @@ class DataConfig(Config):
         proportional = [name for name, kind in kinds.items() if kind == "proportion"]
         absolute = [f"'{name}' ({kind})" for name, kind in kinds.items() if kind != "proportion"]
         if proportional and absolute:
-            raise ValueError(f"proportion is for all streams or for none: '{proportional[0]}' has it, {', '.join(absolute)} not")
+            raise ValueError(
+                f"proportion is for all streams or for none: '{proportional[0]}' has it, {', '.join(absolute)} not"
+            )
         if proportional and not any(stream.proportion for stream in self.streams.values()):
             raise ValueError("the proportions of all streams are 0")
         if self.epoch_samples and self.epoch_tokens:
@@ -126,7 +146,9 @@ class DataConfig(Config):
             raise ValueError(f"{size} does not go with repeat or choose: {', '.join(absolute)}")
         everything = [name for name, stream in self.streams.items() if not stream.held_out]
         if self.split == "held_out" and everything:
-            raise ValueError(f"split: held_out needs `held_out` above 0 in every stream: '{everything[0]}' has none")
+            raise ValueError(
+                f"split: held_out needs `held_out` above 0 in every stream: '{everything[0]}' has none"
+            )
         return self
 
     @property

@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import locked, remove_abandoned, write_aside
-from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, VOCABULARY, Manifest, load_manifest, sha256_file
+from unitoken.dataset.manifest import (
+    INDEX,
+    MANIFEST,
+    SIDECAR,
+    VOCABULARY,
+    Manifest,
+    load_manifest,
+    sha256_file,
+)
 from unitoken.dataset.mds_index import read_index
 from unitoken.storage.open import open_store
 from unitoken.storage.shard_cache import SHARD_RETRY_SECONDS, ShardError, fetch
@@ -97,8 +105,11 @@ def _of_stream(name: str) -> Iterator[None]:
 
 def crops_of(manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
     """The (width, height) in pixels that the pictures of all streams were cut to for the image tokenizer, those of most
-    pictures first."""
-    with_images = sorted((manifest for manifest in manifests if manifest.images), key=lambda manifest: -manifest.images)
+    pictures first.
+    """
+    with_images = sorted(
+        (manifest for manifest in manifests if manifest.images), key=lambda manifest: -manifest.images
+    )
     return list(dict.fromkeys(crop for manifest in with_images for crop in manifest.crops()))
 
 
@@ -106,7 +117,10 @@ def to_streams(sources: list[StreamSource]) -> list[streaming.Stream]:
     """The sources as streaming's own objects, weights included."""
     from streaming import Stream
 
-    return [Stream(local=str(source.folder), remote=source.config.remote, **source.config.weight) for source in sources]
+    return [
+        Stream(local=str(source.folder), remote=source.config.remote, **source.config.weight)
+        for source in sources
+    ]
 
 
 def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
@@ -127,7 +141,9 @@ def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
                 files = json.loads(fresh)["files"]
                 wanted = {file: files[file] for file in (VOCABULARY, INDEX, SIDECAR)}
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"stream '{name}': {store.url}/{MANIFEST} is not the manifest of a dataset") from None
+                raise ConfigError(
+                    f"stream '{name}': {store.url}/{MANIFEST} is not the manifest of a dataset"
+                ) from None
             for file, sha256 in wanted.items():
                 wrong = functools.partial(_wrong_sha256, expected=sha256)
                 if wrong(folder / file):
@@ -141,4 +157,8 @@ def _wrong_sha256(path: Path, expected: str | None) -> str | None:
     if not path.exists():
         return "missing"
     found = sha256_file(path)
-    return None if found == expected else f"not the file that {MANIFEST} names: its sha256 is {found}, expected {expected}"
+    return (
+        None
+        if found == expected
+        else f"not the file that {MANIFEST} names: its sha256 is {found}, expected {expected}"
+    )

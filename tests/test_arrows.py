@@ -22,12 +22,23 @@ INSIDE = {
         *("pipeline", "executors", "checks", "migrate", "__main__"),
     ),
     "train": (
-        *("__init__", "config", "optim", "check_tokenizers", "model", "checkpoint", "distributed", "accounting"),
+        *(
+            "__init__",
+            "config",
+            "optim",
+            "check_tokenizers",
+            "model",
+            "checkpoint",
+            "distributed",
+            "accounting",
+        ),
         *("generation", "check", "callbacks", "stage", "schema", "__main__"),
     ),
 }
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
 }
 EACH_MODULE = pytest.mark.parametrize("name", sorted(MODULES))
 
@@ -87,7 +98,12 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["import unitoken.train.stage", "from unitoken.train import stage", "from unitoken.train.stage import run"]
+    "line",
+    [
+        "import unitoken.train.stage",
+        "from unitoken.train import stage",
+        "from unitoken.train.stage import run",
+    ],
 )
 def test_every_form_of_import_is_seen(line: str) -> None:
     assert ours(imported(f"def late():\n    {line}\n")) == {"train.stage"}
@@ -128,7 +144,13 @@ def test_no_folder_has_more_modules_than_one_can_look_through() -> None:
 
 def risks(source: str) -> set[str]:
     """What could run a file's content: modules that unpickle, and calls that evaluate, start a shell or allow a pickle."""
-    found = {name.split(".")[0] for name in imported(source)} & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+    found = {name.split(".")[0] for name in imported(source)} & {
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+        "shelve",
+    }
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -136,7 +158,12 @@ def risks(source: str) -> set[str]:
         if name in {"eval", "exec", "os.system", "os.popen", "yaml.unsafe_load"}:
             found.add(name)
         given = {(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords}
-        unsafe = {("shell", "True"), ("allow_pickle", "True"), ("weights_only", "False"), ("trust_remote_code", "True")}
+        unsafe = {
+            ("shell", "True"),
+            ("allow_pickle", "True"),
+            ("weights_only", "False"),
+            ("trust_remote_code", "True"),
+        }
         found |= {f"{key}={value}" for key, value in given & unsafe}
         if name == "torch.load" and ("weights_only", "True") not in given:
             found.add("torch.load without weights_only=True")

@@ -35,20 +35,31 @@ GOES_ON = "the same command goes on from here"
 DEFAULT_CONFIG = Path("yamls/tokenize/chameleon.yaml")
 
 HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The settings' YAML file.")]
 OldConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="The settings' YAML file, in place of what the dataset was made with.")
+    Path | None,
+    typer.Option("--config", help="The settings' YAML file, in place of what the dataset was made with."),
 ]
 OutOption = Annotated[str, typer.Option("--out_dir", help="The dataset's folder, or its URL.")]
 OutArgument = Annotated[str, typer.Argument(help="The dataset's folder, or its URL.")]
 SplitsOption = Annotated[int, typer.Option("--splits", min=1, help="How many processes share the work.")]
 EngineOption = Annotated[
-    Literal["local", "ray"], typer.Option("--engine", help="Processes of this machine, or tasks on a Ray cluster.")
+    Literal["local", "ray"],
+    typer.Option("--engine", help="Processes of this machine, or tasks on a Ray cluster."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as vision.batch_size=4.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that replace the file's, as vision.batch_size=4."
+    ),
 ]
 
 
@@ -66,9 +77,13 @@ def run(
     overrides: Overrides = None,
     config: ConfigOption = DEFAULT_CONFIG,
     splits: SplitsOption = 1,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Do this process's share only, and do not merge.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=0, help="Do this process's share only, and do not merge.")
+    ] = None,
     engine: EngineOption = "local",
-    target_size: Annotated[int | None, typer.Option("--target_size", help="Side of the images in pixels; as target_size=.")] = None,
+    target_size: Annotated[
+        int | None, typer.Option("--target_size", help="Side of the images in pixels; as target_size=.")
+    ] = None,
 ) -> None:
     """Tokenize inputs into a dataset folder; run it again to go on after a stop."""
     with one_line_errors(GOES_ON):
@@ -104,7 +119,10 @@ def preview(
     overrides: Overrides = None,
     config: OldConfigOption = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 4,
-    out: Annotated[Path | None, typer.Option("--out", help="A folder for a page with pictures, in place of the terminal.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="A folder for a page with pictures, in place of the terminal."),
+    ] = None,
 ) -> None:
     """Show samples as a model sees them: what is trained on in green, images as [image HxW].
 
@@ -127,7 +145,9 @@ def preview(
 @app.command()
 def verify(
     out_dir: OutArgument,
-    sample: Annotated[float, typer.Option("--sample", min=0, max=1, help="The share of shards and samples to look at.")] = 1.0,
+    sample: Annotated[
+        float, typer.Option("--sample", min=0, max=1, help="The share of shards and samples to look at.")
+    ] = 1.0,
 ) -> None:
     """Check a dataset against its own hashes, counts and rules; status 1 if anything is wrong."""
     with one_line_errors():
@@ -142,11 +162,17 @@ def verify(
 @app.command()
 def rejects(
     out_dir: OutArgument,
-    retry: Annotated[bool, typer.Option("--retry", help="Try the rejected items again, with the settings of their run.")] = False,
-    kind: Annotated[list[str] | None, typer.Option("--kind", help="Only rejects of this kind; may be given often.")] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try the rejected items again, with the settings of their run.")
+    ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="Only rejects of this kind; may be given often.")
+    ] = None,
     in_filename: Annotated[
         list[str] | None,
-        typer.Option("--in_filename", help="The input again, where its URLs were signed: signatures are not stored."),
+        typer.Option(
+            "--in_filename", help="The input again, where its URLs were signed: signatures are not stored."
+        ),
     ] = None,
     overrides: Overrides = None,
     config: OldConfigOption = None,
@@ -167,7 +193,9 @@ def rejects(
         store = open_store(out_dir)
         settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
         sources = in_filename or [file.name for file in load_work(store).input.files]
-        job = prepare(settings, sources, out_dir)  # before the dataset is touched: settings and input still fit
+        job = prepare(
+            settings, sources, out_dir
+        )  # before the dataset is touched: settings and input still fit
         if begin_retry(out_dir, kind):
             job = dataclasses.replace(job, work=load_work(store))
             _finish(out_dir, settings.max_reject_fraction, _launch(job, splits, engine))
@@ -180,7 +208,10 @@ def migrate(
     overrides: Overrides = None,
     config: ConfigOption = DEFAULT_CONFIG,
     without_images: Annotated[
-        bool, typer.Option("--without-images", help="Leave the originals out; trains with data.continuous=none only.")
+        bool,
+        typer.Option(
+            "--without-images", help="Leave the originals out; trains with data.continuous=none only."
+        ),
     ] = False,
 ) -> None:
     """Make a dataset of one that the reference tokenized: record.json and pickles. Nothing in a pickle is run.
@@ -199,7 +230,9 @@ def migrate(
 @app.command("convert-vqgan")
 def convert_vqgan(
     source: Annotated[Path, typer.Argument(help="The folder with Meta's vqgan.yaml and vqgan.ckpt.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make: vqgan.yaml and vqgan.safetensors, for vision.weights.")],
+    out: Annotated[
+        Path, typer.Argument(help="The folder to make: vqgan.yaml and vqgan.safetensors, for vision.weights.")
+    ],
 ) -> None:
     """Make safetensors of Meta's image tokenizer, once. No code in vqgan.ckpt is run; codes and fingerprint stay as they are."""
     with one_line_errors():
@@ -209,7 +242,11 @@ def convert_vqgan(
 
 
 @app.command()
-def schema(out: Annotated[Path | None, typer.Argument(help="The file to write; without it the schema is printed.")] = None) -> None:
+def schema(
+    out: Annotated[
+        Path | None, typer.Argument(help="The file to write; without it the schema is printed.")
+    ] = None,
+) -> None:
     """Write the JSON Schema of the settings' YAML file, for editors."""
     with one_line_errors():
         from unitoken.common.schema import write_schema

@@ -26,9 +26,15 @@ SECONDS = 60.0  # for pictures that are far away; what is not seen by then is le
 
 def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
     """Raises ConfigError where the first `COUNT` items would all be rejected: with the commonest reason, and the adapter that
-    takes more of them."""
-    adapter, pictures = find_adapter(config.adapter), PictureReader(config.allow_http, config.allow_private, config.timeout_seconds)
-    items = itertools.chain.from_iterable(reader.read_piece(input, piece) for piece in range(len(input.pieces)))
+    takes more of them.
+    """
+    adapter, pictures = (
+        find_adapter(config.adapter),
+        PictureReader(config.allow_http, config.allow_private, config.timeout_seconds),
+    )
+    items = itertools.chain.from_iterable(
+        reader.read_piece(input, piece) for piece in range(len(input.pieces))
+    )
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     seen: list[reader.Item] = []
@@ -52,7 +58,9 @@ def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
             print(f"none of the {len(seen)} items can be used{hint}", file=sys.stderr)
         return
     (kind, count), *_ = reasons.most_common(1)
-    raise ConfigError(f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}{_likelier(config, seen)}")
+    raise ConfigError(
+        f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}{_likelier(config, seen)}"
+    )
 
 
 def _conversation(adapter: Adapter, item: reader.Item, compat: bool) -> Conversation:

@@ -89,7 +89,9 @@ class Work:
         chunks = [Chunk(chunk_name(number), ((number, None),)) for number in range(len(self.input.pieces))]
         for number, retry in enumerate(self.rounds, 1):
             for n, start in enumerate(range(0, len(retry.items), self.chunk_size)):
-                groups = itertools.groupby(retry.items[start : start + self.chunk_size], key=lambda item: item[0])
+                groups = itertools.groupby(
+                    retry.items[start : start + self.chunk_size], key=lambda item: item[0]
+                )
                 parts = tuple((piece, tuple(position for _, position in group)) for piece, group in groups)
                 chunks.append(Chunk(f"retry-{number:02d}-{n:06d}", parts))
         return chunks
@@ -100,7 +102,10 @@ class Work:
 
     def items(self, chunk: Chunk) -> int | None:
         """How many items a chunk has; None where that is known once it is read."""
-        counts = [self.input.pieces[piece].items if positions is None else len(positions) for piece, positions in chunk.parts]
+        counts = [
+            self.input.pieces[piece].items if positions is None else len(positions)
+            for piece, positions in chunk.parts
+        ]
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
@@ -154,7 +159,9 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
     vision = weights.describe(config.vision)
     _check_size(config.target_size, vision.downsampling)
     adapter = adapter_fingerprint(config.adapter)
-    find_adapter(config.adapter)  # a mistake in a user's file must not leave a folder that refuses the corrected one
+    find_adapter(
+        config.adapter
+    )  # a mistake in a user's file must not leave a folder that refuses the corrected one
     files = find_files(sources)
     tokenizer = load_tokenizer(config.tokenizer)
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
@@ -173,7 +180,9 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
     return begin(output, file, pieces, vocabulary, config)
 
 
-def begin(output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, config: TokenizeConfig) -> Job:
+def begin(
+    output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, config: TokenizeConfig
+) -> Job:
     """Claim the output and leave in it what every process and the merge read. Raises ConfigError where it is another's."""
     _clear_if_nothing_was_kept(output, file)
     claim(output, file)
@@ -190,7 +199,9 @@ def _found_anywhere(config: TokenizeConfig) -> TokenizeConfig:
     path, _, function = config.adapter.rpartition(":")
     adapter = f"{_whole_path(path)}:{function}" if path else config.adapter
     vision = config.vision.model_copy(update={"weights": _whole_path(config.vision.weights)})
-    return config.model_copy(update={"tokenizer": _whole_path(config.tokenizer), "vision": vision, "adapter": adapter})
+    return config.model_copy(
+        update={"tokenizer": _whole_path(config.tokenizer), "vision": vision, "adapter": adapter}
+    )
 
 
 def _whole_path(name: str) -> str:
@@ -199,7 +210,9 @@ def _whole_path(name: str) -> str:
 
 def _to_be_stored(input: Input) -> Input:
     """What is signed or holds a password would let every reader of the dataset read the input; paths are whole ones."""
-    files = [file.model_copy(update={"name": without_secrets(_whole_path(file.name))}) for file in input.files]
+    files = [
+        file.model_copy(update={"name": without_secrets(_whole_path(file.name))}) for file in input.files
+    ]
     return input.model_copy(update={"files": files})
 
 
@@ -208,7 +221,12 @@ def settings_of(out: str, config: Path | None, default: Path, overrides: Sequenc
     if config is None:
         store = open_store(out)
         with contextlib.suppress(StoreError):  # said by whoever reads the dataset
-            return parse_config(TokenizeConfig, store.read(SETTINGS).decode(errors="replace"), f"{store.url}/{SETTINGS}", overrides)
+            return parse_config(
+                TokenizeConfig,
+                store.read(SETTINGS).decode(errors="replace"),
+                f"{store.url}/{SETTINGS}",
+                overrides,
+            )
     return load_config(TokenizeConfig, config or default, overrides)
 
 
@@ -216,7 +234,9 @@ def _clear_if_nothing_was_kept(output: Output, file: JobFile) -> None:
     """A finished dataset without a sample is a mistake that the corrected command must not collide with."""
     if not output.exists(MANIFEST) or read_manifest(output.store).samples or not _differences(output, file):
         return
-    names = sorted(output.store.sizes(), key=lambda name: name != MANIFEST)  # the manifest first: without it nothing is finished
+    names = sorted(
+        output.store.sizes(), key=lambda name: name != MANIFEST
+    )  # the manifest first: without it nothing is finished
     for name in names:
         output.store.delete(name)
     if not is_url(output.url):
@@ -237,7 +257,9 @@ def claim(output: Output, file: JobFile) -> None:
 def _differences(output: Output, file: JobFile) -> list[str]:
     theirs = _settings(_parse(JobFile, output.claim(JOB, dump(file)), f"{output.url}/{JOB}"))
     ours = _settings(file)
-    return [f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]]
+    return [
+        f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]
+    ]
 
 
 def load_job(store: Store) -> JobFile:
@@ -263,7 +285,9 @@ def _load(model: type[ConfigT], store: Store, name: str) -> ConfigT:
     try:
         return _parse(model, store.read(name), f"{store.url}/{name}")
     except MissingError:
-        raise ConfigError(f"{store.url}: no {name} in it: not a folder that `python -m unitoken.tokenize run` writes") from None
+        raise ConfigError(
+            f"{store.url}: no {name} in it: not a folder that `python -m unitoken.tokenize run` writes"
+        ) from None
     except StoreError as error:
         raise ConfigError(f"{error}") from None
 
@@ -294,9 +318,15 @@ def check_out_folder(output: Output) -> None:
     if not is_url(output.url) and Path(output.url).exists() and not Path(output.url).is_dir():
         raise ConfigError(f"{output.url}: expected a folder to write to, found a file")
     if not output.exists(JOB):
-        foreign = [name for name in output.store.sizes() if not any(part.startswith(ASIDE) for part in name.split("/"))]
+        foreign = [
+            name
+            for name in output.store.sizes()
+            if not any(part.startswith(ASIDE) for part in name.split("/"))
+        ]
         if foreign:
-            raise ConfigError(f"{output.url}: expected an empty folder or one of ours, found {foreign[0]!r} in it and no {JOB}")
+            raise ConfigError(
+                f"{output.url}: expected an empty folder or one of ours, found {foreign[0]!r} in it and no {JOB}"
+            )
 
 
 def _check_size(target_size: int, downsampling: int) -> None:
@@ -311,7 +341,9 @@ def pieces_of(output: Output, files: list[InputFile], chunk_size: int) -> Input:
     """The files cut, or as an earlier start has cut the same ones: to scan millions of items again would take minutes."""
     if output.exists(INPUT) and output.exists(JOB) and load_job(output.store).chunk_size == chunk_size:
         known = _load(Input, output.store, INPUT)
-        if [(f.format, f.size, f.version) for f in known.files] == [(f.format, f.size, f.version) for f in files]:
+        if [(f.format, f.size, f.version) for f in known.files] == [
+            (f.format, f.size, f.version) for f in files
+        ]:
             return Input(files=files, pieces=known.pieces)
     return cut(files, chunk_size)
 

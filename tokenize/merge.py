@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import INDEX, LEFT_OUT, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, read_manifest, sha256_file
+from unitoken.dataset.manifest import (
+    INDEX,
+    LEFT_OUT,
+    MANIFEST,
+    REJECTS,
+    SIDECAR,
+    VOCABULARY,
+    Manifest,
+    read_manifest,
+    sha256_file,
+)
 from unitoken.dataset.mds_index import dump_index
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.storage.store import Store, is_url
@@ -97,7 +107,9 @@ class Part:
 
 @dataclass
 class _Counts:
-    values: Counter[str] = field(default_factory=lambda: Counter(samples=0, tokens=0, target_tokens=0, images=0, rejected=0))
+    values: Counter[str] = field(
+        default_factory=lambda: Counter(samples=0, tokens=0, target_tokens=0, images=0, rejected=0)
+    )
 
     def add(self, samples: Any) -> None:
         import pyarrow.compute as pc
@@ -152,7 +164,9 @@ def read_chunk(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) ->
     hint = f"; remove {store.url}/{chunk.name} and run again"
     try:
         shards, turns_left_out = _index(store, chunk.name, sizes)
-        samples = pq.read_table(pa.BufferReader(store.read(f"{chunk.name}/{SIDECAR}")), schema=samples_schema())
+        samples = pq.read_table(
+            pa.BufferReader(store.read(f"{chunk.name}/{SIDECAR}")), schema=samples_schema()
+        )
         rejects = store.read(f"{chunk.name}/{REJECTS}").splitlines(keepends=True)
     except (OSError, pa.ArrowException) as error:  # Arrow's own are of both kinds
         raise ConfigError(f"{error}{hint}") from None
@@ -178,7 +192,9 @@ def _index(store: Store, chunk: str, sizes: dict[str, int]) -> tuple[list[dict[s
             file, _ = shard["raw_data"], int(shard["samples"])
             # Readers join these names to paths unchecked.
             if not SHARD_NAME.fullmatch(file["basename"]) or shard["zip_data"] is not None:
-                raise ConfigError(f"{where}: expected uncompressed shards named shard.NNNNN.mds, found {file['basename']!r}")
+                raise ConfigError(
+                    f"{where}: expected uncompressed shards named shard.NNNNN.mds, found {file['basename']!r}"
+                )
             file["basename"] = name = f"{chunk}/{file['basename']}"
             if (found := sizes.get(name)) != file["bytes"]:
                 what = "not there" if found is None else f"{found} bytes"
@@ -200,13 +216,17 @@ def summary(out: str, manifest: Manifest) -> str:
         f"{m.tokens:,} tokens ({m.target_tokens:,} trained on), {m.images:,} images"
     ]
     if m.turns_left_out:
-        lines.append(f"{m.turns_left_out:,} conversations begin with the assistant and lost that turn, as in LLaVA's loader")
+        lines.append(
+            f"{m.turns_left_out:,} conversations begin with the assistant and lost that turn, as in LLaVA's loader"
+        )
     if m.rejected:
         lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
         lines += [f"{count:>8,}  {kind}" for kind, count, _ in grouped(out)[:5]]
     if m.samples:
         where = f"{{remote: {out}}}" if is_url(out) else f"{{local: {out}}}"
-        lines.append(f"next: python -m unitoken.tokenize preview {out}; in a stage's YAML: data.streams: {{NAME: {where}}}")
+        lines.append(
+            f"next: python -m unitoken.tokenize preview {out}; in a stage's YAML: data.streams: {{NAME: {where}}}"
+        )
     return "\n".join(lines)
 
 
@@ -214,10 +234,14 @@ def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[s
     """Why the command that made a finished dataset still ends with status 1, a line each."""
     found = []
     if cut := sum(count for kind, count, _ in grouped(out) if kind == "input cut"):
-        found.append(f"{cut} input file{'s end' if cut > 1 else ' ends'} in the middle of an item; see 'input cut' in {REJECTS}")
+        found.append(
+            f"{cut} input file{'s end' if cut > 1 else ' ends'} in the middle of an item; see 'input cut' in {REJECTS}"
+        )
     if not manifest.samples:
         kinds = grouped(out)
-        commonest = f"; the commonest reason, of {kinds[0][1]} items: {kinds[0][0]}: {kinds[0][2]}" if kinds else ""
+        commonest = (
+            f"; the commonest reason, of {kinds[0][1]} items: {kinds[0][0]}: {kinds[0][2]}" if kinds else ""
+        )
         found.append(f"{out}: nothing was kept of {manifest.items} items{commonest}")
         return found
     # Ten bad items are always forgiven: they say little about the rest.

@@ -75,7 +75,9 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
     ids = load_tokenizer(settings.tokenizer).get_vocab()
     codes = next(code for code in range(len(ids) + 1) if image_code_name(code) not in ids)
     if not codes:
-        raise ConfigError(f"tokenizer: {settings.tokenizer}: expected the one of the dataset, found no image codes in it")
+        raise ConfigError(
+            f"tokenizer: {settings.tokenizer}: expected the one of the dataset, found no image codes in it"
+        )
     vocabulary = Vocabulary.from_tokens(ids, codes)
     pieces = pieces_of(output, files, settings.chunk_size)
     # Nothing in the reference's files names the weights: "unknown" differs from every fingerprint, so that a mixture
@@ -89,7 +91,12 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
     )
     same = settings.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter", "compat"})
     file = JobFile(
-        source=pieces.fingerprint, vocabulary=vocabulary.fingerprint, vision=vision, adapter=adapter, compat="unitoken", **same
+        source=pieces.fingerprint,
+        vocabulary=vocabulary.fingerprint,
+        vision=vision,
+        adapter=adapter,
+        compat="unitoken",
+        **same,
     )
     return begin(output, file, pieces, vocabulary, settings)
 
@@ -98,13 +105,17 @@ class Migration:
     def __init__(self, job: Job) -> None:
         self._job, self._vocabulary = job, job.vocabulary()
         self._with_images = job.file.adapter == MIGRATED
-        self._pictures = PictureReader(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
+        self._pictures = PictureReader(
+            job.config.allow_http, job.config.allow_private, job.config.timeout_seconds
+        )
         self._sizes = crop_latents(job.file.crop, job.file.target_size, DOWNSAMPLING)
 
     def write_chunk(self, chunk: Chunk, report: Callable[[int, int], None]) -> None:
         rejects = Rejects()
         raw = (
-            (self._place(item), item) for piece, taken in chunk.parts for item in reader.read_piece(self._job.input, piece, taken)
+            (self._place(item), item)
+            for piece, taken in chunk.parts
+            for item in reader.read_piece(self._job.input, piece, taken)
         )
         items = rejects.sift("source", self._open, raw)
         assembled = rejects.sift("sequence", self._assemble, items)
@@ -129,10 +140,14 @@ class Migration:
         if isinstance(entry, ItemError):
             raise entry
         if not isinstance(entry, dict) or not isinstance(name := entry.get("file"), str):
-            raise ItemError(f'bad record: expected {{"file": ..., "len": ..., "id": ...}}, found {brief(entry)}')
+            raise ItemError(
+                f'bad record: expected {{"file": ..., "len": ..., "id": ...}}, found {brief(entry)}'
+            )
         value = load_plain(_read(Path(name)), name)
         if not isinstance(value, dict) or not isinstance(tokens := value.get("token"), list):
-            raise ItemError(f"bad pickle: {shown(name)}: expected a dict with 'token' and 'label', found {brief(value)}")
+            raise ItemError(
+                f"bad pickle: {shown(name)}: expected a dict with 'token' and 'label', found {brief(value)}"
+            )
         if entry.get("len", len(tokens)) != len(tokens):
             raise ItemError(f"length differs: {len(tokens)} tokens, the record says {brief(entry['len'])}")
         return value
@@ -140,20 +155,28 @@ class Migration:
     def _assemble(self, place: Place, value: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
         tokens, labels = _integers(value, "token"), _integers(value, "label")
         if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= self._vocabulary.size:
-            raise ItemError(f"bad tokens: expected some from 0 to {self._vocabulary.size - 1}, found {brief(value['token'])}")
+            raise ItemError(
+                f"bad tokens: expected some from 0 to {self._vocabulary.size - 1}, found {brief(value['token'])}"
+            )
         trained = labels != IGNORED
         if len(labels) != len(tokens) or (labels[trained] != tokens[trained]).any():
-            raise ItemError(f"bad labels: expected {IGNORED} or the token itself at each of {len(tokens)} places")
+            raise ItemError(
+                f"bad labels: expected {IGNORED} or the token itself at each of {len(tokens)} places"
+            )
         if not trained.any():
             raise ItemError("nothing to train on: all labels are masked")
         check_length(len(tokens), self._job.file.max_tokens)
         spans = np.array(list(self._image_spans(tokens)), np.uint32).reshape(-1, 4)
-        record = Record(place.id, tokens.astype(token_type(self._vocabulary.size)), spans_of(trained), spans, ())
+        record = Record(
+            place.id, tokens.astype(token_type(self._vocabulary.size)), spans_of(trained), spans, ()
+        )
         return record, value
 
     def _image_spans(self, tokens: Tokens) -> Iterable[tuple[int, int, int, int]]:
         """From each start of an image to the next end; a text may have forged either, which makes no image."""
-        starts, ends = (np.flatnonzero(tokens == i) for i in (self._vocabulary.image_start, self._vocabulary.image_end))
+        starts, ends = (
+            np.flatnonzero(tokens == i) for i in (self._vocabulary.image_start, self._vocabulary.image_end)
+        )
         if len(starts) != len(ends):
             raise ItemError(f"broken image: {len(starts)} starts and {len(ends)} ends of an image")
         for start, last in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -162,7 +185,9 @@ class Migration:
             except (ValueError, IndexError) as error:
                 raise ItemError(f"broken image: at token {start}: {error}") from None
             if (height, width) not in self._sizes:
-                raise ItemError(f"image of another size: {height} x {width} latents, which target_size and crop do not make")
+                raise ItemError(
+                    f"image of another size: {height} x {width} latents, which target_size and crop do not make"
+                )
             yield start, last + 1, height, width
 
     def _add_images(self, _: Place, value: tuple[Record, dict[str, Any]]) -> tuple[Record, PictureSizes]:
@@ -173,7 +198,9 @@ class Migration:
         names = item.get("raw_image") or []
         names = names if isinstance(names, list) else [names]  # the reference's tokenizer takes a string, too
         if len(names) != count or not all(isinstance(name, str) for name in names):
-            raise ItemError(f"no originals: {count} images in the tokens, 'raw_image' is {brief(item.get('raw_image'))}")
+            raise ItemError(
+                f"no originals: {count} images in the tokens, 'raw_image' is {brief(item.get('raw_image'))}"
+            )
         originals: list[bytes] = []
         sizes: PictureSizes = []
         for name in names:
@@ -195,7 +222,9 @@ def _integers(value: dict[str, Any], name: str) -> Tokens:
     try:
         return np.array(array("q", value.get(name) or []), np.int64)
     except (TypeError, ValueError, OverflowError):
-        raise ItemError(f"bad {name}s: expected a list of whole numbers, found {brief(value.get(name))}") from None
+        raise ItemError(
+            f"bad {name}s: expected a list of whole numbers, found {brief(value.get(name))}"
+        ) from None
 
 
 # --- pickles ---------------------------------------------------------------------------------------------------------
@@ -213,7 +242,9 @@ def load_plain(data: bytes, name: str) -> object:
     while (code := data[at : at + 1]) != _STOP:
         if code not in _COUNTED:
             known = [op.name for op in pickletools.opcodes if op.code.encode("latin-1") == code]
-            raise ItemError(f"not a plain pickle: {shown(name)}: {known[0] if known else 'no pickle'} at byte {at}")
+            raise ItemError(
+                f"not a plain pickle: {shown(name)}: {known[0] if known else 'no pickle'} at byte {at}"
+            )
         width = _COUNTED[code]
         at = _end(data, at + 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little"))
     try:
@@ -241,7 +272,9 @@ def _read(path: Path) -> bytes:
         if not path.is_file():  # before it is opened: a pipe would never end
             raise ItemError(f"no such pickle: {shown(str(path))}")
         if (size := path.stat().st_size) > MAX_PICKLE:
-            raise ItemError(f"pickle too large: {shown(str(path))}: {size} bytes, at most {MAX_PICKLE} are read")
+            raise ItemError(
+                f"pickle too large: {shown(str(path))}: {size} bytes, at most {MAX_PICKLE} are read"
+            )
         return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ItemError):

@@ -65,7 +65,9 @@ class Output:
         """Write a file unless it is there; returns what is there then. In a folder only one of two claims is written."""
         with contextlib.suppress(MissingError):
             return self.store.read(name)
-        if self._folder is None:  # no object store's test-and-set works everywhere: the later of two claims stays
+        if (
+            self._folder is None
+        ):  # no object store's test-and-set works everywhere: the later of two claims stays
             self.store.write(name, data)
         else:
             self._folder.mkdir(parents=True, exist_ok=True)

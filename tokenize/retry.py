@@ -30,7 +30,9 @@ def grouped(out: str) -> list[tuple[str, int, str]]:
     for reject in _rejects(out):
         kind, _, details = reject["reason"].partition(": ")
         counts[kind] += 1
-        examples.setdefault(kind, printable(f"{reject['file']} item {reject['position']} ({reject['id']}) {details}"))
+        examples.setdefault(
+            kind, printable(f"{reject['file']} item {reject['position']} ({reject['id']}) {details}")
+        )
     return [(kind, count, examples[kind]) for kind, count in counts.most_common()]
 
 
@@ -41,7 +43,9 @@ def show_rejects(out: str) -> None:
     print(f"{out}: {manifest.rejected:,} of {manifest.items:,} items were rejected")
     width = max((len(kind) for kind, *_ in groups[:KINDS]), default=0)
     for kind, count, example in groups[:KINDS]:
-        print(f"{count:>8,}  {kind:<{width}}  {example if len(example) <= WIDTH else f'{example[: WIDTH - 3]}...'}")
+        print(
+            f"{count:>8,}  {kind:<{width}}  {example if len(example) <= WIDTH else f'{example[: WIDTH - 3]}...'}"
+        )
     if rest := groups[KINDS:]:
         print(f"{sum(count for _, count, _ in rest):>8,}  of {len(rest)} more kinds")
 
@@ -74,7 +78,9 @@ def _chosen(out: str, kinds: Collection[str] | None) -> list[tuple[int, int]]:
     if kinds:
         found = [kind for kind, *_ in grouped(out)]
         if unknown := [kind for kind in kinds if kind not in found]:
-            raise ConfigError(f"{out}: no rejects of the kind {unknown[0]!r}; there are: {', '.join(found[:KINDS]) or 'none'}")
+            raise ConfigError(
+                f"{out}: no rejects of the kind {unknown[0]!r}; there are: {', '.join(found[:KINDS]) or 'none'}"
+            )
     # By place, so that pieces are read one after the other.
     return sorted(
         (reject["chunk"], reject["position"])

@@ -74,7 +74,9 @@ def _check_save(save: SaveConfig) -> None:
     if save.export is not None:
         out = Path(save.export)
         if Path(save.folder).resolve().is_relative_to(out.resolve()):
-            raise ConfigError(f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}")
+            raise ConfigError(
+                f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}"
+            )
         check_target(out)
         _check_writable("save.export", out.resolve().parent)
     _check_writable("save.folder", Path(save.folder))
@@ -92,7 +94,9 @@ def _check_writable(key: str, folder: Path) -> None:
 def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
     """That the weights this stage begins with are this model's, and of the data's vocabulary; gives back what may be meant."""
     origins, notes = {}, []
-    if (saved := latest_checkpoint(Path(config.save.folder))) is not None:  # a run that resumes needs nothing else any more
+    if (
+        saved := latest_checkpoint(Path(config.save.folder))
+    ) is not None:  # a run that resumes needs nothing else any more
         origins[f"save.folder: {config.save.folder}"] = saved
     else:
         if config.init_from is not None:
@@ -114,24 +118,40 @@ def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabular
 def _check_data(config: StageConfig, world_size: int) -> None:
     data, vision = config.data, config.model.vision
     if data.global_batch % world_size:
-        raise ConfigError(f"data.global_batch: {data.global_batch} packs can not be shared evenly by {world_size} ranks")
+        raise ConfigError(
+            f"data.global_batch: {data.global_batch} packs can not be shared evenly by {world_size} ranks"
+        )
     if vision is None and data.continuous != "none":
-        raise ConfigError(f"data.continuous: '{data.continuous}' needs model.vision; without a vision tower it is 'none'")
+        raise ConfigError(
+            f"data.continuous: '{data.continuous}' needs model.vision; without a vision tower it is 'none'"
+        )
     if config.compat == "unitoken" and vision is not None and data.continuous != "all":
-        raise ConfigError(f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'")
+        raise ConfigError(
+            f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'"
+        )
     if config.compat == "unitoken" and data.null_prompt_fraction:
-        raise ConfigError(f"data.null_prompt_fraction: compat 'unitoken' leaves every prompt, found {data.null_prompt_fraction}")
+        raise ConfigError(
+            f"data.null_prompt_fraction: compat 'unitoken' leaves every prompt, found {data.null_prompt_fraction}"
+        )
 
 
 def _check_ranks(config: StageConfig, world_size: int) -> None:
     replicas = config.fsdp.replicas
     if world_size % replicas:
-        raise ConfigError(f"fsdp.replicas: {world_size} ranks can not be shared evenly by {replicas} copies of the model")
+        raise ConfigError(
+            f"fsdp.replicas: {world_size} ranks can not be shared evenly by {replicas} copies of the model"
+        )
     if replicas > 1 and replicas == world_size:
-        raise ConfigError(f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; nothing would be sharded")
+        raise ConfigError(
+            f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; nothing would be sharded"
+        )
     if config.fsdp.reduce == "bf16" and config.precision == "fp32":
         raise ConfigError("fsdp.reduce: bf16 is for `precision: bf16`; gradients of fp32 are summed in fp32")
-    if config.activation_checkpointing == "selective" and config.model.attention == "flex" and not config.model.compile:
+    if (
+        config.activation_checkpointing == "selective"
+        and config.model.attention == "flex"
+        and not config.model.compile
+    ):
         raise ConfigError(  # torch ignores what is compiled inside of a selective region, and flex attention must be
             "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; or take 'full', or 'sdpa'"
         )
@@ -141,17 +161,23 @@ def _check_trainable(config: StageConfig) -> None:
     parts = ["model", "lm_head"] + (["vit", "adapter"] if config.model.vision is not None else [])
     for name in config.trainable:
         if name.split(".")[0] not in parts:
-            raise ConfigError(f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}")
+            raise ConfigError(
+                f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}"
+            )
     sees = {name.split(".")[0] for name in config.trainable}
     if config.data.continuous == "none" and sees <= {"vit", "adapter"}:
         raise ConfigError(
             f"trainable: [{', '.join(config.trainable)}] would train nothing: with data.continuous 'none' no image reaches them"
         )
     if not any(_learns(name, config.optimizer.lr_scales) for name in config.trainable):
-        raise ConfigError(f"trainable: [{', '.join(config.trainable)}] would train nothing: optimizer.lr_scales gives all of it 0")
+        raise ConfigError(
+            f"trainable: [{', '.join(config.trainable)}] would train nothing: optimizer.lr_scales gives all of it 0"
+        )
 
     for entry in config.optimizer.lr_scales:
-        if not any(f"{name}.".startswith(f"{entry}.") or entry.startswith(f"{name}.") for name in config.trainable):
+        if not any(
+            f"{name}.".startswith(f"{entry}.") or entry.startswith(f"{name}.") for name in config.trainable
+        ):
             raise ConfigError(
                 f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: [{', '.join(config.trainable)}]"
             )
@@ -169,8 +195,12 @@ def _check_loggers(config: StageConfig) -> None:
     wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb, "mlflow": config.log.mlflow}
     for package, setting in wanted.items():
         spec = importlib.util.find_spec(package) if setting else None
-        if setting and (spec is None or spec.origin is None):  # without an origin it is a mere folder, such as wandb's of logs
-            raise ConfigError(f"log.{package}: the package {package} is not installed; pip install {package}, or leave it out")
+        if setting and (
+            spec is None or spec.origin is None
+        ):  # without an origin it is a mere folder, such as wandb's of logs
+            raise ConfigError(
+                f"log.{package}: the package {package} is not installed; pip install {package}, or leave it out"
+            )
 
 
 def _evaluation_data(config: StageConfig) -> DataConfig | None:
@@ -188,7 +218,9 @@ def _evaluation_data(config: StageConfig) -> DataConfig | None:
         streams = {name: s.model_copy(update=whole) for name, s in config.data.streams.items() if s.held_out}
         held_out = True
         if not streams:
-            raise ConfigError("eval: no stream of data.streams has `held_out`, the share to evaluate on; or name eval.streams")
+            raise ConfigError(
+                "eval: no stream of data.streams has `held_out`, the share to evaluate on; or name eval.streams"
+            )
     settings = config.data.model_dump() | {
         "streams": {name: stream.model_dump() for name, stream in streams.items()},
         "split": "held_out" if held_out else "train",

@@ -21,12 +21,19 @@ def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[
     return check_image_tokenizer(codec, find_image_tokenizer(codec.vision), vocabulary, manifests)
 
 
-def check_image_tokenizer(codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:
+def check_image_tokenizer(
+    codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]
+) -> list[str]:
     """Raises ConfigError for another codebook; a line for other weights of that size, maybe a copy of the data's."""
     name, codes = codec.vision.weights, len(vocabulary.image_ids)
     if found.codebook_size != codes:
-        raise ConfigError(f"codec.vision.weights: {name} has {found.codebook_size} image codes, the data's vocabulary has {codes}")
-    made_by = {manifest.vision.weights for manifest in manifests if manifest.images} - {UNKNOWN, found.fingerprint}
+        raise ConfigError(
+            f"codec.vision.weights: {name} has {found.codebook_size} image codes, the data's vocabulary has {codes}"
+        )
+    made_by = {manifest.vision.weights for manifest in manifests if manifest.images} - {
+        UNKNOWN,
+        found.fingerprint,
+    }
     return [
         f"codec.vision.weights: {name} has fingerprint {found.fingerprint}, image codes of the data are of {other}"
         for other in sorted(made_by)

@@ -36,8 +36,14 @@ Duration = Annotated[
     Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$|^[1-9][0-9]{0,15}tok$"),
     _written_as("10ep, 1000ba or 1000000tok"),
 ]
-Interval = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$"), _written_as("1ep or 1000ba")]
-Warmup = Annotated[str, Field(pattern=r"^[0-9]{1,16}(\.[0-9]{1,16})?(ep|ba|tok)$"), _written_as("0.01ep, 100ba or 1000000tok")]
+Interval = Annotated[
+    str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$"), _written_as("1ep or 1000ba")
+]
+Warmup = Annotated[
+    str,
+    Field(pattern=r"^[0-9]{1,16}(\.[0-9]{1,16})?(ep|ba|tok)$"),
+    _written_as("0.01ep, 100ba or 1000000tok"),
+]
 
 
 class DecoderConfig(Config):
@@ -52,7 +58,9 @@ class DecoderConfig(Config):
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
     swin_norm: bool = False  # True in the 34B model
-    qk_norm: Literal["shared", "per_head"] = "shared"  # one gain for all heads (UniToken, Lumina-mGPT) or one a head (transformers)
+    qk_norm: Literal["shared", "per_head"] = (
+        "shared"  # one gain for all heads (UniToken, Lumina-mGPT) or one a head (transformers)
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -61,9 +69,13 @@ class DecoderConfig(Config):
     @pydantic.model_validator(mode="after")
     def _heads_divide(self) -> DecoderConfig:
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} is not an even number times {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even number times {self.num_attention_heads} heads"
+            )
         if self.num_attention_heads % self.kv_heads:
-            raise ValueError(f"{self.num_attention_heads} attention heads can not share {self.kv_heads} key-value heads")
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads can not share {self.kv_heads} key-value heads"
+            )
         return self
 
 
@@ -86,24 +98,34 @@ class VisionTowerConfig(Config):
     @pydantic.model_validator(mode="after")
     def _heads_divide(self) -> VisionTowerConfig:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
+            )
         return self
 
 
 def _sizes(model: type[Config]) -> pydantic.BeforeValidator:
     """So that what is wrong inside the sizes is reported as such, and not as "expected a string"."""
-    return pydantic.BeforeValidator(lambda value: model.model_validate(value) if isinstance(value, dict) else value)
+    return pydantic.BeforeValidator(
+        lambda value: model.model_validate(value) if isinstance(value, dict) else value
+    )
 
 
 class ModelConfig(Config):
-    decoder: Annotated[Name | DecoderConfig, _sizes(DecoderConfig)]  # folder or hub id of a checkpoint; or the sizes of a new one
+    decoder: Annotated[
+        Name | DecoderConfig, _sizes(DecoderConfig)
+    ]  # folder or hub id of a checkpoint; or the sizes of a new one
     vision: Annotated[Name | VisionTowerConfig | None, _sizes(VisionTowerConfig)] = (
         None  # the same for SigLIP; null: no vision tower and no adapter
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # on both residual branches of the decoder
     z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5  # weight of the mean of logsumexp squared
-    mask_image_logits: bool = False  # image codes get no probability: only for data in which no image is drawn
-    attention: Literal["sdpa", "flex"] = "sdpa"  # flex skips the blocks between documents; compiled, so for GPUs
+    mask_image_logits: bool = (
+        False  # image codes get no probability: only for data in which no image is drawn
+    )
+    attention: Literal["sdpa", "flex"] = (
+        "sdpa"  # flex skips the blocks between documents; compiled, so for GPUs
+    )
     compile: bool = False  # torch.compile of each decoder layer: some minutes at the start
 
 
@@ -123,12 +145,16 @@ class OptimizerConfig(Config):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0  # L2 norm of all gradients together
-    max_skipped: Count = 10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
+    max_skipped: Count = (
+        10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
+    )
 
     @pydantic.model_validator(mode="after")
     def _falls(self) -> OptimizerConfig:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, from which the schedule falls to it")
+            raise ValueError(
+                f"min_lr {self.min_lr:g} is above lr {self.lr:g}, from which the schedule falls to it"
+            )
         return self
 
 
@@ -171,7 +197,9 @@ class EvalConfig(Config):
     """The loss by kind on samples that are not trained on."""
 
     interval: Interval = "1000ba"  # and after the last step
-    streams: dict[str, StreamConfig] | None = None  # default: what `held_out` keeps back of the training streams, all of it
+    streams: dict[str, StreamConfig] | None = (
+        None  # default: what `held_out` keeps back of the training streams, all of it
+    )
     batches: Count | None = None  # global batches an evaluation; default all
 
 
@@ -180,8 +208,12 @@ class SamplesConfig(Config):
 
     interval: Interval = "1000ba"
     draw: list[str] = Field(default=[])  # what to draw
-    size: tuple[Count, Count] | None = None  # pixels, height and width, of drawings; default: those of the data's pictures
-    answer: dict[str, str] = Field(default={})  # picture file -> question; `<|image|>` is put before it where it has none
+    size: tuple[Count, Count] | None = (
+        None  # pixels, height and width, of drawings; default: those of the data's pictures
+    )
+    answer: dict[str, str] = Field(
+        default={}
+    )  # picture file -> question; `<|image|>` is put before it where it has none
     max_tokens: Count = 64
     temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0  # of drawings; answers are the likeliest
     top_k: Count | None = None  # image codes that drawings are made of at each place
@@ -193,8 +225,12 @@ class SamplesConfig(Config):
 class StageConfig(Config):
     name: Name
     model: ModelConfig
-    init_from: Name | None = None  # weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id
-    trainable: Annotated[list[str], Field(min_length=1)]  # names of modules or parameters, e.g. [vit, adapter]
+    init_from: Name | None = (
+        None  # weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id
+    )
+    trainable: Annotated[
+        list[str], Field(min_length=1)
+    ]  # names of modules or parameters, e.g. [vit, adapter]
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig
@@ -211,11 +247,15 @@ class StageConfig(Config):
     log: LogConfig = LogConfig()
     eval: EvalConfig | None = None
     samples: SamplesConfig | None = None
-    codec: CodecConfig | None = None  # the tokenizers the data was made with: for `samples`, `generate` and `export`
+    codec: CodecConfig | None = (
+        None  # the tokenizers the data was made with: for `samples`, `generate` and `export`
+    )
 
     @pydantic.model_validator(mode="after")
     def _compat_switches_everything(self) -> StageConfig:
         """`compat: unitoken` alone is the reference: where nothing else is said, all images bring their features."""
         if self.compat and self.model.vision is not None and "continuous" not in self.data.model_fields_set:
-            object.__setattr__(self, "data", self.data.model_copy(update={"continuous": "all"}))  # the model is frozen
+            object.__setattr__(
+                self, "data", self.data.model_copy(update={"continuous": "all"})
+            )  # the model is frozen
         return self

@@ -40,7 +40,9 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
             chosen.append(name)
     if unused:
         parts = ", ".join(name for name, _ in model.named_children())
-        raise ConfigError(f"trainable: '{sorted(unused)[0]}' names no parameter of the model; its parts are {parts}")
+        raise ConfigError(
+            f"trainable: '{sorted(unused)[0]}' names no parameter of the model; its parts are {parts}"
+        )
     return chosen
 
 
@@ -92,7 +94,9 @@ def learning_rate(done: float, config: OptimizerConfig, warmup: float, total: fl
     if done < warmup:
         return config.lr * done / warmup
     progress = (done - warmup) / (total - warmup) if total > warmup else 1.0
-    left = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}[config.schedule]
+    left = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}[
+        config.schedule
+    ]
     return config.min_lr + (config.lr - config.min_lr) * left
 
 

@@ -43,7 +43,9 @@ def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
     """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
     composer_trainer.check_precision(config)
     ranks.connect()
-    with ranks.together():  # the first word that ranks exchange: here they hear that `check` failed on another machine
+    with (
+        ranks.together()
+    ):  # the first word that ranks exchange: here they hear that `check` failed on another machine
         if config.codec is not None and needs_codec(config):
             checked_tokenizer(config.codec, checked.vocabulary)
     ranks.check_settings(shared(config))
@@ -62,26 +64,45 @@ def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
 def _run(config: StageConfig, checked: ResolvedStage) -> None:
     folder = Path(config.save.folder)
     compat = config.compat == "unitoken"
-    views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres) if checked.vision else None
+    views = (
+        Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres)
+        if checked.vision
+        else None
+    )
     with ranks.together():
         held_out = evaluation_loader(config, checked, views)
         share = config.data.global_batch // ranks.world_size()
-        loader = build_loader(config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat)
+        loader = build_loader(
+            config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat
+        )
         resume = latest_checkpoint(folder)
     ranks.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
     ranks.check_alike("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
-    length = Lengths(report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length)
+    length = Lengths(
+        report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length
+    )
     total_steps = math.ceil(length.steps(config.max_duration))
     say(report.table())
-    for line in [*uneven_proportions(config.data), *other_codes(loader.dataset.sources), *report.warnings(), *checked.notes]:
+    for line in [
+        *uneven_proportions(config.data),
+        *other_codes(loader.dataset.sources),
+        *report.warnings(),
+        *checked.notes,
+    ]:
         say(f"warning: {line}")
 
     network = build_model(
-        checked.decoder, checked.vision, config.model, config.activation_checkpointing, checked.vocabulary.image_ids
+        checked.decoder,
+        checked.vision,
+        config.model,
+        config.activation_checkpointing,
+        checked.vocabulary.image_ids,
     )
     trained = freeze(network, config.trainable)
-    build_optimizer(network, config.optimizer, compat=compat)  # a name that is wrong is found before weights are loaded
+    build_optimizer(
+        network, config.optimizer, compat=compat
+    )  # a name that is wrong is found before weights are loaded
     if config.model.compile:
         for layer in network.model.layers:
             layer.compile()
@@ -95,7 +116,9 @@ def _run(config: StageConfig, checked: ResolvedStage) -> None:
     where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.device_name()}"
     say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
     if composer_trainer.has_gpu():
-        say(f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}")
+        say(
+            f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}"
+        )
 
     warmup = length.steps(config.optimizer.warmup)
     optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
@@ -116,9 +139,15 @@ def _run(config: StageConfig, checked: ResolvedStage) -> None:
         # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
         f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
     )
-    if ranks.is_first_rank():  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
+    if (
+        ranks.is_first_rank()
+    ):  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
         write_about(
-            folder, config, ModelSizes(decoder=checked.decoder, vision=checked.vision), checked.vocabulary, checked.pictures
+            folder,
+            config,
+            ModelSizes(decoder=checked.decoder, vision=checked.vision),
+            checked.vocabulary,
+            checked.pictures,
         )
     remember_signals()
     try:
@@ -173,7 +202,9 @@ def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images
     """What it takes of a GPU; `most_images` is the most that a pack of the plan has."""
     views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
     views *= config.microbatch * most_images
-    return needs(config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained, views=views)
+    return needs(
+        config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained, views=views
+    )
 
 
 class Lengths(NamedTuple):

@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
-from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAEEncoder, ChameleonVQVAEVectorQuantizer
+from transformers.models.chameleon.modeling_chameleon import (
+    ChameleonVQVAEEncoder,
+    ChameleonVQVAEVectorQuantizer,
+)
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 

@@ -14,7 +14,13 @@ from safetensors.torch import save
 
 from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.codec.image_tokenizer.chameleon import meta_name
-from unitoken.codec.image_tokenizer.files import CONVERTED_FROM, CONVERTED_TO, Parameters, data_sha256, find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import (
+    CONVERTED_FROM,
+    CONVERTED_TO,
+    Parameters,
+    data_sha256,
+    find_image_tokenizer,
+)
 from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
@@ -37,13 +43,19 @@ def convert_vqgan(source: Path, out: Path) -> str:
     assert isinstance(weights.shape, Parameters)
     levels = len(weights.shape.ddconfig.ch_mult)
     tensors = {
-        meta_name(name, levels): tensor.contiguous() for name, tensor in load_network("chameleon", weights).state_dict().items()
+        meta_name(name, levels): tensor.contiguous()
+        for name, tensor in load_network("chameleon", weights).state_dict().items()
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with AsideFolder(out) as folder:
         (folder.path / "vqgan.yaml").write_bytes(checkpoint.with_suffix(".yaml").read_bytes())
         target = folder.path / CONVERTED
         target.write_bytes(save(tensors))
-        target.write_bytes(save(tensors, {"format": "pt", CONVERTED_FROM: weights.fingerprint, CONVERTED_TO: data_sha256(target)}))
+        target.write_bytes(
+            save(
+                tensors,
+                {"format": "pt", CONVERTED_FROM: weights.fingerprint, CONVERTED_TO: data_sha256(target)},
+            )
+        )
         folder.publish()
     return weights.fingerprint

@@ -20,7 +20,9 @@ class Emu3(Emu3VQVAE):  # type: ignore[misc]
         encoder = self.encoder
         hidden = encoder.norm_out(encoder.middle_block(encoder.down_block(encoder.conv_in(pixels))))
         hidden = encoder.conv_out(hidden * torch.sigmoid(hidden))
-        frames = hidden.unsqueeze(2).repeat(1, 1, self.config.temporal_downsample_factor, 1, 1)  # (B, C, T, h, w)
+        frames = hidden.unsqueeze(2).repeat(
+            1, 1, self.config.temporal_downsample_factor, 1, 1
+        )  # (B, C, T, h, w)
         for convolution in encoder.time_conv:
             frames = convolution(frames)
             frames = frames * torch.sigmoid(frames)
@@ -39,7 +41,8 @@ class Janus(JanusVQVAE):  # type: ignore[misc]
     def normalize_codebook(self) -> None:
         """To vectors of length 1: LlamaGen compares directions. Janus' own encoder does, transformers' does not (its
         decoder does), which gives other codes wherever the lengths in a checkpoint differ. The length of a latent
-        changes no comparison with such vectors."""
+        changes no comparison with such vectors.
+        """
         weight = self.quantize.embedding.weight
         weight.data = F.normalize(weight.data, p=2, dim=-1)
 

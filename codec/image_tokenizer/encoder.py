@@ -24,8 +24,12 @@ from unitoken.codec.image_tokenizer.network import load_network
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 Codes = npt.NDArray[np.int64]  # (h, w)
 
-DISTANCES = 1 << 25  # between latents and codes that are held at once: 128 MiB; Emu3 has 2**27 for one 512 x 512 image
-CPU_PIXELS = 512 * 512  # that a CPU encodes at once: more is no faster, and takes 0.7 GiB for each picture of 512 x 512
+DISTANCES = (
+    1 << 25
+)  # between latents and codes that are held at once: 128 MiB; Emu3 has 2**27 for one 512 x 512 image
+CPU_PIXELS = (
+    512 * 512
+)  # that a CPU encodes at once: more is no faster, and takes 0.7 GiB for each picture of 512 x 512
 COMPILED_SIZES = 64  # crop sizes that torch.compile may be asked for; Lumina's list for 512 pixels has 31
 
 
@@ -66,7 +70,9 @@ def load_vision(config: ImageTokenizerConfig, device: str = "cpu") -> VisionCode
 
 
 class _Codec:
-    def __init__(self, network: Any, weights: Weights, config: ImageTokenizerConfig, device: torch.device) -> None:
+    def __init__(
+        self, network: Any, weights: Weights, config: ImageTokenizerConfig, device: torch.device
+    ) -> None:
         self.codebook_size = weights.codebook_size
         self.downsampling = weights.downsampling
         self.fingerprint = weights.fingerprint
@@ -81,7 +87,9 @@ class _Codec:
             self._network.to(memory_format=torch.channels_last)
         self._padded_to = 0
         if config.compile:
-            torch._dynamo.config.recompile_limit = COMPILED_SIZES  # beyond it torch runs uncompiled without a word
+            torch._dynamo.config.recompile_limit = (
+                COMPILED_SIZES  # beyond it torch runs uncompiled without a word
+            )
             self._latents = torch.compile(network.latents, dynamic=False)
             self._padded_to = config.batch_size  # each new number of pictures would be compiled for minutes
         self._clock_start = _now(device)
@@ -93,7 +101,9 @@ class _Codec:
             # By way of float64, as the reference scales. GroupNorm on CPU takes the variance of channels-last data as
             # E[x^2] - E[x]^2, and nearly white images lost all their codes: so not there.
             format = torch.channels_last if self._channels_last else torch.contiguous_format
-            x = (x.permute(0, 3, 1, 2).contiguous(memory_format=format).double() / 255 * 2 - 1).to(self._dtype)
+            x = (x.permute(0, 3, 1, 2).contiguous(memory_format=format).double() / 255 * 2 - 1).to(
+                self._dtype
+            )
             parts = [x] if x.is_cuda else torch.split(x, max(1, CPU_PIXELS // x[0, 0].numel()))
             codes = torch.cat([nearest(self._latents(part), self._codebook) for part in parts])
             codes = codes[: len(pictures)].to("cpu", non_blocking=True)
@@ -106,13 +116,17 @@ class _Codec:
         with torch.inference_mode(), _arithmetic(self._precision, self._device):
             x = self._network.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device)).float()
             x = (x.clamp(-1, 1) + 1) / 2 * 255
-            pixels: npt.NDArray[np.uint8] = x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()  # truncated, as the reference
+            pixels: npt.NDArray[np.uint8] = (
+                x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+            )  # truncated, as the reference
         return pixels
 
     def _upload(self, pictures: Sequence[Pixels] | Pixels) -> Tensor:
         """(B, H, W, 3) as bytes, by way of pinned memory where there is a GPU, so that nothing waits for the copy."""
         count = max(len(pictures), self._padded_to)
-        batch = torch.zeros((count, *pictures[0].shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        batch = torch.zeros(
+            (count, *pictures[0].shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
+        )
         np.stack(list(pictures), out=batch[: len(pictures)].numpy())
         return batch.to(self._device, non_blocking=True)
 
@@ -158,7 +172,10 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
     rows = latents.float().permute(0, 2, 3, 1).reshape(-1, dimension)
     squares = torch.sum(codebook**2, dim=1)
     found = [
-        torch.argmin(torch.sum(z**2, dim=1, keepdim=True) + squares - 2 * torch.einsum("bd,dn->bn", z, codebook.T), dim=1)
+        torch.argmin(
+            torch.sum(z**2, dim=1, keepdim=True) + squares - 2 * torch.einsum("bd,dn->bn", z, codebook.T),
+            dim=1,
+        )
         for z in torch.split(rows, max(1, DISTANCES // len(codebook)))
     ]
     return torch.cat(found).view(batch, height, width)
@@ -171,7 +188,9 @@ def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         with (
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "fp32"),
+            torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "fp32"
+            ),
             torch.autocast(device.type, enabled=False),
         ):
             yield

@@ -80,7 +80,8 @@ class JanusSizes(pydantic.BaseModel):
 @dataclass(frozen=True)
 class Weights:
     """`shape` is what the network is built from; `tensors` says for each of its tensors in which file it is, under
-    which name (chameleon: empty, all of `file`)."""
+    which name (chameleon: empty, all of `file`).
+    """
 
     file: Path  # for messages; chameleon: of the tensors
     shape: Parameters | Mapping[str, Any]
@@ -102,10 +103,18 @@ class Weights:
 def find_image_tokenizer(config: ImageTokenizerConfig) -> Weights:
     """`config.weights` is a folder, a hub id, or (chameleon) a weights file with its .yaml beside it."""
     path = Path(config.weights)
-    patterns = ["vqgan.*"] if config.kind == "chameleon" else ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    patterns = (
+        ["vqgan.*"]
+        if config.kind == "chameleon"
+        else ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    )
     if not path.exists():
         path = _from_hub(config.weights, patterns)
-    return _find_chameleon(config.weights, path) if config.kind == "chameleon" else _find_transformers(config, path)
+    return (
+        _find_chameleon(config.weights, path)
+        if config.kind == "chameleon"
+        else _find_transformers(config, path)
+    )
 
 
 def _from_hub(name: str, patterns: list[str]) -> Path:
@@ -117,7 +126,9 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's, the network's and its cache's errors share no base
         reason = " ".join(str(error).split())
-        raise ConfigError(f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}") from None
+        raise ConfigError(
+            f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}"
+        ) from None
 
 
 # --- Meta's layout ---------------------------------------------------------------------------------------------------
@@ -179,7 +190,9 @@ def read_parameters(path: Path) -> Parameters:
         raise ConfigError(f"{path}: cannot read the shape of the image tokenizer: {error.strerror}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{path}: model.params.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(
+            f"{path}: model.params.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         raise ConfigError(f"{path}: expected a VQGAN's YAML with model.params.ddconfig") from None
 
@@ -193,11 +206,15 @@ def _find_transformers(config: ImageTokenizerConfig, folder: Path) -> Weights:
         sizes = (Emu3Sizes if config.kind == "emu3" else JanusSizes).model_validate(shape)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{folder / 'config.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(
+            f"{folder / 'config.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
     spans = _tensor_spans(folder)
     prefix = next((prefix for prefix in reversed(PREFIXES) if prefix + CODEBOOK in spans), None)
     if prefix is None:
-        raise ConfigError(f"vision.weights: {folder}: no tensor {' or '.join(prefix + CODEBOOK for prefix in PREFIXES)} in it")
+        raise ConfigError(
+            f"vision.weights: {folder}: no tensor {' or '.join(prefix + CODEBOOK for prefix in PREFIXES)} in it"
+        )
     ours = {name.removeprefix(prefix): span for name, span in spans.items() if name.startswith(prefix)}
     return Weights(
         file=folder,
@@ -215,12 +232,16 @@ def _read_shape(kind: str, folder: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"vision.weights: {folder}: kind {kind} needs config.json in it: {error.strerror}") from None
+        raise ConfigError(
+            f"vision.weights: {folder}: kind {kind} needs config.json in it: {error.strerror}"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if model_type not in (kind, f"{kind}_vqgan"):
-        raise ConfigError(f"{path}: kind {kind} needs model_type {kind!r} or '{kind}_vqgan', found {model_type!r}")
+        raise ConfigError(
+            f"{path}: kind {kind} needs model_type {kind!r} or '{kind}_vqgan', found {model_type!r}"
+        )
     shape = content.get("vq_config", {}) if model_type == kind else content
     if not isinstance(shape, dict):
         raise ConfigError(f"{path}: vq_config: expected an object, found {type(shape).__name__}")
@@ -258,7 +279,8 @@ def _tensor_spans(folder: Path) -> dict[str, _Span]:
 
 def _fingerprint(spans: Mapping[str, _Span]) -> str:
     """Over the image tokenizer's tensors alone: the same within a whole model (of which they are a part in a hundred)
-    as in a folder of their own."""
+    as in a folder of their own.
+    """
     digest = hashlib.sha256()
     for name, span in sorted(spans.items()):
         digest.update(f"{name} {span.described}\n".encode())

@@ -38,13 +38,17 @@ def _chameleon(weights: Weights) -> VQGAN:
 
 def _emu3(weights: Weights) -> Any:
     network = _from_config(weights, lambda shape: Emu3(Emu3VQVAEConfig.from_dict(shape)))
-    _fill(network, {name: name for name in network.state_dict()}, _read_named(weights), weights, "config.json")
+    _fill(
+        network, {name: name for name in network.state_dict()}, _read_named(weights), weights, "config.json"
+    )
     return network
 
 
 def _janus(weights: Weights) -> Any:
     network = _from_config(weights, lambda shape: Janus(JanusVQVAEConfig.from_dict(shape)))
-    _fill(network, {name: name for name in network.state_dict()}, _read_named(weights), weights, "config.json")
+    _fill(
+        network, {name: name for name in network.state_dict()}, _read_named(weights), weights, "config.json"
+    )
     network.normalize_codebook()
     return network
 
@@ -56,10 +60,14 @@ def _from_config(weights: Weights, build: Callable[[dict[str, Any]], Any]) -> An
             return build(dict(weights.shape))
     except Exception as error:  # whatever a network's constructor says to a shape that is none
         reason = " ".join(str(error).split())
-        raise ConfigError(f"vision.weights: {weights.file}/config.json: no shape of this kind: {reason[:200]}") from None
+        raise ConfigError(
+            f"vision.weights: {weights.file}/config.json: no shape of this kind: {reason[:200]}"
+        ) from None
 
 
-def _fill(network: nn.Module, names: Mapping[str, str], found: Mapping[str, Tensor], weights: Weights, source: str) -> None:
+def _fill(
+    network: nn.Module, names: Mapping[str, str], found: Mapping[str, Tensor], weights: Weights, source: str
+) -> None:
     """`names` are the network's names -> the files'."""
     needed = {names[name]: tensor for name, tensor in network.state_dict().items()}
     _check(found, needed, weights, source)
@@ -96,7 +104,9 @@ def _read_named(weights: Weights) -> dict[str, Tensor]:
 def _reading(weights: Weights) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # zip, pickle, safetensors and their kin, all for a file that is no weights file
+    except (
+        Exception
+    ) as error:  # zip, pickle, safetensors and their kin, all for a file that is no weights file
         reason = " ".join(str(error).split())
         raise ConfigError(f"vision.weights: {weights.file}: cannot be read: {reason[:200]}") from None
 
@@ -111,4 +121,6 @@ def _check(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], weights: W
     ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ConfigError(f"vision.weights: {weights.file}: does not fit {source}: {'; '.join(problems[:8])}{more}")
+        raise ConfigError(
+            f"vision.weights: {weights.file}: does not fit {source}: {'; '.join(problems[:8])}{more}"
+        )

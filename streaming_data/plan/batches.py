@@ -61,7 +61,9 @@ def deal(amounts: Amounts, first: int, batch: int, surplus: Surplus, *name: Any)
     off = surplus.of(first // batch, first // batch + len(sizes))
     used = np.flatnonzero(amounts.any(axis=1))
     amounts = amounts[used]
-    scales = np.sqrt([float((column * column).sum()) / count for column in amounts])  # a pack has 1 in the mean square
+    scales = np.sqrt(
+        [float((column * column).sum()) / count for column in amounts]
+    )  # a pack has 1 in the mean square
     columns = [column / scale for column, scale in zip(amounts, scales, strict=True)]
     order = _in_strata(columns, batches, sizes, name)
     grid = np.full((len(sizes), batch), -1)
@@ -69,7 +71,9 @@ def deal(amounts: Amounts, first: int, batch: int, surplus: Surplus, *name: Any)
     before = off[used] - sizes * (amounts.sum(axis=1) / count)[:, None]
     _exchange(columns, list((before + _held(amounts, grid)) / scales[:, None]), grid, name)
     off[used] = before + _held(amounts, grid)
-    keys = random_bits(grid.size, "in batch", *name).reshape(grid.shape)  # so that strata do not stand in a row
+    keys = random_bits(grid.size, "in batch", *name).reshape(
+        grid.shape
+    )  # so that strata do not stand in a row
     mixed = np.take_along_axis(grid, np.argsort(keys, axis=1, kind="stable"), axis=1).reshape(-1)
     placed: Ids = mixed[mixed >= 0]
     return placed
@@ -86,7 +90,8 @@ def scheduled(counts: Sequence[int], *name: Any) -> Ids:
 
 def _in_strata(columns: list[Floats], batches: Ids, sizes: Ids, name: tuple[Any, ...]) -> Ids:
     """Each batch gets a pack of every stratum. One of c places takes from c of them: a batch that is cut by the window's
-    end holds the mixture, too."""
+    end holds the mixture, too.
+    """
     largest, of_largest = columns[0].copy(), np.zeros(len(columns[0]), np.int64)
     for this, column in enumerate(columns[1:], 1):
         more = column > largest
@@ -94,7 +99,9 @@ def _in_strata(columns: list[Floats], batches: Ids, sizes: Ids, name: tuple[Any,
     path = np.argsort(np.where(of_largest % 2 == 0, largest, -largest), kind="stable")  # back and forth
     path = path[np.argsort(of_largest[path], kind="stable")]
     number = np.arange(len(batches)) - (np.cumsum(sizes) - sizes)[batches]  # in its batch
-    places = (number + random_bits(len(batches), "strata", *name) * 2.0**-32) / sizes[batches]  # along the path, from 0 to 1
+    places = (number + random_bits(len(batches), "strata", *name) * 2.0**-32) / sizes[
+        batches
+    ]  # along the path, from 0 to 1
     order = np.empty(len(batches), np.int64)
     order[np.argsort(places, kind="stable")] = path
     return order

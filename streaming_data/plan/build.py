@@ -26,12 +26,22 @@ from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.batches import Surplus, deal, scheduled
 from unitoken.streaming_data.plan.lengths import KINDS, StreamSamples
 from unitoken.streaming_data.plan.mixing import mix
-from unitoken.streaming_data.plan.order import Row, SampleIds, amounts, choose, random_order, rows_of, windows_of
+from unitoken.streaming_data.plan.order import (
+    Row,
+    SampleIds,
+    amounts,
+    choose,
+    random_order,
+    rows_of,
+    windows_of,
+)
 from unitoken.streaming_data.plan.packing import pack, split_packs
 from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.report import PlanReport, StreamShare, in_batches_of
 
-MIXED_BATCH = 32  # packs: in smaller batches whole packs are too coarse for the mixture, and are mixed themselves
+MIXED_BATCH = (
+    32  # packs: in smaller batches whole packs are too coarse for the mixture, and are mixed themselves
+)
 AT_ONCE = 1 << 18  # packs that are put in their final order at a time
 
 Ids = npt.NDArray[np.int64]
@@ -63,7 +73,9 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
     """Make the plan of an epoch. `first` is epoch 0's report, None for epoch 0 itself. Raises ConfigError."""
     nodes, group = recipe.canonical_nodes, math.lcm(recipe.global_batch, recipe.canonical_nodes)
     if sum(len(stream.lengths) for stream in streams) >= 1 << 32:
-        raise ConfigError("more than 4,294,967,295 samples in all streams; plans hold sample numbers of 32 bits")
+        raise ConfigError(
+            "more than 4,294,967,295 samples in all streams; plans hold sample numbers of 32 bits"
+        )
     wanted = amounts(streams, recipe.unit, recipe.size)
     chosen = [
         choose(stream, amount, recipe.unit, recipe.seed, epoch, recipe.shuffle)
@@ -73,7 +85,14 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
         raise ConfigError("the streams' weights choose no sample at all")
     surplus = Surplus(len(KINDS) * len(streams) + 1)
     rows = [
-        _pack_row(recipe, streams, windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle), surplus, epoch, row)
+        _pack_row(
+            recipe,
+            streams,
+            windows_of(streams, chosen, row, recipe.seed, epoch, recipe.shuffle),
+            surplus,
+            epoch,
+            row,
+        )
         for row in rows_of(chosen, nodes, recipe.window)
     ]
     found = [[len(sizes) for _, sizes in row] for row in rows]  # (rows, parts)
@@ -93,7 +112,9 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
     packs = len(offsets) - 1
     squares, images, shares = _weigh(streams, ids, offsets, recipe.global_batch)
     if recipe.batching_method == "per_stream":
-        shares = [share.model_copy(update={"packs": packs}) for share, packs in zip(shares, kept, strict=True)]
+        shares = [
+            share.model_copy(update={"packs": packs}) for share, packs in zip(shares, kept, strict=True)
+        ]
     asked = [amount / max(sum(wanted), 1e-9) for amount in wanted]
     report = PlanReport(
         recipe=recipe.hash,
@@ -106,7 +127,9 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
         split_packs=split,
         fill=sum(share.tokens for share in shares) / (packs * recipe.packed_length),
         unit=recipe.unit,
-        streams=tuple(share.model_copy(update={"asked": part}) for share, part in zip(shares, asked, strict=True)),
+        streams=tuple(
+            share.model_copy(update={"asked": part}) for share, part in zip(shares, asked, strict=True)
+        ),
     )
     return Plan(ids, offsets, squares, images, report)
 
@@ -137,13 +160,17 @@ def _pack_row(
     row: Row,
 ) -> list[Part]:
     """The packs of a row, window after window: in one part, or a part for each stream where batches are of one stream."""
-    batch = recipe.global_batch // math.gcd(recipe.global_batch, recipe.canonical_nodes)  # packs that it takes of a row
+    batch = recipe.global_batch // math.gcd(
+        recipe.global_batch, recipe.canonical_nodes
+    )  # packs that it takes of a row
     firsts = np.cumsum([0] + [len(stream.lengths) for stream in streams])
     per_stream = recipe.batching_method == "per_stream"
     borders = list(itertools.pairwise(firsts.tolist())) if per_stream else [(0, int(firsts[-1]))]
     # Room for all samples of each part, filled as they come: as a list of windows and then in one they would be there twice.
     counts = [end - begin for begin, end in row.stretches] if per_stream else [row.samples]
-    parts = [(np.empty(count, np.uint32), np.empty(count, np.uint32)) for count in counts]  # ids, and packs' sizes
+    parts = [
+        (np.empty(count, np.uint32), np.empty(count, np.uint32)) for count in counts
+    ]  # ids, and packs' sizes
     filled = [[0, 0] for _ in counts]
     placed = 0
     for window, (all_ids, all_lengths) in enumerate(windows):
@@ -162,7 +189,9 @@ def _pack_row(
                 at = filled[number][column]
                 filled[number][column] = at + len(values)
                 room[at : at + len(values)] = values
-    return [(ids[:samples], sizes[:packs]) for (ids, sizes), (samples, packs) in zip(parts, filled, strict=True)]
+    return [
+        (ids[:samples], sizes[:packs]) for (ids, sizes), (samples, packs) in zip(parts, filled, strict=True)
+    ]
 
 
 def _pack_window(ids: SampleIds, lengths: SampleIds, recipe: Recipe, *name: Any) -> Part:
@@ -175,12 +204,22 @@ def _pack_window(ids: SampleIds, lengths: SampleIds, recipe: Recipe, *name: Any)
     return _reorder(ids[order], sizes, permutation)
 
 
-def _mixed(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, sizes: Ids, capacity: int, name: tuple[Any, ...]) -> Part:
+def _mixed(
+    streams: Sequence[StreamSamples],
+    firsts: Ids,
+    ids: SampleIds,
+    sizes: Ids,
+    capacity: int,
+    name: tuple[Any, ...],
+) -> Part:
     """As many packs with the same samples, of which each holds about the mixture."""
     packs_of = np.repeat(np.arange(len(sizes)), sizes)
     lengths, cells = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     for number, mine, rows in _by_stream(firsts, ids):
-        lengths[mine], cells[mine] = streams[number].lengths[rows], len(KINDS) * number + streams[number].kinds[rows]
+        lengths[mine], cells[mine] = (
+            streams[number].lengths[rows],
+            len(KINDS) * number + streams[number].kinds[rows],
+        )
     packs_of = mix(lengths, cells, packs_of, capacity, *name)
     return ids[np.argsort(packs_of, kind="stable")], np.bincount(packs_of)
 
@@ -191,7 +230,9 @@ def _amounts(streams: Sequence[StreamSamples], firsts: Ids, ids: SampleIds, size
     tokens, images = np.zeros((len(streams), len(KINDS), packs)), np.zeros(packs)
     for number, mine, rows in _by_stream(firsts, ids):
         cells = streams[number].kinds[rows] * np.int64(packs) + packs_of[mine]
-        tokens[number] = np.bincount(cells, streams[number].lengths[rows], len(KINDS) * packs).reshape(len(KINDS), packs)
+        tokens[number] = np.bincount(cells, streams[number].lengths[rows], len(KINDS) * packs).reshape(
+            len(KINDS), packs
+        )
         images += np.bincount(packs_of[mine], streams[number].images[rows], packs)
     return np.vstack([tokens.reshape(-1, packs), images]).astype(np.int64)
 
@@ -214,12 +255,21 @@ def _kept(recipe: Recipe, found: list[list[int]], first: PlanReport | None) -> l
 
 
 def _too_few(
-    recipe: Recipe, streams: Sequence[StreamSamples], samples: int, found: list[list[int]], kept: list[int], group: int
+    recipe: Recipe,
+    streams: Sequence[StreamSamples],
+    samples: int,
+    found: list[list[int]],
+    kept: list[int],
+    group: int,
 ) -> str:
     part = next(part for part, packs in enumerate(kept) if not packs and any(row[part] for row in found))
     of_stream = f"stream '{streams[part].name}': " if len(kept) > 1 else ""
     what = "with batching_method: per_stream an epoch needs" if len(kept) > 1 else "an epoch needs"
-    count = f"its samples make {sum(row[part] for row in found)}" if of_stream else f"{samples} samples make {sum(map(sum, found))}"
+    count = (
+        f"its samples make {sum(row[part] for row in found)}"
+        if of_stream
+        else f"{samples} samples make {sum(map(sum, found))}"
+    )
     way_out = "`held_out`" if recipe.split == "held_out" else "`repeat` or `epoch_samples`"
     return (
         f"{of_stream}{count} packs of packed_length: {recipe.packed_length}; {what} at least {group}, "
@@ -280,12 +330,16 @@ def _interleave(rows: list[Part]) -> tuple[SampleIds, Any]:
             parts.append((row[done[number] : done[number] + taken], row_sizes[begin:end].astype(np.int64)))
             done[number] += taken
         permutation = np.arange((end - begin) * len(rows)).reshape(len(rows), -1).T.reshape(-1)
-        some, _ = _reorder(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), permutation)
+        some, _ = _reorder(
+            np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), permutation
+        )
         ids[int(offsets[begin * len(rows)]) : int(offsets[end * len(rows)])] = some
     return ids, offsets
 
 
-def _weigh(streams: Sequence[StreamSamples], ids: SampleIds, offsets: Any, batch: int) -> tuple[Any, Any, list[StreamShare]]:
+def _weigh(
+    streams: Sequence[StreamSamples], ids: SampleIds, offsets: Any, batch: int
+) -> tuple[Any, Any, list[StreamShare]]:
     """Each pack's squares and images, and what each stream has in all of them and in each global batch."""
     packs = len(offsets) - 1
     squares, images = np.empty(packs, np.float32), np.empty(packs, np.uint16)
@@ -303,7 +357,12 @@ def _weigh(streams: Sequence[StreamSamples], ids: SampleIds, offsets: Any, batch
             own = lengths[mine] = stream.lengths[rows]
             of_images[mine] = stream.images[rows]
             square = int((own * own.astype(np.uint64)).sum())
-            sums[number] += len(rows), int(own.sum(dtype=np.int64)), int(stream.target_tokens[rows].sum(dtype=np.int64)), square
+            sums[number] += (
+                len(rows),
+                int(own.sum(dtype=np.int64)),
+                int(stream.target_tokens[rows].sum(dtype=np.int64)),
+                square,
+            )
             first, last = begin // batch, (end - 1) // batch
             in_batches[number, first : last + 1] += np.bincount(batches[mine] - first, own, last - first + 1)
         starts = (offsets[begin:end] - offsets[begin]).astype(np.int64)

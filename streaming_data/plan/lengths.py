@@ -85,9 +85,13 @@ def _read_lengths(source: StreamSource, recipe: Recipe, views: Views | None) -> 
         if views and views.anyres and recipe.continuous != "none":
             wanted += ["image_sizes", "generated"]
             if "generated" not in sidecar.schema_arrow.names:
-                raise ConfigError(f"{path} has no column `generated`, which AnyRes needs: tokenize the dataset again")
+                raise ConfigError(
+                    f"{path} has no column `generated`, which AnyRes needs: tokenize the dataset again"
+                )
         filtered = held_out = begin = 0
-        shortest: tuple[int, int, int] | None = None  # of the over-long: positions, tokens, images that bring features
+        shortest: tuple[int, int, int] | None = (
+            None  # of the over-long: positions, tokens, images that bring features
+        )
         limit = limit_of(stream, recipe.packed_length)
         for batch in sidecar.iter_batches(ROWS, columns=wanted):
             rows = slice(begin, begin := begin + len(batch))
@@ -141,7 +145,11 @@ def _why_nothing(samples: StreamSamples, limit: int, shortest: tuple[int, int, i
     rest = f"each of the other {samples.over_long}" if samples.filtered else f"each of its {count} samples"
     assert shortest is not None
     length, tokens, images = shortest
-    features = f": {tokens} tokens + {length - tokens} features of {images} picture{'s' if images != 1 else ''}" if images else ""
+    features = (
+        f": {tokens} tokens + {length - tokens} features of {images} picture{'s' if images != 1 else ''}"
+        if images
+        else ""
+    )
     too_long = f"{rest} is longer than {limit} positions (the shortest has {length}{features})"
     return f"{left_out}, {too_long}" if samples.filtered else too_long
 
@@ -165,7 +173,9 @@ def _wanted(kinds: npt.NDArray[np.uint8], stream: StreamConfig) -> npt.NDArray[n
 def _on_our_side(batch: pyarrow.RecordBatch, stream: StreamConfig, split: str) -> npt.NDArray[np.bool_]:
     if not stream.held_out:
         return np.ones(len(batch), bool)
-    held_out = np.fromiter((_is_held_out(name, stream.held_out) for name in batch.column("id").to_pylist()), bool, len(batch))
+    held_out = np.fromiter(
+        (_is_held_out(name, stream.held_out) for name in batch.column("id").to_pylist()), bool, len(batch)
+    )
     return held_out if split == "held_out" else ~held_out
 
 

@@ -23,8 +23,7 @@ Ids = npt.NDArray[np.int64]
 
 
 def mix(lengths: Ids, cells: Ids, packs_of: Ids, capacity: int, *name: Any) -> Ids:
-    """
-    Args:
+    """Args:
         lengths: (n,) of the documents.
         cells: (n,) the stream and kind of each, numbered from 0.
         packs_of: (n,) the pack that each is in, numbered from 0.
@@ -76,7 +75,9 @@ def _divide(
     documents = order[np.where(there, places, 0)]  # (p, width)
     sizes = np.where(there, lengths[documents], 0)
     bits = random_bits(len(pairs) * TRIES * width // 32 + 1, "ways", *name)
-    ways = np.unpackbits(bits.view(np.uint8), count=len(pairs) * TRIES * width).reshape(len(pairs), TRIES, width)
+    ways = np.unpackbits(bits.view(np.uint8), count=len(pairs) * TRIES * width).reshape(
+        len(pairs), TRIES, width
+    )
     ways[:, 0] = first  # as it is
     taken = np.einsum("ptw,pw->pt", ways, sizes, dtype=np.int64)
     whole = sizes.sum(axis=1)[:, None]

@@ -36,7 +36,9 @@ SampleIds = npt.NDArray[np.uint32]
 def random_bits(count: int, *name: Any, start: int = 0) -> SampleIds:
     """(count,) random numbers: from number `start` on of the sequence that is called `name`."""
     digest = hashlib.sha256(json.dumps(name).encode()).digest()
-    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little")).advance(start // 8)  # a step makes 8 of 32 bits
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little")).advance(
+        start // 8
+    )  # a step makes 8 of 32 bits
     words = generator.random_raw((start % 8 + count + 1) // 2).astype("<u8", copy=False)
     bits: SampleIds = words.view("<u4")[start % 8 : start % 8 + count]
     return bits
@@ -55,11 +57,16 @@ def amounts(streams: Sequence[StreamSamples], unit: str, size: tuple[str, int] |
     """
     totals = [stream.total(unit) for stream in streams]
     if size is None and not any("proportion" in stream.weight for stream in streams):
-        found = [s.weight.get("choose", s.weight.get("repeat", 1.0) * total) for s, total in zip(streams, totals, strict=True)]
+        found = [
+            s.weight.get("choose", s.weight.get("repeat", 1.0) * total)
+            for s, total in zip(streams, totals, strict=True)
+        ]
         return [float(round(amount)) if unit == "samples" else float(amount) for amount in found]
     shares = [stream.weight.get("proportion", total) for stream, total in zip(streams, totals, strict=True)]
     counted, wanted = size or (unit, sum(totals))
-    a_share = sum(s * stream.total(counted) / total for s, stream, total in zip(shares, streams, totals, strict=True))
+    a_share = sum(
+        s * stream.total(counted) / total for s, stream, total in zip(shares, streams, totals, strict=True)
+    )
     ends = np.concatenate([[0.0], np.cumsum([wanted * share / a_share for share in shares])])
     if unit == "samples":
         ends = np.floor(ends + 0.5)  # whole samples, exactly as many in all
@@ -74,7 +81,9 @@ class Chosen:
     name: str
     candidates: SampleIds | range
     subset: SampleIds  # of the candidates: taken once more than the others
-    unit_begins: Ids  # (units + 1,) first position of each unit; a unit is what is taken of one shard at one time
+    unit_begins: (
+        Ids  # (units + 1,) first position of each unit; a unit is what is taken of one shard at one time
+    )
     unit_shifts: Ids  # (units,) from a position to its place in the candidates followed by the subset
 
     @property
@@ -102,7 +111,9 @@ class Chosen:
 def choose(stream: StreamSamples, amount: float, unit: str, seed: int, epoch: int, shuffle: bool) -> Chosen:
     """Take `amount` of a stream: every candidate as often as it goes, and a random part of them once more."""
     all_of_them = int(np.count_nonzero(stream.lengths)) == len(stream.lengths)
-    candidates = range(len(stream.lengths)) if all_of_them else np.flatnonzero(stream.lengths).astype(np.uint32)
+    candidates = (
+        range(len(stream.lengths)) if all_of_them else np.flatnonzero(stream.lengths).astype(np.uint32)
+    )
     passes, rest = divmod(amount, stream.total(unit))
     subset = _subset(stream, rest, unit, seed, epoch if shuffle else 0)
     shards = np.concatenate([[0], np.cumsum(stream.shard_sizes)])
@@ -205,7 +216,13 @@ def windows_of(
 
 
 def _part(
-    taken: Chosen, stretch: tuple[int, int], windows: tuple[int, int], of: int, block: float, seed: int, epoch: int
+    taken: Chosen,
+    stretch: tuple[int, int],
+    windows: tuple[int, int],
+    of: int,
+    block: float,
+    seed: int,
+    epoch: int,
 ) -> tuple[Ids, npt.NDArray[np.uint16], Any]:
     """A stream's samples in windows [first, last) of a row: ids (n,), window (n,) counted from the first, rank in it (n,)."""
     begin, count = stretch[0], stretch[1] - stretch[0]
@@ -224,4 +241,8 @@ def _part(
         rank = bits.astype(np.uint16)  # lower half: says nothing of the place
     window = np.minimum((places * (of / count)).astype(np.int64), of - 1)
     mine = np.flatnonzero((window >= windows[0]) & (window < windows[1]))
-    return taken.ids(begin + low, begin + high)[mine], (window[mine] - windows[0]).astype(np.uint16), rank[mine]
+    return (
+        taken.ids(begin + low, begin + high)[mine],
+        (window[mine] - windows[0]).astype(np.uint16),
+        rank[mine],
+    )

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 
-def pack(lengths: npt.NDArray[np.integer[Any]], capacity: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def pack(
+    lengths: npt.NDArray[np.integer[Any]], capacity: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Put things of `lengths` (n,), each from 1 to `capacity`, into packs of at most `capacity`.
 
     Exactly best fit decreasing: the longest first, each into the fullest pack that still has room for it. Things of one
@@ -23,9 +25,13 @@ def pack(lengths: npt.NDArray[np.integer[Any]], capacity: int) -> tuple[npt.NDAr
     if count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     if int(lengths.min()) < 1 or int(lengths.max()) > capacity:
-        raise ValueError(f"lengths from {int(lengths.min())} to {int(lengths.max())} into packs of {capacity}")
+        raise ValueError(
+            f"lengths from {int(lengths.min())} to {int(lengths.max())} into packs of {capacity}"
+        )
     # Stable sorts of 16-bit integers are radix sorts, ten times as fast as others.
-    longest_first = np.argsort((capacity - lengths.astype(np.int64)).astype(_integers(capacity)), kind="stable")  # (n,)
+    longest_first = np.argsort(
+        (capacity - lengths.astype(np.int64)).astype(_integers(capacity)), kind="stable"
+    )  # (n,)
     group_sizes = np.bincount(lengths)
     distinct = np.flatnonzero(group_sizes)
 

@@ -80,5 +80,7 @@ class Recipe(Config):
     def differences(self, other: dict[str, Any]) -> str:
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""
         now, then = flat(self.model_dump(mode="json")), flat(other)
-        found = [f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in changed(then, now)]
+        found = [
+            f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in changed(then, now)
+        ]
         return "; ".join(found) or "the order of the streams"

@@ -25,8 +25,7 @@ class InBatches(Config):
 
 
 def in_batches_of(tokens: npt.NDArray[np.float64], stream: int, squares: Sequence[int]) -> InBatches:
-    """
-    Args:
+    """Args:
         tokens: (streams, batches).
         squares: (streams,) sums of the squares of the documents' lengths.
 
@@ -69,7 +68,9 @@ class PlanReport(Config):
 
     recipe: str  # its hash
     order: str  # sha256 of the order itself: another version of this code could draw another
-    weights: str | None = None  # sha256 of the packs' squares and images; None in plans that were saved before
+    weights: str | None = (
+        None  # sha256 of the packs' squares and images; None in plans that were saved before
+    )
     epoch: int
     packs: int
     dropped_packs: int  # beyond the constant number of packs
@@ -82,7 +83,9 @@ class PlanReport(Config):
     def table(self) -> str:
         """The mixture as it really is, for people, in 80 columns."""
         totals = [sum(getattr(s, k) for s in self.streams) for k in ("samples", "tokens", "target_tokens")]
-        rows = [["stream", f"of {self.unit}".replace("_", " "), "samples", "", "tokens", "", "trained on", ""]]
+        rows = [
+            ["stream", f"of {self.unit}".replace("_", " "), "samples", "", "tokens", "", "trained on", ""]
+        ]
         for s in self.streams:
             cells = [_cut(s.name), f"{s.asked:.1%}"]
             for value, total in zip((s.samples, s.tokens, s.target_tokens), totals, strict=True):
@@ -107,7 +110,9 @@ class PlanReport(Config):
         if len(known) > 1:
             rows = [["of a global batch's tokens", "mean", "sd", "least", "most", "sd of independent draws"]]
             for name, b in known:
-                rows.append([_cut(name), *(f"{x:.1%}" for x in (b.mean, b.sd, b.least, b.most, b.independent_sd))])
+                rows.append(
+                    [_cut(name), *(f"{x:.1%}" for x in (b.mean, b.sd, b.least, b.most, b.independent_sd))]
+                )
             lines += ["", *_aligned(rows)]
         return "\n".join(lines)
 
@@ -119,7 +124,9 @@ class PlanReport(Config):
             if count > MOST_OVER_LONG * wanted > 0:
                 what = f"{count:,} of {wanted:,} samples ({count / wanted:.1%}) are longer than a pack"
                 fate = "cut" if s.cut else "left out"
-                lines.append(f"stream '{s.name}': {what} and are {fate}; see data.packed_length and data.over_long")
+                lines.append(
+                    f"stream '{s.name}': {what} and are {fate}; see data.packed_length and data.over_long"
+                )
         return lines
 
 
@@ -131,7 +138,9 @@ def _short(count: int) -> str:
     """At most six characters: 12,345 or 12.3M."""
     if count < 100_000:
         return f"{count:,}"
-    scale = next(scale for scale in ((1e6, "M"), (1e9, "G"), (1e12, "T"), (math.inf, "")) if count < 999.5 * scale[0])
+    scale = next(
+        scale for scale in ((1e6, "M"), (1e9, "G"), (1e12, "T"), (math.inf, "")) if count < 999.5 * scale[0]
+    )
     return f"{count / scale[0]:.3g}{scale[1]}"
 
 

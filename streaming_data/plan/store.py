@@ -22,7 +22,9 @@ ARRAYS = ("ids", "offsets", "squares", "images")  # the files of a saved plan
 KEPT_SECONDS = 30 * 86400.0  # after its last use; one that is needed again is made again, and is the same
 
 
-def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[], Sequence[StreamSamples]]) -> Plan:
+def load_or_build(
+    folder: Path, recipe: Recipe, epoch: int, streams: Callable[[], Sequence[StreamSamples]]
+) -> Plan:
     """The plan of an epoch, memory-mapped from `folder`; made there first, by one process, where it is missing.
 
     `streams` is asked for the lengths only where the plan has to be made.
@@ -45,18 +47,23 @@ def load_or_build(folder: Path, recipe: Recipe, epoch: int, streams: Callable[[]
 
 def _load(place: Path) -> Plan | None:
     """A saved plan; None where there is none, or its files are not those that were saved: one flipped bit would lose a sample
-    and repeat another."""
+    and repeat another.
+    """
     try:
         report = PlanReport.model_validate_json((place / "report.json").read_bytes())
         mapped = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         changed = tuple((place / f"{name}.npy").stat().st_mtime_ns for name in ARRAYS)
     except (OSError, ValueError, EOFError):
         return None
-    plan = Plan(report=report, **{name: np.asarray(array) for name, array in mapped.items()})  # memmap's own slices are slow
+    plan = Plan(
+        report=report, **{name: np.asarray(array) for name, array in mapped.items()}
+    )  # memmap's own slices are slow
     return plan if _is_whole(str(place), changed, plan) else None
 
 
-_whole: set[tuple[str, tuple[int, ...], str]] = set()  # what this process has compared: 0.4 s for 100 M samples
+_whole: set[tuple[str, tuple[int, ...], str]] = (
+    set()
+)  # what this process has compared: 0.4 s for 100 M samples
 
 
 def _is_whole(place: str, changed: tuple[int, ...], plan: Plan) -> bool:

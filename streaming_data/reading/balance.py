@@ -33,7 +33,10 @@ def balance(squares: npt.NDArray[np.floating[Any]], images: npt.NDArray[np.integ
     heaviest_first = np.argsort(-loads.max(axis=1), kind="stable")
     if each == 1 or ranks == 1:
         return heaviest_first.reshape(ranks, each)
-    first, second = np.zeros(ranks), np.zeros(ranks)  # sums of either load; two arrays, as a maximum over pairs is slow
+    first, second = (
+        np.zeros(ranks),
+        np.zeros(ranks),
+    )  # sums of either load; two arrays, as a maximum over pairs is slow
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for pack, (square, image) in zip(heaviest_first.tolist(), loads[heaviest_first].tolist(), strict=True):
         rank = int(np.maximum(first + square, second + image).argmin())

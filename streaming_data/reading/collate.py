@@ -39,7 +39,11 @@ def featured(labels: Ids, image_spans: npt.NDArray[np.uint32], continuous: str) 
     """Which images bring their continuous features: `all`, `none`, or those in `questions`, which are not trained on."""
     if continuous == "none":
         return []
-    return [image for image, (first, *_) in enumerate(image_spans) if continuous == "all" or labels[first] == IGNORED]
+    return [
+        image
+        for image, (first, *_) in enumerate(image_spans)
+        if continuous == "all" or labels[first] == IGNORED
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,9 @@ class Document:
     ids: Ids  # (T,) 0 where a feature goes
     labels: Ids  # (T,)
     blocks: Ids  # (N, 2) the images, features included: first token, end
-    places: tuple[tuple[int, int], ...]  # the images with features, by number, each with the position of its first feature
+    places: tuple[
+        tuple[int, int], ...
+    ]  # the images with features, by number, each with the position of its first feature
 
     def cut(self, limit: int) -> Document:
         """The first `limit` positions, or fewer where an image would be cut."""
@@ -89,7 +95,9 @@ def insert_features(record: Record, counts: dict[int, int], separator: int, comp
         blocks[image, 1] += 1 + count
         blocks[image + 1 :] += 1 + count
     ids = np.concatenate([*ids_parts, record.tokens[copied:]]).astype(np.int64)
-    return Document(ids, np.concatenate([*label_parts, labels[copied:]]).astype(np.int64), blocks, tuple(places))
+    return Document(
+        ids, np.concatenate([*label_parts, labels[copied:]]).astype(np.int64), blocks, tuple(places)
+    )
 
 
 @dataclass(frozen=True)
@@ -120,14 +128,18 @@ class Collate:
             begin = 0
             for record in records:
                 if not len(record.image_spans):
-                    ids = record.tokens if self.limits is None else record.tokens[: self.limits[record.stream]]
+                    ids = (
+                        record.tokens if self.limits is None else record.tokens[: self.limits[record.stream]]
+                    )
                     self._fits(record, begin + len(ids))
                     for start, end in record.target_spans.tolist():
                         labels[row, begin + start : begin + min(end, len(ids))] = ids[start:end]
                     kinds[row, begin : begin + len(ids)] = 0
                 else:
                     images = next(seen)
-                    document = self._document(record, {image: views.count(*size) for image, (_, size) in images.items()})
+                    document = self._document(
+                        record, {image: views.count(*size) for image, (_, size) in images.items()}
+                    )
                     ids = document.ids
                     self._fits(record, begin + len(ids))
                     labels[row, begin : begin + len(ids)] = document.labels
@@ -142,7 +154,15 @@ class Collate:
                         places = np.flatnonzero(layout != NEWLINE)
                         view, patch = np.divmod(layout[places], views.features)
                         features.append(
-                            np.stack([np.full(len(places), row), begin + start + places, view + len(view_rows), patch], 1)
+                            np.stack(
+                                [
+                                    np.full(len(places), row),
+                                    begin + start + places,
+                                    view + len(view_rows),
+                                    patch,
+                                ],
+                                1,
+                            )
                         )
                         pixels.append(picture)
                         view_rows += [row] * len(picture)
@@ -168,12 +188,16 @@ class Collate:
 
     def _fits(self, record: Record, end: int) -> None:
         if end > self.length:
-            raise ShardError(f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong")
+            raise ShardError(
+                f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong"
+            )
 
     def _check_ids(self, records: Sequence[Record], ids: Ids) -> None:
         """A GPU would say no more of it than that an assertion failed, and the process could not go on."""
         if self.vocabulary_size is not None and ids.max() >= self.vocabulary_size:
-            record = next(record for record in records if record.tokens.max(initial=0) >= self.vocabulary_size)
+            record = next(
+                record for record in records if record.tokens.max(initial=0) >= self.vocabulary_size
+            )
             raise ShardError(
                 f"sample '{record.id}' holds the token id {record.tokens.max()}, the vocabulary has {self.vocabulary_size}: "
                 "its shard is wrong"
@@ -185,7 +209,13 @@ class Collate:
 
     def _look(self, packs: Sequence[Sequence[Record]]) -> Iterator[dict[int, tuple[Pixels, tuple[int, int]]]]:
         """For each record with images those that bring features, by number: views and size. Pictures are decoded by threads."""
-        continuous = "none" if self.views is None else "all" if self.compat and self.continuous != "none" else self.continuous
+        continuous = (
+            "none"
+            if self.views is None
+            else "all"
+            if self.compat and self.continuous != "none"
+            else self.continuous
+        )
         records = [record for pack in packs for record in pack if len(record.image_spans)]
         wanted = [featured(record.labels(), record.image_spans, continuous) for record in records]
         jobs = [(record, image) for record, images in zip(records, wanted, strict=True) for image in images]
@@ -236,4 +266,7 @@ def num_packs(batch: Batch) -> int:
 
 def num_tokens(batch: Batch) -> dict[str, int]:
     """Composer's `get_num_tokens_in_batch`: tokens that are no padding, and labels that the loss counts."""
-    return {"total": int((batch["document_ids"] >= 0).sum()), "loss_generating": int((batch["labels"][:, 1:] != IGNORED).sum())}
+    return {
+        "total": int((batch["document_ids"] >= 0).sum()),
+        "loss_generating": int((batch["labels"][:, 1:] != IGNORED).sum()),
+    }

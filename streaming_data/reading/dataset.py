@@ -38,7 +38,10 @@ from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, to_streams
 
 STATE_VERSION: Literal[1] = 1
-LOCAL_RUN, REMOTE_RUN = 256, 16  # packs that a worker reads together: what can be done once for many samples is
+LOCAL_RUN, REMOTE_RUN = (
+    256,
+    16,
+)  # packs that a worker reads together: what can be done once for many samples is
 RUNS_AHEAD = 4  # of a remote dataset: their shards are downloaded meanwhile
 DOWNLOADS = 4  # at a time, in each worker
 
@@ -69,7 +72,11 @@ class Run:
         self._opened = [pool.submit(self._dataset.open_shard, shard) for shard in self._needed]
 
     def packs(self) -> Iterator[list[Record]]:
-        opened = map(self._dataset.open_shard, self._needed) if self._opened is None else (f.result() for f in self._opened)
+        opened = (
+            map(self._dataset.open_shard, self._needed)
+            if self._opened is None
+            else (f.result() for f in self._opened)
+        )
         order = np.argsort(self._shards, kind="stable")
         bounds = np.searchsorted(self._shards[order], [*self._needed, self._needed[-1] + 1]).tolist()
         of_shard: dict[int, Iterator[Record]] = {}  # in the order in which the packs ask for them
@@ -90,12 +97,20 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: DataConfig, sources: Sequence[StreamSource], *, views: Views | None, batch_packs: int, compat: bool
+        self,
+        config: DataConfig,
+        sources: Sequence[StreamSource],
+        *,
+        views: Views | None,
+        batch_packs: int,
+        compat: bool,
     ) -> None:
         self.nodes, self.ranks_per_node, self.rank = _world()
         ranks = self.nodes * self.ranks_per_node
         if batch_packs * ranks != config.global_batch:
-            raise ConfigError(f"global_batch: {config.global_batch} packs are not {ranks} ranks x {batch_packs} packs")
+            raise ConfigError(
+                f"global_batch: {config.global_batch} packs are not {ranks} ranks x {batch_packs} packs"
+            )
         if compat and config.continuous == "questions":
             config = config.model_copy(update={"continuous": "all"})
         self.sources = list(sources)
@@ -109,8 +124,12 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
 
         stamps = config.cache_folder / "shards"
         self._shards = [Shards(s.name, s.folder, s.store, stamps, config.cache_limit) for s in self.sources]
-        self._first_shard = np.cumsum([0] + [len(shards.samples) for shards in self._shards])  # of each stream
-        self._bounds = np.cumsum(np.concatenate([[0], *(shards.samples for shards in self._shards)]))  # first sample of each shard
+        self._first_shard = np.cumsum(
+            [0] + [len(shards.samples) for shards in self._shards]
+        )  # of each stream
+        self._bounds = np.cumsum(
+            np.concatenate([[0], *(shards.samples for shards in self._shards)])
+        )  # first sample of each shard
         self.num_samples = int(self._bounds[-1])
 
         self._next = (0, 0)  # epoch, packs of it already seen
@@ -122,7 +141,10 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         self.packs_handed_out = 0  # of the epoch in progress, over all ranks; counted by the loader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plan": None}  # pickling would copy what is memory-mapped; workers load their epoch's
+        return {
+            **self.__dict__,
+            "plan": None,
+        }  # pickling would copy what is memory-mapped; workers load their epoch's
 
     def __del__(self) -> None:
         """Nothing to release: upstream's destructor is for its shared memory."""
@@ -144,11 +166,15 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         epoch = int(self._position[0])
         if epoch < 0:  # not begun
             epoch, packs = self._next
-        elif packs == 0 and self.packs_handed_out == self.packs_per_epoch:  # Composer's count is back at 0 after an epoch
+        elif (
+            packs == 0 and self.packs_handed_out == self.packs_per_epoch
+        ):  # Composer's count is back at 0 after an epoch
             epoch += 1
         order = self._plan_of(epoch).report.order if packs else None
         plan, recipe = self.recipe.hash, self.recipe.model_dump()
-        return State(version=STATE_VERSION, plan=plan, order=order, epoch=epoch, packs=packs, recipe=recipe).model_dump()
+        return State(
+            version=STATE_VERSION, plan=plan, order=order, epoch=epoch, packs=packs, recipe=recipe
+        ).model_dump()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Continue there. Raises ConfigError for the state of another plan, naming what differs."""
@@ -164,12 +190,18 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             self.plan = self._plan_of(0)
         where = f"the checkpoint was made in epoch {state.epoch} after {state.packs} packs of data plan {state.plan}"
         if state.plan != self.recipe.hash:
-            raise ConfigError(f"{where}; this run's plan is {self.recipe.hash}: {self.recipe.differences(state.recipe)}")
+            raise ConfigError(
+                f"{where}; this run's plan is {self.recipe.hash}: {self.recipe.differences(state.recipe)}"
+            )
         order = self._plan_of(state.epoch).report.order if state.packs else None
         if state.order != order:
-            raise ConfigError(f"{where} with order {state.order}, here it is {order}: it was made by another version of this code")
+            raise ConfigError(
+                f"{where} with order {state.order}, here it is {order}: it was made by another version of this code"
+            )
         if state.packs % self.recipe.global_batch or not 0 <= state.packs <= self.packs_per_epoch:
-            raise ConfigError(f"{where}; expected a multiple of {self.recipe.global_batch} up to {self.packs_per_epoch}")
+            raise ConfigError(
+                f"{where}; expected a multiple of {self.recipe.global_batch} up to {self.packs_per_epoch}"
+            )
         self._next = (state.epoch, state.packs)
         self._position[0] = -1
 
@@ -194,7 +226,9 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             workers=info.num_workers if info else 1,
         )
         packs = self._packs(share)
-        if self.recipe.null_prompt_fraction and self.recipe.split == "train":  # what is held out is read as it is
+        if (
+            self.recipe.null_prompt_fraction and self.recipe.split == "train"
+        ):  # what is held out is read as it is
             return drop_captions(packs, self.recipe.null_prompt_fraction, self.recipe.seed, epoch)
         return packs
 

@@ -26,7 +26,9 @@ from unitoken.streaming_data.reading.dataset import PackedDataset
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import open_sources
 
-MOST_SAID = 4096  # bytes of a rank's error that the others hear: its end, as a worker's begins with a traceback
+MOST_SAID = (
+    4096  # bytes of a rank's error that the others hear: its end, as a worker's begins with a traceback
+)
 
 
 class PackedLoader(DataLoader[Any]):
@@ -44,7 +46,9 @@ class PackedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         dataset = self.dataset
-        together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        together = (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
         if together and self._group is None:
             # In this order. A thread of the group's may hold tensors a moment longer than the collective lasts, and frees
             # them under the GIL if it is the last; the group's destructor waits for that thread, with the GIL. So the
@@ -95,7 +99,9 @@ def build_loader(
         vocabulary: the model's; the datasets must be tokenized in it.
     """
     if config.continuous != "none" and views is None:
-        raise ConfigError(f"continuous: {config.continuous} needs a vision tower; without one set continuous: none")
+        raise ConfigError(
+            f"continuous: {config.continuous} needs a vision tower; without one set continuous: none"
+        )
     sources = open_sources(config)
     check_streams_vocabulary(sources, vocabulary, "the model")
     dataset = PackedDataset(config, sources, views=views, batch_packs=batch_packs, compat=compat)
@@ -115,7 +121,9 @@ def build_loader(
             compat=compat,
             streams=len(sources),
             vocabulary_size=vocabulary.size,
-            limits=None if config.over_long == "reject" else tuple(limit_of(s.config, config.packed_length) for s in sources),
+            limits=None
+            if config.over_long == "reject"
+            else tuple(limit_of(s.config, config.packed_length) for s in sources),
         ),
         pin_memory=torch.cuda.is_available(),
         # Workers get their seeds from it. Without one each epoch's start would draw from the global generator, which the

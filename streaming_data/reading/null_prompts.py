@@ -37,7 +37,9 @@ def is_drawn(record: Record) -> bool:
     return bool(len(record.image_spans)) and int(record.target_spans[0, 0]) in record.image_spans[:, 0]
 
 
-def drop_captions(packs: Iterable[list[Record]], fraction: float, seed: int, epoch: int) -> Iterator[list[Record]]:
+def drop_captions(
+    packs: Iterable[list[Record]], fraction: float, seed: int, epoch: int
+) -> Iterator[list[Record]]:
     """Packs in which `fraction` of the drawn records have a null prompt. A pack may end earlier for it, never later.
 
     Which ones is a function of the seed, the epoch and the record's id: the same on any number of ranks and after a resume.

@@ -33,15 +33,27 @@ _NO_IMAGES = np.zeros((0, 4), np.uint32)
 def _check_columns(entry: dict[str, Any]) -> None:
     """Raises ValueError or KeyError."""
     names, encodings, sizes = (entry[f"column_{part}"] for part in ("names", "encodings", "sizes"))
-    texts = isinstance(names, list) and isinstance(encodings, list) and all(isinstance(one, str) for one in [*names, *encodings])
-    if not texts or not isinstance(sizes, list) or not len(names) == len(encodings) == len(sizes) == len(set(names)):
-        raise ValueError("column_names, column_encodings and column_sizes: expected three lists of one length")
+    texts = (
+        isinstance(names, list)
+        and isinstance(encodings, list)
+        and all(isinstance(one, str) for one in [*names, *encodings])
+    )
+    if (
+        not texts
+        or not isinstance(sizes, list)
+        or not len(names) == len(encodings) == len(sizes) == len(set(names))
+    ):
+        raise ValueError(
+            "column_names, column_encodings and column_sizes: expected three lists of one length"
+        )
     if not all(size is None or (type(size) is int and 0 <= size < 1 << 32) for size in sizes):
         raise ValueError(f"`column_sizes`: expected numbers or null, found {sizes!r}")
 
 
 Ids = npt.NDArray[np.int64]
-SampleDecoder = Callable[[mmap.mmap, Ids, int], Iterator[Record]]  # (data, where samples begin, stream) -> the samples
+SampleDecoder = Callable[
+    [mmap.mmap, Ids, int], Iterator[Record]
+]  # (data, where samples begin, stream) -> the samples
 
 
 class Shard(NamedTuple):
@@ -64,7 +76,9 @@ class Shard(NamedTuple):
 class Shards:
     """The shards of one stream. Several processes and threads may use the same folder."""
 
-    def __init__(self, stream: str, folder: Path, store: Store | None, stamps: Path, limit: int | None = None) -> None:
+    def __init__(
+        self, stream: str, folder: Path, store: Store | None, stamps: Path, limit: int | None = None
+    ) -> None:
         self.folder = folder
         self.entries = read_index(folder)
         self.samples = np.array([entry["samples"] for entry in self.entries], np.int64)
@@ -79,7 +93,9 @@ class Shards:
                 path, size = folder / entry["raw_data"]["basename"], entry["raw_data"]["bytes"]
                 if not path.exists() or path.stat().st_size != size:
                     what = f"corrupt: {path.stat().st_size} bytes" if path.exists() else "missing"
-                    raise ConfigError(f"stream '{stream}': the shard {path} is {what}, {INDEX} lists it with {size} bytes")
+                    raise ConfigError(
+                        f"stream '{stream}': the shard {path} is {what}, {INDEX} lists it with {size} bytes"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "_decoders": {}, "_decoder_of": None}
@@ -105,12 +121,20 @@ class Shards:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.frombuffer(data, "<u4", 1)[0])
         if count != self.samples[shard]:
-            raise ShardError(f"{name} is corrupt: it holds {count} samples, {INDEX} names {self.samples[shard]}")
+            raise ShardError(
+                f"{name} is corrupt: it holds {count} samples, {INDEX} names {self.samples[shard]}"
+            )
         if 4 * (count + 2) > size:
             raise ShardError(f"{name} is corrupt: {size} bytes do not hold where {count} samples begin")
         offsets = np.frombuffer(data, "<u4", count + 1, 4)
-        if int(offsets[0]) < 4 * (count + 2) or int(offsets[-1]) != size or (np.diff(offsets.astype(np.int64)) < 0).any():
-            raise ShardError(f"{name} is corrupt: its samples do not begin one after the other, and end where it ends")
+        if (
+            int(offsets[0]) < 4 * (count + 2)
+            or int(offsets[-1]) != size
+            or (np.diff(offsets.astype(np.int64)) < 0).any()
+        ):
+            raise ShardError(
+                f"{name} is corrupt: its samples do not begin one after the other, and end where it ends"
+            )
         while len(self._open) >= self._most_open:
             self._open.pop(next(iter(list(self._open))), None)  # threads may have been faster
         return self._open.setdefault(shard, Shard(name, data, offsets, self._decoder_of[shard]))
@@ -120,16 +144,26 @@ class Shards:
         try:
             _check_columns(entry)
         except (ValueError, KeyError) as error:
-            raise ConfigError(f"{self.folder / INDEX}: not an MDS index: {type(error).__name__}: {error}") from None
+            raise ConfigError(
+                f"{self.folder / INDEX}: not an MDS index: {type(error).__name__}: {error}"
+            ) from None
         key = json.dumps([entry["column_names"], entry["column_encodings"], entry["column_sizes"]])
         if key not in self._decoders:
             columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
             tokens = columns.get("tokens", "")
-            ours = {"id": "str", "image_spans": "bytes", "images": "bytes", "target_spans": "ndarray:uint32", "tokens": tokens}
+            ours = {
+                "id": "str",
+                "image_spans": "bytes",
+                "images": "bytes",
+                "target_spans": "ndarray:uint32",
+                "tokens": tokens,
+            }
             if tokens not in ("ndarray:uint16", "ndarray:uint32") or columns != {**columns, **ours}:
                 raise ConfigError(f"{self.folder / INDEX}: expected the columns {ours}, found {columns}")
             plain = list(columns) == sorted(ours) and not any(entry["column_sizes"])
-            self._decoders[key] = _plain(tokens.removeprefix("ndarray:")) if plain else _general(self.folder, entry)
+            self._decoders[key] = (
+                _plain(tokens.removeprefix("ndarray:")) if plain else _general(self.folder, entry)
+            )
         return self._decoders[key]
 
 
@@ -145,7 +179,9 @@ def _plain(token_type: str) -> SampleDecoder:
     def decode(data: mmap.mmap, begins: Ids, stream: int) -> Iterator[Record]:
         raw = np.frombuffer(data, np.uint8)
         sizes = raw[begins[:, None] + _HEADER].view("<u4").astype(np.int64)  # (n, 5)
-        columns = np.cumsum(np.concatenate([begins[:, None] + _HEADER.size, sizes], axis=1), axis=1)  # (n, 6) their borders
+        columns = np.cumsum(
+            np.concatenate([begins[:, None] + _HEADER.size, sizes], axis=1), axis=1
+        )  # (n, 6) their borders
         targets, tokens = columns[:, 3], columns[:, 4]
         first_span = targets + 1 + (2 << (raw[targets] & 3))
         first_token = tokens + 1 + (1 << (raw[tokens] & 3))
@@ -158,7 +194,9 @@ def _plain(token_type: str) -> SampleDecoder:
                 str(data[name:name_end], "utf-8"),
                 np.frombuffer(data, dtype, count, token),
                 spans[span:next_span],
-                np.frombuffer(data, "<u4", (images - name_end) // 4, name_end).reshape(-1, 4) if images > name_end else _NO_IMAGES,
+                np.frombuffer(data, "<u4", (images - name_end) // 4, name_end).reshape(-1, 4)
+                if images > name_end
+                else _NO_IMAGES,
                 unpack_bytes(memoryview(data)[images:end]) if images > name_end else (),
                 stream,
             )

@@ -17,7 +17,15 @@ from unitoken.common.config import Config, load_config
 from unitoken.common.errors import ConfigError
 from unitoken.storage.store import is_url
 
-COMMON = {"record", "train", "data", "annotations", "json", "output", "tokens"}  # say nothing of what a dataset is
+COMMON = {
+    "record",
+    "train",
+    "data",
+    "annotations",
+    "json",
+    "output",
+    "tokens",
+}  # say nothing of what a dataset is
 
 
 class Meta(Config):
@@ -41,10 +49,14 @@ def convert_config(path: Path, datasets: str) -> str:
         "  streams:",
     ]
     for name, entry in zip(names, entries, strict=True):
-        stream: dict[str, str | float] = {"remote" if is_url(datasets) else "local": f"{datasets.rstrip('/')}/{name}"}
+        stream: dict[str, str | float] = {
+            "remote" if is_url(datasets) else "local": f"{datasets.rstrip('/')}/{name}"
+        }
         if entry.ratio != 1:
             stream["repeat"] = entry.ratio
-        comment = " ".join(entry.path.split()) + ("" if entry.type == "default" else f"; its type {entry.type!r} has no equivalent")
+        comment = " ".join(entry.path.split()) + (
+            "" if entry.type == "default" else f"; its type {entry.type!r} has no equivalent"
+        )
         lines.append(f"    {name}: {_flow(stream)} # {comment}")
     lines += [
         "  packed_length: 4096 # tokens a pack, image features included",
@@ -55,7 +67,9 @@ def convert_config(path: Path, datasets: str) -> str:
 
 def _flow(stream: dict[str, str | float]) -> str:
     """`{local: data/llava, repeat: 0.333}`, with quotes where YAML needs them."""
-    return yaml.safe_dump(stream, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).strip()
+    return yaml.safe_dump(
+        stream, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000
+    ).strip()
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -37,7 +37,12 @@ CARD = "README.md"
 LIST, BEGUN = "webdataset.json", "webdataset.begun.json"
 CACHE_BYTES = 1 << 30  # of a remote dataset's shards, at a time
 AT_ONCE = 256  # samples
-ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # others are called as Pillow calls them
+ENDINGS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "TIFF": "tif",
+    "JPEG2000": "jp2",
+}  # others are called as Pillow calls them
 
 
 def export_webdataset(dataset: str, out: str, samples_per_tar: int) -> int:
@@ -50,13 +55,25 @@ def export_webdataset(dataset: str, out: str, samples_per_tar: int) -> int:
     target = open_store(out)
     with tempfile.TemporaryDirectory() as temporary:
         place = {"remote" if is_url(dataset) else "local": dataset}
-        config = DataConfig.model_validate({"streams": {"data": place}, "packed_length": 1, "global_batch": 1, "cache": temporary})
+        config = DataConfig.model_validate(
+            {"streams": {"data": place}, "packed_length": 1, "global_batch": 1, "cache": temporary}
+        )
         (source,) = open_sources(config)
         if not is_url(out) and Path(out).is_dir():
             remove_abandoned(Path(out))
-        begun = {"dataset": source.fingerprint, "vocabulary": source.manifest.vocabulary, "samples_per_tar": samples_per_tar}
+        begun = {
+            "dataset": source.fingerprint,
+            "vocabulary": source.manifest.vocabulary,
+            "samples_per_tar": samples_per_tar,
+        }
         done = _begin(target, json.dumps(begun).encode() + b"\n")
-        shards = Shards("data", source.folder, source.store, Path(temporary) / "shards", CACHE_BYTES if source.store else None)
+        shards = Shards(
+            "data",
+            source.folder,
+            source.store,
+            Path(temporary) / "shards",
+            CACHE_BYTES if source.store else None,
+        )
         return _write(source, shards, target, done, Path(temporary), samples_per_tar)
 
 
@@ -71,7 +88,9 @@ def _begin(target: Store, begun: bytes) -> set[str]:
     return found
 
 
-def _write(source: StreamSource, shards: Shards, target: Store, done: set[str], temporary: Path, samples_per_tar: int) -> int:
+def _write(
+    source: StreamSource, shards: Shards, target: Store, done: set[str], temporary: Path, samples_per_tar: int
+) -> int:
     samples = source.manifest.samples
     names: list[str] = []
     endings: set[str] = set()
@@ -92,9 +111,16 @@ def _write(source: StreamSource, shards: Shards, target: Store, done: set[str], 
         target.upload(temporary / name, name)
         (temporary / name).unlink()
     target.upload(source.folder / VOCABULARY, VOCABULARY)
-    token_type = dict(zip(shards.entries[0]["column_names"], shards.entries[0]["column_encodings"], strict=True))["tokens"]
+    token_type = dict(
+        zip(shards.entries[0]["column_names"], shards.entries[0]["column_encodings"], strict=True)
+    )["tokens"]
     target.write(CARD, _card(endings, token_type.removeprefix("ndarray:")))
-    summary = {"samples": samples, "samples_per_tar": samples_per_tar, "tars": names, "dataset": source.manifest.model_dump()}
+    summary = {
+        "samples": samples,
+        "samples_per_tar": samples_per_tar,
+        "tars": names,
+        "dataset": source.manifest.model_dump(),
+    }
     target.write(LIST, json.dumps(summary, indent=1).encode() + b"\n")
     target.delete(BEGUN)
     return len(names)
@@ -102,7 +128,8 @@ def _write(source: StreamSource, shards: Shards, target: Store, done: set[str], 
 
 def _card(endings: set[str], token_type: str) -> bytes:
     """A dataset card. `datasets` takes the columns of a WebDataset from its first samples, and would drop the pictures of later
-    ones or fail at them: here all are listed."""
+    ones or fail at them: here all are listed.
+    """
     features: list[dict[str, object]] = [
         {"name": "json", "struct": [
             {"name": "id", "dtype": "string"},
@@ -112,8 +139,13 @@ def _card(endings: set[str], token_type: str) -> bytes:
         ]},
         {"name": "tokens.npy", "sequence": token_type},
     ]  # fmt: skip
-    pictures = sorted((ending for ending in endings if ending[0].isdigit()), key=lambda one: (int(one.partition(".")[0]), one))
-    features += [{"name": ending, "dtype": "binary" if ending.endswith(".bin") else "image"} for ending in pictures]
+    pictures = sorted(
+        (ending for ending in endings if ending[0].isdigit()),
+        key=lambda one: (int(one.partition(".")[0]), one),
+    )
+    features += [
+        {"name": ending, "dtype": "binary" if ending.endswith(".bin") else "image"} for ending in pictures
+    ]
     features += [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
     fields = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],

@@ -129,7 +129,9 @@ def _size(count: float) -> str:
 
 
 def shard_table(sources: Sequence[StreamSource]) -> ShardTable:
-    entries = [(number, entry) for number, source in enumerate(sources) for entry in read_index(source.folder)]
+    entries = [
+        (number, entry) for number, source in enumerate(sources) for entry in read_index(source.folder)
+    ]
     return ShardTable(
         np.cumsum([0] + [entry["samples"] for _, entry in entries], dtype=np.int64),
         np.array([entry["raw_data"]["bytes"] for _, entry in entries], np.int64),
@@ -164,27 +166,44 @@ def simulate_nodes(
         bandwidth: of a node, bits a second.
         batch_seconds, tokens_per_second: of a step, or of a node; one of them.
     """
-    if (batch_seconds is None) == (tokens_per_second is None) or (batch_seconds or tokens_per_second or 0) <= 0:
-        raise ConfigError("how fast training is decides how fast data is needed: give --batch-seconds or --tokens-per-second")
+    if (batch_seconds is None) == (tokens_per_second is None) or (
+        batch_seconds or tokens_per_second or 0
+    ) <= 0:
+        raise ConfigError(
+            "how fast training is decides how fast data is needed: give --batch-seconds or --tokens-per-second"
+        )
     possible = [nodes for nodes in counts if config.global_batch % (nodes * ranks_per_node) == 0]
     sources, views = open_sources(config), Views(*view, config.anyres)
     recipe = Recipe.of(config, sources, views)
     plan = load_or_build(
-        config.cache_folder / "plans", recipe, 0, lambda: [read_lengths(source, recipe, views) for source in sources]
+        config.cache_folder / "plans",
+        recipe,
+        0,
+        lambda: [read_lengths(source, recipe, views) for source in sources],
     )
     shards, steps = shard_table(sources), plan.packs // config.global_batch
     tokens = sum(share.tokens for share in plan.report.streams)
     demands = []
     for nodes in possible:
-        shape = Shape(nodes, ranks_per_node, max(config.workers, 1), config.global_batch, config.canonical_nodes)
+        shape = Shape(
+            nodes, ranks_per_node, max(config.workers, 1), config.global_batch, config.canonical_nodes
+        )
         seconds = tokens / nodes / tokens_per_second if tokens_per_second else steps * (batch_seconds or 0.0)
         limit = config.cache_limit
-        demands.append(simulate(plan, shards, shape, node_seconds=seconds, bandwidth=bandwidth, cache_limit=limit))
+        demands.append(
+            simulate(plan, shards, shape, node_seconds=seconds, bandwidth=bandwidth, cache_limit=limit)
+        )
     return demands, [nodes for nodes in counts if nodes not in possible]
 
 
 def simulate(
-    plan: Plan, table: ShardTable, shape: Shape, *, node_seconds: float, bandwidth: float, cache_limit: int | None
+    plan: Plan,
+    table: ShardTable,
+    shape: Shape,
+    *,
+    node_seconds: float,
+    bandwidth: float,
+    cache_limit: int | None,
 ) -> Demand:
     """Play an epoch through.
 
@@ -201,7 +220,9 @@ def simulate(
         opens = _opens(step, process, shard, table)
         active = _active(step, shard, steps)
         downloads, most_cached = _downloads(opens, table.sizes, cache_limit)
-        fetched = np.bincount([at for at, _ in downloads], [int(table.sizes[s]) for _, s in downloads], minlength=steps)
+        fetched = np.bincount(
+            [at for at, _ in downloads], [int(table.sizes[s]) for _, s in downloads], minlength=steps
+        )
         different = np.unique(shard)
         ahead = RUNS_AHEAD * REMOTE_RUN * shape.workers / packs.shape[2]
         demands.append(
@@ -229,7 +250,9 @@ def _packs_of(plan: Plan, shape: Shape, nodes: Sequence[int]) -> list[Ids]:
     batches = np.arange(plan.packs // shape.global_batch * shape.global_batch).reshape(-1, shape.global_batch)
     ranks = shape.ranks_per_node
     if shape.canonical_nodes % shape.nodes == 0:
-        return [np.stack([_deal(plan, batch[node :: shape.nodes], ranks) for batch in batches]) for node in nodes]
+        return [
+            np.stack([_deal(plan, batch[node :: shape.nodes], ranks) for batch in batches]) for node in nodes
+        ]
     mine = np.concatenate([np.arange(node * ranks, (node + 1) * ranks) for node in nodes])
     dealt = np.stack([_deal(plan, batch, shape.nodes * ranks)[mine] for batch in batches])
     return [dealt[:, n * ranks : (n + 1) * ranks] for n in range(len(nodes))]
@@ -272,7 +295,9 @@ def _opens(step: Ids, process: Ids, shard: Ids, table: ShardTable) -> list[tuple
     mapped: dict[tuple[int, int], dict[int, None]] = {}
     opens = []
     stream = table.streams[shard]
-    for at, who, what, where in zip(step.tolist(), process.tolist(), shard.tolist(), stream.tolist(), strict=True):
+    for at, who, what, where in zip(
+        step.tolist(), process.tolist(), shard.tolist(), stream.tolist(), strict=True
+    ):
         mine = mapped.setdefault((who, where), {})
         if what not in mine:
             if len(mine) >= MOST_OPEN_LIMITED:
@@ -292,7 +317,9 @@ def _active(step: Ids, shard: Ids, steps: int) -> Ids:
     return np.cumsum(changes)[:steps]
 
 
-def _downloads(opens: list[tuple[int, int]], sizes: Ids, limit: int | None) -> tuple[list[tuple[int, int]], int]:
+def _downloads(
+    opens: list[tuple[int, int]], sizes: Ids, limit: int | None
+) -> tuple[list[tuple[int, int]], int]:
     """(step, shard) of each download, and the most bytes that are cached at a time."""
     cached: OrderedDict[int, int] = OrderedDict()
     downloads, total, most = [], 0, 0

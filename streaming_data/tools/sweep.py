@@ -59,7 +59,11 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
             lines.append(f"{row.length:>13,}       -  {row.problem}")
         else:
             mark = "  <- best" if row is best else ""
-            lines.append(f"{row.length:>13,}  {row.fill:>6.2%}  {row.over_long:>17,}  {row.kept:>11.2%}{mark}")
+            lines.append(
+                f"{row.length:>13,}  {row.fill:>6.2%}  {row.over_long:>17,}  {row.kept:>11.2%}{mark}"
+            )
     if best.packs < FEW_PACKS:
-        lines.append(f"too few packs to tell: {best.packs:,} at {best.length:,}; with more data others may be fuller")
+        lines.append(
+            f"too few packs to tell: {best.packs:,} at {best.length:,}; with more data others may be fuller"
+        )
     return "\n".join(lines)

@@ -29,7 +29,10 @@ def test_text_is_cut_at_images() -> None:
 
 
 def test_images_that_stand_nowhere_come_first() -> None:
-    assert segments({"conversations": turns("What?", "It."), "image": ["1", "2"]}) == [("", " ", " What?"), ("It.",)]
+    assert segments({"conversations": turns("What?", "It."), "image": ["1", "2"]}) == [
+        ("", " ", " What?"),
+        ("It.",),
+    ]
 
 
 @pytest.mark.parametrize("images", [{"image": "1.png"}, {"image": ["1.png"]}, {"<|image|>": ["1.png"]}])
@@ -49,7 +52,10 @@ def test_one_image_may_be_a_string_and_the_symbol_a_key(images: dict[str, Any]) 
     ],
 )
 def test_an_image_may_be_its_bytes_or_where_they_are(image: object, expected: str | bytes) -> None:
-    assert parse({"conversations": turns("a", "b"), "image": [image, image]}, "0").images == (expected, expected)
+    assert parse({"conversations": turns("a", "b"), "image": [image, image]}, "0").images == (
+        expected,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("images", [{}, {"image": []}, {"image": None}])
@@ -68,7 +74,12 @@ def test_ids() -> None:
 
 BAD = {
     "not an item": [[], "text", None, 3],
-    "no conversations": [{}, {"conversations": []}, {"conversations": "a"}, {"conversations": {"from": "human"}}],
+    "no conversations": [
+        {},
+        {"conversations": []},
+        {"conversations": "a"},
+        {"conversations": {"from": "human"}},
+    ],
     "bad turn": [{"conversations": ["hello"]}, {"conversations": [{"from": "human"}]}],
     "wrong turn order": [
         {"conversations": [{"from": "gpt", "value": "a"}]},
@@ -91,7 +102,10 @@ BAD = {
         for image in ([1], [""], {}, {"bytes": None, "path": None}, {"base64": 3})
     ],
     "bad id": [{"id": 1.5, "conversations": turns("a", "b")}, {"id": True, "conversations": turns("a", "b")}],
-    "text that is not Unicode": [{"conversations": turns("\ud800", "b")}, {"id": "\udfff", "conversations": turns("a", "b")}],
+    "text that is not Unicode": [
+        {"conversations": turns("\ud800", "b")},
+        {"id": "\udfff", "conversations": turns("a", "b")},
+    ],
 }
 
 
@@ -107,7 +121,9 @@ def test_reasons_hold_the_figures() -> None:
 
 
 @pytest.mark.parametrize("texts", [("", "a"), ("a", " \n"), ("a", "b", "", "c")])
-def test_turns_that_hold_nothing_are_refused_unless_the_reference_is_to_be_met(texts: tuple[str, ...]) -> None:
+def test_turns_that_hold_nothing_are_refused_unless_the_reference_is_to_be_met(
+    texts: tuple[str, ...],
+) -> None:
     conversation = parse({"conversations": turns(*texts)}, "0")
     with pytest.raises(ItemError, match=r"^empty text: turn \d holds neither"):
         refuse_empty(conversation)
@@ -161,7 +177,11 @@ json_values = st.recursive(
     | st.sampled_from(["human", "gpt", "<|image|>"]),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["conversations", "image", "<|image|>", "id", "from", "value", "x"]), inner, max_size=5)
+        | st.dictionaries(
+            st.sampled_from(["conversations", "image", "<|image|>", "id", "from", "value", "x"]),
+            inner,
+            max_size=5,
+        )
     ),
     max_leaves=12,
 )

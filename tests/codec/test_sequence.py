@@ -30,8 +30,14 @@ def words(ids: np.ndarray) -> str:
 
 def test_a_conversation_of_text() -> None:
     found = record("Hi", "Hello you", "Bye", "Later")
-    assert words(found.tokens) == "<s>Hi<reserved08706>Hello you<reserved08706>Bye<reserved08706>Later<reserved08706>"
-    assert [words(found.tokens[a:b]) for a, b in found.target_spans] == ["Hello you<reserved08706>", "Later<reserved08706>"]
+    assert (
+        words(found.tokens)
+        == "<s>Hi<reserved08706>Hello you<reserved08706>Bye<reserved08706>Later<reserved08706>"
+    )
+    assert [words(found.tokens[a:b]) for a, b in found.target_spans] == [
+        "Hello you<reserved08706>",
+        "Later<reserved08706>",
+    ]
     assert found.tokens.dtype == np.uint16
     assert found.image_spans.shape == (0, 4)
 
@@ -60,7 +66,9 @@ def test_an_image_is_trained_on_in_an_answer_only() -> None:
 def test_wide_vocabularies_take_wide_tokens() -> None:
     wide = Vocabulary.from_tokens(TOKENIZER.get_vocab() | {"last": 70_000}, 8192)
     assert (
-        assemble(parse({"conversations": turns("a", "b")}, "0"), [], [], TextEncoder(TOKENIZER, wide), wide).tokens.dtype
+        assemble(
+            parse({"conversations": turns("a", "b")}, "0"), [], [], TextEncoder(TOKENIZER, wide), wide
+        ).tokens.dtype
         == np.uint32
     )
 
@@ -79,13 +87,16 @@ def test_sides_of_odd_length_are_refused() -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
-        st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=4), st.booleans()), max_size=3), min_size=2, max_size=5
+        st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=4), st.booleans()), max_size=3),
+        min_size=2,
+        max_size=5,
     )
 )
 def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tuple[str, bool]]]) -> None:
     """Turn by turn: the texts, the images in order, and that exactly the answers are trained on."""
     texts = [
-        "".join(text.replace("<|image|>", "") + ("<|image|>" if image else "") for text, image in turn) for turn in conversation
+        "".join(text.replace("<|image|>", "") + ("<|image|>" if image else "") for text, image in turn)
+        for turn in conversation
     ]
     count = sum(text.count("<|image|>") for text in texts)
     found = record(*texts, sizes=[(2, 2 * (n + 1)) for n in range(count)])

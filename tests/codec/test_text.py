@@ -62,7 +62,8 @@ def test_a_tokenizer_with_special_tokens_among_its_words_is_guarded_too() -> Non
 
 
 texts = st.lists(
-    st.sampled_from(["<eoss>", "<s>", "IMGIMGAZ", "<reserved08706>", "<", " ", "\n", "IMG"]) | st.text(max_size=5)
+    st.sampled_from(["<eoss>", "<s>", "IMGIMGAZ", "<reserved08706>", "<", " ", "\n", "IMG"])
+    | st.text(max_size=5)
 ).map("".join)
 
 

@@ -52,7 +52,9 @@ def test_an_unknown_key_names_the_file_the_key_and_the_valid_keys(write):
     assert "vision, streams, lr, steps" in message
 
 
-@pytest.mark.parametrize("text", ["vision: {kind: vq, size: 3}", "vision: {kind: vq}\nstreams: {a: {kind: x, size: 3}}"])
+@pytest.mark.parametrize(
+    "text", ["vision: {kind: vq, size: 3}", "vision: {kind: vq}\nstreams: {a: {kind: x, size: 3}}"]
+)
 def test_an_unknown_key_further_down_names_the_keys_that_are_valid_there(write, text):
     message = error_of(write(text))
     assert ".size'" in message
@@ -66,7 +68,8 @@ def test_a_misspelt_key_explains_the_missing_one(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3e-4", 3e-4), ("1e5", 1e5), ("-2E+3", -2000.0), (".5e1", 5.0), ("1_0e1", 100.0), ("2", 2.0)]
+    ("text", "value"),
+    [("3e-4", 3e-4), ("1e5", 1e5), ("-2E+3", -2000.0), (".5e1", 5.0), ("1_0e1", 100.0), ("2", 2.0)],
 )
 def test_scientific_notation_is_a_number(write, text, value):
     assert load_config(Settings, write(f"vision: {{kind: vq}}\nlr: {text}")).lr == value
@@ -99,7 +102,9 @@ def test_a_list_as_a_key_is_one_line(write):
 
 def test_overrides_win_over_the_file_at_any_depth(write):
     settings = load_config(
-        Settings, write("vision: {kind: a, batch_size: 4}"), ["vision.batch_size=2", "streams.new.kind=b", "steps=7"]
+        Settings,
+        write("vision: {kind: a, batch_size: 4}"),
+        ["vision.batch_size=2", "streams.new.kind=b", "steps=7"],
     )
     assert settings.vision == Vision(kind="a", batch_size=2)
     assert settings.streams == {"new": Vision(kind="b")}
@@ -176,7 +181,9 @@ def test_names_of_other_frameworks_are_understood(key, meant):
     from unitoken.train.config import StageConfig
 
     shown = "optimzer" if key == "optimzer.lr" else key
-    with pytest.raises(ConfigError, match=f"^on the command line: unknown key '{shown}'; did you mean '{meant}'"):
+    with pytest.raises(
+        ConfigError, match=f"^on the command line: unknown key '{shown}'; did you mean '{meant}'"
+    ):
         load_config(StageConfig, None, [f"{key}=1"])
 
 
@@ -187,17 +194,22 @@ def test_a_batch_size_of_tokenizing_is_the_image_tokenizers():
         load_config(TokenizeConfig, None, ["batch_size=1"])
 
 
-@pytest.mark.parametrize("text", ["optimizer:\n  lr:1e-4\n", "optimizer:\n  lr:1e-4\n  warmup: 1ba\n", "optimizer:lr: 3\n"])
+@pytest.mark.parametrize(
+    "text", ["optimizer:\n  lr:1e-4\n", "optimizer:\n  lr:1e-4\n  warmup: 1ba\n", "optimizer:lr: 3\n"]
+)
 def test_a_colon_without_a_space_is_named(text, tmp_path):
     from unitoken.train.config import StageConfig
 
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"c\.yaml: .*(YAML needs a space after the colon|not readable as YAML)"):
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml: .*(YAML needs a space after the colon|not readable as YAML)"
+    ):
         load_config(StageConfig, tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(
-    ("override", "needed"), [("max_duration=10", "10ep, 1000ba or 1000000tok"), ("save.interval=10", "1ep or 1000ba")]
+    ("override", "needed"),
+    [("max_duration=10", "10ep, 1000ba or 1000000tok"), ("save.interval=10", "1ep or 1000ba")],
 )
 def test_a_number_without_its_unit_is_told_the_units(override, needed):
     from unitoken.train.config import StageConfig
@@ -236,7 +248,10 @@ def test_what_is_almost_yaml_is_one_line(name, tmp_path):
     from unitoken.tokenize.config import TokenizeConfig
 
     (tmp_path / "c.yaml").write_text(ALMOST_YAML[name])
-    for path, overrides in ((tmp_path / "c.yaml", []), (None, [f"tokenizer={ALMOST_YAML[name].removeprefix('a: ')}"])):
+    for path, overrides in (
+        (tmp_path / "c.yaml", []),
+        (None, [f"tokenizer={ALMOST_YAML[name].removeprefix('a: ')}"]),
+    ):
         if path is None and name in ("twice", "list", "text", "key", "merge"):
             continue  # a value may be these
         with pytest.raises(ConfigError) as error:

@@ -105,7 +105,9 @@ FILE_WRITERS = {
 
 
 @pytest.mark.parametrize("kind", FILE_WRITERS)
-def test_the_next_that_writes_somewhere_removes_what_was_left_there_and_nothing_of_the_living(kind: str, tmp_path: Path) -> None:
+def test_the_next_that_writes_somewhere_removes_what_was_left_there_and_nothing_of_the_living(
+    kind: str, tmp_path: Path
+) -> None:
     program = f"""
 import sys, time
 from pathlib import Path
@@ -167,7 +169,9 @@ def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts()
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a path of sockets may not be long
         _, (made, temporary, compiled) = started_with_own_folder(Path(short), "60")
         assert made.parent == temporary
-        assert compiled.parent == temporary.parent, "not lost with the run: what is compiled is for the next one, too"
+        assert compiled.parent == temporary.parent, (
+            "not lost with the run: what is compiled is for the next one, too"
+        )
         assert made.is_dir()
         for path in temporary.parent.iterdir():
             os.utime(path, (1, 1))
@@ -175,7 +179,9 @@ def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts()
         assert list(temporary.parent.iterdir()) == []
 
 
-def test_where_a_temporary_folder_of_its_own_had_no_room_for_sockets_a_program_has_none(tmp_path: Path) -> None:
+def test_where_a_temporary_folder_of_its_own_had_no_room_for_sockets_a_program_has_none(
+    tmp_path: Path,
+) -> None:
     (long := tmp_path / ("long" * 15)).mkdir()
     _, (made, temporary, compiled) = started_with_own_folder(long, "0")
     assert (made.parent, temporary, str(compiled)) == (long, long, "None")

@@ -94,7 +94,9 @@ def test_a_signal_while_a_program_imports_is_no_traceback(module: str, after: fl
     time.sleep(after)  # wherever it is then
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert process.returncode in (0, 130, -signal.SIGINT) or "init_import_site" in err, err  # Python itself was starting
+    assert process.returncode in (0, 130, -signal.SIGINT) or "init_import_site" in err, (
+        err
+    )  # Python itself was starting
     if process.returncode == 130:
         assert err.startswith("interrupted")
         assert len(err.splitlines()) == 1
@@ -113,7 +115,7 @@ def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() 
 
 
 def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_same() -> None:
-    process = started(f"import unitoken.common.interruption as i; i.PATIENCE = 0.6; {IN_C}")
+    process = started(f"import unitoken.common.interruption as i; i.TIDY_SECONDS = 0.6; {IN_C}")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
@@ -121,7 +123,9 @@ def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_sa
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_training_that_is_in_the_middle_of_c_code(second: int, status: int) -> None:
-    process = started(f"import unitoken.common.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals(); {IN_C}")
+    process = started(
+        f"import unitoken.common.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals(); {IN_C}"
+    )
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
@@ -141,7 +145,9 @@ def test_ctrl_c_pressed_again_is_a_second_signal_however_soon() -> None:
 
 
 def test_a_signal_that_nobody_acted_on_ends_what_comes_after_training() -> None:
-    process = started('remember_signals(); print("ready", flush=True); time.sleep(0.5); end_on_signals("after")')
+    process = started(
+        'remember_signals(); print("ready", flush=True); time.sleep(0.5); end_on_signals("after")'
+    )
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (143, "after\n")
@@ -195,7 +201,9 @@ def test_a_loader_process_that_is_ended_while_it_starts_is_no_failure() -> None:
 
 
 @pytest.mark.parametrize("parents", [False, True])
-def test_a_loader_process_that_is_ended_removes_its_own_temporary_folder(parents: bool, tmp_path: Path) -> None:
+def test_a_loader_process_that_is_ended_removes_its_own_temporary_folder(
+    parents: bool, tmp_path: Path
+) -> None:
     body = f"""
 import multiprocessing, tempfile
 from multiprocessing import util
@@ -234,13 +242,21 @@ time.sleep(60)
     process.kill()
     process.communicate()
     end = time.monotonic() + 10
-    while Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2][:3]:
+    while (
+        Path(f"/proc/{rank}").exists()
+        and "Z" not in Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2][:3]
+    ):
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
 def test_a_rank_whose_first_rank_never_comes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "9",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "FIRST_RANK_SECONDS", 0.2)
     with pytest.raises(ConfigError, match=r"^rank 1: the first rank does not answer at 127\.0\.0\.1:9 "):

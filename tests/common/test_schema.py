@@ -43,7 +43,9 @@ def schema() -> Draft202012Validator:
 def test_the_schemas_in_the_repository_are_up_to_date() -> None:
     """After a change: `unitoken-schema yamls/stage.schema.json`, `python -m unitoken.tokenize schema yamls/tokenize/...`."""
     assert (YAMLS / "stage.schema.json").read_text() == dump_schema(StageConfig, TITLE)
-    assert (YAMLS / "tokenize" / "tokenize.schema.json").read_text() == dump_schema(TokenizeConfig, "A tokenization")
+    assert (YAMLS / "tokenize" / "tokenize.schema.json").read_text() == dump_schema(
+        TokenizeConfig, "A tokenization"
+    )
 
 
 @pytest.mark.parametrize("path", STAGES + TOKENIZATIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -51,7 +53,9 @@ def test_every_shipped_file_names_its_schema_and_fits_it(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith(FIRST_LINE)
     target = (path.parent / first.removeprefix(FIRST_LINE)).resolve()
-    assert target == YAMLS / ("tokenize/tokenize.schema.json" if path in TOKENIZATIONS else "stage.schema.json")
+    assert target == YAMLS / (
+        "tokenize/tokenize.schema.json" if path in TOKENIZATIONS else "stage.schema.json"
+    )
     validator = Draft202012Validator(json.loads(target.read_text()))
     validator.check_schema(validator.schema)
     assert [error.message for error in validator.iter_errors(loaded(path))] == []
@@ -89,7 +93,9 @@ def test_every_shipped_file_names_its_schema_and_fits_it(path: Path) -> None:
 )
 def test_the_schema_takes_what_the_loader_takes(change: str, fits: bool, tmp_path: Path) -> None:
     settings = yaml.safe_load((YAMLS / "stage1.yaml").read_text())
-    settings["model"]["z_loss"] = settings["optimizer"]["lr"] = settings["optimizer"]["eps"] = 1e-5  # text to safe_load
+    settings["model"]["z_loss"] = settings["optimizer"]["lr"] = settings["optimizer"]["eps"] = (
+        1e-5  # text to safe_load
+    )
     settings["optimizer"]["lr_scales"] = {"vit": 1e-2}
     (tmp_path / "change.yaml").write_text(change)
     for key, value in loaded(tmp_path / "change.yaml").items():
@@ -118,7 +124,11 @@ def test_what_a_setting_means_is_in_the_schema() -> None:
 def test_the_program_writes_or_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(tmp_path / "stage.schema.json")])
     main([])
-    assert capsys.readouterr().out == (tmp_path / "stage.schema.json").read_text() == dump_schema(StageConfig, TITLE)
+    assert (
+        capsys.readouterr().out
+        == (tmp_path / "stage.schema.json").read_text()
+        == dump_schema(StageConfig, TITLE)
+    )
     for arguments, code in ((["--help"], 0), (["a", "b"], 2), ([str(tmp_path / "no" / "folder")], 2)):
         with pytest.raises(SystemExit) as ended:
             main(arguments)

@@ -44,7 +44,9 @@ def test_a_camera_s_second_picture_does_not_matter() -> None:
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
-def png_of_rows(depth: int, colours: int, interlaced: bool, missing: int, value: int, size: tuple[int, int] = (19, 11)) -> bytes:
+def png_of_rows(
+    depth: int, colours: int, interlaced: bool, missing: int, value: int, size: tuple[int, int] = (19, 11)
+) -> bytes:
     """Whole rows of one value; `missing` of them are not there, though the compressed data are well ended. In two pieces."""
     width, height = size
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
@@ -60,11 +62,17 @@ def png_of_rows(depth: int, colours: int, interlaced: bool, missing: int, value:
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize(("depth", "colours"), [(1, 0), (8, 0), (16, 0), (8, 2), (16, 2), (4, 3), (8, 3), (8, 4), (8, 6), (16, 6)])
-def test_a_png_whose_rows_end_early_is_no_picture_that_is_black_below(depth: int, colours: int, interlaced: bool) -> None:
+@pytest.mark.parametrize(
+    ("depth", "colours"), [(1, 0), (8, 0), (16, 0), (8, 2), (16, 2), (4, 3), (8, 3), (8, 4), (8, 6), (16, 6)]
+)
+def test_a_png_whose_rows_end_early_is_no_picture_that_is_black_below(
+    depth: int, colours: int, interlaced: bool
+) -> None:
     for value in (0, 1):
         for size in ((19, 11), (1, 1), (3, 2)):
-            assert decode(png_of_rows(depth, colours, interlaced, 0, value, size)).size == size  # black is a colour
+            assert (
+                decode(png_of_rows(depth, colours, interlaced, 0, value, size)).size == size
+            )  # black is a colour
         for missing in (1, 5):
             assert "rows end after" in reason(png_of_rows(depth, colours, interlaced, missing, value))
 
@@ -235,7 +243,10 @@ def test_a_picture_is_turned_as_pillow_turns_it(format: str, orientation: int) -
         ((RAMP * 65535).astype(np.int32), (RAMP * 65535).astype(int) >> 8),
         ((RAMP * 255).astype(np.int32), (RAMP * 255).astype(int)),
         ((RAMP * 65535).astype(np.uint16), (RAMP * 65535).astype(int) >> 8),
-        ((RAMP * 255).astype(np.uint16), (RAMP * 255).astype(int) >> 8),  # 16 bits are said, so it is nearly black
+        (
+            (RAMP * 255).astype(np.uint16),
+            (RAMP * 255).astype(int) >> 8,
+        ),  # 16 bits are said, so it is nearly black
     ],
 )
 def test_greys_are_scaled_by_their_range(values: np.ndarray, expected: np.ndarray) -> None:
@@ -243,7 +254,8 @@ def test_greys_are_scaled_by_their_range(values: np.ndarray, expected: np.ndarra
 
 
 @pytest.mark.parametrize(
-    "values", [RAMP - 0.5, RAMP * 70000, np.full((8, 8), np.inf, np.float32), np.full((8, 8), np.nan, np.float32)]
+    "values",
+    [RAMP - 0.5, RAMP * 70000, np.full((8, 8), np.inf, np.float32), np.full((8, 8), np.nan, np.float32)],
 )
 def test_greys_of_another_range_are_rejected_by_mode_and_range(values: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):
@@ -306,7 +318,10 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded() -> None:
 
 def test_whatever_is_raised_while_a_picture_is_used_is_one_reason() -> None:
     for error in (MemoryError(), RuntimeError("no\n  way"), AssertionError()):
-        with pytest.raises(ImageError, match=r"out of memory|no way|AssertionError"), decoded(encoded(gradient())):
+        with (
+            pytest.raises(ImageError, match=r"out of memory|no way|AssertionError"),
+            decoded(encoded(gradient())),
+        ):
             raise error
 
 
@@ -316,7 +331,11 @@ def test_a_thread_that_fails_gives_its_memory_back() -> None:
         with pytest.raises(ImageError):
             decode(encoded(gradient(400, 400))[:-900])
     assert images._memory._held == held
-    assert open_image(encoded(gradient())).size == tokenizer_pixels(gradient(), (40, 24)).shape[1::-1] == (40, 24)
+    assert (
+        open_image(encoded(gradient())).size
+        == tokenizer_pixels(gradient(), (40, 24)).shape[1::-1]
+        == (40, 24)
+    )
 
 
 # --- mutated pictures ------------------------------------------------------------------------------------------------
@@ -326,7 +345,11 @@ def test_a_mutated_picture_is_a_sample_or_a_reject() -> None:
     """In threads, as the tokenizer decodes; nothing else is raised, nothing is warned of, and none takes long."""
     count, found = 20_000, seeds()
     each = count // len(found) + 1
-    cases = [(f"{name}: {how}", data) for n, (name, seed) in enumerate(found.items()) for how, data in damaged(seed, n, each)]
+    cases = [
+        (f"{name}: {how}", data)
+        for n, (name, seed) in enumerate(found.items())
+        for how, data in damaged(seed, n, each)
+    ]
 
     def use(case: tuple[str, bytes]) -> str:
         name, data = case
@@ -336,7 +359,9 @@ def test_a_mutated_picture_is_a_sample_or_a_reject() -> None:
                 assert tokenizer_pixels(image, (16, 16)).shape == (16, 16, 3), name
             outcome = "sample"
         except ImageError as error:
-            outcome = "reject" if str(error).isprintable() and str(error) else f"not one line: {name}: {error}"
+            outcome = (
+                "reject" if str(error).isprintable() and str(error) else f"not one line: {name}: {error}"
+            )
         assert time.monotonic() - begun < 60, name
         return outcome
 

@@ -132,16 +132,23 @@ def test_a_png_colour_named_transparent_is_white_and_stays_itself_in_compat() ->
 
 def test_a_random_crop_moves_the_window_alone() -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (20, 1)))
-    lefts = {int(np.asarray(fit(ramp, (20, 20), images.crop_chance(0, "a", number)))[0, 0]) for number in range(200)}
+    lefts = {
+        int(np.asarray(fit(ramp, (20, 20), images.crop_chance(0, "a", number)))[0, 0])
+        for number in range(200)
+    }
     assert min(lefts) < 10
     assert max(lefts) > 170
     assert len(lefts) > 80
     square = Image.effect_noise((40, 40), 50)
-    assert (np.asarray(fit(square, (20, 20), images.crop_chance(0, "a", 0))) == np.asarray(fit(square, (20, 20)))).all()
+    assert (
+        np.asarray(fit(square, (20, 20), images.crop_chance(0, "a", 0))) == np.asarray(fit(square, (20, 20)))
+    ).all()
 
 
 def test_a_random_crop_is_seeded_by_name() -> None:
-    first = [images.crop_chance(*key).random() for key in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]]
+    first = [
+        images.crop_chance(*key).random() for key in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
+    ]
     assert len(set(first)) == 4
     assert images.crop_chance(0, "a", 0).random() == first[0] == pytest.approx(0.5, abs=0.5)
 

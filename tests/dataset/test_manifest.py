@@ -19,11 +19,26 @@ VOCABULARY = Vocabulary.from_tokens({f"t{n}": n for n in range(5)}, codebook_siz
 def manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "vocabulary": VOCABULARY.fingerprint,
-        "vision": {"kind": "chameleon", "weights": "0" * 16, "codebook_size": 4, "downsampling": 16, "precision": "fp32"},
+        "vision": {
+            "kind": "chameleon",
+            "weights": "0" * 16,
+            "codebook_size": 4,
+            "downsampling": 16,
+            "precision": "fp32",
+        },
         "target_size": 512,
         "crop": "square",
         "compat": None,
-        **{"items": 3, "samples": 2, "rejected": 1, "tokens": 9, "target_tokens": 4, "images": 0, "chunks": 1, "chunk_size": 10},
+        **{
+            "items": 3,
+            "samples": 2,
+            "rejected": 1,
+            "tokens": 9,
+            "target_tokens": 4,
+            "images": 0,
+            "chunks": 1,
+            "chunk_size": 10,
+        },
         "source": "0" * 16,
         "files": {},
     }
@@ -45,7 +60,9 @@ def test_the_vocabulary_must_be_the_one_that_was_written(tmp_path: Path) -> None
     VOCABULARY.save(tmp_path / "vocabulary.json")
     assert load_vocabulary(tmp_path) == VOCABULARY
     Vocabulary.from_tokens({"x": 0}, 4).save(tmp_path / "vocabulary.json")
-    with pytest.raises(ConfigError, match=r"its fingerprint is [0-9a-f]{16}, manifest.json names [0-9a-f]{16}"):
+    with pytest.raises(
+        ConfigError, match=r"its fingerprint is [0-9a-f]{16}, manifest.json names [0-9a-f]{16}"
+    ):
         load_vocabulary(tmp_path)
 
 
@@ -70,7 +87,9 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
         ({"extra": 1}, "`extra`: Extra inputs"),
     ],
 )
-def test_a_manifest_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, object], needed: str) -> None:
+def test_a_manifest_that_does_not_fit_is_named(
+    tmp_path: Path, change: dict[str, object], needed: str
+) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest().model_dump() | change))
     with pytest.raises(ConfigError, match=needed):
         load_manifest(tmp_path)
@@ -84,4 +103,12 @@ def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_the_sidecars_columns() -> None:
-    assert samples_schema().names == ["id", "tokens", "target_tokens", "images", "question_images", "image_sizes", "generated"]
+    assert samples_schema().names == [
+        "id",
+        "tokens",
+        "target_tokens",
+        "images",
+        "question_images",
+        "image_sizes",
+        "generated",
+    ]

@@ -28,13 +28,32 @@ from unitoken.dataset.vision_views import Views
 RAMP = np.linspace(0, 1, 64, dtype="<f4").reshape(8, 8)
 
 
-def tiff(bits: int, kind: int, values: np.ndarray | bytes, photometric: int = 1, extra: dict[int, int] | None = None) -> bytes:
+def tiff(
+    bits: int,
+    kind: int,
+    values: np.ndarray | bytes,
+    photometric: int = 1,
+    extra: dict[int, int] | None = None,
+) -> bytes:
     """8 x 8 greys in one strip, or as `extra` has it. `kind`: 1 unsigned, 2 signed, 3 float."""
     data = bytes(values) if isinstance(values, bytes) else values.tobytes()
-    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 8, 279: len(data), 339: kind} | (extra or {})
+    tags = {
+        256: 8,
+        257: 8,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: 8,
+        279: len(data),
+        339: kind,
+    } | (extra or {})
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     data += bytes(len(data) % 2)
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    return (
+        b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    )
 
 
 def greys(data: bytes) -> np.ndarray:
@@ -101,7 +120,13 @@ def test_a_box_of_metadata_does_not_decide_over_the_pixels_of_a_jpeg_2000(new: b
     plain = encoded(gradient().convert(mode), "JPEG2000")
     at = plain.index(b"jp2h") - 4
     (length,) = struct.unpack_from(">I", plain, at)
-    odd = plain[:at] + struct.pack(">I", length + len(new)) + plain[at + 4 : at + length] + new + plain[at + length :]
+    odd = (
+        plain[:at]
+        + struct.pack(">I", length + len(new))
+        + plain[at + 4 : at + length]
+        + new
+        + plain[at + length :]
+    )
     assert pixels(odd) == pixels(plain)
     assert reason(odd[:-200])
 
@@ -121,7 +146,12 @@ def test_a_video_behind_a_jpeg_is_not_counted_as_scans() -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
 def test_an_exif_that_is_cut_is_no_warning(format: str) -> None:
-    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 3) + struct.pack("<HHII", 274, 3, 1, 6) + struct.pack("<HHII", 270, 2, 99, 9999)
+    exif = (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", 3)
+        + struct.pack("<HHII", 274, 3, 1, 6)
+        + struct.pack("<HHII", 270, 2, 99, 9999)
+    )
     data = encoded(gradient(), format, exif=b"Exif\0\0" + exif)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
@@ -190,12 +220,21 @@ def test_a_tile_counts_as_large_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("format", "options"),
-    [("WEBP", {}), ("AVIF", {"speed": 10}), ("JPEG2000", {"codeblock_size": (4, 4)}), ("PNG", {"transparency": (1, 2, 3)})],
+    [
+        ("WEBP", {}),
+        ("AVIF", {"speed": 10}),
+        ("JPEG2000", {"codeblock_size": (4, 4)}),
+        ("PNG", {"transparency": (1, 2, 3)}),
+    ],
 )
 def test_what_a_picture_takes_is_what_is_held_for_it(format: str, options: dict[str, object]) -> None:
     """JPEG 2000 took four times what was counted for it."""
     small = format == "JPEG2000"  # writing it takes ten times as much as reading it
-    data = encoded(Image.new("L", (1250, 1000), 7) if small else Image.new("RGB", (2500, 2000), (1, 2, 3)), format, **options)
+    data = encoded(
+        Image.new("L", (1250, 1000), 7) if small else Image.new("RGB", (2500, 2000), (1, 2, 3)),
+        format,
+        **options,
+    )
     asked = []
 
     class Asked(images._Memory):
@@ -221,7 +260,11 @@ def outcomes(count: int, start: int) -> Counter[str]:
                 assert tokenizer_pixels(image, (16, 16)).shape == (16, 16, 3), name
             outcome = "sample"
         except ImageError as error:
-            outcome = "reject" if re.fullmatch(r"[ -~]*[a-z][ -~]*", str(error)) else f"no line of words: {name}: {error}"
+            outcome = (
+                "reject"
+                if re.fullmatch(r"[ -~]*[a-z][ -~]*", str(error))
+                else f"no line of words: {name}: {error}"
+            )
         assert time.monotonic() - begun < 60, name
         return outcome
 

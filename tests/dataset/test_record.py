@@ -15,7 +15,9 @@ masks = hnp.arrays(np.bool_, st.integers(0, 60))
 def test_spans_and_labels_go_there_and_back(mask: np.ndarray) -> None:
     spans = spans_of(mask)
     tokens = np.arange(1, len(mask) + 1)
-    assert labels(tokens, spans).tolist() == [token if on else IGNORED for token, on in zip(tokens.tolist(), mask, strict=True)]
+    assert labels(tokens, spans).tolist() == [
+        token if on else IGNORED for token, on in zip(tokens.tolist(), mask, strict=True)
+    ]
     flat = spans.reshape(-1).astype(int)
     assert (np.diff(flat) > 0).all()  # no empty spans, none that touch
 
@@ -56,7 +58,10 @@ def test_a_record_goes_through_mds_encodings(images: tuple[bytes, ...]) -> None:
     spans = np.arange(4 * len(images), dtype=np.uint32).reshape(-1, 4)
     record = Record("a", np.arange(9, dtype=np.uint16), np.array([[2, 4], [6, 9]], np.uint32), spans, images)
     types = columns(65_536)
-    sample = {name: mds_decode(types[name], mds_encode(types[name], value)) for name, value in record.to_mds().items()}
+    sample = {
+        name: mds_decode(types[name], mds_encode(types[name], value))
+        for name, value in record.to_mds().items()
+    }
     found = Record.from_mds(sample)
     assert (found.id, found.images) == ("a", images)
     assert found.tokens.dtype == np.uint16

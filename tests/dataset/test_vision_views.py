@@ -20,7 +20,9 @@ def golden(name: str):
     return json.loads((GOLDEN / "dev" / name).read_text())
 
 
-@pytest.mark.parametrize("case", golden("C_anyres_sizes.json")["cases"], ids=lambda case: "x".join(map(str, case["size"])))
+@pytest.mark.parametrize(
+    "case", golden("C_anyres_sizes.json")["cases"], ids=lambda case: "x".join(map(str, case["size"]))
+)
 def test_sizes_are_the_references(case):
     width, height = case["size"]
     assert list(ANYRES.canvas(width, height)) == case["grid_wh"]
@@ -37,7 +39,9 @@ def normalised(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(((pixels / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5))
 
 
-OTHER_PILLOW = ["d08_tall.jpg"]  # recorded with Pillow 13, which resizes this one in another order: off by one in places
+OTHER_PILLOW = [
+    "d08_tall.jpg"
+]  # recorded with Pillow 13, which resizes this one in another order: off by one in places
 
 
 @pytest.mark.parametrize("case", golden("C_pixels.json"), ids=lambda case: case["image"])
@@ -47,7 +51,10 @@ def test_pixels_are_the_references_to_the_bit(case):
         pixels, size = views.pixels(data, compat=True)
         assert list(pixels.shape) == expected["shape"]
         assert list(size) == case["size"]
-        values, name = normalised(pixels), f"{Path(case['image']).stem}.{'anyres' if views.anyres else 'base'}_stride24"
+        values, name = (
+            normalised(pixels),
+            f"{Path(case['image']).stem}.{'anyres' if views.anyres else 'base'}_stride24",
+        )
         if case["image"] not in OTHER_PILLOW:
             assert hashlib.sha256(values.tobytes()).hexdigest() == expected["float32_sha256"]
         with np.load(GOLDEN / "dev/C_pixels_strided.npz") as strided:

@@ -24,7 +24,9 @@ def test_ids_are_those_of_the_names_not_of_an_order() -> None:
     names = sorted(image_code_name(code) for code in range(200))
     ids = {name: 10 + 3 * n for n, name in enumerate(names)} | {"<eoss>": 2}
     vocabulary = Vocabulary.from_tokens(ids, 200)
-    assert [vocabulary.image_ids[code] for code in range(200)] == [ids[image_code_name(code)] for code in range(200)]
+    assert [vocabulary.image_ids[code] for code in range(200)] == [
+        ids[image_code_name(code)] for code in range(200)
+    ]
     assert vocabulary.image_end == 2
     codes = np.arange(200).reshape(2, 100)
     assert (vocabulary.image_codes(vocabulary.image_block(codes)) == codes).all()
@@ -37,7 +39,10 @@ def test_the_recorded_vocabulary(golden: Path) -> None:
     ids = tokens["model"]["vocab"] | {token["content"]: token["id"] for token in tokens["added_tokens"]}
     vocabulary = Vocabulary.from_tokens(ids, 8192)
     assert vocabulary.size == 11008
-    found = [getattr(vocabulary, name) for name in ("bos", "image_end", "image_start", "separator", "end_of_turn", "newline")]
+    found = [
+        getattr(vocabulary, name)
+        for name in ("bos", "image_end", "image_start", "separator", "end_of_turn", "newline")
+    ]
     assert found == [0, 8196, 8197, 8198, 8710, 8803]
     assert vocabulary.grid_ids[15] == 8820
     assert vocabulary.image_ids == tuple(range(4, 8196))

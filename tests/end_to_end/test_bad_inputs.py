@@ -72,7 +72,10 @@ def outcomes(cases: Iterator[tuple[str, bytes]], path: Path, use: Callable[[], A
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "tar", "parquet", "arrow"])
 def test_sources(suffix: str, tmp_path: Path) -> None:
-    items = [{"id": f"i{n}", "conversations": turns("What? <|image|>", "A."), "image": [png((4, 4))]} for n in range(6)]
+    items = [
+        {"id": f"i{n}", "conversations": turns("What? <|image|>", "A."), "image": [png((4, 4))]}
+        for n in range(6)
+    ]
     texts = [{"id": f"i{n}", "conversations": turns("What?", "A.")} for n in range(6)]
     path = tmp_path / f"i.{suffix}"
     if suffix == "json":
@@ -80,7 +83,10 @@ def test_sources(suffix: str, tmp_path: Path) -> None:
     elif suffix == "jsonl":
         path.write_text("".join(json.dumps(one) + "\n" for one in texts))
     elif suffix == "tar":
-        members = [(f"{n}.json", json.dumps(texts[n]).encode()) for n in range(6)] + [("6.png", png()), ("6.txt", b"a")]
+        members = [(f"{n}.json", json.dumps(texts[n]).encode()) for n in range(6)] + [
+            ("6.png", png()),
+            ("6.txt", b"a"),
+        ]
         tar_of(path, members)
     elif suffix == "parquet":
         pq.write_table(pa.Table.from_pylist(items), path, row_group_size=2)
@@ -144,7 +150,9 @@ def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: P
         agree()
         shutil.rmtree(folder / "cache", ignore_errors=True)
         streams = {"a": {"local": str(folder)}}
-        config = DataConfig.model_validate({"streams": streams, "packed_length": 64, "global_batch": 1, "continuous": "questions"})
+        config = DataConfig.model_validate(
+            {"streams": streams, "packed_length": 64, "global_batch": 1, "continuous": "questions"}
+        )
         sources = open_sources(config)
         check_sources(sources, config, views)
         recipe = Recipe.of(config, sources, views)
@@ -197,8 +205,15 @@ def decoder_folder(folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     model = UniToken(DecoderConfig.model_validate(DECODER), None)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    config = {"model_type": "chameleon", "vision_config": {"hidden_size": 16, "image_size": 8, "patch_size": 4}, **DECODER}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
+    config = {
+        "model_type": "chameleon",
+        "vision_config": {"hidden_size": 16, "image_size": 8, "patch_size": 4},
+        **DECODER,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -20,7 +20,9 @@ from unitoken.tokenize.sources.reader import find_files
 CASES = DATA / "cases"
 
 
-def tokenized(source: Path, out: Path, vqgan: Path, **changes: object) -> tuple[list[tuple[str, int]], list[str]]:
+def tokenized(
+    source: Path, out: Path, vqgan: Path, **changes: object
+) -> tuple[list[tuple[str, int]], list[str]]:
     """(id, pictures) of each sample, and the reasons of the rejects."""
     run_here(settings(vqgan, **changes), source, out)
     manifest = merge(str(out))
@@ -37,7 +39,11 @@ def tokenized(source: Path, out: Path, vqgan: Path, **changes: object) -> tuple[
 @pytest.mark.parametrize("name", sorted(path.name for path in (CASES / "pictures").iterdir()))
 def test_pictures(name: str, vqgan: Path, tmp_path: Path) -> None:
     good = {"id": "text", "conversations": turns("a", "b")}
-    item = {"id": "picture", "conversations": turns("<|image|>", "b"), "image": str(CASES / "pictures" / name)}
+    item = {
+        "id": "picture",
+        "conversations": turns("<|image|>", "b"),
+        "image": str(CASES / "pictures" / name),
+    }
     samples, reasons = tokenized(write_items(tmp_path, [good, item]), tmp_path / "out", vqgan)
     if name in ("noitem.avif", "broken2.avif", "ftex.jpg"):
         assert samples == [("text", 0)]
@@ -59,14 +65,21 @@ def test_pictures(name: str, vqgan: Path, tmp_path: Path) -> None:
         ("tars/bomtxt.tar", "caption", [("0", 1), ("1", 1)]),
     ],
 )
-def test_items_and_tars_that_are_read(source: str, adapter: str, expected: list[object], vqgan: Path, tmp_path: Path) -> None:
+def test_items_and_tars_that_are_read(
+    source: str, adapter: str, expected: list[object], vqgan: Path, tmp_path: Path
+) -> None:
     assert tokenized(CASES / source, tmp_path / "out", vqgan, adapter=adapter) == (expected, [])
 
 
 def test_the_placeholder_of_messages_stands_at_its_place() -> None:
     _, second = json.loads((CASES / "items" / "messages_with_placeholders.json").read_text())
     conversation = parse(find_adapter("messages")(second), "0")
-    assert [turn.segments for turn in conversation.turns] == [("Hi",), ("Hello.",), ("", "What is it?"), ("Shapes.",)]
+    assert [turn.segments for turn in conversation.turns] == [
+        ("Hi",),
+        ("Hello.",),
+        ("", "What is it?"),
+        ("Shapes.",),
+    ]
 
 
 def test_names_with_dots_are_said_to_be_one_sample(vqgan: Path, tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def test_a_disturbed_run_has_the_curve_of_an_undisturbed_one(events: int, tmp_pa
     assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
     assert len(curve(tmp_path / "run")) == 36
     assert [path.name for path in tmp_path.rglob(".aside-*")] == []
-    temporary = {path.name: sorted(file.name for file in path.iterdir()) for path in (tmp_path / "tmp").iterdir()}
+    temporary = {
+        path.name: sorted(file.name for file in path.iterdir()) for path in (tmp_path / "tmp").iterdir()
+    }
     (ours,) = (name for name in temporary if name.startswith("unitoken-"))
     assert temporary.pop(ours) == []
     # A launcher that is killed leaves its own two: its ranks' output, and torch's.

@@ -15,9 +15,13 @@ from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.config import StageConfig
 
 
-def test_digits_become_conversations_of_both_directions_and_held_out_ones_are_in_neither(tmp_path: Path) -> None:
+def test_digits_become_conversations_of_both_directions_and_held_out_ones_are_in_neither(
+    tmp_path: Path,
+) -> None:
     digits.write(tmp_path)
-    captions, drawings, held_out = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("captions", "drawings", "heldout"))
+    captions, drawings, held_out = (
+        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("captions", "drawings", "heldout")
+    )
     assert (len(captions), len(drawings), len(held_out)) == (1500 * (digits.VIEWS + 2), 1500, 297)
     for item in captions + drawings + held_out:
         text = "".join(turn["value"] for turn in item["conversations"])
@@ -42,13 +46,17 @@ def test_the_report_needs_nothing_but_itself(tmp_path: Path) -> None:
         "caption_accuracy": 0.95,
         "drawing_accuracy": 0.5,
         "resumed_equal": True,
-        "share_in_batches": {"captions": dict.fromkeys(("mean", "sd", "least", "most", "independent_sd"), 0.5)},
+        "share_in_batches": {
+            "captions": dict.fromkeys(("mean", "sd", "least", "most", "independent_sd"), 0.5)
+        },
     }
     path = tmp_path / "report.html"
     drawings = [report.Drawing(picture, "seven", "one")]
     answers = [report.Answer(picture, "two", "<b>")]
     losses = {"base": [3.0, 1.0], "stage1": [2.0, 1.0], "stage2": [1.0, 0.5]}
-    report.write_report(path, figures, losses, 1, drawings, answers, [[("Draw <x>", False), ("[image 4x4]", True)]])
+    report.write_report(
+        path, figures, losses, 1, drawings, answers, [[("Draw <x>", False), ("[image 4x4]", True)]]
+    )
     page = path.read_text(encoding="utf-8")
     assert 'src="http' not in page
     assert 'href="http' not in page
@@ -64,7 +72,8 @@ def test_the_model_of_the_demo_has_room_for_its_vocabulary() -> None:
 
     tokens = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer").get_vocab()
     vocabulary = Vocabulary.from_tokens(
-        tokens, find_image_tokenizer(ImageTokenizerConfig(weights=str(ROOT / "demo/assets/vqgan"))).codebook_size
+        tokens,
+        find_image_tokenizer(ImageTokenizerConfig(weights=str(ROOT / "demo/assets/vqgan"))).codebook_size,
     )
     for stage in ("base", "stage1", "stage2"):
         decoder, _ = model_configs(load_config(StageConfig, ROOT / f"yamls/demo/{stage}.yaml").model)

@@ -53,7 +53,11 @@ def config(service: Service, faults: Faults, folder: Path, **settings) -> DataCo
 def read_epoch(service: Service, faults: Faults, folder: Path, workers: int) -> None:
     """Every sample of the plan, right, as often as it is there."""
     loader = build_loader(
-        config(service, faults, folder, workers=workers), views=None, vocabulary=small_vocabulary(), batch_packs=4, compat=False
+        config(service, faults, folder, workers=workers),
+        views=None,
+        vocabulary=small_vocabulary(),
+        batch_packs=4,
+        compat=False,
     )
     found: Counter[tuple[int, ...]] = Counter()
     for batch in loader:
@@ -89,12 +93,17 @@ def test_ten_thousand_shards_are_read_while_one_request_in_ten_fails(service, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["shard", "silent", "refused"])
-def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard_and_url(service, tmp_path, loss):
+def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard_and_url(
+    service, tmp_path, loss
+):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with faulty(service, rate=0.0) as faults:
         settings = config(service, faults, tmp_path / "cache", workers=2, canonical_nodes=2)
-        ranks = [context.Process(target=_read_until_error, args=(n, settings, tmp_path / "group", results)) for n in range(2)]
+        ranks = [
+            context.Process(target=_read_until_error, args=(n, settings, tmp_path / "group", results))
+            for n in range(2)
+        ]
         for rank in ranks:
             rank.start()
         for _ in ranks:
@@ -121,7 +130,7 @@ def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard
 
 def _read_until_error(rank: int, settings: DataConfig, group: Path, results) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    shard_cache.SHARD_RETRY_SECONDS = sources.PATIENCE = 5.0  # instead of 40
+    shard_cache.SHARD_RETRY_SECONDS = sources.SHARD_RETRY_SECONDS = 5.0  # instead of 40
     torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)
     loader = build_loader(settings, views=None, vocabulary=small_vocabulary(), batch_packs=2, compat=False)
     results.put((rank, "ready"))

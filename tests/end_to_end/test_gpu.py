@@ -37,13 +37,27 @@ from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu"
+    ),
     pytest.mark.filterwarnings("ignore"),  # torch.compile's own
 ]
 DEVICE = "cuda"
-BATCHES = ["two_understanding", "generation_and_text", "text_only", "mixed_three", "failed_image", "mask_image_logits"]
+BATCHES = [
+    "two_understanding",
+    "generation_and_text",
+    "text_only",
+    "mixed_three",
+    "failed_image",
+    "mask_image_logits",
+]
 LAYER = DecoderConfig(
-    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32, qk_norm="shared"
+    vocab_size=65536,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    qk_norm="shared",
 )
 SIGLIP = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2, "num_attention_heads": 16, "image_size": 384,
@@ -80,7 +94,9 @@ def moved(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
-def learn(model: UniToken, batch: dict[str, Tensor], precision: Literal["fp32", "bf16"] = "fp32") -> tuple[Loss, dict[str, float]]:
+def learn(
+    model: UniToken, batch: dict[str, Tensor], precision: Literal["fp32", "bf16"] = "fp32"
+) -> tuple[Loss, dict[str, float]]:
     """The loss, and the norm of each part's gradient. bf16 is what Composer's `amp_bf16` is: autocast over float32 weights."""
     model.zero_grad()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
@@ -88,14 +104,18 @@ def learn(model: UniToken, batch: dict[str, Tensor], precision: Literal["fp32", 
     loss.total.backward()
     norms = {}
     for part, module in model.named_children():
-        gradients = [parameter.grad.double().norm() for parameter in module.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad.double().norm() for parameter in module.parameters() if parameter.grad is not None
+        ]
         norms[part] = torch.stack(gradients).norm().item()
     return loss, norms
 
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_and_gradients_are_the_references(variant: Variant, name: str, golden: Path, records: dict[str, Any]) -> None:
+def test_losses_and_gradients_are_the_references(
+    variant: Variant, name: str, golden: Path, records: dict[str, Any]
+) -> None:
     """In float32 near the recording's tolerances (a GPU adds in another order); in bf16 near what it recorded for information.
 
     bf16 on a CPU: within 1.7e-3 of the recorded bf16 loss, 2.4e-3 of the float32 one, 0.8 % of the norms.
@@ -117,7 +137,9 @@ def test_losses_and_gradients_are_the_references(variant: Variant, name: str, go
 
 @pytest.mark.parametrize("name", ["two_understanding", "mixed_three"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flex_attention_compiled_is_sdpa_in_packs(variant: Variant, name: str, golden: Path, records: dict[str, Any]) -> None:
+def test_flex_attention_compiled_is_sdpa_in_packs(
+    variant: Variant, name: str, golden: Path, records: dict[str, Any]
+) -> None:
     """And both are the reference's numbers, through our own packs of several documents with padding behind them."""
     case = case_of(golden, variant, name)
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
@@ -146,7 +168,9 @@ def test_flex_attention_compiled_keeps_documents_apart_at_real_size() -> None:
     torch.manual_seed(0)
     layer = real_layer(dropout=0.0)
     lengths = [1790, 7, 1201, 500]
-    documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((LENGTH - sum(lengths),), -1)])
+    documents = torch.cat(
+        [torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((LENGTH - sum(lengths),), -1)]
+    )
     positions = torch.cat([torch.arange(n) for n in [*lengths, LENGTH - sum(lengths)]])[None].to(DEVICE)
     mask = document_mask(documents[None].int().to(DEVICE), "flex")
     hidden = torch.randn(1, LENGTH, LAYER.hidden_size, device=DEVICE, dtype=torch.bfloat16)
@@ -178,7 +202,9 @@ def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
     from unitoken.train.accounting.memory import decoder_token
 
     layer = real_layer(dropout=0.05)
-    hidden = torch.randn(1, LENGTH, LAYER.hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(
+        1, LENGTH, LAYER.hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True
+    )
     cos, sin = rotary(torch.arange(LENGTH, device=DEVICE)[None], 128, LAYER.rope_theta)
 
     def step() -> Tensor:
@@ -193,8 +219,13 @@ def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
     torch.cuda.reset_peak_memory_stats()
     out.float().square().mean().backward()
     # The formula's working memory: gradients on the way back through the widest part, and those of the output in float32.
-    working = LENGTH * (3 * 2 * LAYER.intermediate_size + 12 * LAYER.hidden_size) + 3 * 4 * LENGTH * LAYER.hidden_size
-    weights = 2 * 2 * sum(parameter.numel() for parameter in layer.parameters())  # gradients before they are added up
+    working = (
+        LENGTH * (3 * 2 * LAYER.intermediate_size + 12 * LAYER.hidden_size)
+        + 3 * 4 * LENGTH * LAYER.hidden_size
+    )
+    weights = (
+        2 * 2 * sum(parameter.numel() for parameter in layer.parameters())
+    )  # gradients before they are added up
     assert torch.cuda.max_memory_allocated() < before + kept + working + weights
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
     assert hidden.grad.isfinite().all()
@@ -206,7 +237,9 @@ def test_a_step_of_the_real_width_takes_no_more_memory_than_the_stage_says(recom
     from unitoken.train.accounting.memory import RUNTIME, needs
 
     depth = LAYER.model_copy(update={"num_hidden_layers": 2})
-    config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", ["microbatch=1", f"activation_checkpointing={recomputed}"])
+    config = load_config(
+        StageConfig, ROOT / "yamls/stage2.yaml", ["microbatch=1", f"activation_checkpointing={recomputed}"]
+    )
     vision = VisionTowerConfig(**SIGLIP)
     model = build_model(depth, vision, config.model, config.activation_checkpointing)
     load_weights(model, {}, seed=0)
@@ -219,7 +252,9 @@ def test_a_step_of_the_real_width_takes_no_more_memory_than_the_stage_says(recom
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(moved(two_documents())).total
         loss.backward()
-        found = torch.cuda.max_memory_allocated()  # of the passes: on eight GPUs the optimizer's share is an eighth
+        found = (
+            torch.cuda.max_memory_allocated()
+        )  # of the passes: on eight GPUs the optimizer's share is an eighth
         optimizer.step()
         optimizer.zero_grad()
     assert loss.isfinite()

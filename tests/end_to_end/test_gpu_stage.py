@@ -19,12 +19,25 @@ from support.stages import curve, evaluations, metrics
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu"
+    ),
     pytest.mark.timeout(900),  # each process compiles anew
 ]
 SETTINGS = {
-    "full": ["precision=bf16", "model.attention=flex", "model.compile=true", "activation_checkpointing=full", "deterministic=true"],
-    "selective": ["precision=bf16", "model.attention=flex", "model.compile=true", "activation_checkpointing=selective"],
+    "full": [
+        "precision=bf16",
+        "model.attention=flex",
+        "model.compile=true",
+        "activation_checkpointing=full",
+        "deterministic=true",
+    ],
+    "selective": [
+        "precision=bf16",
+        "model.attention=flex",
+        "model.compile=true",
+        "activation_checkpointing=selective",
+    ],
     "plain": ["precision=bf16", "model.attention=sdpa", "deterministic=true"],
     "fp32": ["precision=fp32", "model.attention=flex"],
 }
@@ -39,11 +52,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, run: str, *overrides: str) -> subprocess.Popen[bytes]:
-    samples = {"interval": "5ba", "draw": ["Draw a two."], "size": [16, 24], "answer": {str(folder / "a.png"): "What is it?"}}
+    samples = {
+        "interval": "5ba",
+        "draw": ["Draw a two."],
+        "size": [16, 24],
+        "answer": {str(folder / "a.png"): "What is it?"},
+    }
     held_out = {"all": {"local": str(folder / "data"), "held_out": 0.2}}
     drawing_stage(folder, f"save.folder={folder / run}", name=run, samples=samples, eval={"interval": "5ba"})
-    given = ["max_duration=3ep", f"model.decoder.vocab_size={ROOM}", f"data.streams={json.dumps(held_out)}", *overrides]
-    return subprocess.Popen([sys.executable, ROOT / "train.py", folder / f"{run}.yaml", f"save.folder={folder / run}", *given])
+    given = [
+        "max_duration=3ep",
+        f"model.decoder.vocab_size={ROOM}",
+        f"data.streams={json.dumps(held_out)}",
+        *overrides,
+    ]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", folder / f"{run}.yaml", f"save.folder={folder / run}", *given]
+    )
 
 
 def test_deterministic_stages_killed_on_a_gpu_go_on_bit_for_bit(folder: Path) -> None:
@@ -70,9 +95,33 @@ def test_a_stage_on_a_gpu_learns_draws_answers_and_says_its_memory(folder: Path,
     assert all(0 < line["memory_gib"] < 80 for line in steps)
     with Image.open(folder / name / "samples" / "step-00000005" / "0.png") as drawn:
         assert drawn.size == (24, 16)
-    command = [sys.executable, "-m", "unitoken.train", "generate", folder / name, "--out", folder / f"{name}-out"]
-    drawing = [*command, "--prompt", "Draw a two.", "--draw", "--size", "16x24", "--guidance", "2", "--count", "2"]
-    subprocess.run(drawing, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+    command = [
+        sys.executable,
+        "-m",
+        "unitoken.train",
+        "generate",
+        folder / name,
+        "--out",
+        folder / f"{name}-out",
+    ]
+    drawing = [
+        *command,
+        "--prompt",
+        "Draw a two.",
+        "--draw",
+        "--size",
+        "16x24",
+        "--guidance",
+        "2",
+        "--count",
+        "2",
+    ]
+    subprocess.run(
+        drawing, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    )
     assert len(list((folder / f"{name}-out").glob("*.png"))) == 2
-    subprocess.run([sys.executable, "-m", "unitoken.train", "export", folder / name, folder / f"{name}-exported"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "unitoken.train", "export", folder / name, folder / f"{name}-exported"],
+        check=True,
+    )
     assert (folder / f"{name}-exported" / "model.safetensors").exists()

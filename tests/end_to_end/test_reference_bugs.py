@@ -30,7 +30,9 @@ def records(golden: Path) -> dict[str, Any]:
     return read_records(golden)
 
 
-def collate(*pack: Record, continuous: str = "questions", compat: bool = False, anyres: bool = False) -> dict[str, Tensor]:
+def collate(
+    *pack: Record, continuous: str = "questions", compat: bool = False, anyres: bool = False
+) -> dict[str, Tensor]:
     """One pack that just holds the records."""
     views = VIEWS["anyres" if anyres else "base"]
     room = 3700 if anyres else FEATURES + 1
@@ -52,7 +54,9 @@ def test_bug_1_any_number_of_images_in_questions_and_answers(golden: Path, recor
             for number in range(images):
                 pixels = batch["pixel_values"].clone()
                 pixels[number] = 255 - pixels[number]
-                changed = (model.embed({**batch, "pixel_values": pixels}) != clean).any(-1)[0].nonzero().flatten()
+                changed = (
+                    (model.embed({**batch, "pixel_values": pixels}) != clean).any(-1)[0].nonzero().flatten()
+                )
                 own = batch["feature_columns"][batch["feature_views"] == number]
                 assert changed.tolist() == own.tolist(), f"image {number} of {images} stands elsewhere"
     loss = model(batch).total
@@ -62,9 +66,14 @@ def test_bug_1_any_number_of_images_in_questions_and_answers(golden: Path, recor
 
 
 @pytest.mark.parametrize("variant", ["base", "anyres"])
-def test_bug_3_an_image_given_as_a_string_is_that_image(variant: str, golden: Path, records: dict[str, Any]) -> None:
+def test_bug_3_an_image_given_as_a_string_is_that_image(
+    variant: str, golden: Path, records: dict[str, Any]
+) -> None:
     """Training opened the file that the path's first letter names, failed, and went on with a black picture without labels."""
-    item = {"image": "images/d07_wide.jpg", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
+    item = {
+        "image": "images/d07_wide.jpg",
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}],
+    }
     assert parse(item, "name").images == ("images/d07_wide.jpg",)
     record = record_of(golden, records["dev-15-img_implicit_string"])
     assert isinstance(records["dev-15-img_implicit_string"]["record"]["image"], str)
@@ -82,7 +91,9 @@ def test_bug_4_a_conversation_without_the_key_image_is_a_sample() -> None:
 
 def test_bug_16_no_separator_is_a_target(golden: Path, records: dict[str, Any]) -> None:
     """It stands in questions, too, and is never generated: a model that is trained to say it says it."""
-    asked, drawn = (record_of(golden, records[name]) for name in ("dev-11-img_human", "dev-14-img_gpt_with_text"))
+    asked, drawn = (
+        record_of(golden, records[name]) for name in ("dev-11-img_human", "dev-14-img_gpt_with_text")
+    )
     batch = collate(asked, drawn, continuous="all")
     assert (batch["input_ids"] == SEPARATOR).sum() == 2
     assert (batch["labels"] == SEPARATOR).sum() == 0
@@ -112,7 +123,9 @@ def test_bug_19_no_more_logits_exist_than_a_chunk_of_supervised_rows(monkeypatch
     monkeypatch.setattr(loss_module, "CHUNK", 64)
     rows: list[int] = []
     real = loss_module.F.linear
-    monkeypatch.setattr(loss_module.F, "linear", lambda states, weight: rows.append(len(states)) or real(states, weight))
+    monkeypatch.setattr(
+        loss_module.F, "linear", lambda states, weight: rows.append(len(states)) or real(states, weight)
+    )
     hidden, weight = torch.randn(4, 100, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (4, 100))
     labels[:, :50] = IGNORED
@@ -121,15 +134,20 @@ def test_bug_19_no_more_logits_exist_than_a_chunk_of_supervised_rows(monkeypatch
     assert sum(rows) == 2 * 4 * 50, "each supervised row forward, and again in the backward pass"
 
 
-def test_bug_20_the_tower_and_the_embedding_run_once_a_microbatch(golden: Path, records: dict[str, Any]) -> None:
+def test_bug_20_the_tower_and_the_embedding_run_once_a_microbatch(
+    golden: Path, records: dict[str, Any]
+) -> None:
     """With AnyRes the reference ran the tower for each sample, under FSDP with a gathering of its weights each, and the
-    embedding four times."""
+    embedding four times.
+    """
     model = read_model(golden)
     calls: list[tuple[str, int]] = []
     model.vit.register_forward_hook(lambda _, inputs, __: calls.append(("vit", len(inputs[0]))))
     model.adapter.register_forward_hook(lambda _, inputs, __: calls.append(("adapter", len(inputs[0]))))
     model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(("embed_tokens", 0)))
-    pack = [record_of(golden, records[name]) for name in ("dev-16-img_implicit_two", "dev-12-img_human_middle")]
+    pack = [
+        record_of(golden, records[name]) for name in ("dev-16-img_implicit_two", "dev-12-img_human_middle")
+    ]
     model.embed(collate(*pack, anyres=True))
     assert sorted(calls) == [("adapter", 9), ("embed_tokens", 0), ("vit", 9)]  # three images of three views
 
@@ -148,7 +166,9 @@ def test_bug_22_in_compat_alone_a_step_is_the_mean_of_means(tmp_path: Path) -> N
     run_stage(config, checked)
     lines = metrics(tmp_path / "run")
 
-    loader = build_loader(config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=True)
+    loader = build_loader(
+        config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=True
+    )
     model = build_model(checked.decoder, checked.vision, config.model)
     freeze(model, config.trainable)
     load_weights(model, {}, config.seed)

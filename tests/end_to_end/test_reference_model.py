@@ -42,7 +42,14 @@ def model(golden: Path) -> UniToken:
     return read_model(golden)
 
 
-BATCHES = ["two_understanding", "generation_and_text", "text_only", "mixed_three", "failed_image", "mask_image_logits"]
+BATCHES = [
+    "two_understanding",
+    "generation_and_text",
+    "text_only",
+    "mixed_three",
+    "failed_image",
+    "mask_image_logits",
+]
 TRUNCATED = ["truncate_tail", "truncate_inside_image"]
 
 
@@ -60,7 +67,9 @@ def test_losses_logits_and_gradients_are_the_references(
     batch = reference_batch(samples_of(golden, records, case), case["config"]["max_position_embeddings"])
     assert batch["input_ids"].shape[1] == case["seq_len"]
     with np.load(golden / "dev/D_model.npz") as arrays:
-        expected = {key.split(".")[-1]: arrays[key] for key in arrays.files if key.startswith(f"{variant}.{name}.")}
+        expected = {
+            key.split(".")[-1]: arrays[key] for key in arrays.files if key.startswith(f"{variant}.{name}.")
+        }
     assert np.array_equal(batch["labels"].numpy(), expected["uni_labels"])
 
     if case["config"]["mask_image_logits"]:
@@ -73,7 +82,9 @@ def test_losses_logits_and_gradients_are_the_references(
         for some in (logits, dense):
             some[..., list(model.masked_ids)] = torch.finfo(torch.float32).min
     stride = case["embeds_stride"]
-    np.testing.assert_allclose(embeddings[:, :: stride[0], :: stride[1]], expected["embeds_sub"], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(
+        embeddings[:, :: stride[0], :: stride[1]], expected["embeds_sub"], rtol=0, atol=3e-6
+    )
     np.testing.assert_allclose(logits[:, :, 5::701], expected["logits_sub"], rtol=0, atol=3e-5)
     np.testing.assert_allclose(dense.logsumexp(-1), expected["logsumexp_sub"], rtol=0, atol=3e-5)
 
@@ -85,7 +96,9 @@ def test_losses_logits_and_gradients_are_the_references(
     for parameter, norm in case["grad_norm_per_tensor"].items():
         gradient = model.get_parameter(parameter).grad
         found = 0.0 if gradient is None else gradient.double().norm().item()
-        if norm is None or norm < 1e-6:  # no image in the batch; or the key's bias, which is zero but for rounding
+        if (
+            norm is None or norm < 1e-6
+        ):  # no image in the batch; or the key's bias, which is zero but for rounding
             assert found < 1e-6, parameter
         else:
             assert found == pytest.approx(norm, rel=1e-4), parameter
@@ -97,12 +110,17 @@ def test_in_compat_our_own_packs_give_the_references_losses_and_gradients(
     variant: Variant, name: str, golden: Path, records: dict[str, Any], model: UniToken
 ) -> None:
     """All samples of a recorded batch in one pack, through the real collate function. What failed to decode is no sample of
-    ours; and nothing is cut in the middle, so the batches cut by the reference are left out."""
+    ours; and nothing is cut in the middle, so the batches cut by the reference are left out.
+    """
     (case,) = cases(golden, "D_model.json", variant=variant, batch=name)
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
-    length = sum(len(record.tokens) + (731 if variant == "base" else 2300) * len(record.images) for record in pack)
+    length = sum(
+        len(record.tokens) + (731 if variant == "base" else 2300) * len(record.images) for record in pack
+    )
     batch = Collate(length, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack])
-    trained = [int((batch["labels"][batch["document_ids"] == number] >= 0).sum()) for number in range(len(pack))]
+    trained = [
+        int((batch["labels"][batch["document_ids"] == number] >= 0).sum()) for number in range(len(pack))
+    ]
     assert trained == case["n_label_positions"]
     model.masked_ids = IMAGE_IDS if case["config"]["mask_image_logits"] else ()
     loss = model(batch)
@@ -110,14 +128,20 @@ def test_in_compat_our_own_packs_give_the_references_losses_and_gradients(
     assert loss.z.item() == pytest.approx(case["z_loss"], abs=5e-5)
     loss.total.backward()
     norms = {
-        part: torch.stack([p.grad.double().norm() for p in module.parameters() if p.grad is not None]).norm().item()
+        part: torch.stack([p.grad.double().norm() for p in module.parameters() if p.grad is not None])
+        .norm()
+        .item()
         for part, module in model.named_children()
     }
     assert norms == pytest.approx(case["grad_norm_groups"], rel=1e-4, abs=1e-6)
 
 
 def item_cases(golden: Path, *names: str) -> list[dict[str, Any]]:
-    return [case for case in json.loads((golden / "dev/C_item_processor.json").read_text()) if case["case"] in names]
+    return [
+        case
+        for case in json.loads((golden / "dev/C_item_processor.json").read_text())
+        if case["case"] in names
+    ]
 
 
 def test_a_samples_pixels_are_those_of_the_references_item_processor(golden: Path) -> None:
@@ -126,7 +150,9 @@ def test_a_samples_pixels_are_those_of_the_references_item_processor(golden: Pat
     assert len(found) == 8
     for case in found:
         assert (case["tokens_out"], case["labels_out"]) == (case["tokens_in"], case["labels_in"])
-        pixels, size = VIEWS[case["variant"]].pixels((golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True)
+        pixels, size = VIEWS[case["variant"]].pixels(
+            (golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True
+        )
         assert list(pixels.shape) == case["pixel_shape"]
         assert sha256_of(pixels) == case["pixel_float32_sha256"]
         assert case["variant"] == "base" or list(size) == case["third"]
@@ -141,17 +167,23 @@ def test_what_the_reference_showed_as_a_black_picture_is_an_error(golden: Path) 
             == (case["pixel_float32_sha256"])
         )
         with pytest.raises(ImageError):
-            VIEWS[case["variant"]].pixels((golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True)
+            VIEWS[case["variant"]].pixels(
+                (golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True
+            )
 
 
 @pytest.mark.parametrize("run", ["stage_I", "stage_II", "other"])
 def test_learning_rates_are_the_references(run: str, golden: Path) -> None:
     case = json.loads((golden / "dev/E_lr.json").read_text())[run]
     hyper = case["hyper"]
-    config = OptimizerConfig(lr=hyper["lr"], min_lr=hyper["min_lr"], lr_scales={"vit": hyper.get("vit_lr_scale", 1.0)})
+    config = OptimizerConfig(
+        lr=hyper["lr"], min_lr=hyper["min_lr"], lr_scales={"vit": hyper.get("vit_lr_scale", 1.0)}
+    )
     assert len(case["rows"]) > 20
     for row in case["rows"]:
-        rate = learning_rate(row["iter"] / hyper["iters_per_epoch"], config, hyper["warmup_epochs"], hyper["epochs"])
+        rate = learning_rate(
+            row["iter"] / hyper["iters_per_epoch"], config, hyper["warmup_epochs"], hyper["epochs"]
+        )
         assert rate == pytest.approx(row["lr_returned"], rel=1e-12)
         if "lr_vit" in row:
             assert rate * config.lr_scales["vit"] == pytest.approx(row["lr_vit"], rel=1e-12)
@@ -160,7 +192,9 @@ def test_learning_rates_are_the_references(run: str, golden: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["stageI", "stageII", "stageII_hot_accum2"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_steps_are_the_references(variant: Variant, run: str, golden: Path, records: dict[str, Any], model: UniToken) -> None:
+def test_ten_steps_are_the_references(
+    variant: Variant, run: str, golden: Path, records: dict[str, Any], model: UniToken
+) -> None:
     (case,) = cases(golden, "F_train.json", variant=variant, run=run)
     hyper = case["hyper"]
     config = OptimizerConfig(
@@ -181,7 +215,9 @@ def test_ten_steps_are_the_references(variant: Variant, run: str, golden: Path, 
         if (step + 1) % every == 0:
             update = case["updates"][step // every]
             # The reference sets the rate at the last microbatch of an update.
-            rate = learning_rate(step / hyper["iters_per_epoch"], config, hyper["warmup_epochs"], hyper["epochs"])
+            rate = learning_rate(
+                step / hyper["iters_per_epoch"], config, hyper["warmup_epochs"], hyper["epochs"]
+            )
             set_learning_rate(optimizer, rate)
             rates = [group["lr"] for group in optimizer.param_groups]
             assert rates == pytest.approx([update["lr_vit"], update["lr_rest"]], rel=1e-12)

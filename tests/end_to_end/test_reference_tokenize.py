@@ -56,14 +56,18 @@ def codes(vision: VisionCodec, pixels: dict[str, npt.NDArray[np.uint8]]) -> dict
 
 @pytest.fixture(scope="module")
 def vocabulary(golden: Path, vision: VisionCodec) -> Vocabulary:
-    return Vocabulary.from_tokens(load_tokenizer(str(golden / "assets" / "tokenizer")).get_vocab(), vision.codebook_size)
+    return Vocabulary.from_tokens(
+        load_tokenizer(str(golden / "assets" / "tokenizer")).get_vocab(), vision.codebook_size
+    )
 
 
 @pytest.fixture(scope="module")
 def doubtful(golden: Path) -> dict[str, npt.NDArray[np.bool_]]:
     """Where a code may differ by rounding."""
     margins = np.load(golden / "dev" / "A_images_vq.npz")
-    return {name.removesuffix(".margin"): margins[name] <= MARGIN for name in margins if name.endswith(".margin")}
+    return {
+        name.removesuffix(".margin"): margins[name] <= MARGIN for name in margins if name.endswith(".margin")
+    }
 
 
 @pytest.mark.slow
@@ -134,15 +138,22 @@ def test_text_of_the_other_tokenizer_style_is_the_references(golden: Path) -> No
 def test_an_item_without_labels_is_refused(golden: Path, vocabulary: Vocabulary) -> None:
     """The reference's LabelAllZeroError. The other error classes are in test_conversations.py and test_worker.py."""
     text = TextEncoder(load_tokenizer(str(golden / "assets" / "tokenizer")), vocabulary, compat=True)
-    [row] = [row for row in rows(golden / "dev" / "A_tokenization.jsonl") if row.get("error") == "LabelAllZeroError"]
+    [row] = [
+        row
+        for row in rows(golden / "dev" / "A_tokenization.jsonl")
+        if row.get("error") == "LabelAllZeroError"
+    ]
     with pytest.raises(ItemError, match="nothing to train on: "):
         assemble(parse(row["record"], "0"), [], [], text, vocabulary)
 
 
 @pytest.mark.slow
-def test_the_command_keeps_what_pretokenize_kept_and_what_it_lost(golden: Path, tmp_path: Path, codes: dict[str, Codes]) -> None:
+def test_the_command_keeps_what_pretokenize_kept_and_what_it_lost(
+    golden: Path, tmp_path: Path, codes: dict[str, Codes]
+) -> None:
     """Three ranks over the recorded input: the same tokens for what the reference wrote, a sample for the text-only item
-    that it dropped although its documentation allows it, and the other two rejected."""
+    that it dropped although its documentation allows it, and the other two rejected.
+    """
     from streaming import StreamingDataset
 
     from support.tokenizing import run_here
@@ -174,5 +185,7 @@ def test_the_command_keeps_what_pretokenize_kept_and_what_it_lost(golden: Path, 
         if name.endswith(".pkl"):
             record = samples[str(written["id"])]
             assert len(record.tokens) == len(written["token"])
-            assert np.mean(record.tokens == written["token"]) > 0.987  # codes below the margin; test_image_codes is exact
+            assert (
+                np.mean(record.tokens == written["token"]) > 0.987
+            )  # codes below the margin; test_image_codes is exact
             assert np.mean(record.labels() == written["label"]) > 0.987

@@ -71,7 +71,9 @@ def webdataset(folder: Path, items: Items) -> Path:
 
 
 def table(items: Items) -> pa.Table:
-    return pa.Table.from_pylist([{**item, "image": [{"bytes": data, "path": None} for data in item["image"]]} for item in items])
+    return pa.Table.from_pylist(
+        [{**item, "image": [{"bytes": data, "path": None} for data in item["image"]]} for item in items]
+    )
 
 
 def parquet(folder: Path, items: Items) -> Path:
@@ -90,7 +92,10 @@ def samples(source: Path, out: Path, vqgan: Path) -> list[dict[str, Any]]:
     run_here(settings(vqgan, chunk_size=4, compat="unitoken"), source, out)
     merge(str(out))
     dataset = StreamingDataset(local=str(out), batch_size=1, shuffle=False)
-    return [{key: value if isinstance(value, str | bytes) else value.tolist() for key, value in row.items()} for row in dataset]
+    return [
+        {key: value if isinstance(value, str | bytes) else value.tolist() for key, value in row.items()}
+        for row in dataset
+    ]
 
 
 @pytest.mark.parametrize("write", [json_lines, webdataset, parquet, arrow])

@@ -22,8 +22,26 @@ from unitoken.storage.store import MissingError, StoreError
 from unitoken.storage.web_session import PrivateAddressError, WebSession, is_public
 from unitoken.tokenize.sources.pictures import PictureReader
 
-PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1"]
-PRIVATE += ["::", "255.255.255.255", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
+PRIVATE = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "172.16.0.1",
+    "192.168.1.1",
+    "169.254.169.254",
+    "100.64.0.1",
+    "0.0.0.0",
+    "224.0.0.1",
+    "::1",
+]
+PRIVATE += [
+    "::",
+    "255.255.255.255",
+    "fe80::1%eth0",
+    "fd00::1",
+    "::ffff:10.0.0.1",
+    "64:ff9b::a00:1",
+    "2002:a00:1::",
+]
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------------
@@ -33,8 +51,14 @@ PRIVATE += ["::", "255.255.255.255", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1
     ("text", "expected"),
     [
         ("https://me:secret@host/cat.jpg?sig=secret: timeout", "https://host/cat.jpg: timeout"),
-        ("image not reachable: HTTP://me:sec@ret@host:80/a?secret#secret", "image not reachable: HTTP://host:80/a"),
-        ("'https://host/a.jpg?X-Amz-Signature=secret', and \"s3://secret:secret@b/k\"", "'https://host/a.jpg', and \"s3://b/k\""),
+        (
+            "image not reachable: HTTP://me:sec@ret@host:80/a?secret#secret",
+            "image not reachable: HTTP://host:80/a",
+        ),
+        (
+            "'https://host/a.jpg?X-Amz-Signature=secret', and \"s3://secret:secret@b/k\"",
+            "'https://host/a.jpg', and \"s3://b/k\"",
+        ),
         ("az://container/blob?sv=1&sig=secret", "az://container/blob"),
         ("https://token-secret@host", "https://host"),
         ("https://host#access_token=secret", "https://host"),
@@ -59,12 +83,25 @@ def test_signed_urls_leave_no_trace_in_a_dataset(tmp_path: Path, served: Server,
     served.files["/no.png"] = b"secret bytes"
     turns = [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "This."}]
     names = ("/none.png", "/no.png")
-    items = [{"conversations": turns, "image": served.url.replace("//", "//me:secret@") + name + signed} for name in names]
+    items = [
+        {"conversations": turns, "image": served.url.replace("//", "//me:secret@") + name + signed}
+        for name in names
+    ]
     served.files["/items.json"] = json.dumps(items).encode()
     config = settings(vqgan, allow_http=True, allow_private=True)
     run_here(config, f"{served.url}/items.json{signed}", tmp_path / "out")
     stored = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert len([line for path, data in stored.items() if path.name == "rejects.jsonl" for line in data.splitlines()]) == 2
+    assert (
+        len(
+            [
+                line
+                for path, data in stored.items()
+                if path.name == "rejects.jsonl"
+                for line in data.splitlines()
+            ]
+        )
+        == 2
+    )
     assert not [path for path, data in stored.items() if b"secret" in data]
 
 
@@ -102,7 +139,18 @@ def test_addresses_that_are_public(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "localhost.", "127.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "0"]
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "localhost.",
+        "127.1",
+        "2130706433",
+        "0x7f.1",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "0",
+    ],
 )
 def test_a_private_host_is_refused_by_whatever_name(served: Server, host: str) -> None:  # noqa: F811
     served.files["/a.png"] = b"abc"
@@ -150,7 +198,11 @@ def test_credentials_are_never_taken_from_netrc(
     def answer(handler: Any, count: int) -> None:
         seen.append(handler.headers.get("Authorization"))
         to_b = handler.path == "/a"
-        handler.answer(302 if to_b else 200, b"", {"Location": f"http://localhost:{served.server_port}/b"} if to_b else {})
+        handler.answer(
+            302 if to_b else 200,
+            b"",
+            {"Location": f"http://localhost:{served.server_port}/b"} if to_b else {},
+        )
 
     served.files["/a"] = served.files["/b"] = answer
     session = WebSession(public_only=False)

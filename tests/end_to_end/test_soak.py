@@ -68,7 +68,10 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(None, id="short", marks=pytest.mark.slow), pytest.param(soak.FULL, id="full", marks=pytest.mark.chaos)],
+    params=[
+        pytest.param(None, id="short", marks=pytest.mark.slow),
+        pytest.param(soak.FULL, id="full", marks=pytest.mark.chaos),
+    ],
 )
 def of_clouds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     if request.param is None:
@@ -82,7 +85,9 @@ def cloud(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield service
 
 
-def test_runs_and_workers_killed_at_random_moments_lose_nothing_and_change_nothing(expected: Undisturbed, tmp_path: Path) -> None:
+def test_runs_and_workers_killed_at_random_moments_lose_nothing_and_change_nothing(
+    expected: Undisturbed, tmp_path: Path
+) -> None:
     out = str(tmp_path / "out")
     soak.kill_again_and_again(expected.source, out, expected.size)
     soak.finish(expected.source, out, expected.size, "--splits", "2")
@@ -94,8 +99,12 @@ def test_a_cluster_that_loses_a_node_gives_the_same_bytes(expected: Undisturbed,
     command = soak.command(expected.source, out, expected.size, "--engine", "ray")
     with two_nodes() as nodes:
         environment = os.environ | nodes.environment
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: process.poll() is not None or soak.done(out) >= expected.size.chunks // 3, seconds=600)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(
+            lambda: process.poll() is not None or soak.done(out) >= expected.size.chunks // 3, seconds=600
+        )
         assert process.poll() is None, process.communicate()
         nodes.kill_node()
         _, errors = process.communicate()
@@ -104,14 +113,18 @@ def test_a_cluster_that_loses_a_node_gives_the_same_bytes(expected: Undisturbed,
 
 
 @pytest.mark.cloud
-def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(of_clouds: Undisturbed, cloud: Service, tmp_path: Path) -> None:
+def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(
+    of_clouds: Undisturbed, cloud: Service, tmp_path: Path
+) -> None:
     """The run is killed once."""
     from streaming import StreamingDataset
 
     from unitoken.tokenize.checks.verify import verify
 
     out = cloud.url(f"soak-{of_clouds.size.items}")
-    soak.kill_again_and_again(of_clouds.source, out, soak.Size(of_clouds.size.items, of_clouds.size.chunk_size, kills=1))
+    soak.kill_again_and_again(
+        of_clouds.source, out, soak.Size(of_clouds.size.items, of_clouds.size.chunk_size, kills=1)
+    )
     soak.finish(of_clouds.source, out, of_clouds.size, "--splits", "2")
     assert soak.content(out) == of_clouds.content
     assert verify(out, 1.0) == []
@@ -168,6 +181,11 @@ def test_a_disk_that_is_full_ends_the_run_and_the_same_command_goes_on(tmp_path:
     assert "File too large" in run.stderr
     assert "missing 2 of 2 chunks" in run.stderr
     assert "Traceback" not in run.stderr
-    assert sorted(path.name for path in Path(out).iterdir()) == ["input.json", "job.json", "settings.yaml", "vocabulary.json"]
+    assert sorted(path.name for path in Path(out).iterdir()) == [
+        "input.json",
+        "job.json",
+        "settings.yaml",
+        "vocabulary.json",
+    ]
     soak.finish(source, out, size)
     soak.check_counts(out, size)

@@ -34,7 +34,12 @@ class Job:
         arguments = [str(self.folder), str(self.root / "data"), str(self.root / "cache"), *more]
         with open(self.folder / "log.txt", "ab") as log:
             return [
-                subprocess.Popen([sys.executable, str(PROGRAM), str(rank), *arguments], stdout=log, stderr=log, env=environment)
+                subprocess.Popen(
+                    [sys.executable, str(PROGRAM), str(rank), *arguments],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                )
                 for rank in range(2)
             ]
 
@@ -81,7 +86,9 @@ def nobodys(names: set[str]) -> set[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                held += (entry / "maps").read_text() + "".join(str(fd.readlink()) for fd in (entry / "fd").iterdir())
+                held += (entry / "maps").read_text() + "".join(
+                    str(fd.readlink()) for fd in (entry / "fd").iterdir()
+                )
     return {name for name in names if f"/dev/shm/{name}" not in held and (Path("/dev/shm") / name).exists()}
 
 
@@ -101,19 +108,25 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
             time.sleep(0.2)
         time.sleep(1.1)  # files aside that are younger may still be somebody's
         ranks = all_jobs[0].start("3")
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0], (all_jobs[0].folder / "log.txt").read_text()[-2000:]
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0], (
+            all_jobs[0].folder / "log.txt"
+        ).read_text()[-2000:]
         # What a killed program of somebody else's leaves, its resource tracker removes in a moment; ours would stay.
         wait_for(lambda: nobodys(files(Path("/dev/shm")) - shared_before) == {others.name}, seconds=30)
         assert others.read_bytes() == b"1"
     finally:
         others.unlink()
-    left = list((root / "tmp").iterdir())  # `import torch.distributed` makes a folder for one template: a killed rank's stays
+    left = list(
+        (root / "tmp").iterdir()
+    )  # `import torch.distributed` makes a folder for one template: a killed rank's stays
     assert len(left) <= 2 * jobs * cycles
     assert set().union(*map(files, left)) <= {"_remote_module_non_scriptable.py", "__pycache__"}
     assert not list((root / "cache").glob("**/.aside-*"))
     shards = list((root / "cache").glob("datasets/*/chunk-*/*.mds"))
     assert len(shards) == len(list((root / "data").glob("chunk-*/*.mds"))), "all were read, none twice"
-    for rank in range(2):  # the same place of the same epoch holds the same, in every job and after every kill
+    for rank in range(
+        2
+    ):  # the same place of the same epoch holds the same, in every job and after every kill
         seen: dict[str, str] = {}
         for job in all_jobs:
             for line in job.logs()[rank].read_text().splitlines():

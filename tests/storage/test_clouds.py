@@ -58,7 +58,9 @@ Answering = Callable[[list[int]], list[str]]
 
 
 @pytest.fixture(params=CLOUDS)
-def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[int], list[str]]]:
+def cloud(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, list[int], list[str]]]:
     """A bucket's URL, the list of what its server will answer, and the list of what it was asked."""
     answers: list[int] = []
     asked: list[str] = []
@@ -90,7 +92,9 @@ def test_what_may_pass_is_repeated(cloud: tuple[str, list[int], list[str]]) -> N
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_a_server_that_refuses_connections_for_a_while_is_asked_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_refuses_connections_for_a_while_is_asked_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.05)
     handler = type("Handler", (Failing,), {"answers": [], "asked": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
@@ -101,7 +105,9 @@ def test_a_server_that_refuses_connections_for_a_while_is_asked_again(name: str,
         store = open_store(URLS[name])
         with pytest.raises(TransientStoreError, match=r"\(tried for 0 s\)"):
             open_store(URLS[name], patience=0.2).read("file")
-        timer = threading.Timer(0.5, lambda: (server.server_activate(), server.serve_forever(poll_interval=0.02)))
+        timer = threading.Timer(
+            0.5, lambda: (server.server_activate(), server.serve_forever(poll_interval=0.02))
+        )
         timer.start()
         assert store.read("file") == DATA
         server.shutdown()
@@ -140,7 +146,11 @@ def test_a_server_that_stays_away_is_an_error_in_the_end(
     answers += [503] * 1000
     (tmp_path / "file").write_bytes(b"1")
     store = open_store(url, patience=0.4)
-    for ask in (lambda: store.read("file"), lambda: store.sizes(), lambda: store.upload(tmp_path / "file", "file")):
+    for ask in (
+        lambda: store.read("file"),
+        lambda: store.sizes(),
+        lambda: store.upload(tmp_path / "file", "file"),
+    ):
         begun = len(asked)
         with pytest.raises(StoreError, match=rf"{url}/.*\(tried for 0 s\)"):
             ask()
@@ -148,7 +158,9 @@ def test_a_server_that_stays_away_is_an_error_in_the_end(
 
 
 @pytest.mark.parametrize("scheme", CLOUDS)
-def test_a_server_that_is_not_there_is_an_error_in_the_end(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there_is_an_error_in_the_end(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     point_to("http://127.0.0.1:9", monkeypatch)
     monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.01)
     open_store.cache_clear()
@@ -157,7 +169,9 @@ def test_a_server_that_is_not_there_is_an_error_in_the_end(scheme: str, monkeypa
     open_store.cache_clear()
 
 
-def test_an_upload_of_another_size_is_taken_back(cloud: tuple[str, list[int], list[str]], tmp_path: Path) -> None:
+def test_an_upload_of_another_size_is_taken_back(
+    cloud: tuple[str, list[int], list[str]], tmp_path: Path
+) -> None:
     """The server says that it holds len(DATA) bytes, whatever it was sent."""
     url, _, _ = cloud
     (tmp_path / "file").write_bytes(b"123")
@@ -175,7 +189,9 @@ def test_an_upload_of_another_size_is_taken_back(cloud: tuple[str, list[int], li
 
 
 @pytest.mark.cloud
-@pytest.mark.parametrize(("scheme", "secret"), [("s3", "AWS_SECRET_ACCESS_KEY"), ("az", "AZURE_ACCOUNT_ACCESS_KEY")])
+@pytest.mark.parametrize(
+    ("scheme", "secret"), [("s3", "AWS_SECRET_ACCESS_KEY"), ("az", "AZURE_ACCOUNT_ACCESS_KEY")]
+)
 def test_wrong_credentials_are_a_denied_permission_at_once(scheme: str, secret: str, tmp_path: Path) -> None:
     with started(scheme, tmp_path / scheme) as service:
         service.environment[secret] = "d3Jvbmc="
@@ -199,10 +215,14 @@ def test_azure_needs_the_name_of_an_account(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="az://container/folder: AZURE_ACCOUNT_NAME is not set"):
         open_bucket("az://container/folder", None, RETRY_SECONDS)
     assert (
-        "theirs.blob.core.windows.net/container" in open_bucket("azure://theirs/container/folder", None, RETRY_SECONDS)._client.url
+        "theirs.blob.core.windows.net/container"
+        in open_bucket("azure://theirs/container/folder", None, RETRY_SECONDS)._client.url
     )
     monkeypatch.setenv("AZURE_ACCOUNT_NAME", "ours")
-    assert "ours.blob.core.windows.net/container" in open_bucket("az://container/folder", None, RETRY_SECONDS)._client.url
+    assert (
+        "ours.blob.core.windows.net/container"
+        in open_bucket("az://container/folder", None, RETRY_SECONDS)._client.url
+    )
 
 
 def test_a_profile_that_is_not_there_is_a_mistake_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,11 +232,15 @@ def test_a_profile_that_is_not_there_is_a_mistake_of_the_settings(monkeypatch: p
 
 
 def test_a_profile_gives_the_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = theirs\naws_secret_access_key = secret\n")
+    (tmp_path / "credentials").write_text(
+        "[lab]\naws_access_key_id = theirs\naws_secret_access_key = secret\n"
+    )
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    assert open_bucket("s3://name/folder", None, RETRY_SECONDS)._client._get_credentials().access_key == "theirs"
+    assert (
+        open_bucket("s3://name/folder", None, RETRY_SECONDS)._client._get_credentials().access_key == "theirs"
+    )
 
 
 def test_googles_keys_for_s3_are_used_as_streaming_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +258,8 @@ def test_the_requester_pays_where_streaming_is_told_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "other, name")
     store = open_bucket("s3://name/folder", None, RETRY_SECONDS)
     sent: list[dict[str, object]] = []
-    monkeypatch.setattr(store._client, "head_object", lambda **asked: sent.append(asked) or {"ContentLength": 1, "ETag": "x"})
+    monkeypatch.setattr(
+        store._client, "head_object", lambda **asked: sent.append(asked) or {"ContentLength": 1, "ETag": "x"}
+    )
     store.size("file")
     assert sent == [{"Bucket": "name", "Key": "folder/file", "RequestPayer": "requester"}]

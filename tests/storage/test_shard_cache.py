@@ -33,7 +33,9 @@ def test_downloaded_shards_keep_within_the_limit(remote, tmp_path):
     for shard in range(len(shards.samples)):
         shards.record(shard, 0)
         assert size_of(shard_paths(tmp_path / "local")) <= limit
-    assert [path.name for path in shard_paths(tmp_path / "local")] == [path.name for path in shard_paths(remote)[-3:]]
+    assert [path.name for path in shard_paths(tmp_path / "local")] == [
+        path.name for path in shard_paths(remote)[-3:]
+    ]
     assert [record.id for record in read_all(shards)] == IDS, "what is mapped stays readable"
 
 
@@ -43,7 +45,11 @@ def test_what_was_opened_longest_ago_goes_first(remote, tmp_path):
         open_shards(tmp_path / "local", remote, limit=limit).record(shard, 0)
         for stamp in (tmp_path / "cache").glob(f"*/{shard:06}-*"):
             os.utime(stamp, (n, n))  # clocks of file systems are coarse
-    assert [path.name for path in shard_paths(tmp_path / "local")] == ["shard.00000.mds", "shard.00002.mds", "shard.00003.mds"]
+    assert [path.name for path in shard_paths(tmp_path / "local")] == [
+        "shard.00000.mds",
+        "shard.00002.mds",
+        "shard.00003.mds",
+    ]
 
 
 def test_an_evicted_shard_comes_back_when_it_is_needed(remote, tmp_path):
@@ -90,7 +96,9 @@ def test_processes_that_evict_each_others_shards_all_read_everything(remote, tmp
     limit = size_of(shard_paths(remote)[:2])
     open_shards(tmp_path / "local", remote)
     context = multiprocessing.get_context("fork")
-    jobs = [context.Process(target=_read_and_exit, args=(tmp_path / "local", remote, limit)) for _ in range(4)]
+    jobs = [
+        context.Process(target=_read_and_exit, args=(tmp_path / "local", remote, limit)) for _ in range(4)
+    ]
     for job in jobs:
         job.start()
     for job in jobs:

@@ -160,7 +160,10 @@ def test_paths_and_urls_are_told_apart_and_joined() -> None:
 
 
 def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"ftp://host/x: expected a path or a URL that begins with s3://, gs://, az:// or hf://"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ftp://host/x: expected a path or a URL that begins with s3://, gs://, az:// or hf://",
+    ):
         open_store("ftp://host/x")
 
 

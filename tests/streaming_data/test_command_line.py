@@ -16,7 +16,14 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from support.small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
+from support.small_datasets import (
+    flip_byte,
+    make_record,
+    shard_paths,
+    small_vocabulary,
+    text_records,
+    write_dataset,
+)
 from unitoken.dataset.manifest import load_manifest
 from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
@@ -80,20 +87,31 @@ def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage):
 
 def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage):
     assert "warning" not in run("plan", stage)[1]
-    write_dataset(stage.parent / "drawn", [make_record(f"d{n}", VOCABULARY, 5, answer_images=1) for n in range(20)])
+    write_dataset(
+        stage.parent / "drawn", [make_record(f"d{n}", VOCABULARY, 5, answer_images=1) for n in range(20)]
+    )
     manifest = load_manifest(stage.parent / "drawn")
     changed = manifest.model_copy(update={"vision": manifest.vision.model_copy(update={"precision": "bf16"})})
     (stage.parent / "drawn" / "manifest.json").write_bytes(changed.dump())
     drawn = f"data.streams.drawn={{local: {stage.parent}/drawn, proportion: 1}}"
-    warnings = [line for line in run("plan", stage, drawn, "data.streams.text.max_tokens=12")[1].splitlines() if "warning" in line]
+    warnings = [
+        line
+        for line in run("plan", stage, drawn, "data.streams.text.max_tokens=12")[1].splitlines()
+        if "warning" in line
+    ]
     assert len(warnings) == 2
-    assert warnings[0].startswith("warning: streams 'pictures' and 'drawn' have image codes of different tokenizers: precision ")
+    assert warnings[0].startswith(
+        "warning: streams 'pictures' and 'drawn' have image codes of different tokenizers: precision "
+    )
     assert warnings[1].startswith("warning: stream 'text': ")
 
 
 def test_a_place_that_can_not_be_written_is_one_line(stage, tmp_path):
     (tmp_path / "META.yaml").write_text("META: [{path: a/record.json, ratio: 1.0}]")
-    for command in (("convert-config", tmp_path / "META.yaml", "--out"), ("export-webdataset", tmp_path / "text")):
+    for command in (
+        ("convert-config", tmp_path / "META.yaml", "--out"),
+        ("export-webdataset", tmp_path / "text"),
+    ):
         code, out = run(*command, tmp_path / "META.yaml" / "x")
         assert code > 0
         assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (made|written): Not a directory\n", out), out
@@ -161,7 +179,9 @@ def mixed(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "mixed", records)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves its files open
 def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed):
     import webdataset
 
@@ -213,7 +233,10 @@ def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(tmp_path, mixe
 
     monkeypatch.setattr(Folder, "upload", dies_at_the_second)
     assert run(*command) == (1, "error: the disk is full\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.tar", "webdataset.begun.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000000.tar",
+        "webdataset.begun.json",
+    ]
     code, out = run(*command[:-1], 5)  # other tars would lie beside the first
     assert code == 2
     assert "this export begun, found webdataset.begun.json" in out
@@ -224,7 +247,14 @@ def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(tmp_path, mixe
     assert run(*command[:2], tmp_path / "whole", *command[3:])[0] == 0
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
-    assert sorted(files) == ["000000.tar", "000001.tar", "000002.tar", "README.md", "vocabulary.json", "webdataset.json"]
+    assert sorted(files) == [
+        "000000.tar",
+        "000001.tar",
+        "000002.tar",
+        "README.md",
+        "vocabulary.json",
+        "webdataset.json",
+    ]
 
 
 def test_tars_that_are_not_an_export_are_left_alone(tmp_path, mixed):
@@ -253,7 +283,11 @@ def test_pictures_are_called_by_what_they_are(tmp_path):
         assert all((member.mtime, member.uid, member.uname) == (0, 0, "") for member in tar)
         assert [tar.extractfile(name).read() for name in names[2:]] == pictures
     endings = ["jpg", "png", "gif", "bmp", "tif", "webp"]
-    assert names == ["000000000.json", "000000000.tokens.npy", *(f"000000000.{n}.{e}" for n, e in enumerate(endings))]
+    assert names == [
+        "000000000.json",
+        "000000000.tokens.npy",
+        *(f"000000000.{n}.{e}" for n, e in enumerate(endings)),
+    ]
 
 
 def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed):
@@ -267,10 +301,16 @@ def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed)
 
 
 def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatch):
-    monkeypatch.setattr(sources, "open_store", lambda url, *args: open_store(str(mixed) if url == "s3://bucket/mixed" else url))
+    monkeypatch.setattr(
+        sources,
+        "open_store",
+        lambda url, *args: open_store(str(mixed) if url == "s3://bucket/mixed" else url),
+    )
     assert run("export-webdataset", "s3://bucket/mixed", tmp_path / "remote")[0] == 0
     assert run("export-webdataset", mixed, tmp_path / "local")[0] == 0
-    assert (tmp_path / "remote" / "000000.tar").read_bytes() == (tmp_path / "local" / "000000.tar").read_bytes()
+    assert (tmp_path / "remote" / "000000.tar").read_bytes() == (
+        tmp_path / "local" / "000000.tar"
+    ).read_bytes()
 
 
 def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
@@ -282,11 +322,19 @@ def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
         "s3://bucket/3d, {scans}/train.jsonl",
         "/data/../x # y: z/record.json",
     ]
-    (tmp_path / "META.yaml").write_text(yaml.safe_dump({"META": [{"path": p, "ratio": 1 / 3, "type": "image"} for p in paths]}))
+    (tmp_path / "META.yaml").write_text(
+        yaml.safe_dump({"META": [{"path": p, "ratio": 1 / 3, "type": "image"} for p in paths]})
+    )
     code, out = run("convert-config", tmp_path / "META.yaml", "--datasets", "my, {data}")
     assert code == 0
     config = DataConfig.model_validate(yaml.safe_load(out)["data"])
-    assert list(config.streams) == ["records_ureader_1_1m", "records_en_synthdog_col1_200k", "record1", "d_3d_scans", "x_y_z"]
+    assert list(config.streams) == [
+        "records_ureader_1_1m",
+        "records_en_synthdog_col1_200k",
+        "record1",
+        "d_3d_scans",
+        "x_y_z",
+    ]
     assert [s.local for s in config.streams.values()] == [f"my, {{data}}/{name}" for name in config.streams]
     assert {s.repeat for s in config.streams.values()} == {1 / 3}
     assert out.count("its type 'image' has no equivalent") == 5
@@ -335,7 +383,10 @@ def test_proportions_that_are_no_shares_of_1_are_said_as_shares(stage):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.packed_lenght=3", "on the command line: unknown key 'data.packed_lenght'; did you mean 'packed_length'?"),
+        (
+            "data.packed_lenght=3",
+            "on the command line: unknown key 'data.packed_lenght'; did you mean 'packed_length'?",
+        ),
         ("data.seq_len=3", "on the command line: unknown key 'data.seq_len'"),
     ],
 )

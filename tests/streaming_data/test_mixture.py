@@ -17,7 +17,13 @@ from unitoken.streaming_data.sources import crops_of, open_sources, to_streams
 
 def settings(tmp_path, streams: dict, **others) -> DataConfig:
     return DataConfig.model_validate(
-        {"streams": streams, "packed_length": 64, "global_batch": 4, "cache": str(tmp_path / "cache"), **others}
+        {
+            "streams": streams,
+            "packed_length": 64,
+            "global_batch": 4,
+            "cache": str(tmp_path / "cache"),
+            **others,
+        }
     )
 
 
@@ -29,25 +35,57 @@ def dataset(tmp_path_factory):
 @pytest.mark.parametrize(
     ("streams", "others", "found"),
     [
-        ({"a": {"local": "x", "proportion": 1}, "b": {"local": "y", "repeat": 2}}, {}, r"'a' has it, 'b' \(repeat\) not"),
-        ({"a": {"local": "x", "proportion": 1}, "b": {"local": "y"}}, {}, r"'a' has it, 'b' \(no weight\) not"),
+        (
+            {"a": {"local": "x", "proportion": 1}, "b": {"local": "y", "repeat": 2}},
+            {},
+            r"'a' has it, 'b' \(repeat\) not",
+        ),
+        (
+            {"a": {"local": "x", "proportion": 1}, "b": {"local": "y"}},
+            {},
+            r"'a' has it, 'b' \(no weight\) not",
+        ),
         ({"a": {"local": "x", "choose": 1, "repeat": 2}}, {}, "repeat and choose"),
         ({"a": {"local": "x", "proportion": 0}}, {}, "proportions of all streams are 0"),
         ({"a": {"local": "x", "repeat": -1}}, {}, "greater than or equal to 0"),
         ({"a": {"repeat": 1}}, {}, "needs `local` or `remote`"),
-        ({"a": {"local": "x", "choose": 5}}, {"epoch_samples": 10}, r"epoch_samples does not go with .* choose: 'a' \(choose\)"),
-        ({"a": {"local": "x", "repeat": 5}}, {"epoch_tokens": 10}, r"epoch_tokens does not go with .* choose: 'a' \(repeat\)"),
-        ({"a": {"local": "x"}}, {"epoch_tokens": 10, "epoch_samples": 10}, "one of epoch_samples and epoch_tokens"),
+        (
+            {"a": {"local": "x", "choose": 5}},
+            {"epoch_samples": 10},
+            r"epoch_samples does not go with .* choose: 'a' \(choose\)",
+        ),
+        (
+            {"a": {"local": "x", "repeat": 5}},
+            {"epoch_tokens": 10},
+            r"epoch_tokens does not go with .* choose: 'a' \(repeat\)",
+        ),
+        (
+            {"a": {"local": "x"}},
+            {"epoch_tokens": 10, "epoch_samples": 10},
+            "one of epoch_samples and epoch_tokens",
+        ),
         ({"a": {"local": "x"}}, {"unit": "bytes"}, "'samples', 'tokens' or 'target_tokens'"),
-        ({"a": {"local": "x"}}, {"split": "held_out"}, "split: held_out needs `held_out` above 0 in every stream: 'a' has none"),
+        (
+            {"a": {"local": "x"}},
+            {"split": "held_out"},
+            "split: held_out needs `held_out` above 0 in every stream: 'a' has none",
+        ),
         ({"a": {"local": "x", "held_out": 1}}, {}, "less than 1"),
         ({"a": {"local": "x", "kinds": ["txt"]}}, {}, "'understanding', 'generation' or 'text'"),
         ({"a": {"local": "x", "kinds": []}}, {}, "at least 1 item"),
-        ({"a": {"local": "x", "endpoint": "http://h"}}, {}, "`endpoint` is for a `remote` that begins with s3://, found None"),
+        (
+            {"a": {"local": "x", "endpoint": "http://h"}},
+            {},
+            "`endpoint` is for a `remote` that begins with s3://, found None",
+        ),
         ({"a": {"local": "x"}}, {"cache_limit": "much"}, "valid integer"),
         ({"a": {"local": "x"}}, {"over_long": "truncate"}, "'reject' or 'truncate_text'"),
         ({}, {}, "at least 1 item"),
-        ({"a": {"local": "x", "cache_limit": "1gb"}}, {}, "cache_limit"),  # upstream's deletes local-only data
+        (
+            {"a": {"local": "x", "cache_limit": "1gb"}},
+            {},
+            "cache_limit",
+        ),  # upstream's deletes local-only data
     ],
 )
 def test_a_mixture_that_contradicts_itself_is_refused(tmp_path, streams, others, found):
@@ -58,7 +96,10 @@ def test_a_mixture_that_contradicts_itself_is_refused(tmp_path, streams, others,
 def test_a_misspelt_key_names_the_file_and_the_valid_keys(tmp_path):
     path = tmp_path / "data.yaml"
     path.write_text("streams: {a: {local: x, propotion: 1}}\npacked_length: 64\nglobal_batch: 4\n")
-    with pytest.raises(ConfigError, match=r"data.yaml: unknown key 'streams.a.propotion'; did you mean 'proportion'\?.*choose"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.yaml: unknown key 'streams.a.propotion'; did you mean 'proportion'\?.*choose",
+    ):
         load_config(DataConfig, path)
 
 
@@ -67,7 +108,9 @@ def test_streams_become_streamings_own_with_their_weight(tmp_path, dataset, weig
     source = open_sources(settings(tmp_path, {"a": {"local": str(dataset), **weight}}))
     stream = to_streams(source)[0]
     assert stream.local == str(dataset)
-    assert {key: getattr(stream, key) for key in ("proportion", "repeat", "choose") if hasattr(stream, key)} == weight
+    assert {
+        key: getattr(stream, key) for key in ("proportion", "repeat", "choose") if hasattr(stream, key)
+    } == weight
 
 
 def test_a_folder_that_is_no_dataset_is_named(tmp_path):
@@ -156,7 +199,9 @@ def test_an_index_that_was_changed_by_hand_is_refused(tmp_path):
         check_mixture(settings(tmp_path, {"a": {"local": str(folder)}}))
 
 
-@pytest.mark.parametrize("basename", ["../secret.mds", "chunk-000000/../../secret.mds", "/etc/passwd", "..\\secret", ""])
+@pytest.mark.parametrize(
+    "basename", ["../secret.mds", "chunk-000000/../../secret.mds", "/etc/passwd", "..\\secret", ""]
+)
 def test_a_shard_name_that_leads_out_of_the_folder_is_refused(tmp_path, basename):
     records = text_records(10)
     folder = write_dataset(tmp_path / "data", records)
@@ -211,7 +256,10 @@ def test_streams_of_other_image_tokenizers_are_told_apart_by_a_warning(tmp_path)
 
 
 def test_sizes_are_written_as_people_write_them(tmp_path):
-    limits = [settings(tmp_path, {"a": {"local": "x"}}, cache_limit=value).cache_limit for value in ("2gb", "1.5 MB", 1000)]
+    limits = [
+        settings(tmp_path, {"a": {"local": "x"}}, cache_limit=value).cache_limit
+        for value in ("2gb", "1.5 MB", 1000)
+    ]
     assert limits == [2 << 30, 3 << 19, 1000]
 
 
@@ -225,7 +273,9 @@ def test_a_batch_may_be_told_in_tokens():
     ):
         with pytest.raises(pydantic.ValidationError, match=message):
             DataConfig(**settings, global_batch=batch)
-    with pytest.raises(pydantic.ValidationError, match="packed_length"):  # and no KeyError, where that is what is missing
+    with pytest.raises(
+        pydantic.ValidationError, match="packed_length"
+    ):  # and no KeyError, where that is what is missing
         DataConfig(streams=settings["streams"], global_batch="512tok")
 
 
@@ -235,7 +285,9 @@ def test_the_crops_of_a_mixture_are_those_of_its_pictures_the_most_frequent_firs
     def dataset(name: str, pictures: int, **manifest: object) -> str:
         folder = tmp_path / name
         write_dataset(
-            folder, [make_record(f"r{n}", small_vocabulary(), 4, question_images=1) for n in range(pictures)] or text_records(3)
+            folder,
+            [make_record(f"r{n}", small_vocabulary(), 4, question_images=1) for n in range(pictures)]
+            or text_records(3),
         )
         fields = {**json.loads((folder / MANIFEST).read_bytes()), **manifest}
         (folder / MANIFEST).write_text(json.dumps(fields))

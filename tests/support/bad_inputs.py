@@ -54,7 +54,9 @@ def lies(content: bytes, most: int = 10**9, seed: int = 0) -> Iterator[tuple[str
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    )
     for key, part in items:
         yield (*path, key)
         yield from _paths(part, (*path, key))

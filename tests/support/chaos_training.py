@@ -42,7 +42,15 @@ class Start:
         self._log = open(folder / f"{name}.log", "ab")  # noqa: SIM115 - closed in `wait`
         composer = str(Path(sys.executable).parent / "composer")
         self.process = subprocess.Popen(
-            [composer, "-n", "2", "train.py", str(folder / "tiny.yaml"), f"save.folder={self.run}", *overrides],
+            [
+                composer,
+                "-n",
+                "2",
+                "train.py",
+                str(folder / "tiny.yaml"),
+                f"save.folder={self.run}",
+                *overrides,
+            ],
             cwd=ROOT,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -53,7 +61,10 @@ class Start:
 
     def ranks(self) -> list[int]:
         found = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid), "-f", "train.py"], capture_output=True, text=True, check=False
+            ["pgrep", "-P", str(self.process.pid), "-f", "train.py"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return [int(pid) for pid in found.stdout.split()]
 
@@ -69,7 +80,11 @@ class Start:
 
     def send(self, who: str, number: int, choice: random.Random) -> None:
         ranks = self.ranks()
-        pids = {"one rank": ranks and [choice.choice(ranks)], "all ranks": ranks, "launcher": [self.process.pid]}[who]
+        pids = {
+            "one rank": ranks and [choice.choice(ranks)],
+            "all ranks": ranks,
+            "launcher": [self.process.pid],
+        }[who]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -81,7 +96,9 @@ class Start:
 
 
 def orphans(folder: Path) -> list[str]:
-    found = subprocess.run(["pgrep", "-f", f"train.py.*{folder}"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["pgrep", "-f", f"train.py.*{folder}"], capture_output=True, text=True, check=False
+    )
     return found.stdout.split()
 
 
@@ -116,9 +133,16 @@ def disturb(folder: Path, count: int, seed: int) -> Counter[str]:
     """`count` events, then to the end."""
     choice, run = random.Random(seed), folder / "run"
     done: Counter[str] = Counter()
-    kinds = [(who, name, moment) for who in WHO for name in SIGNALS for moment in ("starting", "planning", "training", "saving")]
+    kinds = [
+        (who, name, moment)
+        for who in WHO
+        for name in SIGNALS
+        for moment in ("starting", "planning", "training", "saving")
+    ]
     kinds += (
-        [("", "SIGSTOP", "")] * 2 + [("", "disk full", "")] * 2 + [("", "cut checkpoint", ""), ("", "flipped checkpoint", "")] * 2
+        [("", "SIGSTOP", "")] * 2
+        + [("", "disk full", "")] * 2
+        + [("", "cut checkpoint", ""), ("", "flipped checkpoint", "")] * 2
     )
     choice.shuffle(kinds)
     export = f"save.export={folder}/model"
@@ -136,7 +160,8 @@ def disturb(folder: Path, count: int, seed: int) -> Counter[str]:
         moments: dict[str, Callable[[], bool]] = {
             "starting": lambda start=start: len(start.ranks()) == 2,  # type: ignore[misc]
             "planning": lambda: (
-                any((folder / "cache" / "plans").glob("*/.aside-*")) or any((folder / "cache").glob("plans/*/epoch-*"))
+                any((folder / "cache" / "plans").glob("*/.aside-*"))
+                or any((folder / "cache").glob("plans/*/epoch-*"))
             ),
             "saving": lambda: any(run.glob(".aside-step-*")),
             "training": lambda before=before: steps(run) not in (before, 0) and steps(run) % 3 == 1,  # type: ignore[misc]
@@ -179,7 +204,9 @@ def disturb(folder: Path, count: int, seed: int) -> Counter[str]:
 
 def main(folder: Path, count: int, seed: int = 0) -> None:
     (folder / "tmp").mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # where paths are long ranks have no folder of their own
+    with tempfile.TemporaryDirectory(
+        dir="/tmp"
+    ) as short:  # where paths are long ranks have no folder of their own
         (Path(short) / "t").symlink_to(folder / "tmp")
         os.environ["SHORT_TMPDIR"] = f"{short}/t"
         run(folder, count, seed)
@@ -194,7 +221,14 @@ def run(folder: Path, count: int, seed: int) -> None:
     done = disturb(folder, count, seed)
     left = sorted(path.name for path in Path("/dev/shm").iterdir() if path.name not in shared)
     print(
-        json.dumps({"events": sum(done.values()), "kinds": done, "seconds": round(time.monotonic() - begun), "left_in_shm": left})
+        json.dumps(
+            {
+                "events": sum(done.values()),
+                "kinds": done,
+                "seconds": round(time.monotonic() - begun),
+                "left_in_shm": left,
+            }
+        )
     )
 
 

@@ -39,7 +39,18 @@ def two_nodes() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the names of its sockets may have 107 letters
     groups: list[int] = []
     try:
-        groups.append(_start(environment, "--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder))
+        groups.append(
+            _start(
+                environment,
+                "--head",
+                "--port",
+                str(port),
+                "--include-dashboard",
+                "false",
+                "--temp-dir",
+                folder,
+            )
+        )
         groups.append(_start(environment, "--address", f"127.0.0.1:{port}"))
         yield Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, (groups[0], groups[1]))
     finally:
@@ -60,7 +71,9 @@ def _start(environment: dict[str, str], *arguments: str) -> int:
     command = [str(ray), "start", *arguments, "--num-cpus", "1", "--num-gpus", "0", "--disable-usage-stats"]
     command += ["--object-store-memory", str(OBJECT_STORE)]
     with tempfile.TemporaryFile() as log:  # a pipe would stay open in the node's processes
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True
+        )
         status = process.wait(timeout=START_SECONDS)
         log.seek(0)
         assert status == 0, log.read().decode()[-1000:]

@@ -10,7 +10,13 @@ LENGTHS = (7, 12, 3)
 
 
 def small(**changes: object) -> DecoderConfig:
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return DecoderConfig.model_validate({**sizes, "qk_norm": "per_head", **changes})
 
 

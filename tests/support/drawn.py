@@ -38,7 +38,9 @@ def demo_vocabulary() -> Vocabulary:
 
 def drawing_stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
     config = stage(folder, *overrides, codec=CODEC, **changes)
-    return load_config(StageConfig, folder / f"{config.name}.yaml", [f"model.decoder.vocab_size={ROOM}", *overrides])
+    return load_config(
+        StageConfig, folder / f"{config.name}.yaml", [f"model.decoder.vocab_size={ROOM}", *overrides]
+    )
 
 
 def write_data(folder: Path) -> Path:

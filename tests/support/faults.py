@@ -28,7 +28,9 @@ class Faults:
     rate: float  # of the requests for shards
     random: random.Random = field(default_factory=lambda: random.Random(0))
     lost: set[str] = field(default_factory=set)  # what no request finds, by the ends of names
-    silent: threading.Event = field(default_factory=threading.Event)  # set: requests are taken and never answered
+    silent: threading.Event = field(
+        default_factory=threading.Event
+    )  # set: requests are taken and never answered
     over: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
     address: str = ""
@@ -36,7 +38,11 @@ class Faults:
     def draw(self, path: str) -> str:
         if any(path.endswith(name) for name in self.lost):
             return "lost"
-        kind = self.random.choice(KINDS) if path.endswith(".mds") and self.random.random() < self.rate else "passed"
+        kind = (
+            self.random.choice(KINDS)
+            if path.endswith(".mds") and self.random.random() < self.rate
+            else "passed"
+        )
         self.counts[kind if path.endswith(".mds") else "others"] += 1
         return kind
 

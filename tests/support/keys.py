@@ -12,7 +12,9 @@ def write_service_account(path: Path, tokens: int) -> None:
     from cryptography.hazmat.primitives import serialization
 
     pem = _rsa().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
     )
     account = {
         "type": "service_account",
@@ -45,7 +47,11 @@ def write_certificate(key_path: Path, path: Path, host: str) -> None:
     )
     path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     key_path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.TraditionalOpenSSL,
+            serialization.NoEncryption(),
+        )
     )
 
 

@@ -12,7 +12,26 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-NUMBERS = (0, 1, 2, 7, 8, 16, 32, 127, 128, 255, 256, 4096, 32767, 65535, 1 << 20, (1 << 24) - 1, (1 << 31) - 1, (1 << 32) - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    16,
+    32,
+    127,
+    128,
+    255,
+    256,
+    4096,
+    32767,
+    65535,
+    1 << 20,
+    (1 << 24) - 1,
+    (1 << 31) - 1,
+    (1 << 32) - 1,
+)
 
 
 def mutated(seeds: dict[str, bytes], count: int, start: int = 0) -> Iterator[tuple[str, bytes]]:
@@ -24,7 +43,9 @@ def mutated(seeds: dict[str, bytes], count: int, start: int = 0) -> Iterator[tup
         pieces = _pieces(seeds[name])
         done = []
         for _ in range(choice.choice((1, 1, 1, 2, 3))):
-            kind = choice.choice(("field", "field", "field", "byte", "drop", "repeat", "move", "splice", "append", "cut"))
+            kind = choice.choice(
+                ("field", "field", "field", "byte", "drop", "repeat", "move", "splice", "append", "cut")
+            )
             done.append(kind)
             other = seeds[choice.choice(names)]
             pieces = _mutate(pieces, kind, choice, other)
@@ -37,7 +58,9 @@ def _mutate(pieces: list[bytes], kind: str, choice: random.Random, other: bytes)
     at = choice.randrange(len(pieces))
     if kind in ("field", "byte"):
         piece = bytearray(pieces[at])
-        place = min(choice.randrange(len(piece) + 1), choice.randrange(len(piece) + 1))  # rather near its begin
+        place = min(
+            choice.randrange(len(piece) + 1), choice.randrange(len(piece) + 1)
+        )  # rather near its begin
         width = 1 if kind == "byte" else choice.choice((1, 2, 4))
         order = choice.choice(("big", "little"))
         piece[place : place + width] = (choice.choice(NUMBERS) & (256**width - 1)).to_bytes(width, order)  # type: ignore[arg-type]

@@ -12,7 +12,9 @@ from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
 LENGTH = 64
 
 
-def make_stream(name: str, samples: int, longest: int = LENGTH, seed: int = 0, **weight: float) -> StreamSamples:
+def make_stream(
+    name: str, samples: int, longest: int = LENGTH, seed: int = 0, **weight: float
+) -> StreamSamples:
     lengths = np.random.default_rng([seed, samples]).integers(1, longest + 1, samples).astype(np.uint32)
     shards = np.full(math.ceil(samples / 17), 17)
     shards[-1] -= shards.sum() - samples
@@ -23,7 +25,9 @@ def make_stream(name: str, samples: int, longest: int = LENGTH, seed: int = 0, *
 def make_recipe(streams: list[StreamSamples], **settings) -> Recipe:
     defaults = {"seed": 0, "global_batch": 4, "canonical_nodes": 1, "window": 100, "shuffle": True}
     recipes = {s.name: StreamRecipe(dataset="d", samples=len(s.lengths), weight=s.weight) for s in streams}
-    return Recipe(packed_length=LENGTH, continuous="none", views=None, streams=recipes, **{**defaults, **settings})
+    return Recipe(
+        packed_length=LENGTH, continuous="none", views=None, streams=recipes, **{**defaults, **settings}
+    )
 
 
 def samples_of(plan: Plan) -> list[list[int]]:

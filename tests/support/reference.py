@@ -48,13 +48,16 @@ def read_model(golden: Path) -> UniToken:
     built = build_model(read_decoder(decoder), read_vision(vision), config)
     load_weights(built, find_weights(built, config, None), seed=0)
     adapter = load_file(assets / "adapter" / "adapter.safetensors")
-    built.adapter.load_state_dict({name.removeprefix("adapter."): tensor.float() for name, tensor in adapter.items()})
+    built.adapter.load_state_dict(
+        {name.removeprefix("adapter."): tensor.float() for name, tensor in adapter.items()}
+    )
     return built.train()
 
 
 def sample(golden: Path, record: dict[str, Any], variant: Variant, failed: bool = False) -> Sample:
     """A record with its first image. Without one, or with one that `failed`, the reference takes one black view, and masks
-    all labels of the latter."""
+    all labels of the latter.
+    """
     image = record["record"].get("image")
     labels = [IGNORED] * len(record["labels"]) if failed else record["labels"]
     if image is None or failed:
@@ -85,9 +88,12 @@ def sha256_of(pixels: Pixels) -> str:
 
 def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[str, Tensor]:
     """The batch of the reference: cropped, padded with id 0 on the right, features and newlines put before the end of the
-    image, one document a row with positions over the padding too."""
+    image, one document a row with positions over the padding too.
+    """
     # It pads to the longest before it inserts, and what has no image by as much as the longest of the images takes.
-    longest = max(min(len(one.tokens), max_length) for one in samples) + max(len(one.layout) for one in samples) + 1
+    longest = (
+        max(min(len(one.tokens), max_length) for one in samples) + max(len(one.layout) for one in samples) + 1
+    )
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     targets = torch.full((len(samples), longest), IGNORED)
     pixels: list[Pixels] = [np.zeros((0, 3, 384, 384), np.uint8)]
@@ -99,7 +105,9 @@ def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[s
             at = tokens.index(IMAGE_END)
             places = np.flatnonzero(one.layout != NEWLINE)
             view, patch = np.divmod(one.layout[places], 729)
-            features.append(np.stack([np.full(len(places), row), at + 1 + places, view + len(view_rows), patch], axis=1))
+            features.append(
+                np.stack([np.full(len(places), row), at + 1 + places, view + len(view_rows), patch], axis=1)
+            )
             pixels.append(one.pixels)
             view_rows += [row] * len(one.pixels)
             inserted = np.where(one.layout == NEWLINE, NEWLINE_ID, 0).tolist()
@@ -126,7 +134,9 @@ def record_of(golden: Path, record: dict[str, Any]) -> Record:
     tokens, image = np.array(record["tokens"], np.uint16), record["record"].get("image")
     starts = np.flatnonzero(tokens == IMAGE_START)
     ends = np.flatnonzero(tokens == IMAGE_END) + 1
-    spans = np.stack([starts, ends, np.full(len(starts), 32), np.full(len(starts), 32)], axis=1).astype(np.uint32)
+    spans = np.stack([starts, ends, np.full(len(starts), 32), np.full(len(starts), 32)], axis=1).astype(
+        np.uint32
+    )
     paths = [image] if isinstance(image, str) else image or []
     originals = tuple((golden / "assets" / path).read_bytes() for path in paths)
     return Record(record["id"], tokens, spans_of(np.array(record["labels"]) != IGNORED), spans, originals)

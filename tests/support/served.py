@@ -42,7 +42,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not wanted:
             return self.answer(200, found)
         start, last = map(int, wanted.groups())
-        return self.answer(206, found[start : last + 1], {"Content-Range": f"bytes {start}-{last}/{len(found)}"})
+        return self.answer(
+            206, found[start : last + 1], {"Content-Range": f"bytes {start}-{last}/{len(found)}"}
+        )
 
     def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

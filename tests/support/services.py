@@ -103,10 +103,25 @@ def _s3(folder: Path, stack: contextlib.ExitStack) -> Service:
     (folder / BUCKET).mkdir(exist_ok=True)
     port, key, secret = free_port(), "TESTACCESSKEY", "TESTSECRETKEY"
     program = _program("rclone", "make install")
-    command = [program, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"127.0.0.1:{port}", str(folder)]
+    command = [
+        program,
+        "serve",
+        "s3",
+        "--auth-key",
+        f"{key},{secret}",
+        "--addr",
+        f"127.0.0.1:{port}",
+        str(folder),
+    ]
     command += ["--config", ""]  # nobody's own settings
-    environment = {"S3_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
-    return Service("s3", command, port, environment | {"AWS_DEFAULT_REGION": "us-east-1"}, folder.with_suffix(".log"))
+    environment = {
+        "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+    }
+    return Service(
+        "s3", command, port, environment | {"AWS_DEFAULT_REGION": "us-east-1"}, folder.with_suffix(".log")
+    )
 
 
 def _gs(folder: Path, stack: contextlib.ExitStack) -> Service:
@@ -117,11 +132,23 @@ def _gs(folder: Path, stack: contextlib.ExitStack) -> Service:
         raise AssertionError("fake-gcs-server is missing: make install") from None
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-log-level", "error"]
+    command = [
+        str(_get_binary_path()),
+        "-scheme",
+        "http",
+        "-host",
+        "127.0.0.1",
+        "-port",
+        str(port),
+        "-log-level",
+        "error",
+    ]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder), "-external-url", address]
     command += ["-public-host", f"127.0.0.1:{port}"]
     credentials = folder.with_suffix(".credentials.json")
-    write_service_account(credentials, stack.enter_context(_serving(http.server.ThreadingHTTPServer, _Tokens)))
+    write_service_account(
+        credentials, stack.enter_context(_serving(http.server.ThreadingHTTPServer, _Tokens))
+    )
     environment = {"STORAGE_EMULATOR_HOST": address, "GOOGLE_APPLICATION_CREDENTIALS": str(credentials)}
     return Service("gs", command, port, environment, folder.with_suffix(".log"))
 
@@ -144,7 +171,11 @@ def _az(folder: Path, stack: contextlib.ExitStack) -> Service:
 
 
 def _program(name: str, install: str) -> str:
-    folders = [Path(sys.executable).parent, ROOT / "build" / "node_modules" / ".bin", os.environ.get("PATH", "")]
+    folders = [
+        Path(sys.executable).parent,
+        ROOT / "build" / "node_modules" / ".bin",
+        os.environ.get("PATH", ""),
+    ]
     places = os.pathsep.join(str(folder) for folder in folders)
     found = shutil.which(name, path=places)
     assert found, f"{name} is missing: {install}"
@@ -155,7 +186,9 @@ def _make_bucket(service: Service, folder: Path) -> None:
     if service.scheme == "gs":
         body = json.dumps({"name": BUCKET}).encode()
         request = urllib.request.Request(
-            f"{service.environment['STORAGE_EMULATOR_HOST']}/storage/v1/b?project=none", body, {"Content-Type": "application/json"}
+            f"{service.environment['STORAGE_EMULATOR_HOST']}/storage/v1/b?project=none",
+            body,
+            {"Content-Type": "application/json"},
         )
         urllib.request.urlopen(request).close()
     elif service.scheme == "az":
@@ -164,7 +197,9 @@ def _make_bucket(service: Service, folder: Path) -> None:
         certificate = service.environment["REQUESTS_CA_BUNDLE"]
         proxies = {"https": service.environment["HTTPS_PROXY"]}
         address = f"https://{AZURE_HOST}"
-        with BlobServiceClient(address, credential=ACCOUNT_KEY, proxies=proxies, connection_verify=certificate) as client:
+        with BlobServiceClient(
+            address, credential=ACCOUNT_KEY, proxies=proxies, connection_verify=certificate
+        ) as client:
             client.create_container(BUCKET)
 
 
@@ -181,7 +216,9 @@ def _answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def _serving(server: type[socketserver.TCPServer], handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+def _serving(
+    server: type[socketserver.TCPServer], handler: type[socketserver.BaseRequestHandler]
+) -> Iterator[int]:
     """The port of a server in a thread of this process."""
     with server(("127.0.0.1", 0), handler) as serving:
         serving.daemon_threads = True  # type: ignore[attr-defined]

@@ -78,7 +78,13 @@ class Peak(TorchDispatchMode):
 
 
 def peak_bytes(
-    config: StageConfig, decoder: DecoderConfig, vision: VisionTowerConfig, *, ranks: int, views: int, microbatches: int = 1
+    config: StageConfig,
+    decoder: DecoderConfig,
+    vision: VisionTowerConfig,
+    *,
+    ranks: int,
+    views: int,
+    microbatches: int = 1,
 ) -> int:
     """Of one of `ranks` GPUs, its microbatches each of `config.microbatch` packs and `views` pictures that the tower sees."""
     with ExitStack() as stack:
@@ -93,7 +99,9 @@ def peak_bytes(
         freeze(model, config.trainable)
         for module in model.train().modules():
             for name, parameter in module.named_parameters(recurse=False):
-                module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad))
+                module.register_parameter(
+                    name, nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                )
         if mesh is not None:
             _shard(model, config, mesh)
         optimizer = build_optimizer(model, config.optimizer)
@@ -126,7 +134,10 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
 
 def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:
     packs, length = config.microbatch, config.data.packed_length
-    tokens, features = torch.zeros(packs, length, dtype=torch.int64), torch.zeros(views * vision.features, dtype=torch.int64)
+    tokens, features = (
+        torch.zeros(packs, length, dtype=torch.int64),
+        torch.zeros(views * vision.features, dtype=torch.int64),
+    )
     return {
         "input_ids": tokens, "labels": tokens.clone(), "position_ids": tokens.clone(), "document_ids": tokens.int(),
         "pixel_values": torch.zeros(views, 3, vision.image_size, vision.image_size, dtype=torch.uint8),
@@ -143,7 +154,10 @@ def _as_on_a_gpu() -> Iterator[None]:
         if not torch.is_autocast_enabled("cpu"):
             return plain(*args, **kwargs)
         wide = [value.float() if isinstance(value, Tensor) else value for value in args]
-        return plain(*wide, **{key: value.float() if isinstance(value, Tensor) else value for key, value in kwargs.items()})
+        return plain(
+            *wide,
+            **{key: value.float() if isinstance(value, Tensor) else value for key, value in kwargs.items()},
+        )
 
     def dropout(states: Tensor, p: float, training: bool) -> Tensor:
         return torch.native_dropout(states, p, training)[0]

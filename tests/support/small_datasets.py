@@ -13,7 +13,16 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from unitoken.dataset.manifest import INDEX, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer, sha256_file
+from unitoken.dataset.manifest import (
+    INDEX,
+    MANIFEST,
+    REJECTS,
+    SIDECAR,
+    VOCABULARY,
+    Manifest,
+    VisionTokenizer,
+    sha256_file,
+)
 from unitoken.dataset.record import IGNORED, Record, columns, spans_of
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
@@ -32,7 +41,9 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_record(name: str, vocabulary: Vocabulary, text: int, question_images: int = 0, answer_images: int = 0) -> Record:
+def make_record(
+    name: str, vocabulary: Vocabulary, text: int, question_images: int = 0, answer_images: int = 0
+) -> Record:
     """bos, the question's images, `text` tokens of which the last half is trained on, the answer's images, end of turn.
 
     The tokens are drawn from the name, so that a sample is known by its tokens.
@@ -77,7 +88,9 @@ def write_dataset(
 
     vocabulary = vocabulary or small_vocabulary()
     chunk = folder / "chunk-000000"
-    with MDSWriter(out=str(chunk), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=shard_bytes) as writer:
+    with MDSWriter(
+        out=str(chunk), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=shard_bytes
+    ) as writer:
         for record in records:
             writer.write(record.to_mds())
     index = json.loads((chunk / INDEX).read_bytes())
@@ -86,7 +99,8 @@ def write_dataset(
     (folder / INDEX).write_text(json.dumps(index))
     labels = [record.labels() for record in records]
     generated = [
-        [bool(label[first] != IGNORED) for first, *_ in record.image_spans] for record, label in zip(records, labels, strict=True)
+        [bool(label[first] != IGNORED) for first, *_ in record.image_spans]
+        for record, label in zip(records, labels, strict=True)
     ]
     rows = {
         "id": [record.id for record in records],
@@ -108,7 +122,9 @@ def write_manifest(folder: Path, records: Sequence[Record], vocabulary: Vocabula
     """The manifest of what lies in `folder` now."""
     manifest = Manifest(
         vocabulary=vocabulary.fingerprint,
-        vision=VisionTokenizer(kind="chameleon", weights="0" * 16, codebook_size=8, downsampling=16, precision="float32"),
+        vision=VisionTokenizer(
+            kind="chameleon", weights="0" * 16, codebook_size=8, downsampling=16, precision="float32"
+        ),
         target_size=32,
         crop="center",
         compat=None,

@@ -47,7 +47,9 @@ class Size:
 
 FULL = Size(20_000, 20, 50)
 SHORT = Size(990, 10, 3)
-SHORT_OF_CLOUDS = Size(330, 10, 1)  # each of three servers: in the short form they took eight minutes with 990
+SHORT_OF_CLOUDS = Size(
+    330, 10, 1
+)  # each of three servers: in the short form they took eight minutes with 990
 
 
 def is_bad(n: int) -> bool:
@@ -77,7 +79,12 @@ def _good(n: int) -> dict[str, Any]:
         {"conversations": turns("What digit is this? <|image|>", "seven"), "image": image},
         {"conversations": turns("Draw a seven.", "<|image|>"), "image": [image]},
         {"conversations": turns("Someone wrote seven. Which digit do you see?", "seven")},
-        {"conversations": turns("<|image|> Read this digit: <|image|>", "a one", "Draw a one.", "<|image|>"), "image": [image] * 3},
+        {
+            "conversations": turns(
+                "<|image|> Read this digit: <|image|>", "a one", "Draw a one.", "<|image|>"
+            ),
+            "image": [image] * 3,
+        },
     ]
     return {"id": f"item-{n:05d}", **kinds[n % 4]}
 
@@ -100,7 +107,9 @@ def _bad(n: int, way: int) -> dict[str, Any] | str:
     """An item that is a reject, or a line that is no JSON."""
     kind, item = list(WAYS)[way], {"id": f"bad-{n:05d}"}
     if kind == "roles":
-        return item | {"conversations": [{"from": "gpt", "value": "seven"}, {"from": "human", "value": "Why?"}]}
+        return item | {
+            "conversations": [{"from": "gpt", "value": "seven"}, {"from": "human", "value": "Why?"}]
+        }
     if kind == "counts":
         return item | {"conversations": turns("<|image|> <|image|>", "seven"), "image": ["images/000.png"]}
     if kind == "empty text":
@@ -109,7 +118,10 @@ def _bad(n: int, way: int) -> dict[str, Any] | str:
         return item | {"conversations": "What digit is this?", "image": 7}
     if kind == "broken line":
         return json.dumps(item)[:-3]
-    return item | {"conversations": turns("What digit is this? <|image|>", "seven"), "image": f"images/{kind}"}
+    return item | {
+        "conversations": turns("What digit is this? <|image|>", "seven"),
+        "image": f"images/{kind}",
+    }
 
 
 def _write_bad_pictures(folder: Path) -> None:
@@ -120,12 +132,23 @@ def _write_bad_pictures(folder: Path) -> None:
     (folder / "page.jpg").write_text("<!doctype html><title>404 Not Found</title>")
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b""))
-    parts = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
     (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def command(source: Path, out: str, size: Size, *arguments: str) -> list[str]:
-    run = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/digits.yaml", *arguments]
+    run = [
+        sys.executable,
+        "-m",
+        "unitoken.tokenize",
+        "run",
+        "--config",
+        "yamls/tokenize/digits.yaml",
+        *arguments,
+    ]
     settings = [f"chunk_size={size.chunk_size}", "max_reject_fraction=0.04"]
     return [*run, "--in_filename", str(source), "--out_dir", out, *settings]
 
@@ -172,7 +195,9 @@ def kill_again_and_again(source: Path, out: str, size: Size, seed: int = 0) -> N
 
 def _start(source: Path, out: str, size: Size, splits: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command(source, out, size, "--splits", str(splits)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(source, out, size, "--splits", str(splits)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 

@@ -37,7 +37,9 @@ def main(rank: int, job: Path, data: str, cache: str, batches: int) -> None:
             "workers": 2,
         }
     )
-    loader = build_loader(config, views=None, vocabulary=small_vocabulary(), batch_packs=GROUP // 2, compat=False)
+    loader = build_loader(
+        config, views=None, vocabulary=small_vocabulary(), batch_packs=GROUP // 2, compat=False
+    )
     dataset = loader.dataset
     state = job / "state.json"
     if state.exists():
@@ -49,7 +51,9 @@ def main(rank: int, job: Path, data: str, cache: str, batches: int) -> None:
             if begun:
                 epoch, packs = dataset._position.tolist()
                 begun = False
-            for row, documents in zip(batch["input_ids"].tolist(), batch["document_ids"].tolist(), strict=True):
+            for row, documents in zip(
+                batch["input_ids"].tolist(), batch["document_ids"].tolist(), strict=True
+            ):
                 for document in range(max(documents) + 1):
                     first = documents.index(document)
                     assert tuple(row[first : first + documents.count(document)]) in known
@@ -65,4 +69,10 @@ def main(rank: int, job: Path, data: str, cache: str, batches: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]) if len(sys.argv) > 5 else 0)
+    main(
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        sys.argv[3],
+        sys.argv[4],
+        int(sys.argv[5]) if len(sys.argv) > 5 else 0,
+    )

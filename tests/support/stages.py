@@ -12,7 +12,13 @@ from support.small_datasets import make_record, small_vocabulary, write_dataset
 from unitoken.common.config import load_config
 from unitoken.train.config import StageConfig
 
-DECODER = {"vocab_size": 170, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+DECODER = {
+    "vocab_size": 170,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4
 }  # fmt: skip
@@ -61,7 +67,11 @@ def stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The steps."""
-    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "eval" not in line]
+    return [
+        line
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "eval" not in line
+    ]
 
 
 def evaluations(run: Path) -> dict[int, dict[str, float]]:

@@ -41,7 +41,8 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
     model = VQGAN(read_parameters(folder / "vqgan.yaml"))
     torch.nn.init.normal_(model.quantize.embedding.weight)
     save_file(
-        {meta_name(name, 3): tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "vqgan.safetensors"
+        {meta_name(name, 3): tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "vqgan.safetensors",
     )
     return folder
 
@@ -68,9 +69,16 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     from transformers.models.janus.modeling_janus import JanusVQVAE
 
     torch.manual_seed(seed)
-    shape: dict[str, Any] = {"embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1, 2]}
+    shape: dict[str, Any] = {
+        "embed_dim": 4,
+        "latent_channels": 4,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 2],
+    }
     if kind == "emu3":
-        model = Emu3VQVAE(Emu3VQVAEConfig(**shape, codebook_size=64, num_res_blocks=1, attn_resolutions=[2], hidden_size=64))
+        model = Emu3VQVAE(
+            Emu3VQVAEConfig(**shape, codebook_size=64, num_res_blocks=1, attn_resolutions=[2], hidden_size=64)
+        )
     else:
         model = JanusVQVAE(JanusVQVAEConfig(**shape, num_embeddings=64, num_res_blocks=1, num_patches=4))
     for parameter in model.parameters():
@@ -105,7 +113,10 @@ def some_items(folder: Path, count: int) -> list[dict[str, Any]]:
     for n in range(count):
         kinds: list[dict[str, Any]] = [
             {"conversations": turns(f"How many is {n}?", f"It is {n}.")},
-            {"conversations": turns("What is this? <|image|>", f"Picture {n}."), "image": picture(folder / f"a{n}.png", n)},
+            {
+                "conversations": turns("What is this? <|image|>", f"Picture {n}."),
+                "image": picture(folder / f"a{n}.png", n),
+            },
             {
                 "id": f"draw-{n}",
                 "conversations": turns("Draw.", "<|image|> There."),
@@ -113,7 +124,9 @@ def some_items(folder: Path, count: int) -> list[dict[str, Any]]:
             },
             {
                 "conversations": turns("<|image|> and <|image|>", "Now <|image|>", "Thanks", None),
-                "image": [picture(folder / f"c{n}-{k}.png", 100 * n + k, (10 + 10 * k, 24)) for k in range(3)],
+                "image": [
+                    picture(folder / f"c{n}-{k}.png", 100 * n + k, (10 + 10 * k, 24)) for k in range(3)
+                ],
             },
         ]
         items.append({"conversations": [], "id": n} if n % 7 == 6 else kinds[n % 4])
@@ -128,7 +141,12 @@ def write_items(folder: Path, items: object) -> Path:
 
 
 def settings(vqgan: Path, **changes: Any) -> TokenizeConfig:
-    fields = {"tokenizer": str(TOKENIZER), "vision": {"weights": str(vqgan), "batch_size": 3}, "target_size": 16, "chunk_size": 4}
+    fields = {
+        "tokenizer": str(TOKENIZER),
+        "vision": {"weights": str(vqgan), "batch_size": 3},
+        "target_size": 16,
+        "chunk_size": 4,
+    }
     return TokenizeConfig.model_validate(fields | changes)
 
 

@@ -33,7 +33,15 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(source: Path, out: Path, weights: Path) -> list[str]:
     return [
-        *("run", "--config", "yamls/tokenize/chameleon.yaml", "--in_filename", str(source), "--out_dir", str(out)),
+        *(
+            "run",
+            "--config",
+            "yamls/tokenize/chameleon.yaml",
+            "--in_filename",
+            str(source),
+            "--out_dir",
+            str(out),
+        ),
         *("--target_size", "16", f"tokenizer={TOKENIZER}", f"vision.weights={weights}"),
     ]
 
@@ -45,12 +53,19 @@ def call(*args: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["merge", "--help"], ["preview", "--help"]])
 def test_help_says_how_to_run_it(args: list[str]) -> None:
-    result = subprocess.run([sys.executable, "-m", "unitoken.tokenize", *args], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "unitoken.tokenize", *args], capture_output=True, text=True, check=True
+    )
     assert "python -m unitoken.tokenize" in result.stdout
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["run", "--config", "none.yaml", "--in_filename", "i", "--out_dir", "o"], ["merge", "--out_dir", "none"]]
+    "args",
+    [
+        ["--help"],
+        ["run", "--config", "none.yaml", "--in_filename", "i", "--out_dir", "o"],
+        ["merge", "--out_dir", "none"],
+    ],
 )
 def test_nothing_heavy_is_imported_for_help_and_bad_settings(args: list[str]) -> None:
     program = f"""
@@ -90,8 +105,13 @@ def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Pat
     assert call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=0.7")[0] == 0
 
 
-def test_a_run_that_keeps_nothing_ends_with_status_1_and_the_corrected_command_works(vqgan: Path, tmp_path: Path) -> None:
-    source = write_items(tmp_path, [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3)
+def test_a_run_that_keeps_nothing_ends_with_status_1_and_the_corrected_command_works(
+    vqgan: Path, tmp_path: Path
+) -> None:
+    source = write_items(
+        tmp_path,
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,
+    )
     status, _, stderr = call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=1")
     assert status == 1
     assert "nothing was kept of 3 items; the commonest reason, of 3 items: no conversations: " in stderr
@@ -108,11 +128,20 @@ def test_where_none_of_the_first_200_items_can_be_used_nothing_is_begun(vqgan: P
     assert "none of the first 200 items can be used; 200 times: " in stderr
     assert stderr.endswith(". adapter=messages reads 200 of them\n")
     assert not (tmp_path / "out").exists()
-    assert call(*arguments(write_items(tmp_path, [raw] * 199 + [good]), tmp_path / "out", vqgan), "max_reject_fraction=1")[0] == 0
+    assert (
+        call(
+            *arguments(write_items(tmp_path, [raw] * 199 + [good]), tmp_path / "out", vqgan),
+            "max_reject_fraction=1",
+        )[0]
+        == 0
+    )
 
 
 def test_missing_pictures_are_told_before_the_work(vqgan: Path, tmp_path: Path) -> None:
-    item = {"conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": "b"}], "image": "lost.png"}
+    item = {
+        "conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": "b"}],
+        "image": "lost.png",
+    }
     status, _, stderr = call(*arguments(write_items(tmp_path, [item] * 201), tmp_path / "out", vqgan))
     assert status == 2
     assert stderr.endswith("items.json item 0: no such image: lost.png\n")
@@ -120,10 +149,16 @@ def test_missing_pictures_are_told_before_the_work(vqgan: Path, tmp_path: Path) 
 
 def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
     source = write_items(tmp_path, some_items(tmp_path, 4))
-    assert call(*arguments(source, tmp_path / "out", vqgan), "chunk_size=1", "--splits", "2", "--rank", "1")[0] == 0
+    assert (
+        call(*arguments(source, tmp_path / "out", vqgan), "chunk_size=1", "--splits", "2", "--rank", "1")[0]
+        == 0
+    )
     status, _, stderr = call("merge", "--out_dir", str(tmp_path / "out"))
     assert status == 1
-    assert "missing 2 of 4 chunks: chunk-000000, chunk-000002. Give the same `run` command again (with --rank" in stderr
+    assert (
+        "missing 2 of 4 chunks: chunk-000000, chunk-000002. Give the same `run` command again (with --rank"
+        in stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +166,10 @@ def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
     [
         (["vision.weight=x"], "unknown key 'vision.weight'; did you mean 'weights'?"),
         (["target_sise=x"], "did you mean 'target_size'?"),
-        (["vision.kind=emu9"], "on the command line: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', found 'emu9'"),
+        (
+            ["vision.kind=emu9"],
+            "on the command line: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', found 'emu9'",
+        ),
         (["vision.weights=/no/such"], "vision.weights: /no/such: no such file or folder"),
         (["tokenizer=/no/such"], "tokenizer: /no/such: no such folder"),
         (["target_size=17"], "target_size: expected a multiple of 8 pixels (2 latents) up to 792, found 17"),
@@ -141,7 +179,9 @@ def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
         (["nonsense"], "override 'nonsense': expected key=value"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_line(vqgan: Path, tmp_path: Path, extra: list[str], needed: str) -> None:
+def test_mistakes_end_with_status_2_and_one_line(
+    vqgan: Path, tmp_path: Path, extra: list[str], needed: str
+) -> None:
     source = write_items(tmp_path, [{"conversations": turns("a", "b")}])
     status, stdout, stderr = call(*arguments(source, tmp_path / "out", vqgan), *extra)
     assert (status, stdout) == (2, "")
@@ -151,7 +191,9 @@ def test_mistakes_end_with_status_2_and_one_line(vqgan: Path, tmp_path: Path, ex
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_in_an_adapter_leaves_no_folder_that_refuses_the_corrected_one(vqgan: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_an_adapter_leaves_no_folder_that_refuses_the_corrected_one(
+    vqgan: Path, tmp_path: Path
+) -> None:
     source, adapter = write_items(tmp_path, [{"conversations": turns("a", "b")}]), tmp_path / "mine.py"
     adapter.write_text("def mine(raw:\n")
     run = [*arguments(source, tmp_path / "out", vqgan), f"adapter={adapter}:mine"]
@@ -168,10 +210,15 @@ def test_later_commands_take_the_settings_of_the_run(vqgan: Path, tmp_path: Path
     assert call(*arguments(write_items(tmp_path, items), tmp_path / "out", vqgan))[0] == 0
     assert call("preview", out)[0] == 0
     picture(tmp_path / "0.png", 0)
-    assert call("rejects", out, "--retry", "threads=1")[1].startswith(f"{out}: 2 items -> 2 samples, 0 rejected; ")
+    assert call("rejects", out, "--retry", "threads=1")[1].startswith(
+        f"{out}: 2 items -> 2 samples, 0 rejected; "
+    )
     status, _, stderr = call("rejects", out, "--retry", "target_size=24")
     assert status == 2
-    assert "target_size is 16 there and 24 now. Go on with what it was begun with (settings.yaml there)" in stderr
+    assert (
+        "target_size is 16 there and 24 now. Go on with what it was begun with (settings.yaml there)"
+        in stderr
+    )
 
 
 def test_a_folder_that_is_no_dataset_is_one_line(tmp_path: Path) -> None:

@@ -46,10 +46,15 @@ def test_chunks_are_the_pieces_and_then_those_of_each_round_of_retries() -> None
         Chunk("retry-02-000000", ((1, (2,)),)),
     ]
     assert [work.items(chunk) for chunk in work.chunks()] == [10, 5, 2, 1, 1]
-    assert Work(Input(files=files("a"), pieces=pieces(None)), (), 2).items(Chunk("chunk-000000", ((0, None),))) is None
+    assert (
+        Work(Input(files=files("a"), pieces=pieces(None)), (), 2).items(Chunk("chunk-000000", ((0, None),)))
+        is None
+    )
 
 
-def test_a_second_start_does_not_scan_the_input_again(begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_does_not_scan_the_input_again(
+    begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Millions of items take minutes, and every rank of a cluster starts by this."""
     source = write_items(tmp_path, [ITEM] * 10)
     first = begin(source)
@@ -86,7 +91,9 @@ def test_an_input_that_changed_is_refused(begin: Any, tmp_path: Path) -> None:
         ({"target_size": 24}, "target_size is 16 there and 24 now"),
     ],
 )
-def test_other_settings_are_refused_with_both_sides(begin: Any, tmp_path: Path, change: dict[str, Any], needed: str) -> None:
+def test_other_settings_are_refused_with_both_sides(
+    begin: Any, tmp_path: Path, change: dict[str, Any], needed: str
+) -> None:
     source = write_items(tmp_path, [ITEM] * 8)
     begin(source)
     with pytest.raises(ConfigError, match="was begun with other settings: ") as error:
@@ -104,7 +111,13 @@ def test_precision_is_part_of_what_the_codes_depend_on(begin: Any, vqgan: Path, 
 def test_what_no_byte_depends_on_may_change(begin: Any, vqgan: Path, tmp_path: Path) -> None:
     source = write_items(tmp_path, [ITEM])
     begin(source)
-    begin(source, max_reject_fraction=0.5, threads=3, timeout_seconds=5, vision={"weights": str(vqgan), "batch_size": 1})
+    begin(
+        source,
+        max_reject_fraction=0.5,
+        threads=3,
+        timeout_seconds=5,
+        vision={"weights": str(vqgan), "batch_size": 1},
+    )
     assert load_job(open_store(str(tmp_path / "out"))).max_reject_fraction == 0.01
 
 
@@ -114,7 +127,12 @@ def test_a_run_killed_between_its_first_files_goes_on(begin: Any, tmp_path: Path
     for name in ("input.json", "vocabulary.json"):
         (tmp_path / "out" / name).unlink()
     assert begin(source) == first
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"job.json", "input.json", "settings.yaml", "vocabulary.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "job.json",
+        "input.json",
+        "settings.yaml",
+        "vocabulary.json",
+    }
 
 
 def test_folders_of_others_are_refused(begin: Any, tmp_path: Path) -> None:
@@ -142,7 +160,9 @@ def test_a_job_file_of_another_kind_is_named(begin: Any, tmp_path: Path) -> None
         begin(source)
 
 
-def test_a_source_whose_name_is_not_utf_8_is_read_and_a_folder_of_such_a_name_is_refused(tmp_path: Path, vqgan: Path) -> None:
+def test_a_source_whose_name_is_not_utf_8_is_read_and_a_folder_of_such_a_name_is_refused(
+    tmp_path: Path, vqgan: Path
+) -> None:
     source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/it\xffems.json"))
     source.write_text(json.dumps([{"conversations": turns("a", "b")}, {"conversations": []}]))
     job = run_here(settings(vqgan), source, tmp_path / "out")

@@ -58,18 +58,25 @@ def test_merging_again_changes_nothing_also_after_a_crash(out: Path) -> None:
 def test_missing_chunks_are_named(out: Path) -> None:
     for number in (3, 10):
         shutil.rmtree(out / f"chunk-{number:06d}")
-    with pytest.raises(UnfinishedError, match=r"missing 2 of 12 chunks: chunk-000003, chunk-000010\. Give the same `run`"):
+    with pytest.raises(
+        UnfinishedError, match=r"missing 2 of 12 chunks: chunk-000003, chunk-000010\. Give the same `run`"
+    ):
         merge(str(out))
     assert not (out / "index.json").exists()
 
 
 def test_many_missing_chunks_are_cut_short(vqgan: Path, tmp_path: Path) -> None:
     prepare(settings(vqgan, chunk_size=1), [str(write_items(tmp_path, [{}] * 20))], str(tmp_path / "out"))
-    with pytest.raises(UnfinishedError, match=r"missing 20 of 20 chunks: chunk-000000, .* chunk-000007, \.\.\. chunk-000019\."):
+    with pytest.raises(
+        UnfinishedError,
+        match=r"missing 20 of 20 chunks: chunk-000000, .* chunk-000007, \.\.\. chunk-000019\.",
+    ):
         merge(str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "shard.00000.mds.zip", "x/shard.00000.mds", ""])
+@pytest.mark.parametrize(
+    "name", ["../../secret", "/etc/passwd", "shard.00000.mds.zip", "x/shard.00000.mds", ""]
+)
 def test_a_shard_outside_its_chunk_is_refused(out: Path, name: str) -> None:
     path = out / "chunk-000001" / "index.json"
     index = json.loads(path.read_text())
@@ -83,7 +90,9 @@ def test_a_shard_outside_its_chunk_is_refused(out: Path, name: str) -> None:
 def test_broken_chunks_are_named(out: Path) -> None:
     shard = out / "chunk-000001" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"shard.00000.mds: \d+ bytes, index.json says \d+ bytes; remove .*chunk-000001"):
+    with pytest.raises(
+        ConfigError, match=r"shard.00000.mds: \d+ bytes, index.json says \d+ bytes; remove .*chunk-000001"
+    ):
         merge(str(out))
     shard.unlink()
     with pytest.raises(ConfigError, match=r"chunk-000001/shard.00000.mds: not there, index.json says "):
@@ -100,7 +109,10 @@ def test_a_chunk_that_lost_items_is_refused(out: Path, name: str) -> None:
     swapped = good.read_bytes(), bad.read_bytes()
     good.write_bytes(swapped[1])
     bad.write_bytes(swapped[0])
-    with pytest.raises(ConfigError, match=r"chunk-000001: 1 samples in the shards, . in samples.parquet, . rejects, of 1 items; "):
+    with pytest.raises(
+        ConfigError,
+        match=r"chunk-000001: 1 samples in the shards, . in samples.parquet, . rejects, of 1 items; ",
+    ):
         merge(str(out))
 
 
@@ -168,8 +180,12 @@ def test_the_summary_says_what_a_person_asks(out: Path) -> None:
         (10, 20, 0.0, True),
     ],
 )
-def test_ten_bad_items_are_forgiven_and_then_a_share(out: Path, rejected: int, items: int, allowed: float, too_many: bool) -> None:
-    manifest = merge(str(out)).model_copy(update={"rejected": rejected, "items": items, "samples": items - rejected})
+def test_ten_bad_items_are_forgiven_and_then_a_share(
+    out: Path, rejected: int, items: int, allowed: float, too_many: bool
+) -> None:
+    manifest = merge(str(out)).model_copy(
+        update={"rejected": rejected, "items": items, "samples": items - rejected}
+    )
     found = problems(str(out), manifest, allowed)
     assert len(found) == too_many
     assert all(line.startswith(f"{rejected} of {items} items were rejected") for line in found)
@@ -178,10 +194,16 @@ def test_ten_bad_items_are_forgiven_and_then_a_share(out: Path, rejected: int, i
 def test_turns_that_sharegpt_leaves_out_are_counted_over_all_chunks(vqgan: Path, tmp_path: Path) -> None:
     greeting = {"from": "gpt", "value": "Hello!"}
     items = [{"conversations": [greeting] * (number % 3 == 0) + turns("a", "b")} for number in range(20)]
-    items.append({"conversations": [greeting, *turns("a", "b")], "image": "none.png"})  # rejected, and so not counted
-    run_here(settings(vqgan, adapter="sharegpt", chunk_size=6), write_items(tmp_path, items), tmp_path / "out")
+    items.append(
+        {"conversations": [greeting, *turns("a", "b")], "image": "none.png"}
+    )  # rejected, and so not counted
+    run_here(
+        settings(vqgan, adapter="sharegpt", chunk_size=6), write_items(tmp_path, items), tmp_path / "out"
+    )
     manifest = merge(str(tmp_path / "out"))
     assert (manifest.samples, manifest.rejected, manifest.turns_left_out) == (20, 1, 7)
-    assert "7 conversations begin with the assistant and lost that turn" in summary(str(tmp_path / "out"), manifest)
+    assert "7 conversations begin with the assistant and lost that turn" in summary(
+        str(tmp_path / "out"), manifest
+    )
     assert StreamingDataset(local=str(tmp_path / "out"), batch_size=1).num_samples == 20
     assert find_problems(str(tmp_path / "out"), 1.0) == []

@@ -46,7 +46,9 @@ def dataset(folder: Path, values: list[Any]) -> Path:
     for number, value in enumerate(values):
         file = folder / f"{number}.pkl"
         file.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value))
-        length = len(value["token"]) if isinstance(value, dict) and isinstance(value.get("token"), list) else 0
+        length = (
+            len(value["token"]) if isinstance(value, dict) and isinstance(value.get("token"), list) else 0
+        )
         entries.append({"file": str(file), "len": length, "id": number})
     (folder / "record.json").write_text(json.dumps(entries))
     return folder / "record.json"
@@ -64,21 +66,33 @@ def reasons(out: Path) -> list[str]:
 
 
 def records(out: Path) -> list[Record]:
-    return [Record.from_mds(sample) for sample in StreamingDataset(local=str(out), batch_size=1, shuffle=False)]
+    return [
+        Record.from_mds(sample) for sample in StreamingDataset(local=str(out), batch_size=1, shuffle=False)
+    ]
 
 
-def test_the_recorded_output_of_the_reference_to_the_number(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorded_output_of_the_reference_to_the_number(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorded = json.loads((golden / "dev" / "A_pretokenize_cli.json").read_text())
-    files = {Path(name).name: value for name, value in recorded["output_files"].items() if name.endswith(".pkl")}
+    files = {
+        Path(name).name: value for name, value in recorded["output_files"].items() if name.endswith(".pkl")
+    }
     for name, value in files.items():
         (tmp_path / name).write_bytes(pickle.dumps(value))
-    entries = [{**line, "file": str(tmp_path / Path(line["file"]).name)} for line in recorded["concat_record"]]
+    entries = [
+        {**line, "file": str(tmp_path / Path(line["file"]).name)} for line in recorded["concat_record"]
+    ]
     (tmp_path / "record.json").write_text(json.dumps(entries))
     monkeypatch.chdir(golden / "assets")  # names of images are meant from where the command runs
     manifest = run(tmp_path / "record.json", tmp_path / "out", settings(target_size=512))
 
     assert (manifest.items, manifest.rejected, manifest.images) == (4, 0, 3)
-    assert (manifest.adapter, manifest.compat, manifest.vision.weights) == ("record.json", "unitoken", "unknown")
+    assert (manifest.adapter, manifest.compat, manifest.vision.weights) == (
+        "record.json",
+        "unitoken",
+        "unknown",
+    )
     assert load_vocabulary(tmp_path / "out").image_ids[0] == 4
     for record, value in zip(records(tmp_path / "out"), files.values(), strict=True):
         assert record.id == str(value["id"])
@@ -89,7 +103,9 @@ def test_the_recorded_output_of_the_reference_to_the_number(golden: Path, tmp_pa
         assert [span[2:].tolist() for span in record.image_spans] == [[32, 32]] * len(names)
 
 
-def test_a_stopped_migration_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_migration_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = dataset(tmp_path, [item(TEXT, 3)] * 7)
     run(record, tmp_path / "whole")
     written = module.Migration.write_chunk
@@ -112,7 +128,9 @@ def test_a_stopped_migration_goes_on_and_gives_the_same_bytes(tmp_path: Path, mo
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     record = dataset(tmp_path, [item(TEXT, 3)])
     run(record, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"adapter is 'record.json' there and 'record.json without images' now"):
+    with pytest.raises(
+        ConfigError, match=r"adapter is 'record.json' there and 'record.json without images' now"
+    ):
         migrate(record, str(tmp_path / "out"), settings(), without_images=True)
 
 
@@ -120,7 +138,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     ("value", "reason"),
     [
         (item(TEXT, 0), "nothing to train on: all labels are masked"),
-        ({**item(TEXT, 3), "label": [1] * 6}, "bad labels: expected -100 or the token itself at each of 6 places"),
+        (
+            {**item(TEXT, 3), "label": [1] * 6},
+            "bad labels: expected -100 or the token itself at each of 6 places",
+        ),
         ({**item(TEXT, 3), "label": TEXT[:5]}, "bad labels: "),
         ({**item(TEXT, 3), "label": None}, "bad labels: "),
         (item([BOS, 70000, TURN], 2), "bad tokens: expected some from 0 to 11007"),
@@ -132,7 +153,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
         ({"token": "x"}, "bad pickle: "),
         ([1, 2], "bad pickle: "),
         (item([BOS, *BLOCK[:-1], TURN], 1), "broken image: 1 starts and 0 ends of an image"),
-        (item([BOS, *BLOCK[:5], 9999, *BLOCK[6:], TURN], 1), "broken image: at token 1: an image block with a token that"),
+        (
+            item([BOS, *BLOCK[:5], 9999, *BLOCK[6:], TURN], 1),
+            "broken image: at token 1: an image block with a token that",
+        ),
         (item([BOS, *BLOCK[:3], END, TURN], 1), "broken image: at token 1: "),
         (item([BOS, START, END, TURN], 1), "broken image: at token 1: "),
         (item([BOS, *BLOCK, TURN], 1), "no originals: 1 images in the tokens, 'raw_image' is []"),
@@ -157,17 +181,33 @@ def test_bad_lines_of_the_record_are_rejects(tmp_path: Path) -> None:
     (tmp_path / "large.pkl").touch()
     with open(tmp_path / "large.pkl", "r+b") as file:
         file.truncate(module.MAX_PICKLE + 1)
-    bad = [3, {"len": 6}, {"file": "none.pkl"}, {"file": str(tmp_path)}, {**other, "len": 7}, {"file": str(tmp_path / "large.pkl")}]
+    bad = [
+        3,
+        {"len": 6},
+        {"file": "none.pkl"},
+        {"file": str(tmp_path)},
+        {**other, "len": 7},
+        {"file": str(tmp_path / "large.pkl")},
+    ]
     record.write_text(json.dumps([good, *bad]))
     assert run(record, tmp_path / "out").rejected == len(bad)
     kinds = [reason.partition(": ")[0] for reason in reasons(tmp_path / "out")]
-    assert kinds == ["bad record", "bad record", "no such pickle", "no such pickle", "length differs", "pickle too large"]
+    assert kinds == [
+        "bad record",
+        "bad record",
+        "no such pickle",
+        "no such pickle",
+        "length differs",
+        "pickle too large",
+    ]
 
 
 def test_an_image_of_another_size_than_the_settings_is_a_reject(tmp_path: Path) -> None:
     record = dataset(tmp_path, [item([BOS, *BLOCK, TURN], 1)])
     run(record, tmp_path / "out", settings(target_size=64))
-    assert reasons(tmp_path / "out") == ["image of another size: 2 x 2 latents, which target_size and crop do not make"]
+    assert reasons(tmp_path / "out") == [
+        "image of another size: 2 x 2 latents, which target_size and crop do not make"
+    ]
 
 
 def test_without_images_for_datasets_that_have_none(tmp_path: Path) -> None:
@@ -183,7 +223,9 @@ def test_images_are_read_from_where_the_command_runs(tmp_path: Path, monkeypatch
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.png").write_bytes(png())
     (tmp_path / "here" / "b.png").write_bytes(b"<html>")
-    record = dataset(tmp_path, [item([BOS, *BLOCK, TURN], 1, raw_image=[name]) for name in ("a.png", "b.png")])
+    record = dataset(
+        tmp_path, [item([BOS, *BLOCK, TURN], 1, raw_image=[name]) for name in ("a.png", "b.png")]
+    )
     monkeypatch.chdir(tmp_path / "here")
     run(record, tmp_path / "out")
     assert records(tmp_path / "out")[0].images == (png(),)
@@ -214,7 +256,9 @@ class Evil:
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
     touched = tmp_path / "touched"
     data = pickle.dumps({"token": Evil(touched)}, protocol)
-    with pytest.raises(ItemError, match=r"not a plain pickle: a.pkl: (GLOBAL|STACK_GLOBAL|UNICODE|MARK|PUT|.*) at byte \d+"):
+    with pytest.raises(
+        ItemError, match=r"not a plain pickle: a.pkl: (GLOBAL|STACK_GLOBAL|UNICODE|MARK|PUT|.*) at byte \d+"
+    ):
         load_plain(data, "a.pkl")
     with pytest.raises(pickle.UnpicklingError, match=r"system is not a list, dict, text or number"):
         module._Plain(io.BytesIO(data)).load()  # the second wall, behind the first
@@ -223,11 +267,15 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int
     assert touched.exists(), "it would have done harm"
 
 
-@pytest.mark.parametrize("value", [{"a": [1, -1, 256, 70000, -(2**40), 2**100, 1.5, True, False, None, "text", "x" * 300]}, [], {}])
+@pytest.mark.parametrize(
+    "value", [{"a": [1, -1, 256, 70000, -(2**40), 2**100, 1.5, True, False, None, "text", "x" * 300]}, [], {}]
+)
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_values_are_read(value: Any, protocol: int) -> None:
     assert load_plain(pickle.dumps(value, protocol), "a.pkl") == value
-    many = [[n] * 3 + [str(n)] for n in range(2000)]  # more than fit in one frame or a memo number of one byte
+    many = [
+        [n] * 3 + [str(n)] for n in range(2000)
+    ]  # more than fit in one frame or a memo number of one byte
     assert load_plain(pickle.dumps(many, protocol), "a.pkl") == many
 
 

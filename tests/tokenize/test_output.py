@@ -51,7 +51,9 @@ def scratch(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("url", ["folder", "s3://bucket/out"])
-def test_a_chunk_is_done_once_it_is_published(url: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_is_done_once_it_is_published(
+    url: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     if "://" not in url:
@@ -75,7 +77,9 @@ def test_the_index_is_uploaded_last_and_nothing_stays_behind(bucket: Bucket, tmp
 
 
 @pytest.mark.parametrize("name", ["shard.00001.mds", "index.json"])
-def test_an_upload_that_fails_leaves_the_chunk_undone_and_can_be_repeated(name: str, bucket: Bucket, tmp_path: Path) -> None:
+def test_an_upload_that_fails_leaves_the_chunk_undone_and_can_be_repeated(
+    name: str, bucket: Bucket, tmp_path: Path
+) -> None:
     output = Output("s3://bucket/out")
     bucket.fails_at = name
     with pytest.raises(StoreError, match="the connection was lost"):
@@ -102,7 +106,9 @@ def test_what_a_killed_upload_left_on_this_machine_is_removed(bucket: Bucket, tm
 
 
 @pytest.mark.parametrize("url", ["folder", "s3://bucket/out"])
-def test_the_first_claim_stays(url: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_claim_stays(
+    url: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     if "://" not in url:
         monkeypatch.setattr(output_module, "open_store", lambda url: Folder(Path(url)))
@@ -111,7 +117,9 @@ def test_the_first_claim_stays(url: str, bucket: Bucket, tmp_path: Path, monkeyp
     assert output.claim("job.json", b"two") == b"one"
 
 
-def test_of_two_claims_at_the_same_moment_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_claims_at_the_same_moment_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other run writes between our look and our link."""
     output = Output(str(tmp_path))
     link = os.link

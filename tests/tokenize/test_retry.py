@@ -24,7 +24,9 @@ ITEMS = 10
 def made(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten items in chunks of four: of every second one the image is missing, item 9 has no turns."""
     folder = tmp_path_factory.mktemp("rejects")
-    items: list[dict[str, Any]] = [{"conversations": turns("<|image|>", f"n {n}"), "image": f"{n}.png"} for n in range(ITEMS)]
+    items: list[dict[str, Any]] = [
+        {"conversations": turns("<|image|>", f"n {n}"), "image": f"{n}.png"} for n in range(ITEMS)
+    ]
     items[9] = {"conversations": []}
     for n in range(1, ITEMS, 2):
         picture(folder / f"{n}.png", n)
@@ -49,7 +51,11 @@ def go_on(vqgan: Path, folder: Path) -> Manifest:
 def test_rejects_are_grouped_by_kind_the_most_frequent_first(folder: Path) -> None:
     assert grouped(str(folder / "out")) == [
         ("no such image", 5, "items.json item 0 (0) 0.png"),
-        ("no conversations", 1, "items.json item 9 (9) expected a list of turns under 'conversations', found []"),
+        (
+            "no conversations",
+            1,
+            "items.json item 9 (9) expected a list of turns under 'conversations', found []",
+        ),
     ]
 
 
@@ -82,7 +88,10 @@ def test_a_retry_takes_the_rejected_items_alone(vqgan: Path, folder: Path) -> No
     manifest = go_on(vqgan, folder)
     assert (manifest.items, manifest.samples, manifest.rejected) == (10, 6, 4)
     assert content(folder / "out" / "chunk-000000") == before
-    assert {kind: count for kind, count, _ in grouped(str(folder / "out"))} == {"no such image": 3, "no conversations": 1}
+    assert {kind: count for kind, count, _ in grouped(str(folder / "out"))} == {
+        "no such image": 3,
+        "no conversations": 1,
+    }
     # A second round tries what is left.
     picture(folder / "2.png", 2)
     assert begin_retry(str(folder / "out"), ["no such image"]) == 3
@@ -91,12 +100,17 @@ def test_a_retry_takes_the_rejected_items_alone(vqgan: Path, folder: Path) -> No
 
 def test_an_unknown_kind_is_refused_with_those_there_are(folder: Path) -> None:
     before = content(folder / "out")
-    with pytest.raises(ConfigError, match="no rejects of the kind 'no such picture'; there are: no such image, no conversations"):
+    with pytest.raises(
+        ConfigError,
+        match="no rejects of the kind 'no such picture'; there are: no such image, no conversations",
+    ):
         begin_retry(str(folder / "out"), ["no such picture"])
     assert content(folder / "out") == before
 
 
-def test_where_nothing_was_rejected_nothing_is_done(vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_was_rejected_nothing_is_done(
+    vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_here(settings(vqgan), write_items(tmp_path, [{"conversations": turns("a", "b")}]), tmp_path / "out")
     merge(str(tmp_path / "out"))
     before = content(tmp_path / "out")
@@ -114,7 +128,9 @@ def test_an_unfinished_dataset_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["upload", "delete"])
-def test_killed_at_any_step_the_same_command_goes_on(vqgan: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_killed_at_any_step_the_same_command_goes_on(
+    vqgan: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     out = folder / "out"
     for n in (0, 2, 4):
         picture(folder / f"{n}.png", n)

@@ -35,25 +35,38 @@ def test_the_real_stages_hold_the_references_settings(name: str) -> None:
     assert config.optimizer.lr == (1e-3 if one else 1e-5)
     assert config.optimizer.lr_scales == ({"vit": 1e-2} if one else {"vit": 1.0})
     assert config.trainable == (["vit", "adapter"] if one else ["vit", "adapter", "model", "lm_head"])
-    assert (config.optimizer.min_lr, config.optimizer.weight_decay, config.optimizer.betas) == (0.0, 0.1, (0.9, 0.95))
-    assert (config.optimizer.clip_norm, config.optimizer.eps, config.optimizer.warmup) == (4.0, 1e-8, "0.01ep")
+    assert (config.optimizer.min_lr, config.optimizer.weight_decay, config.optimizer.betas) == (
+        0.0,
+        0.1,
+        (0.9, 0.95),
+    )
+    assert (config.optimizer.clip_norm, config.optimizer.eps, config.optimizer.warmup) == (
+        4.0,
+        1e-8,
+        "0.01ep",
+    )
     assert (config.optimizer.schedule, config.precision, config.fsdp.reduce) == ("cosine", "bf16", "fp32")
     assert (config.model.dropout, config.model.z_loss, config.max_duration) == (0.05, 1e-5, "1ep")
     assert not config.model.mask_image_logits
     assert config.init_from == (None if one else f"runs/{name.replace('2', '1')}")
     assert config.save.folder == f"runs/{name}"
     assert config.data.anyres == anyres
-    assert config.data.packed_length > (4760 if anyres else 1790) + 256  # the longest sample with an image, and its text
+    assert (
+        config.data.packed_length > (4760 if anyres else 1790) + 256
+    )  # the longest sample with an image, and its text
     assert config.data.global_batch == 128 // 2  # the reference's samples, two a pack
 
 
 @pytest.mark.parametrize("variant", ["", "-anyres"])
 def test_stage_two_begins_where_stage_one_saves_with_data_of_its_own(variant: str) -> None:
     """The reference's scripts of Stage II named a variable that is nowhere set, a folder that nobody writes, and Stage I's data
-    (bug 25)."""
+    (bug 25).
+    """
     one, two = (load_config(StageConfig, ROOT / f"yamls/stage{n}{variant}.yaml") for n in (1, 2))
     assert two.init_from == one.save.folder != two.save.folder
-    assert not {stream.local for stream in two.data.streams.values()} & {stream.local for stream in one.data.streams.values()}
+    assert not {stream.local for stream in two.data.streams.values()} & {
+        stream.local for stream in one.data.streams.values()
+    }
     assert (two.model.decoder, two.model.vision) == (one.model.decoder, one.model.vision)
 
 
@@ -64,7 +77,9 @@ def test_compat_alone_is_the_reference(folder: Path) -> None:
     assert config.data.continuous == "all"
     check_stage(config, 1)
     assert stage(folder, "compat=unitoken", "data.continuous=all") == config
-    check_stage(stage(folder, "compat=unitoken", "model.vision=null", "data.continuous=none", "trainable=[model]"), 1)
+    check_stage(
+        stage(folder, "compat=unitoken", "model.vision=null", "data.continuous=none", "trainable=[model]"), 1
+    )
 
 
 def test_the_longest_image_of_anyres_takes_as_much_as_the_references_and_fits_the_stages_pack() -> None:
@@ -76,7 +91,9 @@ def test_the_longest_image_of_anyres_takes_as_much_as_the_references_and_fits_th
     assert config.data.packed_length > longest + 1024
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda p: p.stem
+)
 def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
     assert load_config(StageConfig, path).name == path.stem
 
@@ -121,7 +138,10 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
             ("compat=unitoken", "data.null_prompt_fraction=0.1"),
             r"data\.null_prompt_fraction: compat 'unitoken' leaves every prompt, found 0\.1",
         ),
-        ("trainable=[vit, adaptor]", r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter"),
+        (
+            "trainable=[vit, adaptor]",
+            r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter",
+        ),
         ("trainable=[]", r"`trainable`: List should have at least 1 item"),
         (
             ("data.continuous=none", "trainable=[vit, adapter.0]"),
@@ -135,21 +155,42 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
             ("trainable=[vit.encoder, adapter.0]", "optimizer.lr_scales={vit: 0, adapter: 0, model: 1}"),
             r"trainable: \[vit\.encoder, adapter\.0\] would train nothing",
         ),
-        ("model.decoder.vocab_size=150", r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163"),
-        ("model.decoder.hiden_size=1", r"unknown key 'model\.decoder\.hiden_size'; did you mean 'hidden_size'"),
-        ("model.decoder.num_attention_heads=3", r"`model\.decoder`: hidden_size 32 is not an even number times 3 heads"),
-        ("model.decoder=/nowhere/at/all", r"^model\.decoder: /nowhere/at/all: no such folder, and not a hub id"),
-        ("model.vision=/nowhere/at/all", r"^model\.vision: /nowhere/at/all: no such folder, and not a hub id"),
+        (
+            "model.decoder.vocab_size=150",
+            r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163",
+        ),
+        (
+            "model.decoder.hiden_size=1",
+            r"unknown key 'model\.decoder\.hiden_size'; did you mean 'hidden_size'",
+        ),
+        (
+            "model.decoder.num_attention_heads=3",
+            r"`model\.decoder`: hidden_size 32 is not an even number times 3 heads",
+        ),
+        (
+            "model.decoder=/nowhere/at/all",
+            r"^model\.decoder: /nowhere/at/all: no such folder, and not a hub id",
+        ),
+        (
+            "model.vision=/nowhere/at/all",
+            r"^model\.vision: /nowhere/at/all: no such folder, and not a hub id",
+        ),
         ("data.streams.all.local=/nowhere", r"/nowhere: not a dataset folder: no such folder"),
         ("init_from=/nowhere", r"/nowhere: no such checkpoint"),
         ("max_duration=10", r"`max_duration`"),
         ("optimizer.betas=[2, 3]", r"`optimizer\.betas\.0`: Input should be less than 1, found 2"),
-        ("optimizer.min_lr=1", r"`optimizer`: min_lr 1 is above lr 0\.003, from which the schedule falls to it"),
+        (
+            "optimizer.min_lr=1",
+            r"`optimizer`: min_lr 1 is above lr 0\.003, from which the schedule falls to it",
+        ),
         (
             "optimizer.lr_scales={vitt: 0.1}",
             r"optimizer\.lr_scales: 'vitt' names nothing that is trained, which is trainable: \[vit,",
         ),
-        ("save.folder=s3://bucket/run", r"`save\.folder`: it is written to a folder, .* not to a URL, found 's3://bucket/run'"),
+        (
+            "save.folder=s3://bucket/run",
+            r"`save\.folder`: it is written to a folder, .* not to a URL, found 's3://bucket/run'",
+        ),
         ("save.export=gs://bucket/model", r"`save\.export`: it is written to a folder"),
         ("save.folder=/dev/null/run", r"save\.folder: /dev/null/run: cannot write there: Not a directory"),
         ("save.export=/dev/null/x/model", r"save\.export: /dev/null/x: cannot write there: Not a directory"),
@@ -177,8 +218,12 @@ def test_what_is_cheap_to_find_is_found_before_the_hub_is_asked(
     override: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """18 GB were downloaded first."""
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(ConfigError, match=override.split("=")[0].replace("data.streams.all.local", "/nowhere")):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked")
+    )
+    with pytest.raises(
+        ConfigError, match=override.split("=")[0].replace("data.streams.all.local", "/nowhere")
+    ):
         check_stage(stage(folder, "model.decoder=owner/name", "model.vision=owner/tower", override), 2)
 
 
@@ -213,7 +258,9 @@ def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> N
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_help_is_the_docstring(arguments: list[str]) -> None:
-    result = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, check=False
+    )
     assert result.returncode == (0 if arguments else 2)
     assert "composer -n 2 train.py yamls/demo/stage1.yaml" in result.stdout
 
@@ -225,7 +272,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tu
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: np.zeros(shape, np.float32) for name, shape in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -234,14 +283,20 @@ NORM = "model.layers.0.self_attn.q_norm.weight"
 
 def test_the_sizes_are_read_from_old_and_new_config_files(tmp_path: Path) -> None:
     sizes = {**DECODER, "rms_norm_eps": 1e-5, "hidden_act": "silu", "model_type": "chameleon"}
-    old = write_checkpoint(tmp_path / "old", {**sizes, "rope_theta": 5e5, "rope_scaling": None}, {NORM: (1, 16)})
+    old = write_checkpoint(
+        tmp_path / "old", {**sizes, "rope_theta": 5e5, "rope_scaling": None}, {NORM: (1, 16)}
+    )
     new = write_checkpoint(
-        tmp_path / "new", {**sizes, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {NORM: (2, 16)}
+        tmp_path / "new",
+        {**sizes, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {NORM: (2, 16)},
     )
     assert read_decoder(str(old)).model_dump() == {**read_decoder(str(new)).model_dump(), "qk_norm": "shared"}
     assert read_decoder(str(new)).qk_norm == "per_head"
     assert read_decoder(str(new)).rope_theta == 5e5
-    whole = write_checkpoint(tmp_path / "siglip", {"vision_config": {"hidden_size": 48}, "text_config": {}}, {"a": (1,)})
+    whole = write_checkpoint(
+        tmp_path / "siglip", {"vision_config": {"hidden_size": 48}, "text_config": {}}, {"a": (1,)}
+    )
     assert (read_vision(str(whole)).hidden_size, read_vision(str(whole)).num_hidden_layers) == (48, 12)
 
 
@@ -285,17 +340,23 @@ def test_pickled_weights_are_said_not_to_be_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "x", DECODER, {NORM: (1, 16)})
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
-        ConfigError, match=r"x: it has no model\.safetensors, and pytorch_model\.bin is not read, .*safetensors only"
+        ConfigError,
+        match=r"x: it has no model\.safetensors, and pytorch_model\.bin is not read, .*safetensors only",
     ):
         read_decoder(str(folder))
 
 
-@pytest.mark.parametrize(("name", "hint"), [("model.safetensors", "; name the folder that it is in"), ("notes.txt", "")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("model.safetensors", "; name the folder that it is in"), ("notes.txt", "")]
+)
 def test_a_file_that_is_no_checkpoint_is_one_line_of_our_own(name: str, hint: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"not a zip" * 100)
     with pytest.raises(ConfigError) as caught:
         find_origin(str(tmp_path / name))
-    assert str(caught.value) == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or not all of it{hint}"
+    assert (
+        str(caught.value)
+        == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or not all of it{hint}"
+    )
 
 
 def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,5 +364,7 @@ def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise OSError("Cannot reach the hub\nand here is how to debug it")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ConfigError, match=r"^owner/name: no such folder, and the hub did not give it: Cannot reach the hub$"):
+    with pytest.raises(
+        ConfigError, match=r"^owner/name: no such folder, and the hub did not give it: Cannot reach the hub$"
+    ):
         checkpoint_folder("owner/name")

@@ -22,8 +22,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def with_codec(folder: Path, run: Path, tokenizer: Any = CODEC["tokenizer"], weights: Any = None) -> StageConfig:
-    config = drawing_stage(folder, f"save.folder={run}", f"save.export={run}/model", f"codec.tokenizer={tokenizer}")
+def with_codec(
+    folder: Path, run: Path, tokenizer: Any = CODEC["tokenizer"], weights: Any = None
+) -> StageConfig:
+    config = drawing_stage(
+        folder, f"save.folder={run}", f"save.export={run}/model", f"codec.tokenizer={tokenizer}"
+    )
     assert config.codec is not None
     vision = config.codec.vision.model_copy(update={"weights": str(weights or config.codec.vision.weights)})
     return config.model_copy(update={"codec": config.codec.model_copy(update={"vision": vision})})
@@ -38,11 +42,17 @@ def test_an_image_tokenizer_of_another_codebook_is_not_exported(
 ) -> None:
     write_run(folder, with_codec(folder, tmp_path / "run"))
     with pytest.raises(ConfigError, match=ANOTHER):
-        export_model(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run", weights=folder / "other"))
+        export_model(
+            str(tmp_path / "run"),
+            tmp_path / "out",
+            stage=with_codec(folder, tmp_path / "run", weights=folder / "other"),
+        )
     assert not (tmp_path / "out").exists()
     export_model(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert re.search(r"warning: .*weights: .* has fingerprint \w{16}, image codes of the data are of 0{16}\n", said)
+    assert re.search(
+        r"warning: .*weights: .* has fingerprint \w{16}, image codes of the data are of 0{16}\n", said
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,14 +66,18 @@ def test_an_image_tokenizer_of_another_codebook_is_not_exported(
 def test_what_an_export_needs_is_looked_for_with_the_settings(
     changes: dict[str, str], message: str, folder: Path, tmp_path: Path
 ) -> None:
-    config = with_codec(folder, tmp_path, **{key: value.format(folder=folder) for key, value in changes.items()})
+    config = with_codec(
+        folder, tmp_path, **{key: value.format(folder=folder) for key, value in changes.items()}
+    )
     with pytest.raises(ConfigError, match=message):
         check_stage(config, 1)
 
 
 def test_other_weights_of_the_image_tokenizer_are_warned_of(folder: Path, tmp_path: Path) -> None:
     (note,) = check_stage(with_codec(folder, tmp_path), 1).notes
-    assert re.fullmatch(r"codec\.vision\.weights: .*/vqgan has fingerprint \w{16}, .* of the data are of 0{16}", note)
+    assert re.fullmatch(
+        r"codec\.vision\.weights: .*/vqgan has fingerprint \w{16}, .* of the data are of 0{16}", note
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -74,5 +88,7 @@ def test_another_tokenizer_is_found_before_weights_are_loaded(
 
     monkeypatch.setattr("unitoken.train.stage.load_weights", lambda *_: pytest.fail("it loaded weights"))
     config = with_codec(folder, tmp_path, tokenizer=TOKENIZER)
-    with pytest.raises(ConfigError, match=r"codec\.tokenizer: .* gives a vocabulary .*, the data is in \w{16} \(583"):
+    with pytest.raises(
+        ConfigError, match=r"codec\.tokenizer: .* gives a vocabulary .*, the data is in \w{16} \(583"
+    ):
         run_stage(config, check_stage(config, 1))

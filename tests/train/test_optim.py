@@ -8,7 +8,9 @@ from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, V
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
-DECODER = DecoderConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2)
+DECODER = DecoderConfig(
+    vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2
+)
 VISION = VisionTowerConfig(
     hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
 )
@@ -31,7 +33,9 @@ def test_stage_one_trains_the_tower_without_its_embeddings_and_the_adapter(model
 
 
 def test_the_towers_embeddings_train_where_they_are_named(model: UniToken) -> None:
-    assert any(name.startswith("vit.embeddings.patch_embedding") for name in freeze(model, ["vit", "vit.embeddings"]))
+    assert any(
+        name.startswith("vit.embeddings.patch_embedding") for name in freeze(model, ["vit", "vit.embeddings"])
+    )
     assert trained(model) >= {"vit.embeddings.position_embedding.weight"}
 
 
@@ -43,7 +47,9 @@ def test_a_name_is_a_whole_name_not_a_substring(model: UniToken) -> None:
     assert not any("lm_head" in name for name in freeze(model, ["model"]))
 
 
-@pytest.mark.parametrize("name", ["vitt", "layers", "model.layers.99", "vit.encoder.layers.0.self_attn.q_proj.weigh"])
+@pytest.mark.parametrize(
+    "name", ["vitt", "layers", "model.layers.99", "vit.encoder.layers.0.self_attn.q_proj.weigh"]
+)
 def test_a_name_that_trains_nothing_is_an_error(name: str, model: UniToken) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' names no parameter"):
         freeze(model, ["adapter", name])
@@ -75,7 +81,9 @@ def test_norms_and_biases_are_not_decayed(model: UniToken) -> None:
 
 def test_the_longest_name_decides_the_learning_rate(model: UniToken) -> None:
     freeze(model, ["vit", "adapter", "model", "lm_head"])
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"model": 0.5, "model.embed_tokens": 0.1}))
+    optimizer = build_optimizer(
+        model, OptimizerConfig(lr=1.0, lr_scales={"model": 0.5, "model.embed_tokens": 0.1})
+    )
     set_learning_rate(optimizer, 1.0)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rate[id(model.model.embed_tokens.weight)] == 0.1

@@ -80,7 +80,9 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
     assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018.pt"
 
 
-@pytest.mark.parametrize("step", [5, 9, 10, 11])  # resumed after step 4 and 8; 9 is the end of the epoch, 10 in the second
+@pytest.mark.parametrize(
+    "step", [5, 9, 10, 11]
+)  # resumed after step 4 and 8; 9 is the end of the epoch, 10 in the second
 def test_a_run_killed_anywhere_resumes_with_the_same_losses_bit_for_bit(
     step: int, folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +112,10 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
             train(config)
     assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
     state = checkpoints.read_checkpoint(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
-    assert (state["epoch"], state["batch_in_epoch"]) == (1, 0)  # not 9 of 9: the rest of an epoch that is over
+    assert (state["epoch"], state["batch_in_epoch"]) == (
+        1,
+        0,
+    )  # not 9 of 9: the rest of an epoch that is over
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
 
@@ -132,13 +137,19 @@ def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> 
     """The reference resumed from weights rounded to bfloat16 under float32 moments (bug 24)."""
     state = checkpoints.read_checkpoint(latest_checkpoint(uninterrupted))
     tensors = {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
-    moments = [tensor for one in next(iter(state["optimizers"].values()))["state"].values() for tensor in one.values()]
+    moments = [
+        tensor
+        for one in next(iter(state["optimizers"].values()))["state"].values()
+        for tensor in one.values()
+    ]
     assert {tensor.dtype for tensor in [*tensors.values(), *moments]} == {torch.float32}
     trained = [tensor for name, tensor in tensors.items() if "vit.embeddings" not in name]
     assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained)
 
 
-def test_a_finished_stage_is_left_as_it_is(folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_stage_is_left_as_it_is(
+    folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
     assert "finished" in capsys.readouterr().out
@@ -150,7 +161,12 @@ def test_a_run_may_last_so_many_tokens_and_is_as_long_wherever_it_is_resumed(
 ) -> None:
     """Told in whole steps by the plan's tokens, so that it ends at the same batch on any number of ranks."""
     tokens = sum(line["tokens"] for line in metrics(uninterrupted)[:9])  # of an epoch
-    config = stage(folder, f"save.folder={tmp_path}", f"max_duration={tokens * 14 // 9}tok", f"optimizer.warmup={tokens}tok")
+    config = stage(
+        folder,
+        f"save.folder={tmp_path}",
+        f"max_duration={tokens * 14 // 9}tok",
+        f"optimizer.warmup={tokens}tok",
+    )
     with monkeypatch.context() as patch:
         kill_at(11, patch)
         with pytest.raises(KilledError):
@@ -166,13 +182,20 @@ def test_a_run_may_last_so_many_tokens_and_is_as_long_wherever_it_is_resumed(
 def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: Path, tmp_path: Path) -> None:
     """Microbatches hold different numbers of supervised tokens: a mean of their means would differ."""
     overrides = ["model.dropout=0", "max_duration=4ba"]
-    curves = [curve(train(stage(folder, f"save.folder={tmp_path}/{size}", f"microbatch={size}", *overrides))) for size in (1, 3, 4)]
+    curves = [
+        curve(train(stage(folder, f"save.folder={tmp_path}/{size}", f"microbatch={size}", *overrides)))
+        for size in (1, 3, 4)
+    ]
     for other in curves[1:]:
         assert [loss for _, loss in other] == pytest.approx([loss for _, loss in curves[0]], abs=1e-5)
-    reference = stage(folder, f"save.folder={tmp_path}/c", *overrides, "compat=unitoken", "data.continuous=all")
+    reference = stage(
+        folder, f"save.folder={tmp_path}/c", *overrides, "compat=unitoken", "data.continuous=all"
+    )
     plain = stage(folder, f"save.folder={tmp_path}/p", *overrides, "data.continuous=all")
     means = [curve(train(config))[0][1] for config in (reference, plain)]
-    assert abs(means[0] - means[1]) > 1e-4  # compat: the mean of the microbatches' means (and separators trained on)
+    assert (
+        abs(means[0] - means[1]) > 1e-4
+    )  # compat: the mean of the microbatches' means (and separators trained on)
 
 
 def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> None:
@@ -208,7 +231,9 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
         torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folder: Path, tmp_path: Path) -> None:
+def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(
+    folder: Path, tmp_path: Path
+) -> None:
     base = stage(
         folder, f"save.folder={tmp_path}/base", "name=base", "model.vision=null", "data.continuous=none", "max_duration=3ba",
         "trainable=[model, lm_head]",
@@ -221,7 +246,9 @@ def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(folde
         "max_duration=3ba",
         "trainable=[vit, adapter]",
     )
-    two = stage(folder, f"save.folder={tmp_path}/two", "name=two", f"init_from={tmp_path}/one", "max_duration=3ba")
+    two = stage(
+        folder, f"save.folder={tmp_path}/two", "name=two", f"init_from={tmp_path}/one", "max_duration=3ba"
+    )
     after = [weights(train(config)) for config in (base, one, two)]
     for name, tensor in after[1].items():
         if name.split(".")[0] in ("model", "lm_head"):
@@ -242,11 +269,15 @@ def test_a_stage_that_begins_with_an_unfinished_one_says_so(
         origin = Path(shutil.copy(uninterrupted / f"step-000000{step}.pt", tmp_path / f"after-{step}.pt"))
         train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
         lines = [line for line in capsys.readouterr().out.splitlines() if f"init_from: {origin}" in line]
-        constants = f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        constants = (
+            f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        )
         assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
 
 
-def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_stage_never_starts_its_trained_tower_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]")
     with monkeypatch.context() as patch:
@@ -263,7 +294,11 @@ def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_p
 
     monkeypatch.setattr(UniToken, "forward", forward)
     again = stage(
-        folder, f"save.folder={tmp_path}", "max_duration=6ba", "trainable=[vit, adapter]", "init_from=/not/needed/any/more"
+        folder,
+        f"save.folder={tmp_path}",
+        "max_duration=6ba",
+        "trainable=[vit, adapter]",
+        "init_from=/not/needed/any/more",
     )
     train(again)
     assert saved.keys() == seen.keys()
@@ -271,7 +306,9 @@ def test_a_resumed_stage_never_starts_its_trained_tower_anew(folder: Path, tmp_p
         assert torch.equal(tensor, seen[name]), name
 
 
-def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_of_stages_never_loses_trained_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stage I -> export -> init_from -> Stage II -> export, each stage killed and resumed; the reference's bug 23 lost the tower.
 
     Each stage begins with exactly what the one before it ended with, also where the run that began was killed and another ends it.
@@ -280,7 +317,9 @@ def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: P
 
     def forward(self: UniToken, batch: Any, real: Any = UniToken.forward) -> Any:
         if not starts[-1]:
-            starts[-1].update({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
+            starts[-1].update(
+                {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+            )
         return real(self, batch)
 
     def start(config: StageConfig) -> dict[str, torch.Tensor]:
@@ -299,10 +338,18 @@ def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: P
         return trained
 
     monkeypatch.setattr(UniToken, "forward", forward)
-    one = stage(folder, f"save.folder={tmp_path}/one", "name=one", "max_duration=6ba", "trainable=[vit, adapter]")
+    one = stage(
+        folder, f"save.folder={tmp_path}/one", "name=one", "max_duration=6ba", "trainable=[vit, adapter]"
+    )
     after_one = killed_then_resumed(one)
     export_model(str(tmp_path / "one"), tmp_path / "exported", "fp32")
-    two = stage(folder, f"save.folder={tmp_path}/two", "name=two", "max_duration=6ba", f"init_from={tmp_path}/exported")
+    two = stage(
+        folder,
+        f"save.folder={tmp_path}/two",
+        "name=two",
+        "max_duration=6ba",
+        f"init_from={tmp_path}/exported",
+    )
     after_two = killed_then_resumed(two)
     began = starts[-2]
     for name, tensor in after_one.items():
@@ -312,14 +359,18 @@ def test_a_chain_of_stages_never_loses_trained_weights(folder: Path, tmp_path: P
     export_model(str(tmp_path / "two"), tmp_path / "exported", "fp32")  # in the place of the first
     again = checkpoints.open_source(find_origin(str(tmp_path / "exported"))).load()
     for name, tensor in after_two.items():
-        assert torch.equal(tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]), name
+        assert torch.equal(
+            tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]
+        ), name
 
 
 def test_what_may_be_another_mixture_than_was_meant_is_a_line(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
-    monkeypatch.setattr("unitoken.streaming_data.plan.report.PlanReport.warnings", lambda report: ["too long"])
+    monkeypatch.setattr(
+        "unitoken.streaming_data.plan.report.PlanReport.warnings", lambda report: ["too long"]
+    )
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
     assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
 
@@ -327,13 +378,17 @@ def test_what_may_be_another_mixture_than_was_meant_is_a_line(
 def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/run/model")
+    config = stage(
+        folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/run/model"
+    )
 
     def killed(*args: Any) -> None:
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("unitoken.train.checkpoint.export._write_json", killed)  # its weights are on the disk, half of it is not
+        patch.setattr(
+            "unitoken.train.checkpoint.export._write_json", killed
+        )  # its weights are on the disk, half of it is not
         with pytest.raises(KilledError):
             train(config)
     assert not (tmp_path / "run/model").exists()
@@ -341,23 +396,30 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     assert "finished" in (said := capsys.readouterr().out)
     assert "exported to" in said
     source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
-    assert torch.equal(source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
+    assert torch.equal(
+        source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float()
+    )
     train(config)
     assert "exported to" not in capsys.readouterr().out
     train(config.model_copy(update={"max_duration": "4ba"}))  # longer: a newer model in its place
     assert "exported to" in capsys.readouterr().out
     exported = checkpoints.open_source(tmp_path / "run/model").load()
-    assert torch.equal(weights(tmp_path / "run")["lm_head.weight"].bfloat16().float(), exported["lm_head.weight"])
+    assert torch.equal(
+        weights(tmp_path / "run")["lm_head.weight"].bfloat16().float(), exported["lm_head.weight"]
+    )
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
     """Tried small, then with the real data: it would say that it is finished, and Stage II would begin with the trial's weights."""
     settings = [f"save.folder={tmp_path}/run", "max_duration=1ba"]
     run_folder = train(stage(folder, *settings))
-    train(stage(folder, *settings, "microbatch=2", "log.every=7", f"data.cache={tmp_path}"))  # nothing that weights depend on
+    train(
+        stage(folder, *settings, "microbatch=2", "log.every=7", f"data.cache={tmp_path}")
+    )  # nothing that weights depend on
     other = stage(folder, *settings, "optimizer.lr=5e-4", "seed=7")
     with pytest.raises(
-        ConfigError, match=r"run: finished with other settings: optimizer\.lr 0\.003, now 0\.0005; seed 0, now 7\. Ch"
+        ConfigError,
+        match=r"run: finished with other settings: optimizer\.lr 0\.003, now 0\.0005; seed 0, now 7\. Ch",
     ):
         train(other)
     assert "lr: 0.003" in (run_folder / "stage.yaml").read_text()
@@ -365,7 +427,9 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(folder: Path
 
 def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_path: Path) -> None:
     try:
-        fixed = train(stage(folder, f"save.folder={tmp_path}/fixed", "max_duration=3ba", "deterministic=true"))
+        fixed = train(
+            stage(folder, f"save.folder={tmp_path}/fixed", "max_duration=3ba", "deterministic=true")
+        )
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -401,10 +465,14 @@ def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigError, match=rf"^save\.folder: {tmp_path}: another run is at work in it and holds \.lock$"):
+        with pytest.raises(
+            ConfigError, match=rf"^save\.folder: {tmp_path}: another run is at work in it and holds \.lock$"
+        ):
             train(config)
         with monkeypatch.context() as patch:  # a file system without locks
-            patch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+            patch.setattr(
+                "fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available"))
+            )
             train(config)
     finally:
         other.kill()
@@ -413,31 +481,48 @@ def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
     assert len(curve(tmp_path)) == 2
 
 
-def test_a_copy_of_a_run_that_lost_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_copy_of_a_run_that_lost_its_link_goes_on(
+    folder: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")  # follows links
     train(stage(folder, f"save.folder={tmp_path}/run", "max_duration=19ba"))
     assert curve(tmp_path / "run")[:18] == curve(uninterrupted)
     assert len(curve(tmp_path / "run")) == 19
 
 
-def test_a_resumed_run_takes_the_optimizers_settings_of_today(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_takes_the_optimizers_settings_of_today(
+    folder: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     """It went on with those in the checkpoint, without a word, and a new entry of `lr_scales` was a KeyError."""
     changed = ["optimizer.weight_decay=0.5", "optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-3"]
     found = {}
-    for name, overrides in {"changed": [*changed, "optimizer.lr_scales={vit: 0.5, adapter: 0.1}"], "same": []}.items():
+    for name, overrides in {
+        "changed": [*changed, "optimizer.lr_scales={vit: 0.5, adapter: 0.1}"],
+        "same": [],
+    }.items():
         run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
         train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
-        found[name] = next(iter(checkpoints.read_checkpoint(latest_checkpoint(run_folder))["optimizers"].values()))
+        found[name] = next(
+            iter(checkpoints.read_checkpoint(latest_checkpoint(run_folder))["optimizers"].values())
+        )
     groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
     assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
     assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}
-    assert {name: group["lr_scale"] for (name, _), group in groups.items()} == {"vit": 0.5, "adapter": 0.1, "rest": 1.0}
+    assert {name: group["lr_scale"] for (name, _), group in groups.items()} == {
+        "vit": 0.5,
+        "adapter": 0.1,
+        "rest": 1.0,
+    }
     assert groups["vit", 0.5]["lr"] == 0.5 * groups["rest", 0.5]["lr"] > 0
-    assert {(group["betas"], group["eps"]) for group in found["same"]["param_groups"]} == {((0.9, 0.95), 1e-8)}
+    assert {(group["betas"], group["eps"]) for group in found["same"]["param_groups"]} == {
+        ((0.9, 0.95), 1e-8)
+    }
     assert found["changed"]["state"].keys() == found["same"]["state"].keys()  # no moment is lost
 
 
-def test_another_runs_export_of_the_same_step_is_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runs_export_of_the_same_step_is_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trained again with another seed: the folder had kept the model of before, without a word."""
     config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/model")
 
@@ -459,8 +544,12 @@ def test_another_runs_export_of_the_same_step_is_replaced(folder: Path, tmp_path
 def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path) -> None:
     with pytest.raises(ConfigError, match="give each stage a folder of its own"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "name=other"))
-    smaller = stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "model.decoder.hidden_size=16")
-    with pytest.raises(ConfigError, match="another architecture: its decoder and this stage's have hidden_size 32 and 16"):
+    smaller = stage(
+        folder, f"save.folder={uninterrupted}", "max_duration=3ep", "model.decoder.hidden_size=16"
+    )
+    with pytest.raises(
+        ConfigError, match="another architecture: its decoder and this stage's have hidden_size 32 and 16"
+    ):
         train(smaller)
     (uninterrupted / "model.json").rename(uninterrupted / "away")  # a run of before there was one
     with pytest.raises(ConfigError, match="tensors do not fit"):
@@ -475,7 +564,9 @@ def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) 
     assert (uninterrupted / "stage.yaml").read_bytes() == about  # still what was trained
 
 
-def test_bfloat16_without_a_gpu_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_without_a_gpu_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="precision: bf16 needs a GPU"):
         train(stage(folder, f"save.folder={tmp_path}", "precision=bf16"))

@@ -83,7 +83,11 @@ def _pairs(record: Record, dataset: Dataset, codec: VisionCodec) -> Iterator[Pai
         if not len(data):
             yield Pair(kept, f"from its {codes.size} codes; the dataset has no originals")
             continue
-        chance = images.crop_chance(manifest.seed, record.id, number) if manifest.crop_position == "random" else None
+        chance = (
+            images.crop_chance(manifest.seed, record.id, number)
+            if manifest.crop_position == "random"
+            else None
+        )
         try:
             with images.decoded(data, compat=manifest.compat is not None) as original:
                 size, cut = original.size, images.tokenizer_pixels(original, (width, height), chance)

@@ -21,7 +21,10 @@ def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[tup
     """Pieces (kind, text, trained) in order. Kinds: `text`, `special` (the token's name), `image` (`[image HxW]`)."""
     trained = record.labels() >= 0
     names = {getattr(vocabulary, name): token for name, token in SPECIAL_NAMES.items()}
-    images = {int(start): (int(end), f"[image {height}x{width}]") for start, end, height, width in record.image_spans}
+    images = {
+        int(start): (int(end), f"[image {height}x{width}]")
+        for start, end, height, width in record.image_spans
+    }
     pieces: list[tuple[str, str, bool]] = []
     position = 0
     while position < len(record.tokens):
@@ -34,9 +37,16 @@ def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[tup
             pieces.append(("special", names[token], train))
         else:
             end = position
-            while end < len(record.tokens) and end not in images and int(record.tokens[end]) not in names and trained[end] == train:
+            while (
+                end < len(record.tokens)
+                and end not in images
+                and int(record.tokens[end]) not in names
+                and trained[end] == train
+            ):
                 end += 1
-            pieces.append(("text", tokenizer.decode(np.asarray(record.tokens[position:end], np.int64).tolist()), train))
+            pieces.append(
+                ("text", tokenizer.decode(np.asarray(record.tokens[position:end], np.int64).tolist()), train)
+            )
         position = end
     return pieces
 
@@ -78,7 +88,9 @@ def show_samples(out: str, tokenizer_name: str, count: int) -> None:
         head = f"{record.id}: {len(record.tokens)} tokens, {targets} trained on, {len(record.images)} images"
         line = Text(head + "\n  ", style="bold")
         for kind, text, trained in describe(record, vocabulary, tokenizer):
-            style = ("green" if trained else "default") + (" dim" if kind == "special" else " bold" if kind == "image" else "")
+            style = ("green" if trained else "default") + (
+                " dim" if kind == "special" else " bold" if kind == "image" else ""
+            )
             line.append(text, style="not bold " + style if kind != "image" else style)
         console.print(line, soft_wrap=True)
 
@@ -92,5 +104,7 @@ def records(store: Store) -> Iterator[Record]:
         reader.validate(allow_unsafe_types=False)  # pickled columns run code
         name = entry["raw_data"]["basename"]
         for number in range(entry["samples"]):
-            start, end = np.frombuffer(store.read_range(name, 4 * (number + 1), 4 * (number + 3)), "<u4").tolist()
+            start, end = np.frombuffer(
+                store.read_range(name, 4 * (number + 1), 4 * (number + 3)), "<u4"
+            ).tolist()
             yield Record.from_mds(reader.decode_sample(store.read_range(name, start, end)))

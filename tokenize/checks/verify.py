@@ -55,11 +55,15 @@ def verify(out: str, sample: float = 1.0) -> list[str]:
         return [str(error)]
     picked = chosen(len(entries), sample)
     found += _wrong_counts(store, manifest, work, entries)
-    found += wrong_chunks(store, work, entries, None if sample == 1 else {chunk_of(entries[number]) for number in picked})
+    found += wrong_chunks(
+        store, work, entries, None if sample == 1 else {chunk_of(entries[number]) for number in picked}
+    )
     found += _wrong_shards(store, Rules.of(manifest, _vocabulary(store)), entries, picked)
     size = sum(entries[number]["raw_data"]["bytes"] for number in picked)
     result = f"{len(found)} lines of what is wrong" if found else "nothing is wrong"
-    print(f"{out}: {manifest.samples:,} samples; {len(picked):,} of {len(entries):,} shards read, {size:,} bytes: {result}")
+    print(
+        f"{out}: {manifest.samples:,} samples; {len(picked):,} of {len(entries):,} shards read, {size:,} bytes: {result}"
+    )
     return found
 
 
@@ -77,7 +81,9 @@ def _wrong_files(store: Store, manifest: Manifest, work: Work) -> Iterator[str]:
     job = load_job(store)
     as_written = {MANIFEST: manifest.dump(), JOB: dump(job), INPUT: dump(work.input)}
     as_written |= {round_name(number): dump(retry) for number, retry in enumerate(work.rounds, 1)}
-    yield from (f"{name}: was changed by hand" for name, data in as_written.items() if store.read(name) != data)
+    yield from (
+        f"{name}: was changed by hand" for name, data in as_written.items() if store.read(name) != data
+    )
     for name in sorted({INDEX, SIDECAR, REJECTS, VOCABULARY} | set(manifest.files)):
         try:
             with store.open(name) as file:
@@ -94,7 +100,11 @@ def _wrong_files(store: Store, manifest: Manifest, work: Work) -> Iterator[str]:
     if work.input.fingerprint != manifest.source:
         yield f"{INPUT}: its fingerprint is {work.input.fingerprint}, {MANIFEST} has {manifest.source}"
     if (chunks := len(work.chunks())) != manifest.chunks:
-        hint = ": a retry was begun and did not end, run it again" if work.rounds and chunks > manifest.chunks else ""
+        hint = (
+            ": a retry was begun and did not end, run it again"
+            if work.rounds and chunks > manifest.chunks
+            else ""
+        )
         yield f"{MANIFEST}: {manifest.chunks} chunks, {INPUT} and the rounds of retries make {chunks}{hint}"
 
 
@@ -102,7 +112,9 @@ def _wrong_counts(store: Store, manifest: Manifest, work: Work, entries: Sequenc
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    found = Counter(samples=sum(entry["samples"] for entry in entries), rejected=0, tokens=0, target_tokens=0, images=0)
+    found = Counter(
+        samples=sum(entry["samples"] for entry in entries), rejected=0, tokens=0, target_tokens=0, images=0
+    )
     summed = ["tokens", "target_tokens", "images"]
     with store.open(SIDECAR) as file:
         sidecar = pq.ParquetFile(file)
@@ -130,7 +142,9 @@ def _vocabulary(store: Store) -> Vocabulary:
 # --- the shards ------------------------------------------------------------------------------------------------------
 
 
-def _wrong_shards(store: Store, rules: Rules, entries: Sequence[Entry], picked: Sequence[int]) -> Iterator[str]:
+def _wrong_shards(
+    store: Store, rules: Rules, entries: Sequence[Entry], picked: Sequence[int]
+) -> Iterator[str]:
     ends = np.cumsum([entry["samples"] for entry in entries])
     said = time.monotonic()
     with Rows(store) as rows, warnings.catch_warnings():
@@ -150,7 +164,9 @@ def _wrong_shards(store: Store, rules: Rules, entries: Sequence[Entry], picked: 
                 print(f"verify: {done + 1:,} of {len(picked):,} shards", file=sys.stderr, flush=True)
 
 
-def _loaded(store: Store, entries: Sequence[Entry], picked: Sequence[int]) -> Iterator[tuple[int, bytes | str]]:
+def _loaded(
+    store: Store, entries: Sequence[Entry], picked: Sequence[int]
+) -> Iterator[tuple[int, bytes | str]]:
     """The shards in order, each with its bytes or why they are not what the index says; some are read ahead."""
     waiting: deque[tuple[int, Future[bytes | str]]] = deque()
     with ThreadPoolExecutor(AHEAD) as pool:

@@ -34,7 +34,9 @@ def read_entries(store: Store) -> list[Entry]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{store.url}/{INDEX}: no MDS index: {error!r}") from None
     if wrong:
-        raise ConfigError(f"{store.url}/{INDEX}: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {wrong[0]!r}")
+        raise ConfigError(
+            f"{store.url}/{INDEX}: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {wrong[0]!r}"
+        )
     return entries
 
 
@@ -59,7 +61,9 @@ class Rows:
         last = int(np.searchsorted(self._bounds, end, "left"))
         if start == end:
             return self._table.schema_arrow.empty_table()
-        return self._table.read_row_groups(range(first, last)).slice(start - int(self._bounds[first]), end - start)
+        return self._table.read_row_groups(range(first, last)).slice(
+            start - int(self._bounds[first]), end - start
+        )
 
     def __enter__(self) -> Rows:
         return self
@@ -68,11 +72,16 @@ class Rows:
         self._file.close()
 
 
-def wrong_chunks(store: Store, work: Work, entries: Sequence[Entry], wanted: Collection[str] | None) -> Iterator[str]:
+def wrong_chunks(
+    store: Store, work: Work, entries: Sequence[Entry], wanted: Collection[str] | None
+) -> Iterator[str]:
     """Compare the chunks' index, sidecar and rejects with the root's. `wanted`: the chunks to look at, None for all."""
     spans = _spans(entries)
     everywhere = work.chunks()
-    yield from (f"{INDEX}: {name!r} is no chunk of this dataset" for name in sorted(set(spans) - {c.name for c in everywhere}))
+    yield from (
+        f"{INDEX}: {name!r} is no chunk of this dataset"
+        for name in sorted(set(spans) - {c.name for c in everywhere})
+    )
     chunks = [chunk for chunk in everywhere if wanted is None or chunk.name in wanted]
     sizes = store.sizes()
     last_round = work.last_rounds()
@@ -106,7 +115,9 @@ def _spans(entries: Sequence[Entry]) -> dict[str, tuple[int, int, int, int]]:
     return spans
 
 
-def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tuple[merge.Part | None, list[str]]:
+def _part(
+    store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]
+) -> tuple[merge.Part | None, list[str]]:
     """What the merge reads of a chunk, where nothing is wrong with it alone."""
     import pyarrow as pa
 
@@ -116,7 +127,13 @@ def _part(store: Store, work: Work, chunk: Chunk, sizes: dict[str, int]) -> tupl
         as_written = _written_so(part.samples, sidecar)
     except ConfigError as error:
         return None, [str(error)]
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:  # of all kinds, for a broken Parquet file
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        pa.ArrowException,
+    ) as error:  # of all kinds, for a broken Parquet file
         return None, [f"{chunk.name}: not readable: {' '.join(repr(error).split())}"]
     found = [f"{chunk.name}/{REJECTS}: {problem}" for problem in _wrong_rejects(part, work)]
     if index != dump_index(json.loads(index)["shards"], part.turns_left_out):

@@ -16,7 +16,10 @@ from unitoken.dataset.manifest import SIDECAR, Manifest
 from unitoken.dataset.record import Record, token_type
 from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 
-MIGRATED, WITHOUT_IMAGES = "record.json", "record.json without images"  # as the manifest's `adapter` (migrate.py)
+MIGRATED, WITHOUT_IMAGES = (
+    "record.json",
+    "record.json without images",
+)  # as the manifest's `adapter` (migrate.py)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ def wrong_with(record: Record, row: Mapping[str, Any], rules: Rules) -> Iterator
     if targets.ndim != 2 or targets.shape[1] != 2:
         yield f"target_spans: shape {targets.shape}, expected (S, 2)"
         return
-    unordered = [line for name, value in (("target", targets), ("image", spans)) for line in _unordered(name, value, len(tokens))]
+    unordered = [
+        line
+        for name, value in (("target", targets), ("image", spans))
+        for line in _unordered(name, value, len(tokens))
+    ]
     yield from unordered
     if unordered:
         return

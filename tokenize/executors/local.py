@@ -45,7 +45,9 @@ def launch(job: Job, splits: int) -> list[str]:
     ranks = sorted({place % splits for place, chunk in enumerate(chunks) if chunk.name not in done})
     if not ranks:
         return []
-    workers = [_start(job, rank, splits, device) for rank, device in zip(ranks, _devices(len(ranks)), strict=True)]
+    workers = [
+        _start(job, rank, splits, device) for rank, device in zip(ranks, _devices(len(ranks)), strict=True)
+    ]
     try:
         with show_progress(share_of(job, chunks)) as bar:
             times = _listen(workers, bar)

@@ -41,7 +41,9 @@ def share_of(job: Job, chunks: Sequence[Chunk]) -> RunProgress:
 
     items = [job.work.items(chunk) for chunk in chunks]
     total = None if None in items else sum(count or 0 for count in items)
-    return RunProgress(total, sum(job.work.items(chunk) or 0 for chunk in done()), len(chunks), lambda: len(done()))
+    return RunProgress(
+        total, sum(job.work.items(chunk) or 0 for chunk in done()), len(chunks), lambda: len(done())
+    )
 
 
 @contextlib.contextmanager
@@ -56,7 +58,9 @@ def show_progress(share: RunProgress) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("tokenize"), BarColumn(bar_width=None), TextColumn("{task.fields[state]}"))
-    with Bar(*columns, console=Console(stderr=True), expand=True) as bar:  # the bar takes what the words leave of the line
+    with Bar(
+        *columns, console=Console(stderr=True), expand=True
+    ) as bar:  # the bar takes what the words leave of the line
         shown = _Bar(share, bar)
         yield shown
         shown.show(last=True)
@@ -66,7 +70,9 @@ class _Count:
     def __init__(self, share: RunProgress) -> None:
         self.share, self.done, self.rejected = share, share.done, 0
         self._begun_with = share.done
-        self._start = time.monotonic()  # loading the models counts: items come in bursts, and the first burst alone is no rate
+        self._start = (
+            time.monotonic()
+        )  # loading the models counts: items come in bursts, and the first burst alone is no rate
         self._last: float | None = None  # when items came
         self._chunks, self._chunks_counted = 0, float("-inf")
 
@@ -93,8 +99,14 @@ class _Count:
         if self._last is None:
             return f"{count}, loading the models"
         rate = self.rate
-        left = f", {(total - self.done) / rate / 60:,.1f} min left" if total and rate and self.done < total else ""
-        speed = f", {rate:,.0f}/s" if rate >= 100 else f", {rate:.3g}/s" if rate else ""  # none yet where all came at once
+        left = (
+            f", {(total - self.done) / rate / 60:,.1f} min left"
+            if total and rate and self.done < total
+            else ""
+        )
+        speed = (
+            f", {rate:,.0f}/s" if rate >= 100 else f", {rate:.3g}/s" if rate else ""
+        )  # none yet where all came at once
         return f"{count}{speed}{left}, {self.rejected:,} rejected"
 
     def _count_chunks(self, now: bool) -> int:

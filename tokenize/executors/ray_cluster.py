@@ -61,10 +61,14 @@ def _start_ray() -> Any:
     try:
         host, colon, port = address.rpartition(":")
         if colon and port.isdigit():
-            socket.create_connection((host, int(port)), timeout=10).close()  # else Ray tries for two minutes, and exits
+            socket.create_connection(
+                (host, int(port)), timeout=10
+            ).close()  # else Ray tries for two minutes, and exits
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(
+            f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:200]}"
+        ) from None
     return ray
 
 
@@ -72,7 +76,9 @@ def _run(ray: Any, job: Job, missing: list[Chunk], bar: Progress) -> list[str]:
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     # max_calls=0: the process stays, and with it its models; a task with a GPU would take its process along.
-    task = ray.remote(num_cpus=1, num_gpus=min(gpus, 1), max_calls=0, max_retries=RETRIES, retry_exceptions=False)(_do)
+    task = ray.remote(
+        num_cpus=1, num_gpus=min(gpus, 1), max_calls=0, max_retries=RETRIES, retry_exceptions=False
+    )(_do)
     shared = ray.put(job)
     pending = {
         task.remote(shared, group, os.getcwd()): group  # noqa: PTH109 - as the shell has it
@@ -127,7 +133,9 @@ def _do(job: Job, chunks: list[Chunk], folder: str) -> _Outcome:
 
     try:
         os.chdir(folder)  # where the command was given: relative names are seen from there
-        missing = [chunk for chunk in chunks if not job.output.is_done(chunk.name)]  # this may be a second attempt
+        missing = [
+            chunk for chunk in chunks if not job.output.is_done(chunk.name)
+        ]  # this may be a second attempt
         times = run_chunks(job, missing, report, "cuda" if torch.cuda.is_available() else "cpu")
     except ConfigError as error:
         return _Outcome(mistake=str(error))

@@ -117,7 +117,9 @@ def ahead(values: Generator[A, None, None], name: str) -> Generator[A, None, Non
         thread.join()
 
 
-def encode(groups: Iterable[Group], vision: VisionCodec, batch_size: int, times: Times) -> Generator[Group, None, None]:
+def encode(
+    groups: Iterable[Group], vision: VisionCodec, batch_size: int, times: Times
+) -> Generator[Group, None, None]:
     """Groups whose pictures have codes.
 
     Pictures of one size wait until they fill a batch. What waits is encoded as it is at the end of a chunk, and when

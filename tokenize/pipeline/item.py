@@ -42,7 +42,9 @@ class Rejects:
 
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def sift(self, stage: str, function: Callable[[Place, A], B], values: Iterable[tuple[Place, A]]) -> Iterator[tuple[Place, B]]:
+    def sift(
+        self, stage: str, function: Callable[[Place, A], B], values: Iterable[tuple[Place, A]]
+    ) -> Iterator[tuple[Place, B]]:
         for place, value in values:
             try:
                 result = function(place, value)

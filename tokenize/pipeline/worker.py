@@ -64,7 +64,9 @@ class Tokenizer:
         self._text = TextEncoder(load_tokenizer(job.config.tokenizer), self.vocabulary, self._compat)
         self.vision = load_vision(job.config.vision, device)
         self._adapter = find_adapter(job.config.adapter)
-        self._pictures = PictureReader(job.config.allow_http, job.config.allow_private, job.config.timeout_seconds)
+        self._pictures = PictureReader(
+            job.config.allow_http, job.config.allow_private, job.config.timeout_seconds
+        )
         self._threads = job.config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
         self._crops = images.crops(job.config.crop, job.config.target_size, unit)
@@ -81,7 +83,9 @@ class Tokenizer:
         with ThreadPoolExecutor(self._threads, "pictures") as pool:
             opened = concurrency.ahead(self._open_ahead(chunks, pool, room, times), "reader")
             groups = (future.result() for future in opened)
-            encoded = concurrency.ahead(concurrency.encode(groups, self.vision, self._config.vision.batch_size, times), "encoder")
+            encoded = concurrency.ahead(
+                concurrency.encode(groups, self.vision, self._config.vision.batch_size, times), "encoder"
+            )
             try:
                 for work, of_chunk in itertools.groupby(timed(encoded, wait), key=lambda group: group.chunk):
                     self._write(work, of_chunk, room, report)
@@ -141,7 +145,9 @@ class Tokenizer:
 
     # --- threads for pictures ---
 
-    def _open_group(self, group: Group, items: list[tuple[Place, tuple[Conversation, str]]], room: Room, times: Times) -> Group:
+    def _open_group(
+        self, group: Group, items: list[tuple[Place, tuple[Conversation, str]]], room: Room, times: Times
+    ) -> Group:
         start = time.perf_counter()
         group.items = list(group.chunk.rejects.sift("image", self._open, items))
         size = sum(len(picture.original) + picture.pixels.nbytes for picture in group.pictures())
@@ -171,7 +177,11 @@ class Tokenizer:
     def _crop(self, data: bytes, item: str, number: int) -> Picture:
         with images.decoded(data, self._compat) as image:
             crop = images.choose_crop(image.size, self._crops)
-            chance = images.crop_chance(self._config.seed, item, number) if self._config.crop_position == "random" else None
+            chance = (
+                images.crop_chance(self._config.seed, item, number)
+                if self._config.crop_position == "random"
+                else None
+            )
             return Picture(data, image.size, images.tokenizer_pixels(image, crop, chance))
 
     # --- the worker's own thread ---
@@ -185,10 +195,14 @@ class Tokenizer:
             note_left_out(folder.path / INDEX, work.turns_left_out)
             folder.publish()
 
-    def _assemble(self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]) -> tuple[Record, PictureSizes]:
+    def _assemble(
+        self, work: ChunkWork, _: Place, value: tuple[Conversation, list[Picture]]
+    ) -> tuple[Record, PictureSizes]:
         conversation, pictures = value
         codes = [picture.codes for picture in pictures if picture.codes is not None]
-        record = assemble(conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary)
+        record = assemble(
+            conversation, codes, [picture.original for picture in pictures], self._text, self.vocabulary
+        )
         check_length(len(record.tokens), self._config.max_tokens)
         work.turns_left_out += conversation.turns_left_out
         return record, [picture.size for picture in pictures]
@@ -241,14 +255,18 @@ def run_rank(job: Job, rank: int, splits: int, report: ReportItems) -> Times:
     if not missing:
         return Times()
     # Asked once more when its turn comes: another run may have done it.
-    return run_chunks(job, (chunk for chunk in missing if not job.output.is_done(chunk.name)), report, _device())
+    return run_chunks(
+        job, (chunk for chunk in missing if not job.output.is_done(chunk.name)), report, _device()
+    )
 
 
 def run_chunks(job: Job, chunks: Iterable[Chunk], report: ReportItems, device: str) -> Times:
     """The models stay loaded for the next call."""
     threads = torch.get_num_threads()
     if device == "cpu":
-        torch.set_num_threads(1)  # a sum's order depends on the threads: 1 everywhere gives the same codes everywhere
+        torch.set_num_threads(
+            1
+        )  # a sum's order depends on the threads: 1 everywhere gives the same codes everywhere
         keep_freed_memory()
     try:
         return _tokenizer(job, device).write_chunks(chunks, report)
@@ -258,7 +276,8 @@ def run_chunks(job: Job, chunks: Iterable[Chunk], report: ReportItems, device: s
 
 def keep_freed_memory() -> None:
     """Let glibc use freed memory again instead of giving it back to the kernel with each large tensor: getting it anew,
-    in 270,000 page faults a picture of 512 x 512, was more than half of the encoder's time."""
+    in 270,000 page faults a picture of 512 x 512, was more than half of the encoder's time.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8

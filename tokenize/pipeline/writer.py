@@ -23,10 +23,15 @@ PictureSizes = list[tuple[int, int]]  # width, height of an item's images
 
 
 def write(
-    records: Iterable[tuple[Record, PictureSizes]], folder: Path, vocabulary: Vocabulary, report: Callable[[int, int], None]
+    records: Iterable[tuple[Record, PictureSizes]],
+    folder: Path,
+    vocabulary: Vocabulary,
+    report: Callable[[int, int], None],
 ) -> None:
     rows: list[dict[str, Any]] = []
-    with MDSWriter(out=str(folder), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=SHARD_BYTES) as writer:
+    with MDSWriter(
+        out=str(folder), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=SHARD_BYTES
+    ) as writer:
         for record, sizes in records:
             writer.write(record.to_mds())
             rows.append(_row(record, sizes))

@@ -32,12 +32,50 @@ from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 Raw = dict[str, Any]
 Adapter = Callable[[Raw], Raw]
 
-HUMAN, ASSISTANT, SYSTEM = ("human", "user"), ("gpt", "assistant", "chatbot", "model"), ("system", "developer")
-NAMES_OF_PICTURES = (*PICTURE_SUFFIXES, *PICTURE_KEYS, "file_name", "filename", "filepath", "url")  # of a pair, in this order
+HUMAN, ASSISTANT, SYSTEM = (
+    ("human", "user"),
+    ("gpt", "assistant", "chatbot", "model"),
+    ("system", "developer"),
+)
+NAMES_OF_PICTURES = (
+    *PICTURE_SUFFIXES,
+    *PICTURE_KEYS,
+    "file_name",
+    "filename",
+    "filepath",
+    "url",
+)  # of a pair, in this order
 TEXT_KEYS = ("txt", "caption", "text", "captions", "vlm_caption", "prompt", "description")
-SOURCE_KEYS = ("input_image", "original_image", "source_image", "source_img", "input", "original", "source", "before")
-EDITED_KEYS = ("edited_image", "output_image", "target_image", "target_img", "edited", "output", "target", "after")
-INSTRUCTION_KEYS = ("edit_prompt", "edit_instruction", "instruction", "edit", "prompt", "txt", "text", "caption")
+SOURCE_KEYS = (
+    "input_image",
+    "original_image",
+    "source_image",
+    "source_img",
+    "input",
+    "original",
+    "source",
+    "before",
+)
+EDITED_KEYS = (
+    "edited_image",
+    "output_image",
+    "target_image",
+    "target_img",
+    "edited",
+    "output",
+    "target",
+    "after",
+)
+INSTRUCTION_KEYS = (
+    "edit_prompt",
+    "edit_instruction",
+    "instruction",
+    "edit",
+    "prompt",
+    "txt",
+    "text",
+    "caption",
+)
 
 DESCRIBE = (
     "Describe this image.",
@@ -64,11 +102,16 @@ def standard(raw: Raw) -> Raw:
     if "__key__" in raw:
         found = raw.get("json")
         if not isinstance(found, dict):
-            raise ItemError(f"no conversations: expected a .json file with an object, the sample's files are {brief(_files(raw))}")
+            raise ItemError(
+                f"no conversations: expected a .json file with an object, the sample's files are {brief(_files(raw))}"
+            )
         named = pictures_of(found)
         others = {key: value for key, value in found.items() if key not in PICTURE_KEYS}
         says_none = any(isinstance(found.get(key), list) for key in PICTURE_KEYS)
-        item = {**others, "image": [_member(raw, image) for image in named] if named or says_none else _pictures(raw)}
+        item = {
+            **others,
+            "image": [_member(raw, image) for image in named] if named or says_none else _pictures(raw),
+        }
     if "conversations" not in item and isinstance(item.get("texts"), list):
         pairs = [pair if isinstance(pair, dict) else {} for pair in item["texts"]]
         turns = [turn for pair in pairs for turn in _turns(pair.get("user"), pair.get("assistant"))]
@@ -83,7 +126,12 @@ def sharegpt(raw: Raw) -> Raw:
     turns = [{**turn, "value": _with_symbols(turn["value"])} for turn in turns]
     system = [{"from": "system", "value": item["system"]}] if item.get("system") else []
     turns, left_out = _from_the_first_question(system + turns)
-    return {"id": item.get("id"), "conversations": _join_system(turns), "image": pictures_of(item), LEFT_OUT: left_out}
+    return {
+        "id": item.get("id"),
+        "conversations": _join_system(turns),
+        "image": pictures_of(item),
+        LEFT_OUT: left_out,
+    }
 
 
 def messages(raw: Raw) -> Raw:
@@ -103,7 +151,11 @@ def caption(raw: Raw) -> Raw:
     """A picture and its text -> the model is asked to describe the picture."""
     picture, text = _pair(raw)
     request = _choose(DESCRIBE, raw, text)
-    return {"id": _id(raw), "conversations": _turns(f"{IMAGE_PLACEHOLDER} {request}", text), "image": [picture]}
+    return {
+        "id": _id(raw),
+        "conversations": _turns(f"{IMAGE_PLACEHOLDER} {request}", text),
+        "image": [picture],
+    }
 
 
 def drawing(raw: Raw) -> Raw:
@@ -131,7 +183,9 @@ def editing(raw: Raw) -> Raw:
     text = fields[name] if name is not None else None
     text = text[0] if isinstance(text, list) and text else text
     if not isinstance(text, str) or not text.strip():
-        raise ItemError(f"no instruction: expected text under {', '.join(INSTRUCTION_KEYS)}, found the keys {brief(list(raw))}")
+        raise ItemError(
+            f"no instruction: expected text under {', '.join(INSTRUCTION_KEYS)}, found the keys {brief(list(raw))}"
+        )
     turns = _turns(f"{IMAGE_PLACEHOLDER} {text.strip()}", IMAGE_PLACEHOLDER)
     return {"id": _id(raw), "conversations": turns, "image": [source, edited]}
 
@@ -187,7 +241,9 @@ def adapter_fingerprint(name: str) -> str:
 def _parts(name: str) -> tuple[Path, str]:
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
-        raise ConfigError(f"adapter: expected one of {', '.join(ADAPTERS)}, or path/to/file.py:function, found '{name}'")
+        raise ConfigError(
+            f"adapter: expected one of {', '.join(ADAPTERS)}, or path/to/file.py:function, found '{name}'"
+        )
     return Path(path), function
 
 
@@ -208,7 +264,9 @@ def _load(name: str) -> Adapter:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the file's own
-        raise ConfigError(f"adapter: {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(
+            f"adapter: {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     adapter = getattr(module, function, None)
     if not callable(adapter):
         raise ConfigError(f"adapter: {path}: has no function '{function}'")
@@ -224,7 +282,9 @@ def _refuse_what_is_not_read(raw: Raw) -> None:
         refuse_video_and_audio(raw)
         return
     if others := [key for key in _files(raw) if key.rpartition(".")[2] in OTHER_SUFFIXES]:
-        raise ItemError(f"not a format that is read: {raw['__key__']}.{others[0]}; pictures may be {', '.join(PICTURE_SUFFIXES)}")
+        raise ItemError(
+            f"not a format that is read: {raw['__key__']}.{others[0]}; pictures may be {', '.join(PICTURE_SUFFIXES)}"
+        )
     if isinstance(nested := raw.get("json"), dict):
         _refuse_what_is_not_read({key: value for key, value in nested.items() if key != "__key__"})
 
@@ -248,7 +308,9 @@ def _member(raw: Raw, image: Any) -> Any:
 def _list(item: Raw, key: str) -> list[Any]:
     found = item.get(key)
     if not isinstance(found, list) or not found:
-        raise ItemError(f"no conversations: expected a list of turns under '{key}', the item's keys are {brief(list(item))}")
+        raise ItemError(
+            f"no conversations: expected a list of turns under '{key}', the item's keys are {brief(list(item))}"
+        )
     return found
 
 
@@ -259,7 +321,9 @@ def _turn(turn: Any) -> Raw:
     role = turn.get("from") or turn.get("role")
     value = turn.get("value") if turn.get("value") is not None else turn.get("content")
     lower = role.lower() if isinstance(role, str) else None
-    role = "human" if lower in HUMAN else "gpt" if lower in ASSISTANT else "system" if lower in SYSTEM else role
+    role = (
+        "human" if lower in HUMAN else "gpt" if lower in ASSISTANT else "system" if lower in SYSTEM else role
+    )
     return {"from": role, "value": value}
 
 
@@ -276,7 +340,11 @@ def _join_system(turns: list[Raw]) -> list[Raw]:
     """What the system says at the beginning becomes the beginning of the first human turn."""
     count = next((number for number, turn in enumerate(turns) if turn["from"] != "system"), len(turns))
     texts = [turn["value"] for turn in turns[: count + 1]]
-    if not 0 < count < len(turns) or turns[count]["from"] != "human" or not all(isinstance(text, str) for text in texts):
+    if (
+        not 0 < count < len(turns)
+        or turns[count]["from"] != "human"
+        or not all(isinstance(text, str) for text in texts)
+    ):
         return turns
     return [{"from": "human", "value": "\n\n".join(text for text in texts if text)}, *turns[count + 1 :]]
 
@@ -299,7 +367,9 @@ def _content(parts: list[Any], apart: Iterator[Any]) -> tuple[str, list[Any]]:
             texts.append(IMAGE_PLACEHOLDER)
             images.append(next(apart, None) if image is None else image)
         else:
-            raise ItemError(f"bad turn: expected parts of type 'text', 'image_url' or 'image', found {brief(part)}")
+            raise ItemError(
+                f"bad turn: expected parts of type 'text', 'image_url' or 'image', found {brief(part)}"
+            )
     return "".join(texts), images
 
 
@@ -317,21 +387,31 @@ def _fields(raw: Raw) -> Raw:
 def _pair(raw: Raw) -> tuple[Any, str]:
     """The picture and the text, under one of the names in use (in any case)."""
     fields = _fields(raw)
-    if (status := fields.get("status")) not in (None, "success") and raw.get("jpg") is None and "error_message" in fields:
-        raise ItemError(f"not downloaded: {brief(fields['error_message'])} (img2dataset's status is {brief(status)})")
+    if (
+        (status := fields.get("status")) not in (None, "success")
+        and raw.get("jpg") is None
+        and "error_message" in fields
+    ):
+        raise ItemError(
+            f"not downloaded: {brief(fields['error_message'])} (img2dataset's status is {brief(status)})"
+        )
     text = _caption(raw, fields)
     return _one_picture(raw, fields, NAMES_OF_PICTURES), text
 
 
 def _one_picture(raw: Raw, fields: Raw, names: Sequence[str]) -> Any:
-    files = [key for key in _files(raw) if key.rpartition(".")[2] in PICTURE_SUFFIXES] if "__key__" in raw else []
+    files = (
+        [key for key in _files(raw) if key.rpartition(".")[2] in PICTURE_SUFFIXES] if "__key__" in raw else []
+    )
     if len(files) > 1 and names is NAMES_OF_PICTURES:
         raise ItemError(f"several pictures: expected one, found {brief(files)}")
     name = next((key for key in names if fields.get(key) not in (None, "", [])), None)
     if name is None and files:
         return raw[files[0]]
     if name is None:
-        raise ItemError(f"no picture: expected one under {', '.join(names)}, found the keys {brief(list(raw))}")
+        raise ItemError(
+            f"no picture: expected one under {', '.join(names)}, found the keys {brief(list(raw))}"
+        )
     picture = fields[name]
     if isinstance(picture, list):
         if len(picture) != 1:

@@ -56,14 +56,18 @@ def list_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
             yield Span(start, end, items)
 
 
-def list_values(file: SourceFile, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def list_values(
+    file: SourceFile, start: int, end: int, wanted: Collection[int] | None
+) -> Iterator[tuple[int, object]]:
     """The elements between two byte borders, numbered from 0."""
     try:
         for number, (_, element) in enumerate(_List(file.blocks(start, end), start).elements(inside=True)):
             if wanted is None or number in wanted:
                 yield number, _value(element)
     except BrokenError as error:
-        raise ConfigError(f"{file.shown}: has changed since it was cut: at byte {error.at}: {error}") from None
+        raise ConfigError(
+            f"{file.shown}: has changed since it was cut: at byte {error.at}: {error}"
+        ) from None
 
 
 def line_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
@@ -81,7 +85,11 @@ def line_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
         items += bool(line.strip())
         at += length
     cut = None
-    if line.strip() and file.read(file.size - 1, file.size) != b"\n" and isinstance(value := _value(line), ItemError):
+    if (
+        line.strip()
+        and file.read(file.size - 1, file.size) != b"\n"
+        and isinstance(value := _value(line), ItemError)
+    ):
         if earlier + items == 1:
             raise ConfigError(f"{file.shown}: {value}")
         at -= length
@@ -90,7 +98,9 @@ def line_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
         yield Span(start, at, items, cut)
 
 
-def line_values(file: SourceFile, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def line_values(
+    file: SourceFile, start: int, end: int, wanted: Collection[int] | None
+) -> Iterator[tuple[int, object]]:
     """The lines between two byte borders, numbered from 0 without the blank ones."""
     lines = (line for _, line in _lines(file.blocks(start, end)) if line.strip())
     for number, line in enumerate(lines):
@@ -100,7 +110,8 @@ def line_values(file: SourceFile, start: int, end: int, wanted: Collection[int] 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
     """Each line (but no more of it than an item may have) with its length in the file. Only a line feed ends one: U+2028
-    may stand inside a JSON text."""
+    may stand inside a JSON text.
+    """
     rest, length = bytearray(), 0
     for block in blocks:
         *whole, last = block.split(b"\n")
@@ -170,7 +181,9 @@ class _List:
     def _broken(self, how: str) -> BrokenError:
         found = "the end of the file"
         if self._next():
-            found = brief(self._text[self._place : self._place + 20].encode("latin-1").decode(errors="replace"))
+            found = brief(
+                self._text[self._place : self._place + 20].encode("latin-1").decode(errors="replace")
+            )
         return BrokenError(self._at + self._place, f"{how}, found {found}")
 
     def _next(self) -> str:
@@ -191,7 +204,9 @@ class _List:
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 16
                 if len(self._text) - self._place > MAX_ITEM_BYTES:
-                    raise BrokenError(self._at + self._place, f"an item of more than {MAX_ITEM_BYTES} bytes") from None
+                    raise BrokenError(
+                        self._at + self._place, f"an item of more than {MAX_ITEM_BYTES} bytes"
+                    ) from None
                 if unfinished and self._more():
                     continue
                 if error.msg.startswith("Unterminated string") or error.pos >= len(self._text):
@@ -215,7 +230,11 @@ class _List:
             missing -= len(block)
         if not parts:
             return False
-        self._text, self._at, self._place = self._text[self._place :] + "".join(parts), self._at + self._place, 0
+        self._text, self._at, self._place = (
+            self._text[self._place :] + "".join(parts),
+            self._at + self._place,
+            0,
+        )
         return True
 
 
@@ -232,7 +251,9 @@ def _no_list(file: SourceFile, error: BrokenError) -> ConfigError:
         pass
     else:
         if not isinstance(value, list) and not text[end:].strip():
-            kind = f"an object with the keys {brief(list(value))}" if isinstance(value, dict) else brief(value)
+            kind = (
+                f"an object with the keys {brief(list(value))}" if isinstance(value, dict) else brief(value)
+            )
             return ConfigError(f"{file.shown}: expected a JSON list of items, found {kind}")
         if not isinstance(value, list):
             hint = "more than one value; one item a line is read from files named .jsonl"

@@ -28,13 +28,22 @@ def samples_in(folder: Path) -> Samples:
             kind = suffix.rpartition(".")[2]
             if not tars.is_of_a_sample(key, suffix) or name.endswith("_stats.json"):  # img2dataset's figures
                 continue
-            if kind in (*PICTURE_SUFFIXES, *OTHER_SUFFIXES, *tars.TEXTS, "json"):  # others are named when the sample is adapted
+            if kind in (
+                *PICTURE_SUFFIXES,
+                *OTHER_SUFFIXES,
+                *tars.TEXTS,
+                "json",
+            ):  # others are named when the sample is adapted
                 found.setdefault(key, []).append(Path(parent, name))
     return dict(sorted(found.items()))
 
 
 def has_pictures(folder: Path) -> bool:
-    return any(file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES for files in samples_in(folder).values() for file in files)
+    return any(
+        file.suffix.lower().removeprefix(".") in PICTURE_SUFFIXES
+        for files in samples_in(folder).values()
+        for file in files
+    )
 
 
 def version(folder: Path) -> tuple[int, str]:
@@ -65,7 +74,9 @@ def _listed(folder: Path, version: str) -> list[tuple[str, list[Path]]]:  # noqa
     return list(samples_in(folder).items())
 
 
-def loose_values(folder: Path, version: str, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def loose_values(
+    folder: Path, version: str, start: int, end: int, wanted: Collection[int] | None
+) -> Iterator[tuple[int, object]]:
     for number, (key, files) in enumerate(_listed(folder, version)[start:end]):
         if wanted is None or number in wanted:
             yield number, _sample(folder, key, files)
@@ -84,7 +95,9 @@ def _sample(folder: Path, key: str, files: list[Path]) -> dict[str, object] | It
             room -= file.stat().st_size
             if not file.is_file() or room < 0:
                 return ItemError(
-                    f"item too large: {key}: more than {MAX_ITEM_BYTES} bytes" if room < 0 else f"no file: {file.name}"
+                    f"item too large: {key}: more than {MAX_ITEM_BYTES} bytes"
+                    if room < 0
+                    else f"no file: {file.name}"
                 )
             data = file.read_bytes()
         except OSError as error:

@@ -142,14 +142,18 @@ def read_piece(input: Input, piece: int, positions: Collection[int] | None = Non
         found += 1
         yield Item(piece, part.file, part.position + part.items - 1, ItemError(f"input cut: {part.cut}"))
     if expected not in (None, found):
-        raise ConfigError(f"{file.name}: has changed since it was cut: {found} items in piece {piece}, expected {expected}")
+        raise ConfigError(
+            f"{file.name}: has changed since it was cut: {found} items in piece {piece}, expected {expected}"
+        )
 
 
 def base(input: Input, file: int) -> str:
     """The folder or URL from where the relative names of a file's images are meant."""
     if input.files[file].format == "folder":
         return input.files[file].name
-    return split(input.files[file].name.partition("?")[0] if is_url(input.files[file].name) else input.files[file].name)[0]
+    return split(
+        input.files[file].name.partition("?")[0] if is_url(input.files[file].name) else input.files[file].name
+    )[0]
 
 
 def item_name(input: Input, item: Item) -> str:
@@ -180,7 +184,11 @@ def _ranges(name: str) -> list[str]:
     if width > 18 or len(last) > 18 or int(last) - int(first) >= MOST_FILES:
         raise ConfigError(f"{name[:200]}: stands for more than {MOST_FILES} files")
     numbers = range(int(first), int(last) + 1)
-    return [tail for n in numbers for tail in _ranges(f"{name[: found.start()]}{n:0{width}d}{name[found.end() :]}")]
+    return [
+        tail
+        for n in numbers
+        for tail in _ranges(f"{name[: found.start()]}{n:0{width}d}{name[found.end() :]}")
+    ]
 
 
 def _matches(name: str) -> list[str]:
@@ -193,17 +201,26 @@ def _matches(name: str) -> list[str]:
     pattern = name[len(folder) + 1 :]
     with _config_errors(name):
         found = open_store(folder).sizes(re.split(r"[*?\[]", pattern)[0])
-    fits = (one for one in found if one.count("/") == pattern.count("/") and PurePosixPath(one).match(pattern))
+    fits = (
+        one for one in found if one.count("/") == pattern.count("/") and PurePosixPath(one).match(pattern)
+    )
     return [join(folder, one) for one in sorted(fits)]
 
 
 def _without_the_rest_of_img2dataset(names: list[str]) -> list[str]:
     """Beside 00000.tar lie 00000.parquet, which lists the same items, and 00000_stats.json: a glob means the tars."""
     tars = {name.removesuffix(".tar") for name in names if name.endswith(".tar")}
-    beside = [name for name in names if name.removesuffix(".parquet") in tars or name.removesuffix("_stats.json") in tars]
+    beside = [
+        name
+        for name in names
+        if name.removesuffix(".parquet") in tars or name.removesuffix("_stats.json") in tars
+    ]
     beside = [name for name in beside if not name.endswith(".tar")]
     if beside:
-        print(f"passed over {len(beside)} files that img2dataset writes beside its tars, such as {beside[0]}", file=sys.stderr)
+        print(
+            f"passed over {len(beside)} files that img2dataset writes beside its tars, such as {beside[0]}",
+            file=sys.stderr,
+        )
     return [name for name in names if name not in set(beside)]
 
 
@@ -251,7 +268,9 @@ def _input_file(name: str) -> InputFile:
     store, file = _locate(name)
     suffix, packed = _suffixes(name)
     with _config_errors(name):
-        if isinstance(store, Folder) and Path(name).exists() and not Path(name).is_file():  # a pipe would never end
+        if (
+            isinstance(store, Folder) and Path(name).exists() and not Path(name).is_file()
+        ):  # a pipe would never end
             raise ConfigError(f"{name}: cannot read the input: not a file")
         size = store.size(file)
         if suffix not in SUFFIXES or (packed and SUFFIXES[suffix] not in UNPACKABLE):
@@ -279,7 +298,11 @@ def _suffixes(name: str) -> tuple[str, str]:
 def _content_version(store: Store, file: str, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     whole = size <= HASHED_BYTES
-    starts = range(0, size, 1 << 20) if whole else [number * (size - BLOCK_BYTES) // (BLOCKS - 1) for number in range(BLOCKS)]
+    starts = (
+        range(0, size, 1 << 20)
+        if whole
+        else [number * (size - BLOCK_BYTES) // (BLOCKS - 1) for number in range(BLOCKS)]
+    )
     for start in starts:
         digest.update(store.read_range(file, start, min(size, start + (1 << 20 if whole else BLOCK_BYTES))))
     return digest.hexdigest()[:16]
@@ -342,7 +365,9 @@ def _whole(format: Format, source: SourceFile) -> Iterator[tuple[int, object]]:
         yield from unpacked.rows(source, DELIMITERS[format], None)
     else:
         spans, read_span = (
-            (json_files.list_spans, json_files.list_values) if format == "json" else (json_files.line_spans, json_files.line_values)
+            (json_files.list_spans, json_files.list_values)
+            if format == "json"
+            else (json_files.line_spans, json_files.line_values)
         )
         number = 0
         try:

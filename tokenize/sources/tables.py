@@ -13,7 +13,10 @@ from unitoken.storage.store import StoreError
 from unitoken.tokenize.sources.base import SourceFile, Span
 
 BATCH_ROWS = 32  # of Parquet are decoded at once: a row may hold pictures
-MOST_UNPACKED, MOST_RATIO = 1 << 28, 200  # bytes of a column in a row group, and times what it is packed: then it is no data
+MOST_UNPACKED, MOST_RATIO = (
+    1 << 28,
+    200,
+)  # bytes of a column in a row group, and times what it is packed: then it is no data
 MOST_ROWS_A_BYTE = 1000
 READ_BYTES = 1 << 20  # a Parquet column is read in parts of this size, not a row group at once
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's reader takes a missing one for an end, too
@@ -27,7 +30,9 @@ def parquet_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
     yield from _row_spans(rows, chunk_size)
 
 
-def parquet_values(file: SourceFile, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def parquet_values(
+    file: SourceFile, start: int, end: int, wanted: Collection[int] | None
+) -> Iterator[tuple[int, object]]:
     """Rows from `start` to `end`, numbered from 0. Those of a row group from a damaged page on are an ItemError each."""
     with _parquet(file) as table:
         first = 0
@@ -49,7 +54,9 @@ def arrow_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
         for batch in _arrow_batches(file):
             rows += batch.num_rows
             _check_names(file, batch.schema.names)
-            if rows > max(1_000_000, MOST_ROWS_A_BYTE * file.size):  # 224 bytes can say that they are 2 * 10**9 nulls
+            if rows > max(
+                1_000_000, MOST_ROWS_A_BYTE * file.size
+            ):  # 224 bytes can say that they are 2 * 10**9 nulls
                 raise ConfigError(f"{file.shown}: {rows:,} rows in {file.size:,} bytes are no data")
     except _arrow_errors() as error:
         if isinstance(error, StoreError):
@@ -62,7 +69,9 @@ def arrow_spans(file: SourceFile, chunk_size: int) -> Iterator[Span]:
         yield Span(rows, rows, 1, cut)
 
 
-def arrow_values(file: SourceFile, start: int, end: int, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def arrow_values(
+    file: SourceFile, start: int, end: int, wanted: Collection[int] | None
+) -> Iterator[tuple[int, object]]:
     """Rows from `start` to `end`, numbered from 0. Those of a damaged batch are an ItemError each."""
     first = 0
     for batch in _arrow_batches(file) if start < end else ():
@@ -107,13 +116,17 @@ def _parquet(file: SourceFile) -> Iterator[Any]:
     with file.open() as stream:
         try:
             # Without Python's buffer: columns are read in turn, and each turn would fill it anew.
-            table = pq.ParquetFile(stream.raw, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
+            table = pq.ParquetFile(
+                stream.raw, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True
+            )
         except _arrow_errors() as error:
             raise _config_error(file, "Parquet", error) from None
         yield table
 
 
-def _group_rows(table: Any, group: int, first: int, last: int, start: int) -> Iterator[tuple[int, tuple[Any, int] | ItemError]]:
+def _group_rows(
+    table: Any, group: int, first: int, last: int, start: int
+) -> Iterator[tuple[int, tuple[Any, int] | ItemError]]:
     """The rows of a group from `start` on. Its batches begin where the group does, so that all pieces meet the same damage."""
     row = first
     if (bomb := _unpacks_too_much(table.metadata.row_group(group))) is not None:
@@ -185,7 +198,11 @@ def _row_errors() -> tuple[type[Exception], ...]:
 
 
 def _config_error(file: SourceFile, kind: str, error: Exception) -> Exception:
-    return error if isinstance(error, StoreError) else ConfigError(f"{file.shown}: not readable as {kind}: {_line(error)}")
+    return (
+        error
+        if isinstance(error, StoreError)
+        else ConfigError(f"{file.shown}: not readable as {kind}: {_line(error)}")
+    )
 
 
 def _line(error: Exception) -> str:

@@ -16,9 +16,24 @@ from unitoken.storage.store import StoreError
 from unitoken.tokenize.sources.base import SourceFile, Span
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES
 
-TEXTS = ("txt", "text", "transcript", "caption", "cls", "url")  # what ends in .json is parsed, all else stays bytes
-MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax header, which tarfile reads whole: of 3 GB it made a hang and 6 GB of memory
-HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+TEXTS = (
+    "txt",
+    "text",
+    "transcript",
+    "caption",
+    "cls",
+    "url",
+)  # what ends in .json is parsed, all else stays bytes
+MAX_HEADER_BYTES = (
+    1 << 20
+)  # of a long name or a pax header, which tarfile reads whole: of 3 GB it made a hang and 6 GB of memory
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class BrokenError(ValueError):
@@ -96,12 +111,16 @@ def _members(file: SourceFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFil
     except StoreError:
         raise
     except Exception as error:  # tarfile raises all kinds for odd pax and sparse headers
-        raise BrokenError(f"at byte {end} of {file.size}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+        raise BrokenError(
+            f"at byte {end} of {file.size}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+        ) from None
     if file.size - end < tarfile.BLOCKSIZE:
         raise BrokenError(f"at byte {end} of {file.size}: no end of the archive")
     for block in file.blocks(end, file.size):
         if block.lstrip(b"\0"):
-            raise BrokenError(f"at byte {end} of {file.size}: expected a file or the end of the archive, found something else")
+            raise BrokenError(
+                f"at byte {end} of {file.size}: expected a file or the end of the archive, found something else"
+            )
 
 
 def key_of(name: str) -> tuple[str, str]:
@@ -124,7 +143,9 @@ def checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemEr
     parts = [suffix.rpartition(".") for suffix in sample]
     described = {middle for middle, _, kind in parts if middle and (kind in TEXTS or kind == "json")}
     pairs = described & {middle for middle, _, kind in parts if middle and kind in PICTURE_SUFFIXES}
-    plain = any(not middle and (kind in TEXTS or kind == "json") for middle, _, kind in parts)  # what describes all of them
+    plain = any(
+        not middle and (kind in TEXTS or kind == "json") for middle, _, kind in parts
+    )  # what describes all of them
     if not pairs or plain:
         return sample
     some = ", ".join(f"{sample['__key__']}.{middle}" for middle in sorted(pairs)[:2])
@@ -134,7 +155,9 @@ def checked(sample: dict[str, object] | ItemError) -> dict[str, object] | ItemEr
     )
 
 
-def _with(sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> dict[str, object] | ItemError:
+def _with(
+    sample: dict[str, object], suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile
+) -> dict[str, object] | ItemError:
     name = key_of(member.name)[0]
     if suffix in sample:
         return ItemError(f"bad sample: {name}: two files that end in .{suffix}")
@@ -154,7 +177,9 @@ def value_of(name: str, suffix: str, data: bytes) -> object:
     """A file of a sample: text, what its JSON says, or its bytes. An ItemError for one that can not be read."""
     kind = suffix.rpartition(".")[2]
     try:
-        text = data.decode("utf-8-sig") if kind == "json" or kind in TEXTS else ""  # without a byte order mark
+        text = (
+            data.decode("utf-8-sig") if kind == "json" or kind in TEXTS else ""
+        )  # without a byte order mark
         return json.loads(text) if kind == "json" else text if kind in TEXTS else data
     except UnicodeDecodeError as error:
         return ItemError(f"not UTF-8: {name}.{suffix}: byte {error.start} is {data[error.start]:#04x}")

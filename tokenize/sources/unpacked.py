@@ -36,7 +36,9 @@ def unpacked_spans(file: SourceFile) -> Iterator[Span]:
         yield Span(0, file.size, None)
 
 
-def unpacked_values(file: SourceFile, suffix: str, inner: Values, wanted: Collection[int] | None) -> Iterator[tuple[int, object]]:
+def unpacked_values(
+    file: SourceFile, suffix: str, inner: Values, wanted: Collection[int] | None
+) -> Iterator[tuple[int, object]]:
     """The items of what is packed in `file`, as `inner` reads it. Where it breaks off an ItemError takes the place of the next."""
     with AsideFolder(scratch_folder() / "unpacked") as folder:
         name = "source"
@@ -62,8 +64,17 @@ def _unpack(file: SourceFile, suffix: str, target: Path) -> str | None:
                 block = stream.read(READ_BYTES)
             except StoreError:
                 raise
-            except (EOFError, zlib.error, pyarrow.ArrowException, OSError) as error:  # OSError: gzip.BadGzipFile, and pyarrow's
-                reason = "not a gzip file, or something behind its end" if isinstance(error, gzip.BadGzipFile) else str(error)
+            except (
+                EOFError,
+                zlib.error,
+                pyarrow.ArrowException,
+                OSError,
+            ) as error:  # OSError: gzip.BadGzipFile, and pyarrow's
+                reason = (
+                    "not a gzip file, or something behind its end"
+                    if isinstance(error, gzip.BadGzipFile)
+                    else str(error)
+                )
                 return f"after {out.tell()} unpacked bytes: {' '.join(reason.split())[:200]}"
             if not block:
                 return None
@@ -87,7 +98,8 @@ def _opened(packed: BinaryIO, suffix: str) -> Iterator[Any]:
 
 class _Checked(io.RawIOBase):
     """A stream that ends with the last line before a byte that is no UTF-8, which `broken` then tells. pyarrow would find it
-    while it reports a ragged row, where it can not be raised, and would give none of the rows before it."""
+    while it reports a ragged row, where it can not be raised, and would give none of the rows before it.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._decoder, self._at = stream, codecs.getincrementaldecoder("utf-8")(), 0
@@ -155,7 +167,9 @@ def rows(file: SourceFile, delimiter: str, wanted: Collection[int] | None) -> It
             yield from numbered([ItemError(f"input cut: two columns are called {twice[0]!r}")])
             return
         bad.clear()
-        text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
+        text = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False
+        )
         with file.open() as stream:
             checked = _Checked(stream)
             with pyarrow.csv.open_csv(checked, read, parse, text) as reader:
@@ -172,4 +186,6 @@ def rows(file: SourceFile, delimiter: str, wanted: Collection[int] | None) -> It
     except StoreError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield from numbered([ItemError(f"input cut: not readable as CSV: {' '.join(str(error).split())[:200]}")])
+        yield from numbered(
+            [ItemError(f"input cut: not readable as CSV: {' '.join(str(error).split())[:200]}")]
+        )

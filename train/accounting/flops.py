@@ -37,7 +37,14 @@ PEAKS = {
 def peak(device: str) -> float | None:
     """Of one device, by the name that torch.cuda.get_device_name gives; None where it is not known."""
     words = device.replace("NVIDIA ", "")
-    return next((flops for name, flops in PEAKS.items() if words == name or words.startswith((f"{name} ", f"{name}-"))), None)
+    return next(
+        (
+            flops
+            for name, flops in PEAKS.items()
+            if words == name or words.startswith((f"{name} ", f"{name}-"))
+        ),
+        None,
+    )
 
 
 class Flops(NamedTuple):
@@ -94,7 +101,9 @@ def step_flops(decoder: DecoderConfig, vision: VisionTowerConfig | None, trained
         square += on.attention(hidden)
         token += on.matrices({f"{layer}.self_attn.o_proj": hidden * hidden})
         on.norm(f"{layer}.post_attention_layernorm")
-        token += on.matrices({f"{layer}.mlp.gate_proj": hidden * inner, f"{layer}.mlp.up_proj": hidden * inner})
+        token += on.matrices(
+            {f"{layer}.mlp.gate_proj": hidden * inner, f"{layer}.mlp.up_proj": hidden * inner}
+        )
         token += on.matrices({f"{layer}.mlp.down_proj": hidden * inner})
     on.norm("model.norm")
     return Flops(token, square, view, target=on.matrices({"lm_head": hidden * decoder.vocab_size}))
@@ -102,13 +111,17 @@ def step_flops(decoder: DecoderConfig, vision: VisionTowerConfig | None, trained
 
 def _view(on: _Pass, decoder: DecoderConfig, vision: VisionTowerConfig) -> float:
     hidden, inner = vision.hidden_size, vision.intermediate_size
-    rows = on.matrices({"vit.embeddings.patch_embedding": 3 * vision.patch_size**2 * hidden})  # FLOPs a feature
+    rows = on.matrices(
+        {"vit.embeddings.patch_embedding": 3 * vision.patch_size**2 * hidden}
+    )  # FLOPs a feature
     on.norm("vit.embeddings.position_embedding")
     attention = 0.0
     for number in range(vision.num_hidden_layers):
         layer = f"vit.encoder.layers.{number}"
         on.norm(f"{layer}.layer_norm1")
-        rows += on.matrices({f"{layer}.self_attn.{name}": hidden * hidden for name in ("q_proj", "k_proj", "v_proj")})
+        rows += on.matrices(
+            {f"{layer}.self_attn.{name}": hidden * hidden for name in ("q_proj", "k_proj", "v_proj")}
+        )
         attention += on.attention(hidden)
         rows += on.matrices({f"{layer}.self_attn.out_proj": hidden * hidden})
         on.norm(f"{layer}.layer_norm2")

@@ -59,7 +59,9 @@ def counts(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> Counts:
     head = hidden // decoder.num_attention_heads
     keys = decoder.kv_heads * head
     shared = decoder.qk_norm == "shared"
-    norms = 2 * hidden + 2 * head * ((1 if shared else decoder.num_attention_heads) + (1 if shared else decoder.kv_heads))
+    norms = 2 * hidden + 2 * head * (
+        (1 if shared else decoder.num_attention_heads) + (1 if shared else decoder.kv_heads)
+    )
     layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner + norms
     rest, tower = 2 * decoder.vocab_size * hidden + hidden, 0
     if vision is not None:
@@ -70,7 +72,9 @@ def counts(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> Counts:
     return Counts(layer, decoder.num_hidden_layers, tower, rest)
 
 
-def decoder_token(decoder: DecoderConfig, mode: Mode, *, width: int, learns: bool, mask: int = 0, dropout: int = 1) -> int:
+def decoder_token(
+    decoder: DecoderConfig, mode: Mode, *, width: int, learns: bool, mask: int = 0, dropout: int = 1
+) -> int:
     """Bytes that a layer keeps of a token for the backward pass.
 
     Args:
@@ -85,9 +89,15 @@ def decoder_token(decoder: DecoderConfig, mode: Mode, *, width: int, learns: boo
         return width * hidden  # its input
     if mode == "selective":  # its input; q, k, v; attention and its normaliser; o; gate and up; down
         return width * (hidden + hidden + 2 * keys + hidden + hidden + 2 * inner + hidden) + 4 * heads
-    norm = 4 * hidden + 4 + learns * 2 * width * hidden  # input, scale; normalised, and times the gain for the next product
-    head_norms = 4 * (hidden + keys) * (1 + learns) + 8 * (heads + decoder.kv_heads)  # inputs, normalised; means and scales
-    attention = width * 4 * hidden + 4 * heads + mask  # q, k, v, all repeated to as many heads; output; normaliser
+    norm = (
+        4 * hidden + 4 + learns * 2 * width * hidden
+    )  # input, scale; normalised, and times the gain for the next product
+    head_norms = 4 * (hidden + keys) * (1 + learns) + 8 * (
+        heads + decoder.kv_heads
+    )  # inputs, normalised; means and scales
+    attention = (
+        width * 4 * hidden + 4 * heads + mask
+    )  # q, k, v, all repeated to as many heads; output; normaliser
     mlp = width * (3 + learns) * inner  # gate, its silu, up; their product
     return 2 * norm + head_norms + attention + mlp + 2 * dropout * hidden
 
@@ -120,10 +130,9 @@ def needs(
     trained: int,
     views: int,
 ) -> Need:
-    """
-    Args:
-        trained: parameters that are.
-        views: pictures that the tower sees in a microbatch, at most.
+    """Args:
+    trained: parameters that are.
+    views: pictures that the tower sees in a microbatch, at most.
     """
     width, reduced = (2, 2 if config.fsdp.reduce == "bf16" else 4) if config.precision == "bf16" else (4, 4)
     number = counts(decoder, vision)
@@ -135,7 +144,10 @@ def needs(
     mask = width * config.data.packed_length if config.model.attention == "sdpa" else 0
 
     modes: tuple[Mode, ...] = ("none", "full", "selective")
-    of_layer = {mode: decoder_token(decoder, mode, width=width, learns=learns, mask=mask, dropout=dropout) for mode in modes}
+    of_layer = {
+        mode: decoder_token(decoder, mode, width=width, learns=learns, mask=mask, dropout=dropout)
+        for mode in modes
+    }
     activations = tokens * kept(setting, number.layers, of_layer)
     # The last norm and the supervised rows, all of them at most.
     activations += tokens * hidden * (4 + 3 * width)
@@ -145,7 +157,9 @@ def needs(
         if looks:
             of_tower = {mode: tower_token(vision, mode, width=width) for mode in modes}
             tower = features * kept(setting, vision.num_hidden_layers, of_tower)
-        tower += features * width * (vision.hidden_size + 3 * hidden)  # the adapter's inputs, and what is put into the sequence
+        tower += (
+            features * width * (vision.hidden_size + 3 * hidden)
+        )  # the adapter's inputs, and what is put into the sequence
     # What is computed again of one layer, and the gradients on the way back through its widest part.
     again = of_layer["none"] - (of_layer[setting] if isinstance(setting, str) else 0)
     working = tokens * (again + 2 * width * decoder.intermediate_size + 8 * hidden)
@@ -154,14 +168,20 @@ def needs(
 
     shards = max(ranks // config.fsdp.replicas, 1)
     gradients = 4 * trained / shards
-    earlier = gradients if config.data.global_batch // ranks > config.microbatch else 0.0  # of the microbatches before
+    earlier = (
+        gradients if config.data.global_batch // ranks > config.microbatch else 0.0
+    )  # of the microbatches before
     rest = number.rest if learns else 0  # what is summed and freed last of all
 
     def units(size: int, trains: bool) -> float:
         """One in use and the next, their gradients and those that are being summed; the rest stays, with the output layer's."""
         return width * (number.rest + 2 * size + rest / 2) + trains * (width + reduced) * size
 
-    of_layers, of_the_tower, of_the_rest = units(number.layer, learns), units(number.tower, looks), (2 * width + reduced) * rest
+    of_layers, of_the_tower, of_the_rest = (
+        units(number.layer, learns),
+        units(number.tower, looks),
+        (2 * width + reduced) * rest,
+    )
     not_freed = 0 if config.fsdp.reshard else width * (number.total - number.rest - number.layer)
     if ranks == 1:  # autocast's copies of the weights
         copied = number.total if setting == "none" else number.rest + number.layer

@@ -81,16 +81,22 @@ class Measures:
     def add(self, outputs: Mapping[str, Any], batch: Batch) -> None:
         """Of a microbatch: what the model gave (loss.py) for what it was given (collate.py). Nothing waits for the device."""
         tokens = outputs["tokens"].double()  # (n,)
-        weight = torch.full((), num_packs(batch) if self.by_packs else len(tokens), dtype=torch.float64, device=tokens.device)
+        weight = torch.full(
+            (), num_packs(batch) if self.by_packs else len(tokens), dtype=torch.float64, device=tokens.device
+        )
         real = batch["document_ids"] >= 0
         head = [
             weight,
             *(weight * outputs[name].double() for name in ("total", "ce", "z")),
-            ((2 * batch["position_ids"] + 1) * real).sum().double(),  # 1 + 3 + 5 + ... over a document is its length squared
+            ((2 * batch["position_ids"] + 1) * real)
+            .sum()
+            .double(),  # 1 + 3 + 5 + ... over a document is its length squared
             torch.full_like(weight, len(batch["pixel_values"])),
         ]
         # Not index_add_: on a GPU its order, and so the last bit of its sums, changes from run to run.
-        member = batch["kinds"][outputs["places"]][:, None] == torch.arange(BUCKETS, device=tokens.device)  # (n, BUCKETS)
+        member = batch["kinds"][outputs["places"]][:, None] == torch.arange(
+            BUCKETS, device=tokens.device
+        )  # (n, BUCKETS)
         of_kind = torch.where(member, tokens[:, None], 0.0).sum(0), member.sum(0)
         sums = torch.cat([torch.stack(head), *of_kind, batch["stream_tokens"].sum(0)])
         self.sums = sums if self.sums is None else self.sums + sums
@@ -99,7 +105,9 @@ class Measures:
         """What was added up, over all ranks; the next step begins at 0. `norm` is the same on all ranks already."""
         assert self.sums is not None, "no microbatch was added"
         local, self.sums = self.sums, None
-        memory = local.new_zeros(ranks.world_size())  # each rank has a place of its own, so that the sum is all of them
+        memory = local.new_zeros(
+            ranks.world_size()
+        )  # each rank has a place of its own, so that the sum is all of them
         memory[ranks.rank()] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
         signals = torch.zeros_like(memory)  # so ranks agree at which step they stop
         signals[ranks.rank()] = received()

@@ -25,7 +25,9 @@ from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
 
 
-def evaluation_loader(config: StageConfig, checked: ResolvedStage, views: Views | None) -> PackedLoader | None:
+def evaluation_loader(
+    config: StageConfig, checked: ResolvedStage, views: Views | None
+) -> PackedLoader | None:
     """This rank's share of what is evaluated on; None where nothing is. Raises ConfigError."""
     if checked.evaluation is None:
         return None
@@ -48,7 +50,12 @@ class Evaluation(Callback):  # type: ignore[misc]
         assert config.eval is not None
         number, unit = int(config.eval.interval[:-2]), config.eval.interval[-2:]
         self.every = number * (epoch_steps if unit == "ep" else 1)
-        self.loader, self.metrics, self.microbatch, self.limit = loader, metrics, config.microbatch, config.eval.batches
+        self.loader, self.metrics, self.microbatch, self.limit = (
+            loader,
+            metrics,
+            config.microbatch,
+            config.eval.batches,
+        )
         self.looks = config.model.vision is not None
         self.first_epoch = loader.dataset.state_dict(0, from_beginning=True)
 
@@ -72,7 +79,9 @@ class Evaluation(Callback):  # type: ignore[misc]
         found = {**losses(measured), "targets": measured.targets}
         self.metrics.write({"step": step, "eval": found})
         logger.log_metrics(named(found, "eval"))
-        words = "  ".join(f"{name} {value:.4f}" for name, value in losses(measured).items() if name.startswith("loss"))
+        words = "  ".join(
+            f"{name} {value:.4f}" for name, value in losses(measured).items() if name.startswith("loss")
+        )
         self.metrics.say(f"evaluation at step {step}: {words}  ({time.monotonic() - begun:.0f} s)")
 
     def measure(self, state: State) -> Measured:

@@ -77,16 +77,26 @@ class TensorBoard(LoggerDestination):  # type: ignore[misc]
     ) -> None:
         """One image (3, H, W), or several that are shown as one; (H, W, 3) with `channels_last`; uint8, or 0.0 to 1.0."""
         if self.writer is not None:
-            pixels = np.stack([np.asarray(image) for image in images]) if isinstance(images, Sequence) else np.asarray(images)
+            pixels = (
+                np.stack([np.asarray(image) for image in images])
+                if isinstance(images, Sequence)
+                else np.asarray(images)
+            )
             add, form = (self.writer.add_images, "N") if pixels.ndim == 4 else (self.writer.add_image, "")
             add(name, pixels, step, dataformats=form + ("HWC" if channels_last else "CHW"))  # type: ignore[no-untyped-call]
             self.writer.flush()  # type: ignore[no-untyped-call]
 
-    def log_table(self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None) -> None:
+    def log_table(
+        self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None
+    ) -> None:
         """A table as text in Markdown."""
         if self.writer is not None:
-            cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in [columns, *rows]]
-            text = "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(columns), *cells[1:]])
+            cells = [
+                [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in [columns, *rows]
+            ]
+            text = "\n".join(
+                f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(columns), *cells[1:]]
+            )
             self.writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
             self.writer.flush()  # type: ignore[no-untyped-call]
 
@@ -105,7 +115,11 @@ def build_loggers(config: StageConfig, resumes: bool) -> list[LoggerDestination]
     if config.log.wandb:
         # It keeps the run's id in its folder and goes on with a run that did not end. The configuration may change: a run may
         # go on with another number of ranks, which Composer logs.
-        loggers.append(WandB(config.log.wandb, init_kwargs={"dir": str(folder), "resume": "auto", "allow_val_change": True}))
+        loggers.append(
+            WandB(
+                config.log.wandb, init_kwargs={"dir": str(folder), "resume": "auto", "allow_val_change": True}
+            )
+        )
     if config.log.mlflow:
         # Found again by its name, so only where this is the same run: another may have been called so before.
         loggers.append(MLflow(config.log.mlflow, resume=resumes, log_system_metrics=False))

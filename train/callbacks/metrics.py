@@ -45,9 +45,16 @@ class Metrics(Callback):  # type: ignore[misc]
     A run that resumes at step s first drops the lines after s, so that no step is there twice.
     """
 
-    def __init__(self, config: StageConfig, optimisation: Optimisation, total_steps: int, flops: Flops) -> None:
+    def __init__(
+        self, config: StageConfig, optimisation: Optimisation, total_steps: int, flops: Flops
+    ) -> None:
         self.path = Path(config.save.folder) / METRICS
-        self.optimisation, self.total_steps, self.flops, self.every = optimisation, total_steps, flops, config.log.every
+        self.optimisation, self.total_steps, self.flops, self.every = (
+            optimisation,
+            total_steps,
+            flops,
+            config.log.every,
+        )
         self.positions = config.data.global_batch * config.data.packed_length  # tokens and padding in a batch
         self.tokens_seen = dict.fromkeys(config.data.streams, 0)
         self.progress = progress_of(config.name, total_steps, config.log.every, config.log.progress)
@@ -65,7 +72,11 @@ class Metrics(Callback):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         if ranks.is_first_rank():
             done = state.timestamp.batch.value
-            kept = [line for line in read_metrics(self.path) if line["step"] <= done] if self.path.exists() else []
+            kept = (
+                [line for line in read_metrics(self.path) if line["step"] <= done]
+                if self.path.exists()
+                else []
+            )
             write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
             self.progress.start(done)
@@ -94,7 +105,10 @@ class Metrics(Callback):  # type: ignore[misc]
         if self.peak:
             needed = self.flops.of(measured.tokens, measured.squares, measured.views, measured.targets)
             line["mfu"] = needed / (seconds * ranks.world_size() * self.peak)
-        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in line.items()
+        }
         self.write(line)
         if self.file is not None:
             self.progress.step(line)

@@ -25,7 +25,12 @@ class Optimisation(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: OptimizerConfig, warmup_steps: float, total_steps: float, epoch_steps: int, by_packs: bool = False
+        self,
+        config: OptimizerConfig,
+        warmup_steps: float,
+        total_steps: float,
+        epoch_steps: int,
+        by_packs: bool = False,
     ) -> None:
         self.config, self.epoch_steps = config, epoch_steps
         self.warmup_epochs, self.epochs = warmup_steps / epoch_steps, total_steps / epoch_steps

@@ -18,7 +18,12 @@ FORMS = {
     "skipped": "{} skipped",
 }
 BESIDE = ("loss", "tokens_per_second", "useful", "skipped")  # a bar, where there is room
-SPARED = ("useful", "tokens_per_second", "skipped", "loss")  # first to last, where there is none: step and time left stay
+SPARED = (
+    "useful",
+    "tokens_per_second",
+    "skipped",
+    "loss",
+)  # first to last, where there is none: step and time left stay
 BAR = 12  # columns of it at least, with the spaces around it
 
 
@@ -68,12 +73,17 @@ class Bar(Lines):
         self.bar.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        words = self.fitting(line, self.bar.console.width - len(f"{self.name}{self.total}/{self.total}") - BAR)
+        words = self.fitting(
+            line, self.bar.console.width - len(f"{self.name}{self.total}/{self.total}") - BAR
+        )
         self.bar.update(self.task, completed=line["step"], words=words)
 
     def fitting(self, line: Mapping[str, Any], columns: int) -> str:
         """Rich would cut the counter and the time left."""
-        spared = (self.words(line, *(key for key in BESIDE if key not in SPARED[:most])) for most in range(len(SPARED) + 1))
+        spared = (
+            self.words(line, *(key for key in BESIDE if key not in SPARED[:most]))
+            for most in range(len(SPARED) + 1)
+        )
         words = next((words for words in spared if len(words) <= columns), None)
         return f"{self.left(line['step'])} left" if words is None else words
 

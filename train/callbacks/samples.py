@@ -37,11 +37,15 @@ SAMPLES = "samples"
 class Samples(Callback):  # type: ignore[misc]
     """All ranks go through the model together, whose shards they gather; the first one writes."""
 
-    def __init__(self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary, pictures: PictureCrops) -> None:
+    def __init__(
+        self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary, pictures: PictureCrops
+    ) -> None:
         assert config.codec is not None, "checked with the settings"
         self._vocabulary = vocabulary
         self._sizes = drawn_sizes(config, pictures)
-        self._crops = pictures.crops or [(width, height) for height, width in self._sizes]  # also where only prompts have pictures
+        self._crops = pictures.crops or [
+            (width, height) for height, width in self._sizes
+        ]  # also where only prompts have pictures
         self._config, self._samples, self._codec = config, samples, config.codec
         self._folder = Path(config.save.folder) / SAMPLES
         self._number, self._unit = int(samples.interval[:-2]), samples.interval[-2:]
@@ -96,7 +100,14 @@ class Samples(Callback):  # type: ignore[misc]
             reading, agree = Reading.of(self._config, network.vision), ranks.first_ranks
             sizes = [dialogue.latents(size) for size in self._sizes]
             drawings = generate(
-                network, dialogue.vocabulary, self._requests, drawn, sizes=sizes, drawing=True, reading=reading, agree=agree
+                network,
+                dialogue.vocabulary,
+                self._requests,
+                drawn,
+                sizes=sizes,
+                drawing=True,
+                reading=reading,
+                agree=agree,
             )
             answers = generate(
                 network,
@@ -109,7 +120,9 @@ class Samples(Callback):  # type: ignore[misc]
             )
             pictures = [said.pictures[0] for said in dialogue.said(drawings)]
             said = [one.text for one in dialogue.said(answers)]
-            return pictures, [[*asked, text] for asked, text in zip(samples.answer.items(), said, strict=True)]
+            return pictures, [
+                [*asked, text] for asked, text in zip(samples.answer.items(), said, strict=True)
+            ]
 
 
 def samples_of(config: StageConfig, vocabulary: Vocabulary, pictures: PictureCrops) -> list[Samples]:
@@ -129,4 +142,8 @@ def sheet(pictures: list[Picture]) -> Picture:
     padded = np.zeros((rows * side, height, width, 3), np.uint8)
     for number, picture in enumerate(pictures):
         padded[number, : picture.shape[0], : picture.shape[1]] = picture
-    return padded.reshape(rows, side, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, side * width, 3)
+    return (
+        padded.reshape(rows, side, height, width, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * height, side * width, 3)
+    )

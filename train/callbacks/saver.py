@@ -28,7 +28,12 @@ class Saver(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, config: SaveConfig, stage: dict[str, Any], total_steps: int) -> None:
-        self.folder, self.keep, self.stage, self.total_steps = Path(config.folder), config.keep, stage, total_steps
+        self.folder, self.keep, self.stage, self.total_steps = (
+            Path(config.folder),
+            config.keep,
+            stage,
+            total_steps,
+        )
         self.number, self.unit = int(config.interval[:-2]), config.interval[-2:]
         self.saved_at = -1
 
@@ -69,7 +74,9 @@ class Saver(Callback):  # type: ignore[misc]
                     run_folder.publish_checkpoint(written, run_folder.path_of(self.folder, step), self.keep)
             except OSError as error:  # a full disk: what is half written must not keep it full
                 written.unlink(missing_ok=True)
-                raise store_error(f"step {step} could not be saved: {error.strerror or error}", error) from None
+                raise store_error(
+                    f"step {step} could not be saved: {error.strerror or error}", error
+                ) from None
 
 
 class Interruption(Callback):  # type: ignore[misc]

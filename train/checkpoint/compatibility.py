@@ -36,10 +36,16 @@ def check_finished(run: Path, stage: StageConfig) -> None:
     """Raises ConfigError where a finished run was another one: taken for done, what is asked for would never be trained."""
     made_by = read_stage(run)
     then, now = (flat(one.model_dump(mode="json")) if one is not None else {} for one in (made_by, stage))
-    names = [name for name in changed(then, now) if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)]
+    names = [
+        name
+        for name in changed(then, now)
+        if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)
+    ]
     found = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names]
     if made_by is not None and found:
-        raise ConfigError(f"{run}: finished with other settings: {'; '.join(found)}. Choose another save.folder")
+        raise ConfigError(
+            f"{run}: finished with other settings: {'; '.join(found)}. Choose another save.folder"
+        )
 
 
 class Whole(NamedTuple):
@@ -56,7 +62,9 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
     about, stage = read_about(origin), stage or read_stage(origin)
     if stage is None and (about.sizes is None or about.vocabulary is None):
         missing = VOCABULARY if about.vocabulary is None else MODEL
-        raise ConfigError(f"{origin}: no {missing} beside it; name the stage that made it: --config yamls/stage1.yaml")
+        raise ConfigError(
+            f"{origin}: no {missing} beside it; name the stage that made it: --config yamls/stage1.yaml"
+        )
     sizes, vocabulary = about.sizes, about.vocabulary
     if sizes is None:
         assert stage is not None
@@ -69,10 +77,25 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
 
 
 # What gives tensors their shapes and layers their order; `other_constants` has the rest.
-_DECODER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_heads", "swin_norm")
+_DECODER = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_heads",
+    "swin_norm",
+)
 
 
-_VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+_VISION = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 
 
 def check_fits(about: About, sizes: ModelSizes, vocabulary: Vocabulary, where: str) -> None:
@@ -102,7 +125,9 @@ def other_constants(about: About, sizes: ModelSizes) -> str | None:
 
 def _same(found: Config, needed: Config, fields: tuple[str, ...], where: str, part: str) -> None:
     if differences := _differences(found, needed, fields):
-        raise ConfigError(f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}")
+        raise ConfigError(
+            f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}"
+        )
 
 
 def _differences(found: Config, needed: Config, fields: tuple[str, ...]) -> list[str]:

@@ -41,7 +41,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 5_000_000_000
 VQ = "model.vqmodel."
 TOWER = "tower"
-IMAGE_NAMES = ("<image>", "<reserved08707>")  # what transformers writes where an image will be: its name there, and Chameleon's
+IMAGE_NAMES = (
+    "<image>",
+    "<reserved08707>",
+)  # what transformers writes where an image will be: its name there, and Chameleon's
 
 
 def export_at_end(config: StageConfig) -> None:
@@ -67,7 +70,9 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
     return {"step": run_folder.step_of(origin), "checkpoint": run_folder.id_of(origin)}
 
 
-def export_model(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None) -> None:
+def export_model(
+    source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None
+) -> None:
     """Write the model in `source` (anything that `init_from` takes) to the folder `out`, or in the place of an exported one there.
 
     `stage` says what the source's folder does not say itself, and where the tokenizers are.
@@ -85,9 +90,13 @@ def export_model(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16"
     weights = _in_transformers_layout(run_folder.open_source(origin), whole.sizes)
     codec = whole.stage.codec if whole.stage else None
     tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
-    image_tokenizer = find_image_tokenizer(codec.vision) if codec and codec.vision.kind == "chameleon" else None
+    image_tokenizer = (
+        find_image_tokenizer(codec.vision) if codec and codec.vision.kind == "chameleon" else None
+    )
     if codec is not None and whole.stage is not None and image_tokenizer is not None:
-        for odd in check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)):
+        for odd in check_image_tokenizer(
+            codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)
+        ):
             print(f"warning: {odd}", flush=True)
         weights = _with_image_tokenizer(weights, image_tokenizer)
 
@@ -115,7 +124,10 @@ def export_model(source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16"
         _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
     if codec is None:
-        print(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights", flush=True)
+        print(
+            f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights",
+            flush=True,
+        )
 
 
 def _publish(folder: AsideFolder, out: Path) -> None:
@@ -147,7 +159,9 @@ def _before(out: Path) -> Path:
 def _in_transformers_layout(source: TensorSource, sizes: ModelSizes) -> TensorSource:
     """With a row a head in the norms of queries and keys, as transformers builds them; checked against the model's sizes."""
     decoder = sizes.decoder.model_copy(update={"qk_norm": "per_head"})
-    expected = shapes_of(build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision)))
+    expected = shapes_of(
+        build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision))
+    )
     fitted = fit_norms(source, expected)
     check_shapes(fitted.shapes, expected, source.where)
     return fitted
@@ -161,9 +175,13 @@ def _with_image_tokenizer(source: TensorSource, found: Weights) -> TensorSource:
     kept = {f"{VQ}{name}": tensor for name, tensor in state.items() if not name.startswith("decoder.")}
 
     def read(names: Collection[str]) -> Tensors:
-        return source.read([name for name in names if name not in kept]) | {name: kept[name] for name in names if name in kept}
+        return source.read([name for name in names if name not in kept]) | {
+            name: kept[name] for name in names if name in kept
+        }
 
-    return TensorSource(source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read)
+    return TensorSource(
+        source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read
+    )
 
 
 def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype) -> None:
@@ -187,7 +205,8 @@ def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype) -> No
     if len(files) > 1:
         places = {name: path for path, names in zip(paths, files, strict=True) for name in names}
         _write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places},
         )
 
 
@@ -203,7 +222,9 @@ def _config(sizes: ModelSizes, vocabulary: Vocabulary, tokenizer: Any) -> dict[s
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.end_of_turn,
         "vocabulary_map": names | ({} if image is None else {"<image>": image}),
-        "vq_config": {"num_embeddings": len(vocabulary.image_ids)},  # where nobody names the image tokenizer, it is a random one
+        "vq_config": {
+            "num_embeddings": len(vocabulary.image_ids)
+        },  # where nobody names the image tokenizer, it is a random one
         **({} if sizes.vision is None else {"vision_config": _vision_fields(sizes.vision)}),
     }
 

@@ -20,9 +20,13 @@ def check_target(out: Path) -> None:
     if mark is None:
         raise ConfigError(f"{out}: it is there and is no exported model, so it is not replaced")
     files = mark.get("files")  # none: exported before they were listed, and an export makes no folders
-    more = sorted(path.name for path in out.iterdir() if (path.is_dir() if files is None else path.name not in files))
+    more = sorted(
+        path.name for path in out.iterdir() if (path.is_dir() if files is None else path.name not in files)
+    )
     if more:
-        raise ConfigError(f"{out}: it holds {', '.join(more)} besides the exported model, so it is not replaced")
+        raise ConfigError(
+            f"{out}: it holds {', '.join(more)} besides the exported model, so it is not replaced"
+        )
 
 
 def is_export(folder: Path) -> bool:

@@ -24,7 +24,10 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a `step-*.pt`, or None. All of it is read: a zip has a CRC-32 of each file in it; torch checks none."""
     try:
         if checkpoint.stat().st_size > SAID_BYTES:
-            print(f"{checkpoint}: reading {checkpoint.stat().st_size / 1e9:.0f} GB to see whether it is whole", flush=True)
+            print(
+                f"{checkpoint}: reading {checkpoint.stat().st_size / 1e9:.0f} GB to see whether it is whole",
+                flush=True,
+            )
         with zipfile.ZipFile(checkpoint) as archive:
             for entry in archive.infolist():
                 with archive.open(entry) as file:
@@ -43,7 +46,9 @@ def check_checkpoint(checkpoint: Path) -> None:
 def digests(folder: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     """For an export's mark: the sha256 of each of its files, and of the fields of its config.json, which holds them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files} | {"": _of_fields(fields)}
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files} | {
+        "": _of_fields(fields)
+    }
 
 
 def _of_fields(fields: Mapping[str, Any]) -> str:

@@ -62,7 +62,9 @@ def find_origin(source: str) -> Path:
                 f"{path}: no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's {CONFIG}"
             )
         return path
-    if path.parent.is_dir() and path.parent != Path():  # runs/stage1 looks like a hub id; where there is runs/, it is none
+    if (
+        path.parent.is_dir() and path.parent != Path()
+    ):  # runs/stage1 looks like a hub id; where there is runs/, it is none
         raise ConfigError(f"{source}: no such checkpoint")
     return checkpoint_folder(source)
 
@@ -77,7 +79,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if not link.is_symlink():
         saved = sorted(path for path in folder.glob("step-*.pt") if STEP.fullmatch(path.name))
         if not saved and link.exists():
-            raise ConfigError(f"{link}: it is no link, and there is no step-00000100.pt or the like beside it to go on from")
+            raise ConfigError(
+                f"{link}: it is no link, and there is no step-00000100.pt or the like beside it to go on from"
+            )
         return saved[-1] if saved else None
     checkpoint = folder / link.readlink()
     if not checkpoint.is_file():
@@ -152,7 +156,9 @@ def tensor_files(folder: Path) -> list[Path]:
         paths = [folder / "model.safetensors"]
     missing = [path.name for path in paths if not path.is_file()]
     if missing and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
-        raise ConfigError(f"{folder}: it has no {missing[0]}, and {pickles[0]} is not read, as it may hold code: safetensors only")
+        raise ConfigError(
+            f"{folder}: it has no {missing[0]}, and {pickles[0]} is not read, as it may hold code: safetensors only"
+        )
     if missing or not paths:
         raise ConfigError(f"{folder}: it has no {', '.join(missing) or 'tensors'}")
     return paths
@@ -175,7 +181,9 @@ def read_decoder(source: str) -> DecoderConfig:
     norm = stored_tensors(folder).get(FIRST_NORM)
     if norm is None:
         raise ConfigError(f"{folder}: no Chameleon decoder: the tensor '{FIRST_NORM}' is missing")
-    if "qk_norm" not in known:  # an exported folder says it: there the file has a row a head also where they are one
+    if (
+        "qk_norm" not in known
+    ):  # an exported folder says it: there the file has a row a head also where they are one
         known["qk_norm"] = "shared" if norm.shape[:1] == (1,) else "per_head"
     return _validated(DecoderConfig, known, path)
 
@@ -191,7 +199,9 @@ def read_vision(source: str) -> VisionTowerConfig:
         raise ConfigError(f"{path}: `vision_config`: expected an object, found {type(fields).__name__}")
     _fixed(path, fields, "hidden_act", "gelu_pytorch_tanh")
     _fixed(path, fields, "num_channels", 3)
-    return _validated(VisionTowerConfig, {key: fields[key] for key in VisionTowerConfig.model_fields if key in fields}, path)
+    return _validated(
+        VisionTowerConfig, {key: fields[key] for key in VisionTowerConfig.model_fields if key in fields}, path
+    )
 
 
 def has_vision(folder: Path) -> bool:

@@ -9,18 +9,30 @@ import torch
 from torch import nn
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.tensors import Shapes, TensorSource, decoder_source, fit_norms, misfits, vision_source
+from unitoken.train.checkpoint.tensors import (
+    Shapes,
+    TensorSource,
+    decoder_source,
+    fit_norms,
+    misfits,
+    vision_source,
+)
 from unitoken.train.config import ModelConfig
 from unitoken.train.model.unitoken import UniToken
 
-PAIRS = (("model", "lm_head"), ("vit", "adapter"))  # trained together: where one is and the other is not, it was lost
+PAIRS = (
+    ("model", "lm_head"),
+    ("vit", "adapter"),
+)  # trained together: where one is and the other is not, it was lost
 
 
 def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def find_weights(model: UniToken, config: ModelConfig, trained: TensorSource | None) -> dict[str, TensorSource]:
+def find_weights(
+    model: UniToken, config: ModelConfig, trained: TensorSource | None
+) -> dict[str, TensorSource]:
     """Where each part of a `meta` model gets its weights: from `trained` (an earlier stage), else from the configured folders.
 
     Tower and adapter that `trained` lacks (the base stage has none) are what they would be without it; a part that is in
@@ -34,7 +46,10 @@ def find_weights(model: UniToken, config: ModelConfig, trained: TensorSource | N
         parts = _in_pairs(decoder_source(config.decoder)) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
         parts |= _by_part(vision_source(config.vision))
-    expected = {part: source.shapes for part, source in _by_part(TensorSource("", shapes_of(model), lambda _: {})).items()}
+    expected = {
+        part: source.shapes
+        for part, source in _by_part(TensorSource("", shapes_of(model), lambda _: {})).items()
+    }
     found: dict[str, tuple[Shapes, Shapes]] = {}  # by where it is: what is there, what is needed of it
     for part, source in parts.items():
         parts[part] = fit_norms(source, expected.get(part, {}))
@@ -53,12 +68,16 @@ def load_weights(model: UniToken, parts: Mapping[str, TensorSource], seed: int) 
     for part, module in model.named_children():
         if part in parts:
             tensors = parts[part].read([name for name in parts[part].shapes if name.startswith(f"{part}.")])
-            module.load_state_dict({name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}, assign=True)
+            module.load_state_dict(
+                {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}, assign=True
+            )
         else:
             module.to_empty(device="cpu")
             _new_weights(module, part, seed)
         count = sum(parameter.numel() for parameter in module.parameters())
-        lines.append(f"{part}: {count:,} parameters, {parts[part].where if part in parts else f'new, seed {seed}'}")
+        lines.append(
+            f"{part}: {count:,} parameters, {parts[part].where if part in parts else f'new, seed {seed}'}"
+        )
     return lines
 
 

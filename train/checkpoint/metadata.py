@@ -55,7 +55,11 @@ class About(NamedTuple):
 
 
 def write_about(
-    folder: Path, stage: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary, pictures: PictureCrops | None = None
+    folder: Path,
+    stage: StageConfig,
+    sizes: ModelSizes,
+    vocabulary: Vocabulary,
+    pictures: PictureCrops | None = None,
 ) -> None:
     write_aside(folder / STAGE, dump_stage(found_anywhere(stage)))
     write_aside(folder / MODEL, sizes.model_dump_json(indent=2).encode() + b"\n")
@@ -66,7 +70,9 @@ def write_about(
 
 def dump_stage(stage: StageConfig) -> bytes:
     """A YAML file that loads to the same settings, defaults of today included."""
-    return yaml.safe_dump(stage.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True).encode()
+    return yaml.safe_dump(
+        stage.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+    ).encode()
 
 
 def found_anywhere(stage: StageConfig) -> StageConfig:
@@ -75,10 +81,13 @@ def found_anywhere(stage: StageConfig) -> StageConfig:
     if codec is None:
         return stage
     tokenizer, weights = (
-        str(Path(name).resolve()) if Path(name).exists() else name for name in (codec.tokenizer, codec.vision.weights)
+        str(Path(name).resolve()) if Path(name).exists() else name
+        for name in (codec.tokenizer, codec.vision.weights)
     )
     vision = codec.vision.model_copy(update={"weights": weights})
-    return stage.model_copy(update={"codec": codec.model_copy(update={"tokenizer": tokenizer, "vision": vision})})
+    return stage.model_copy(
+        update={"codec": codec.model_copy(update={"tokenizer": tokenizer, "vision": vision})}
+    )
 
 
 def read_about(origin: Path) -> About:

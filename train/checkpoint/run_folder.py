@@ -67,7 +67,11 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         assert isinstance(state["model"], dict)
     except Exception as error:  # torch raises a dozen kinds for a file that is no checkpoint
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it holds a {unsafe[1]}, which could run code" if unsafe else (str(error).splitlines() or [type(error).__name__])[0]
+        why = (
+            f"it holds a {unsafe[1]}, which could run code"
+            if unsafe
+            else (str(error).splitlines() or [type(error).__name__])[0]
+        )
         raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {why}") from None
     return dict(state)
 
@@ -91,12 +95,18 @@ def _saved_by(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _network(state: dict[str, Any]) -> Tensors:
-    return {name.removeprefix(NETWORK): tensor for name, tensor in state["model"].items() if isinstance(tensor, Tensor)}
+    return {
+        name.removeprefix(NETWORK): tensor
+        for name, tensor in state["model"].items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def source_of(checkpoint: Path) -> TensorSource:
     """The model's weights in a checkpoint."""
-    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in _network(read_checkpoint(checkpoint)).items()}
+    shapes: Shapes = {
+        name: tuple(tensor.shape) for name, tensor in _network(read_checkpoint(checkpoint)).items()
+    }
     return TensorSource(str(checkpoint), shapes, lambda names: _copies(checkpoint, names))
 
 
@@ -122,7 +132,9 @@ def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -
                 f"save.folder: {checkpoint} was saved by a stage with `{key}` {saved.get(key)!r}, this one has {value!r}; "
                 "give each stage a folder of its own"
             )
-    check_shapes({name: tuple(tensor.shape) for name, tensor in _network(state).items()}, expected, str(checkpoint))
+    check_shapes(
+        {name: tuple(tensor.shape) for name, tensor in _network(state).items()}, expected, str(checkpoint)
+    )
 
 
 def set_aside_damaged(folder: Path) -> list[str]:
@@ -136,12 +148,20 @@ def set_aside_damaged(folder: Path) -> list[str]:
     """
     lines: list[str] = []
     while (checkpoint := latest_checkpoint(folder)) is not None and (found := damage(checkpoint)) is not None:
-        before = [path for path in sorted(folder.glob("step-*.pt")) if STEP.fullmatch(path.name) and path != checkpoint]
+        before = [
+            path
+            for path in sorted(folder.glob("step-*.pt"))
+            if STEP.fullmatch(path.name) and path != checkpoint
+        ]
         if not before:
-            raise ConfigError(f"{checkpoint}: damaged: {found}; there is no other to go on from: remove it to begin anew")
+            raise ConfigError(
+                f"{checkpoint}: damaged: {found}; there is no other to go on from: remove it to begin anew"
+            )
         _point_to(before[-1])
         checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
-        lines.append(f"{checkpoint}: damaged: {found}; renamed to damaged-{checkpoint.name}; goes on from {before[-1].name}")
+        lines.append(
+            f"{checkpoint}: damaged: {found}; renamed to damaged-{checkpoint.name}; goes on from {before[-1].name}"
+        )
     return lines
 
 

@@ -41,7 +41,8 @@ def decoder_source(source: str) -> TensorSource:
     pooling head, which UniToken's checkpoints carry along.
     """
     return _folder_source(
-        source, lambda names: {name: name for name in names if not name.startswith(("model.vqmodel.", "vit.head."))}
+        source,
+        lambda names: {name: name for name in names if not name.startswith(("model.vqmodel.", "vit.head."))},
     )
 
 
@@ -52,7 +53,9 @@ def vision_source(source: str) -> TensorSource:
 
 def _vision_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
-    prefix = next((prefix for prefix in ("vit.", "vision_model.") if any(name.startswith(prefix) for name in names)), "")
+    prefix = next(
+        (prefix for prefix in ("vit.", "vision_model.") if any(name.startswith(prefix) for name in names)), ""
+    )
     towers = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
     return {f"vit.{ours}": name for ours, name in towers.items() if not ours.startswith("head.")}
 
@@ -105,26 +108,38 @@ def fit_norms(source: TensorSource, expected: Shapes) -> TensorSource:
             rows[name] = other[0]  # where a row has another length, the shapes say so
     for name, tensor in source.read([name for name in rows if rows[name] == 1]).items():
         if not (tensor == tensor[:1]).all():
-            raise ConfigError(f"{source.where}: {name} differs from head to head, the model has one for all (qk_norm: shared)")
+            raise ConfigError(
+                f"{source.where}: {name} differs from head to head, the model has one for all (qk_norm: shared)"
+            )
 
     def read(names: Collection[str]) -> Tensors:
         tensors = source.read(names)
         for name in rows.keys() & tensors.keys():
             tensor = tensors[name]
-            tensors[name] = tensor[:1].clone() if rows[name] == 1 else tensor.repeat_interleave(rows[name] // len(tensor), dim=0)
+            tensors[name] = (
+                tensor[:1].clone()
+                if rows[name] == 1
+                else tensor.repeat_interleave(rows[name] // len(tensor), dim=0)
+            )
         return tensors
 
-    shapes = {name: (rows[name], *shape[1:]) if name in rows else shape for name, shape in source.shapes.items()}
+    shapes = {
+        name: (rows[name], *shape[1:]) if name in rows else shape for name, shape in source.shapes.items()
+    }
     return TensorSource(source.where, shapes, read)
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
     """Raises ConfigError that lists what is missing, what is extra and what has another shape."""
     if problem := misfits(found, expected, where):
         raise ConfigError(problem)
 
 
-def misfits(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> str | None:
+def misfits(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> str | None:
     """What does not fit, in one line."""
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"not part of this model: {name}" for name in found if name not in expected]
@@ -134,4 +149,6 @@ def misfits(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[i
         if name in found and found[name] != shape
     ]
     more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-    return f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems[:8])}{more}" if problems else None
+    return (
+        f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems[:8])}{more}" if problems else None
+    )

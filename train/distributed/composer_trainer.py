@@ -154,9 +154,13 @@ def build_trainer(
     max_duration: str,
 ) -> Trainer:
     """Shard the model if there are several ranks, and load `resume` if there is one; the optimizer's settings are today's."""
-    wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    wanted = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
     mesh = _mesh(config) if world_size() > 1 else None
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # Composer 0.32 would unpickle whatever a checkpoint holds
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = (
+        "1"  # Composer 0.32 would unpickle whatever a checkpoint holds
+    )
     allow_safe_types()
     restore, average = RestoreRandomState(), AverageGradients()
     with warnings.catch_warnings():
@@ -176,7 +180,9 @@ def build_trainer(
             accumulate_train_batch_on_tokens=config.compat != "unitoken",
             precision="amp_bf16" if config.precision == "bf16" else "fp32",
             # Only this form selects FSDP2; a dict would give DDP without a word.
-            parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None,
+            parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh))
+            if mesh is not None
+            else None,
             deterministic_mode=config.deterministic,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
@@ -188,13 +194,21 @@ def build_trainer(
             dist_timeout=TIMEOUT,
         )
     restore.trainer = trainer
-    if config.precision == "fp32" and torch.cuda.is_available():  # Composer lets products of float32 matrices be TF32
+    if (
+        config.precision == "fp32" and torch.cuda.is_available()
+    ):  # Composer lets products of float32 matrices be TF32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for group, ours in zip(trainer.state.optimizers[0].param_groups, wanted, strict=True):
-        group.update(ours)  # Composer loads the saved run's settings over them: weight decay, betas, eps and scales
+        group.update(
+            ours
+        )  # Composer loads the saved run's settings over them: weight decay, betas, eps and scales
     if mesh is not None:
-        unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
-        assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
+        unsharded = [
+            name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)
+        ]
+        assert not unsharded, (
+            f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
+        )
         if config.fsdp.replicas > 1:
             _let_cpus_replicate(network)
         average.scale = gradient_scale(next(network.parameters()).device, mesh)
@@ -222,7 +236,11 @@ def write_checkpoint(state: State, path: Path) -> None:
     try:
         save_checkpoint(state, str(path))
     except (OSError, RuntimeError) as error:
-        of_file = isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+        of_file = (
+            isinstance(error, OSError)
+            or "PytorchStreamWriter" in str(error)
+            or "inline_container" in str(error)
+        )
         if not of_file or dist.get_global_rank() > 0:
             raise
         dist.barrier()  # at which Composer lets the others wait until the file is written

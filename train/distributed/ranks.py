@@ -37,7 +37,9 @@ def is_first_rank() -> bool:
 def connect() -> None:
     """Meet the other ranks, if there are any."""
     if world_size() > 1:
-        os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name of what Composer asks for
+        os.environ.setdefault(
+            "NODE_RANK", os.environ.get("GROUP_RANK", "0")
+        )  # torchrun's name of what Composer asks for
         _wait_for_first_rank()
         dist.initialize_dist(get_device(None), timeout=TIMEOUT)
 
@@ -72,7 +74,13 @@ def together() -> Iterator[None]:
         failure = error
     mine = None
     if failure is not None:
-        kind = "settings" if isinstance(failure, ConfigError) else "transient" if is_transient(failure) else "lasting"
+        kind = (
+            "settings"
+            if isinstance(failure, ConfigError)
+            else "transient"
+            if is_transient(failure)
+            else "lasting"
+        )
         mine = kind, str(failure) or type(failure).__name__
     said = _of_all_ranks(mine)
     if failure is not None:

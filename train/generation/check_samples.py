@@ -67,9 +67,13 @@ def check_samples(config: StageConfig, pictures: PictureCrops) -> list[str]:
     if samples is None:
         return []
     if codec is None:
-        raise ConfigError("samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights")
+        raise ConfigError(
+            "samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights"
+        )
     if not samples.draw and not samples.answer:
-        raise ConfigError("samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer")
+        raise ConfigError(
+            "samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer"
+        )
     downsampling = find_image_tokenizer(codec.vision).downsampling
     for size in drawn_sizes(config, pictures):
         latents(size, downsampling, "samples.size")

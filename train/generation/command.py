@@ -36,14 +36,20 @@ class CheckedRequest(NamedTuple):
 
     origin: Path
     sizes: list[tuple[int, int]]  # height, width in pixels that a drawing may have
-    crops: list[tuple[int, int]]  # width, height that pictures of prompts may be cut to for the image tokenizer
+    crops: list[
+        tuple[int, int]
+    ]  # width, height that pictures of prompts may be cut to for the image tokenizer
 
 
-def check_request(request: Request, size: str | None, guidance: float, prompts: Path | None) -> CheckedRequest:
+def check_request(
+    request: Request, size: str | None, guidance: float, prompts: Path | None
+) -> CheckedRequest:
     """Says what is odd. Raises ConfigError."""
     codec, config = request.config.codec, request.config
     if codec is None:
-        raise ConfigError("codec: generating takes the data's tokenizers: set codec.tokenizer and codec.vision.weights")
+        raise ConfigError(
+            "codec: generating takes the data's tokenizers: set codec.tokenizer and codec.vision.weights"
+        )
     inputs = files_of(request.conversations) + ([prompts] if prompts else [])
     origin = find_origin(str(request.checkpoint))
     pictures = read_about(origin).pictures
@@ -54,7 +60,9 @@ def check_request(request: Request, size: str | None, guidance: float, prompts: 
     for odd in (unusual(sizes[0], pictures) if len(sizes) == 1 else None, unguided(guidance, config)):
         if odd:
             print(f"warning: {odd}", file=sys.stderr, flush=True)
-    crops = pictures.crops if pictures is not None else []  # a run of before it said so: as large as what is drawn
+    crops = (
+        pictures.crops if pictures is not None else []
+    )  # a run of before it said so: as large as what is drawn
     return CheckedRequest(origin, sizes, crops or [(width, height) for height, width in sizes])
 
 
@@ -101,7 +109,9 @@ def _reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> Non
         try:
             found = ask(dialogue.prompts(conversations, checked.crops), max_tokens=limits, numbers=numbers)
         except torch.OutOfMemoryError:
-            raise ConfigError(f"--batch {request.batch}: the GPU has no memory for so many replies at a time: give less") from None
+            raise ConfigError(
+                f"--batch {request.batch}: the GPU has no memory for so many replies at a time: give less"
+            ) from None
         ended = [request.drawing or len(ids) < limit for ids, limit in zip(found, limits, strict=True)]
         lines = list(map(_line, numbers, conversations, dialogue.said(found), ended))
         replies.add([(line, _files(line, said, request.drawing)) for line, said in lines])
@@ -130,7 +140,9 @@ def say(line: str) -> None:
 def _check_room(vocabulary: Vocabulary, request: Request, origin: Path) -> None:
     decoder, _ = sizes_of(origin, request.config.model)
     if vocabulary.size > decoder.vocab_size:
-        raise ConfigError(f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {decoder.vocab_size}")
+        raise ConfigError(
+            f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {decoder.vocab_size}"
+        )
     trained = read_about(origin).vocabulary
     if trained is not None:
         check_trained_vocabulary(vocabulary, trained, str(request.checkpoint))
@@ -155,7 +167,9 @@ def _lengths(request: Request, checked: CheckedRequest, dialogue: Dialogue, read
 
 def _batches(lengths: Sequence[int], done: Collection[int], batch: int) -> Iterator[list[int]]:
     """The numbers of what is not done, those of about one length together."""
-    missing = sorted((number for number in range(len(lengths)) if number not in done), key=lengths.__getitem__)
+    missing = sorted(
+        (number for number in range(len(lengths)) if number not in done), key=lengths.__getitem__
+    )
     for first in range(0, len(missing), batch):
         yield missing[first : first + batch]
 
@@ -198,7 +212,14 @@ def _line(number: int, conversation: Conversation, said: Said, ended: bool) -> t
     pictures = [f"{name}.png" if not n else f"{name}-{n}.png" for n in range(len(said.pictures))]
     images = [shown(image) for image in conversation.images]
     asked = prompt_text(conversation)
-    line = {"number": number, "prompt": asked, "images": images, "text": said.text, "pictures": pictures, "ended": ended}
+    line = {
+        "number": number,
+        "prompt": asked,
+        "images": images,
+        "text": said.text,
+        "pictures": pictures,
+        "ended": ended,
+    }
     return line, said
 
 

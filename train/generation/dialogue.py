@@ -54,9 +54,15 @@ class Dialogue:
     def prompts(self, conversations: Sequence[Conversation], crops: Crops) -> list[Record]:
         """Conversations that end with a question, their pictures cut for the image tokenizer as the data's, to one of `crops`."""
         originals = [originals_of(conversation) for conversation in conversations]
-        named = zip(itertools.chain(*(c.images for c in conversations)), itertools.chain(*originals), strict=True)
-        distinct = {data: _cut(name, data, crops) for data, name in {data: name for name, data in named}.items()}
-        codes = dict(zip(distinct, _by_shape(list(distinct.values()), self._batch, self.vision.encode), strict=True))
+        named = zip(
+            itertools.chain(*(c.images for c in conversations)), itertools.chain(*originals), strict=True
+        )
+        distinct = {
+            data: _cut(name, data, crops) for data, name in {data: name for name, data in named}.items()
+        }
+        codes = dict(
+            zip(distinct, _by_shape(list(distinct.values()), self._batch, self.vision.encode), strict=True)
+        )
         return [
             self._laid_out(conversation, [codes[image] for image in images], images)
             for conversation, images in zip(conversations, originals, strict=True)
@@ -66,9 +72,13 @@ class Dialogue:
         """A prompt as long as it will be: all codes are 0, and nothing goes through the image tokenizer."""
         images = originals_of(conversation)
         shapes = [_cut(*image, crops).shape[:2] for image in zip(conversation.images, images, strict=True)]
-        return self._laid_out(conversation, [np.zeros(self.latents(shape), np.int64) for shape in shapes], images)
+        return self._laid_out(
+            conversation, [np.zeros(self.latents(shape), np.int64) for shape in shapes], images
+        )
 
-    def _laid_out(self, conversation: Conversation, codes: Sequence[Codes], images: Sequence[bytes]) -> Record:
+    def _laid_out(
+        self, conversation: Conversation, codes: Sequence[Codes], images: Sequence[bytes]
+    ) -> Record:
         try:
             return lay_out(conversation, codes, images, self._text, self.vocabulary)
         except ItemError as error:
@@ -82,7 +92,9 @@ class Dialogue:
         for reply in parts:
             drawn = [next(pictures) for part in reply if isinstance(part, np.ndarray)]
             texts = [
-                IMAGE_PLACEHOLDER if isinstance(part, np.ndarray) else self.tokenizer.decode(part, skip_special_tokens=True)
+                IMAGE_PLACEHOLDER
+                if isinstance(part, np.ndarray)
+                else self.tokenizer.decode(part, skip_special_tokens=True)
                 for part in reply
             ]
             result.append(Said("".join(texts), drawn))

@@ -39,7 +39,15 @@ from unitoken.train.model.unitoken import UniToken, build_model
 
 PLAIN = Sampling()
 NO_TARGETS = np.zeros((0, 2), np.uint32)
-READ = ("input_ids", "position_ids", "pixel_values", "feature_rows", "feature_columns", "feature_views", "feature_patches")
+READ = (
+    "input_ids",
+    "position_ids",
+    "pixel_values",
+    "feature_rows",
+    "feature_columns",
+    "feature_views",
+    "feature_patches",
+)
 
 
 def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
@@ -58,7 +66,9 @@ def prompt_of(record: Record) -> Record:
     """A record up to the first token that is trained on: what a model is asked."""
     end = int(record.target_spans[0][0])
     images = int((record.image_spans[:, 1] <= end).sum())
-    return Record(record.id, record.tokens[:end], NO_TARGETS, record.image_spans[:images], record.images[:images])
+    return Record(
+        record.id, record.tokens[:end], NO_TARGETS, record.image_spans[:images], record.images[:images]
+    )
 
 
 def null_prompt(prompt: Record) -> Record:
@@ -84,13 +94,20 @@ class Reading:
         if self.views is None or self.continuous == "none":
             return len(prompt.tokens)
         images = featured(prompt.labels(), prompt.image_spans, "all" if self.compat else self.continuous)
-        sizes = {image: decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1) for image in images}
-        return len(insert_features(prompt, {image: self.views.count(*size) for image, size in sizes.items()}, 0).ids)
+        sizes = {
+            image: decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1)
+            for image in images
+        }
+        return len(
+            insert_features(prompt, {image: self.views.count(*size) for image, size in sizes.items()}, 0).ids
+        )
 
     def batch(self, prompts: Sequence[Record], lengths: Sequence[int], vocabulary: Vocabulary) -> Batch:
         """A prompt a row, of `lengths` positions each, and all end together: what is missing is at the left."""
         longest = max(lengths)
-        collate = Collate(longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat)
+        collate = Collate(
+            longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
+        )
         batch = collate([[prompt] for prompt in prompts])
         shift = longest - torch.tensor(lengths)
         places = (torch.arange(longest) - shift[:, None]) % longest  # the padding comes round to the left
@@ -150,14 +167,20 @@ def generate(
         generators = [generator_of(sampling.seed, numbers[place]) for place in places]
         room = grammar.longest + (0 if drawing else max(limits[place] for place in places))
         opened = functools.partial(_open, model, reading, vocabulary, room)
-        guide = Guide(functools.partial(opened, [null_prompt(row) for row in rows])) if sampling.guidance != 1 else None
+        guide = (
+            Guide(functools.partial(opened, [null_prompt(row) for row in rows]))
+            if sampling.guidance != 1
+            else None
+        )
         found = _replies(opened(rows), guide, vocabulary, turns, sampling, generators, agree)
         for place, reply in zip(places, found, strict=True):
             replies[place] = reply
     return replies
 
 
-def _open(model: UniToken, reading: Reading, vocabulary: Vocabulary, room: int, rows: Sequence[Record]) -> _Context:
+def _open(
+    model: UniToken, reading: Reading, vocabulary: Vocabulary, room: int, rows: Sequence[Record]
+) -> _Context:
     return _Context(model, reading.batch(rows, [reading.length(row) for row in rows], vocabulary), room)
 
 
@@ -176,7 +199,10 @@ def _replies(
     while True:
         chosen = agree(draw(choices, context.logits, guide.logits if guide else None, sampling, generators))
         tokens = chosen.tolist()
-        of_image = [kind.of_image or token == vocabulary.image_start for kind, token in zip(choices, tokens, strict=True)]
+        of_image = [
+            kind.of_image or token == vocabulary.image_start
+            for kind, token in zip(choices, tokens, strict=True)
+        ]
         for row in sorted(running):
             if tokens[row] != vocabulary.end_of_turn:
                 replies[row].append(tokens[row])
@@ -219,7 +245,9 @@ class _Context:
         self._model, device = model, model.lm_head.weight.device
         documents = batch["document_ids"]
         rows, length = documents.shape
-        self._read = torch.zeros(rows, length + room, dtype=torch.bool)  # which places of the cache hold something
+        self._read = torch.zeros(
+            rows, length + room, dtype=torch.bool
+        )  # which places of the cache hold something
         self._read[:, :length] = documents >= 0
         self._cache = KVCache(len(model.model.layers), length + room)
         self._no_pixels = batch["pixel_values"][:0].to(device)
@@ -233,7 +261,11 @@ class _Context:
         self._read[:, end - 1] = torch.tensor(heard)
         read, device = self._read[:, :end], tokens.device
         mask = None if bool(read.all()) else read[:, None, None].to(device)
-        batch = {"input_ids": tokens[:, None], "position_ids": positions[:, None].to(device), "pixel_values": self._no_pixels}
+        batch = {
+            "input_ids": tokens[:, None],
+            "position_ids": positions[:, None].to(device),
+            "pixel_values": self._no_pixels,
+        }
         self.logits = self._model.predict(batch, mask, self._cache)
 
 

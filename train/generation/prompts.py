@@ -51,7 +51,9 @@ def read_prompts(path: Path) -> list[Conversation]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the prompts: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"{path}: cannot read the prompts: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if kind == ".txt":
         found = [asked(line, (), name) for name, line in _lines(path, text)]
     elif kind == ".jsonl":
@@ -130,13 +132,17 @@ def _original(image: str | bytes) -> bytes:
 
 def files_of(conversations: Sequence[Conversation]) -> list[Path]:
     """The images that are files, all of which are there. Raises ConfigError."""
-    named = [image for conversation in conversations for image in conversation.images if isinstance(image, str)]
+    named = [
+        image for conversation in conversations for image in conversation.images if isinstance(image, str)
+    ]
     files = []
     for image in dict.fromkeys(named):
         if is_inline(image):
             _original(image)
         elif _is_url(image):
-            raise ConfigError(f"{shown(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine")
+            raise ConfigError(
+                f"{shown(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine"
+            )
         elif not Path(image).is_file():
             raise ConfigError(f"{shown(image)}: no such image")
         else:

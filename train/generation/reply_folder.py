@@ -34,10 +34,14 @@ def check_reply_folder(folder: Path, inputs: Sequence[Path]) -> None:
         raise ConfigError(f"{folder}: cannot write there: {error.strerror or error}") from None
     for path in inputs:
         if path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{path}: it is inside --out {folder}, where replies are written: name another folder")
+            raise ConfigError(
+                f"{path}: it is inside --out {folder}, where replies are written: name another folder"
+            )
     others = [path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)]
     if others and _read(folder) is None:
-        raise ConfigError(f"{folder}: it holds {min(others)} and no {RESULTS} of replies: name an empty folder")
+        raise ConfigError(
+            f"{folder}: it holds {min(others)} and no {RESULTS} of replies: name an empty folder"
+        )
 
 
 class Replies:
@@ -50,7 +54,9 @@ class Replies:
         """The numbers of the replies that are there already. Those to another request are removed, and nothing else."""
         lines = _read(self._folder) or []
         if _request(self._folder) == self._request:
-            lines = [line for line in lines if all((self._folder / name).is_file() for name in line["pictures"])]
+            lines = [
+                line for line in lines if all((self._folder / name).is_file() for name in line["pictures"])
+            ]
         else:
             for name in (name for line in lines for name in _files(line)):
                 (self._folder / name).unlink(missing_ok=True)

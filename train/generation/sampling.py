@@ -25,7 +25,9 @@ class Sampling:
     temperature: float = 1.0  # 0: always the likeliest
     top_k_text: int | None = None  # None: from all
     top_k_image: int | None = None
-    guidance: float = 1.0  # of the images: null + guidance * (logits - null); 1: none, and nothing is computed for it
+    guidance: float = (
+        1.0  # of the images: null + guidance * (logits - null); 1: none, and nothing is computed for it
+    )
     seed: int = 0
 
 
@@ -43,17 +45,26 @@ GrammarSteps = Generator[Choices, int, None]  # yields what may come, is sent wh
 class Grammar:
     """`sizes` are the (height, width) in latents that an image may have; with none, a reply is text alone."""
 
-    def __init__(self, vocabulary: Vocabulary, sizes: Sequence[tuple[int, int]], device: torch.device) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, sizes: Sequence[tuple[int, int]], device: torch.device
+    ) -> None:
         self.vocabulary, self.device = vocabulary, device
-        shut = vocabulary.special_ids - {vocabulary.end_of_turn} - ({vocabulary.image_start} if sizes else set())
-        self.text = self._choices([token for token in range(vocabulary.size) if token not in shut], of_image=False)
+        shut = (
+            vocabulary.special_ids - {vocabulary.end_of_turn} - ({vocabulary.image_start} if sizes else set())
+        )
+        self.text = self._choices(
+            [token for token in range(vocabulary.size) if token not in shut], of_image=False
+        )
         self.codes = self._choices(vocabulary.image_ids)
         self.longest = max((len(list(vocabulary.image_grammar(*size))) for size in sizes), default=0)
         grids = [(self._grid(height), self._grid(width)) for height, width in sizes]
         self.heights = self._choices(sorted({height for height, _ in grids}))
-        self.widths = {height: self._choices(sorted({w for h, w in grids if h == height})) for height, _ in grids}
+        self.widths = {
+            height: self._choices(sorted({w for h, w in grids if h == height})) for height, _ in grids
+        }
         self.single = {
-            token: self._choices([token]) for token in (vocabulary.image_start, vocabulary.newline, vocabulary.image_end)
+            token: self._choices([token])
+            for token in (vocabulary.image_start, vocabulary.newline, vocabulary.image_end)
         }
 
     def drawing(self) -> GrammarSteps:
@@ -97,7 +108,11 @@ def guided(logits: Tensor, null: Tensor, guidance: float) -> Tensor:
 
 
 def draw(
-    choices: Sequence[Choices], logits: Tensor, null: Tensor | None, sampling: Sampling, generators: Sequence[torch.Generator]
+    choices: Sequence[Choices],
+    logits: Tensor,
+    null: Tensor | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The next token of each row, (B,): from its choices, by its logits (B, vocabulary) and its own random numbers.
 
@@ -116,11 +131,15 @@ def draw(
         if kind.of_image and null is not None:
             scores = guided(scores, null[rows][:, kind.ids], sampling.guidance)
         top_k = sampling.top_k_image if kind.of_image else sampling.top_k_text
-        chosen[rows] = kind.ids[sample(scores, sampling.temperature, top_k, [generators[row] for row in rows])]
+        chosen[rows] = kind.ids[
+            sample(scores, sampling.temperature, top_k, [generators[row] for row in rows])
+        ]
     return chosen
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]
+) -> Tensor:
     """Indices (B,) into logits (B, K), each from one random number that is drawn on the CPU: the same on every device."""
     if temperature == 0:
         return logits.argmax(-1)

@@ -48,7 +48,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 @cache
 def _let_flex_be_kept() -> None:
-    """torch 2.7's selective checkpointing does not know flex attention, a higher-order operation; newer ones do."""
+    """Torch 2.7's selective checkpointing does not know flex attention, a higher-order operation; newer ones do."""
     from torch.nn.attention import flex_attention  # noqa: F401 - so that its operation exists; three seconds
 
     flex, caching, cached = (
@@ -68,7 +68,9 @@ def _let_flex_be_kept() -> None:
 
     @flex.py_impl(cached)  # type: ignore[untyped-decorator]
     def take(mode: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001 - torch's signature
-        return tree_map(lambda value: value.get_val(mode.allow_cache_entry_mutation), mode.storage[flex].pop(0))
+        return tree_map(
+            lambda value: value.get_val(mode.allow_cache_entry_mutation), mode.storage[flex].pop(0)
+        )
 
 
 @cache

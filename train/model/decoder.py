@@ -92,7 +92,9 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
         return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
     if query.is_cuda:
         return cast(Tensor, _compiled(flex_attention)(query, key, value, block_mask=mask))
-    with warnings.catch_warnings():  # newer versions of torch warn that eager is slow; on the CPU it is for tests
+    with (
+        warnings.catch_warnings()
+    ):  # newer versions of torch warn that eager is slow; on the CPU it is for tests
         warnings.simplefilter("ignore")
         try:
             return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
@@ -143,7 +145,9 @@ def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, T
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (P, heads, L, head_dim)
     first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None].to(states.dtype) + torch.cat([-second, first], dim=-1) * sin[:, None].to(states.dtype)
+    return states * cos[:, None].to(states.dtype) + torch.cat([-second, first], dim=-1) * sin[:, None].to(
+        states.dtype
+    )
 
 
 class DecoderAttention(nn.Module):
@@ -163,18 +167,24 @@ class DecoderAttention(nn.Module):
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
         rows, length, _ = hidden.shape
         query = self.q_norm(self.q_proj(hidden).view(rows, length, self.heads, self.head_dim)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden).view(rows, length, self.kv_heads, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(rows, length, self.kv_heads, self.head_dim)).transpose(
+            1, 2
+        )
         value = self.v_proj(hidden).view(rows, length, self.kv_heads, self.head_dim).transpose(1, 2)
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves the norms in float32
         if past is not None:
             key, value = past.update(self.layer, key, value)
         if self.kv_heads != self.heads:
-            key, value = (states.repeat_interleave(self.heads // self.kv_heads, dim=1) for states in (key, value))
+            key, value = (
+                states.repeat_interleave(self.heads // self.kv_heads, dim=1) for states in (key, value)
+            )
         if mask is not None and not isinstance(mask, Tensor):
             mixed = _flex(query, key, value, mask)
         else:  # without a mask one new token behind a cache sees everything; several at once only come where it is empty
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and length > 1)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None and length > 1
+            )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         return out
 
@@ -204,7 +214,9 @@ class DecoderLayer(nn.Module):
         self.dropout = dropout
         self.recompute: activation_checkpointing.Mode = "none"
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None = None
+    ) -> Tensor:
         if self.training and past is None:
             return self._train(hidden, cos, sin, mask)
         return self._forward(hidden, cos, sin, mask, past)
@@ -214,7 +226,9 @@ class DecoderLayer(nn.Module):
         self._train = torch.compile(self._train, *args, **kwargs)  # type: ignore[method-assign]
 
     def _train(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        return activation_checkpointing.run_layers(self._forward, self.recompute, hidden, cos, sin, mask, None)
+        return activation_checkpointing.run_layers(
+            self._forward, self.recompute, hidden, cos, sin, mask, None
+        )
 
     def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
         if self.swin_norm:  # the 34B model norms what a branch gives, not what it takes
@@ -231,12 +245,16 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, dropout) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, dropout) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
 
-    def forward(self, embeddings: Tensor, position_ids: Tensor, mask: Mask, past: KVCache | None = None) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Mask, past: KVCache | None = None
+    ) -> Tensor:
         """Embeddings (P, L, hidden), positions (P, L) -> hidden states (P, L, hidden) after the last norm."""
         cos, sin = rotary(position_ids, self.head_dim, self.rope_theta)
         hidden = embeddings

@@ -27,7 +27,9 @@ class Loss(NamedTuple):
     places: tuple[Tensor, Tensor]  # (n,) rows and (n,) columns of their labels
 
 
-def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: float, masked: Tensor | None = None) -> Loss:
+def token_loss(
+    hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: float, masked: Tensor | None = None
+) -> Loss:
     """Compare the logits at i - 1 with the label at i, wherever labels[:, i] >= 0.
 
     Args:
@@ -37,7 +39,9 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
         z_weight: weight of the mean of logsumexp squared.
         masked: ids that get no probability (the reference's `mask_image_logits`), or None.
     """
-    row, column = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # the one place of the model that waits for a GPU
+    row, column = (labels[:, 1:] >= 0).nonzero(
+        as_tuple=True
+    )  # the one place of the model that waits for a GPU
     rows, targets = hidden[row, column], labels[row, column + 1]  # (n, hidden), (n,)
     tokens: list[Tensor] = []
     ce = z = rows.sum(dtype=torch.float64) * 0.0  # keeps the graph whole where there is nothing to train on
@@ -54,7 +58,9 @@ def token_loss(hidden: Tensor, labels: Tensor, output_weight: Tensor, z_weight: 
     return Loss(ce + z_weight * z, ce, z, torch.cat(tokens), (row, column + 1))
 
 
-def _sums(rows: Tensor, targets: Tensor, output_weight: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(
+    rows: Tensor, targets: Tensor, output_weight: Tensor, masked: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = F.linear(rows, output_weight).float()
     if masked is not None:
         logits = logits.index_fill(-1, masked, torch.finfo(logits.dtype).min)

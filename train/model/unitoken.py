@@ -88,8 +88,15 @@ def build_model(
     masked = image_ids if config.mask_image_logits else ()
     with torch.device("meta"):
         model = UniToken(
-            decoder, vision, dropout=config.dropout, z_loss=config.z_loss, attention=config.attention, masked_ids=masked
+            decoder,
+            vision,
+            dropout=config.dropout,
+            z_loss=config.z_loss,
+            attention=config.attention,
+            masked_ids=masked,
         )
-    for layers in (model.model.layers, model.vit.encoder.layers) if vision is not None else (model.model.layers,):
+    for layers in (
+        (model.model.layers, model.vit.encoder.layers) if vision is not None else (model.model.layers,)
+    ):
         set_recompute(layers, activation_checkpointing)
     return model

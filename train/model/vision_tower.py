@@ -16,7 +16,9 @@ from unitoken.train.model import activation_checkpointing
 class TowerEmbeddings(nn.Module):
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
         self.position_embedding = nn.Embedding(config.features, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, F, hidden)
@@ -64,7 +66,9 @@ class TowerLayer(nn.Module):
         self.recompute: activation_checkpointing.Mode = "none"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return activation_checkpointing.run_layers(self._forward, self.recompute if self.training else "none", hidden)
+        return activation_checkpointing.run_layers(
+            self._forward, self.recompute if self.training else "none", hidden
+        )
 
     def _forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))

@@ -19,7 +19,9 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset import images
 
 KINDS = ("emu3", "janus")
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu")
+GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu"
+)
 
 
 def load(folder: Path, device: str = "cpu", **changes: Any) -> VisionCodec:
@@ -60,8 +62,9 @@ def test_autocast_around_it_changes_neither_codes_nor_pixels(vqgan: Path, precis
 
 
 def test_flat_pictures_keep_their_codes(golden: Path) -> None:
-    """torch's GroupNorm on CPU loses the variance of nearly constant pictures in channels-last memory: of this one,
-    which is all but white, a third of the codes was wrong at this size and all at 512 x 512."""
+    """Torch's GroupNorm on CPU loses the variance of nearly constant pictures in channels-last memory: of this one,
+    which is all but white, a third of the codes was wrong at this size and all at 512 x 512.
+    """
     folder = golden / "assets" / "vqgan"
     white = images.decode((golden / "assets" / "images" / "d11_16bit.png").read_bytes(), compat=True)
     flat = images.tokenizer_pixels(white, (256, 256))[None]
@@ -92,10 +95,13 @@ def expected_codes(folder: Path, kind: str, batch: np.ndarray) -> np.ndarray:
 
 
 def unit_codebook(folder: Path) -> None:
-    """transformers' Janus forgets to bring codes to length 1 when it encodes; with such codes it is right."""
+    """Transformers' Janus forgets to bring codes to length 1 when it encodes; with such codes it is right."""
     state = load_file(folder / "model.safetensors")
     weight = state["quantize.embedding.weight"]
-    save_file(state | {"quantize.embedding.weight": weight / weight.norm(dim=1, keepdim=True)}, folder / "model.safetensors")
+    save_file(
+        state | {"quantize.embedding.weight": weight / weight.norm(dim=1, keepdim=True)},
+        folder / "model.safetensors",
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +132,9 @@ def test_decoded_pictures_are_those_of_transformers(tmp_path: Path) -> None:
         model = tiny_model(kind).eval()
         model.load_state_dict(load_file(tmp_path / kind / "model.safetensors"))
         with torch.inference_mode():
-            expected = model.decode(torch.tensor(codes) if kind == "emu3" else torch.tensor(codes).view(2, 16))
+            expected = model.decode(
+                torch.tensor(codes) if kind == "emu3" else torch.tensor(codes).view(2, 16)
+            )
         expected = ((expected.clamp(-1, 1) + 1) / 2 * 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
         assert np.abs(vision.decode(codes).astype(int) - expected).max() <= 1
 
@@ -138,7 +146,8 @@ def test_janus_compares_directions(tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     lengths = torch.linspace(0.1, 10, 64)[:, None]
     save_file(
-        {name: t * lengths if name == "quantize.embedding.weight" else t for name, t in state.items()}, folder / "model.safetensors"
+        {name: t * lengths if name == "quantize.embedding.weight" else t for name, t in state.items()},
+        folder / "model.safetensors",
     )
     assert (load(folder, kind="janus").encode(pixels(2)) == before).mean() > 0.99
 
@@ -154,7 +163,9 @@ def test_the_image_tokenizer_of_a_whole_model_is_read(tmp_path: Path, kind: str,
     whole.mkdir()
     for number in range(2):
         names = sorted(state)[number::2]
-        save_file({name: state[name] for name in names}, whole / f"model-{number + 1:05d}-of-00002.safetensors")
+        save_file(
+            {name: state[name] for name in names}, whole / f"model-{number + 1:05d}-of-00002.safetensors"
+        )
     shape = json.loads((alone / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({"model_type": kind, "vq_config": shape}))
     assert (
@@ -191,16 +202,27 @@ def test_a_shape_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 
 def test_precisions_are_near_each_other_and_tf32_is_fp32_on_a_cpu(vqgan: Path) -> None:
-    codes = {precision: load(vqgan, precision=precision).encode(pixels(8)) for precision in ("fp32", "tf32", "bf16")}
+    codes = {
+        precision: load(vqgan, precision=precision).encode(pixels(8))
+        for precision in ("fp32", "tf32", "bf16")
+    }
     assert (codes["tf32"] == codes["fp32"]).all()
     assert 0.5 < (codes["bf16"] == codes["fp32"]).mean() < 1
     assert load(vqgan, precision="bf16").decode(codes["fp32"]).shape == (8, 16, 24, 3)
 
 
 def test_settings_of_others_are_left_as_they_were(vqgan: Path) -> None:
-    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic)
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+    )
     load(vqgan).encode(pixels(1))
-    now = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic)
+    now = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+    )
     assert now == before
 
 
@@ -242,7 +264,9 @@ def test_emu3_and_janus_run_on_a_gpu(tmp_path: Path, kind: str, precision: str) 
     folder = tiny_transformers(tmp_path / kind, kind)
     vision = load(folder, "cuda", kind=kind, precision=precision)
     codes = vision.encode(pixels(4))
-    assert (codes == load(folder, kind=kind).encode(pixels(4))).mean() > (0.99 if precision == "fp32" else 0.4)
+    assert (codes == load(folder, kind=kind).encode(pixels(4))).mean() > (
+        0.99 if precision == "fp32" else 0.4
+    )
     assert vision.decode(codes).shape == (4, 16, 24, 3)
 
 

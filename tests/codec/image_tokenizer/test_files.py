@@ -38,7 +38,10 @@ def test_one_file_and_checkpoints_of_taming_are_read(vqgan: Path, tmp_path: Path
     expected = load_vision_of(vqgan).encode(pixels(1))
     state = load_file(vqgan / "vqgan.safetensors")
     (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
-    torch.save({"state_dict": state | {"loss.discriminator.weight": torch.zeros(3)}, "epoch": 3}, tmp_path / "vqgan.ckpt")
+    torch.save(
+        {"state_dict": state | {"loss.discriminator.weight": torch.zeros(3)}, "epoch": 3},
+        tmp_path / "vqgan.ckpt",
+    )
     assert (load_vision_of(tmp_path).encode(pixels(1)) == expected).all()
     assert (load_vision_of(vqgan / "vqgan.safetensors").encode(pixels(1)) == expected).all()
 
@@ -58,7 +61,9 @@ def taming(vqgan: Path, folder: Path, **more: Any) -> Path:
     return folder
 
 
-def test_a_converted_checkpoint_gives_the_same_codes_and_is_the_same_weights(vqgan: Path, tmp_path: Path) -> None:
+def test_a_converted_checkpoint_gives_the_same_codes_and_is_the_same_weights(
+    vqgan: Path, tmp_path: Path
+) -> None:
     folder, out = taming(vqgan, tmp_path / "meta"), tmp_path / "new" / "converted"
     done = CliRunner().invoke(app, ["convert-vqgan", str(folder), str(out)])
     assert done.exit_code == 0, done.output
@@ -109,7 +114,9 @@ def changed(vqgan: Path, folder: Path, **changes: torch.Tensor | None) -> str:
 
 def test_tensors_that_do_not_fit_are_listed(vqgan: Path, tmp_path: Path) -> None:
     zero = torch.zeros(3)
-    folder = changed(vqgan, tmp_path, quant_conv__bias=None, quantize__embedding__weight=zero, encoder__new=zero.clone())
+    folder = changed(
+        vqgan, tmp_path, quant_conv__bias=None, quantize__embedding__weight=zero, encoder__new=zero.clone()
+    )
     with pytest.raises(ConfigError) as error:
         load_vision_of(Path(folder))
     message = str(error.value)
@@ -175,17 +182,23 @@ def test_a_bad_yaml_is_named(tmp_path: Path, yaml: str, needed: str) -> None:
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"kind chameleon needs vqgan.yaml and vqgan.ckpt .* found none of them"):
+    with pytest.raises(
+        ConfigError, match=r"kind chameleon needs vqgan.yaml and vqgan.ckpt .* found none of them"
+    ):
         find_weights(tmp_path)
 
 
 def test_a_folder_of_another_kind_is_one_line(vqgan: Path, tmp_path: Path) -> None:
     janus = tiny_transformers(tmp_path / "janus", "janus")
-    with pytest.raises(ConfigError, match=r"kind chameleon needs vqgan.yaml and .*, found transformers' config.json"):
+    with pytest.raises(
+        ConfigError, match=r"kind chameleon needs vqgan.yaml and .*, found transformers' config.json"
+    ):
         find_weights(janus)
     with pytest.raises(ConfigError, match=r"kind janus needs config.json in it"):
         find_weights(vqgan, "janus")
-    with pytest.raises(ConfigError, match=r"kind emu3 needs model_type 'emu3' or 'emu3_vqgan', found 'janus_vqgan'"):
+    with pytest.raises(
+        ConfigError, match=r"kind emu3 needs model_type 'emu3' or 'emu3_vqgan', found 'janus_vqgan'"
+    ):
         find_weights(janus, "emu3")
 
 
@@ -218,7 +231,9 @@ def test_what_is_no_safetensors_is_one_line(tmp_path: Path, content: bytes) -> N
     with pytest.raises(ConfigError, match=r"no \*.safetensors in it"):
         find_weights(tmp_path, "janus")
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"cannot be read as safetensors|no tensor quantize.embedding.weight") as error:
+    with pytest.raises(
+        ConfigError, match=r"cannot be read as safetensors|no tensor quantize.embedding.weight"
+    ) as error:
         find_weights(tmp_path, "janus")
     assert "\n" not in str(error.value)
 

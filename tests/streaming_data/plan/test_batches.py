@@ -29,7 +29,9 @@ MIXTURES = [  # of docs/BENCHMARKS.md; samples of each stream, packed length
 
 def lengths_of(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
     """An image takes 1,060 tokens, its features 730."""
-    mean, sd, base = {"text": (5.8, 0.9, 0), "questions": (4.3, 0.8, 1790), "drawings": (3.8, 0.6, 1060)}[kind]
+    mean, sd, base = {"text": (5.8, 0.9, 0), "questions": (4.3, 0.8, 1790), "drawings": (3.8, 0.6, 1060)}[
+        kind
+    ]
     return (base + rng.lognormal(mean, sd, count).clip(10, LONGEST[kind])).astype(np.uint32)
 
 
@@ -42,14 +44,27 @@ def mixture(parts: dict[str, float], length: int, samples: int = SAMPLES) -> lis
         shards = np.full(len(lengths) // 1000 + 1, 1000)
         shards[-1] = len(lengths) - shards[:-1].sum()
         images = np.full(len(lengths), code == 1, np.uint16)
-        streams.append(StreamSamples(kind, shards, lengths, lengths // 2, images, np.full(len(lengths), code, np.uint8), {}))
+        streams.append(
+            StreamSamples(
+                kind, shards, lengths, lengths // 2, images, np.full(len(lengths), code, np.uint8), {}
+            )
+        )
     return streams
 
 
 def recipe_of(streams: list[StreamSamples], length: int, **settings: object) -> Recipe:
-    fields = {"seed": 0, "global_batch": 64, "canonical_nodes": 1, "window": SAMPLES, "shuffle": True, **settings}
+    fields = {
+        "seed": 0,
+        "global_batch": 64,
+        "canonical_nodes": 1,
+        "window": SAMPLES,
+        "shuffle": True,
+        **settings,
+    }
     recipes = {s.name: StreamRecipe(dataset="d", samples=len(s.lengths), weight={}) for s in streams}
-    return Recipe.model_validate({"packed_length": length, "continuous": "none", "views": None, "streams": recipes, **fields})
+    return Recipe.model_validate(
+        {"packed_length": length, "continuous": "none", "views": None, "streams": recipes, **fields}
+    )
 
 
 def shares(plan: Plan, streams: list[StreamSamples], batch: int) -> np.ndarray:
@@ -57,7 +72,9 @@ def shares(plan: Plan, streams: list[StreamSamples], batch: int) -> np.ndarray:
     lengths = np.concatenate([s.lengths for s in streams]).astype(np.int64)
     stream = np.repeat(np.arange(len(streams)), [len(s.lengths) for s in streams])
     batches = np.repeat(np.arange(plan.packs) // batch, np.diff(plan.offsets.astype(np.int64)))
-    tokens = np.stack([np.bincount(batches, lengths[plan.ids] * (stream[plan.ids] == n)) for n in range(len(streams))])
+    tokens = np.stack(
+        [np.bincount(batches, lengths[plan.ids] * (stream[plan.ids] == n)) for n in range(len(streams))]
+    )
     return tokens / tokens.sum(axis=0)
 
 
@@ -74,7 +91,10 @@ def filled_at_random(streams: list[StreamSamples], length: int, batch: int = 64)
         packs[place] = pack
     kept = packs < pack // batch * batch
     count = pack // batch
-    tokens = [np.bincount(packs[kept] // batch, (lengths[order] * (stream[order] == n))[kept], count) for n in range(len(streams))]
+    tokens = [
+        np.bincount(packs[kept] // batch, (lengths[order] * (stream[order] == n))[kept], count)
+        for n in range(len(streams))
+    ]
     return np.stack(tokens) / np.sum(tokens, axis=0)
 
 
@@ -85,18 +105,27 @@ def test_a_streams_share_scatters_a_third_as_much_as_in_packs_filled_at_random(
 ) -> None:
     streams = mixture(parts, length)
     stratified = build(recipe_of(streams, length, canonical_nodes=nodes), streams, 0, None)
-    random = build(recipe_of(streams, length, canonical_nodes=nodes, batching_method="random"), streams, 0, None)
+    random = build(
+        recipe_of(streams, length, canonical_nodes=nodes, batching_method="random"), streams, 0, None
+    )
     found = shares(stratified, streams, 64)
     assert (found.std(axis=1) <= filled_at_random(streams, length).std(axis=1) / 3).all()
     assert stratified.report.fill == pytest.approx(random.report.fill, abs=0.001)
     for stream, row in zip(stratified.report.streams, found, strict=True):
         assert stream.in_batches is not None
-        figures = stream.in_batches.mean, stream.in_batches.sd, stream.in_batches.least, stream.in_batches.most
+        figures = (
+            stream.in_batches.mean,
+            stream.in_batches.sd,
+            stream.in_batches.least,
+            stream.in_batches.most,
+        )
         assert figures == pytest.approx((row.mean(), row.std(), row.min(), row.max()))
 
 
 @pytest.mark.parametrize(("parts", "length"), MIXTURES)
-def test_the_figure_for_independent_draws_is_that_of_packs_filled_at_random(parts: dict[str, float], length: int) -> None:
+def test_the_figure_for_independent_draws_is_that_of_packs_filled_at_random(
+    parts: dict[str, float], length: int
+) -> None:
     streams = mixture(parts, length)
     report = build(recipe_of(streams, length), streams, 0, None).report
     filled = filled_at_random(streams, length)
@@ -136,7 +165,9 @@ def test_kinds_inside_a_stream_are_dealt_too() -> None:
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize(("nodes", "batch"), [(1, 4), (2, 4), (3, 4), (4, 2)])
-def test_with_per_stream_a_batch_is_of_one_stream_and_nothing_is_lost(nodes: int, batch: int, epoch: int) -> None:
+def test_with_per_stream_a_batch_is_of_one_stream_and_nothing_is_lost(
+    nodes: int, batch: int, epoch: int
+) -> None:
     streams = [make_stream("a", 500), make_stream("b", 1333, seed=1), make_stream("none", 50, choose=0)]
     recipe = make_recipe(streams, canonical_nodes=nodes, global_batch=batch, batching_method="per_stream")
     first = build(recipe, streams, 0, None)
@@ -150,12 +181,16 @@ def test_with_per_stream_a_batch_is_of_one_stream_and_nothing_is_lost(nodes: int
     assert set(Counter(plan.ids.tolist()).values()) == {1}
     assert len(plan.ids) + plan.report.dropped_samples == 1833
     half = len(of_batches) // 2
-    assert abs(np.mean(of_batches[:half]) - np.mean(of_batches[half:])) < 0.1, "in proportion all along the epoch"
+    assert abs(np.mean(of_batches[:half]) - np.mean(of_batches[half:])) < 0.1, (
+        "in proportion all along the epoch"
+    )
 
 
 def test_with_per_stream_a_stream_without_a_batch_is_named() -> None:
     streams = [make_stream("a", 500), make_stream("few", 3)]
-    with pytest.raises(ConfigError, match=r"stream 'few': its samples make \d packs .* per_stream an epoch needs at least 4"):
+    with pytest.raises(
+        ConfigError, match=r"stream 'few': its samples make \d packs .* per_stream an epoch needs at least 4"
+    ):
         build(make_recipe(streams, batching_method="per_stream"), streams, 0, None)
 
 
@@ -182,7 +217,9 @@ def test_another_method_is_another_plan() -> None:
     assert len({recipe.hash for recipe in recipes}) == 3
     assert len({build(recipe, streams, 0, None).report.order for recipe in recipes}) == 3
     packs = [Counter(map(tuple, samples_of(build(recipe, streams, 0, None)))) for recipe in recipes[:2]]
-    assert sum((packs[0] - packs[1]).values()) <= 40, "the same packs, but for those at the end that no batch holds"
+    assert sum((packs[0] - packs[1]).values()) <= 40, (
+        "the same packs, but for those at the end that no batch holds"
+    )
 
 
 @given(
@@ -220,14 +257,18 @@ def test_turns_are_spread_evenly() -> None:
 
 @pytest.mark.parametrize(
     ("parts", "length", "batch"),
-    [(*one, batch) for one in MIXTURES for batch in (8, 16, 32) if (one[1], batch) != (8192, 8)],  # that is 40 documents a batch
+    [
+        (*one, batch) for one in MIXTURES for batch in (8, 16, 32) if (one[1], batch) != (8192, 8)
+    ],  # that is 40 documents a batch
 )
 def test_small_batches_hold_the_mixture_though_whole_packs_are_too_coarse_for_it(
     parts: dict[str, float], length: int, batch: int
 ) -> None:
     streams = mixture(parts, length, 16_384)
     plan = build(recipe_of(streams, length, global_batch=batch), streams, 0, None)
-    assert (shares(plan, streams, batch).std(axis=1) <= filled_at_random(streams, length, batch).std(axis=1) / 3).all()
+    assert (
+        shares(plan, streams, batch).std(axis=1) <= filled_at_random(streams, length, batch).std(axis=1) / 3
+    ).all()
     random = build(recipe_of(streams, length, global_batch=batch, batching_method="random"), streams, 0, None)
     assert plan.report.fill == pytest.approx(random.report.fill, abs=0.001)
     assert plan.packs == random.packs

@@ -27,7 +27,9 @@ def test_an_epoch_is_every_chosen_sample_once_but_for_those_reported_as_dropped(
     counts = Counter(plan.ids.tolist())
     assert set(counts.values()) == {1}
     assert len(counts) == 833 - plan.report.dropped_samples
-    assert first.report.dropped_packs - first.report.split_packs < math.lcm(4, nodes), "rounded down, not more"
+    assert first.report.dropped_packs - first.report.split_packs < math.lcm(4, nodes), (
+        "rounded down, not more"
+    )
     assert sum(share.samples for share in plan.report.streams) == len(plan.ids)
 
 
@@ -53,7 +55,9 @@ def test_samples_of_length_0_are_no_candidates():
 def test_each_packs_squares_and_images_are_known():
     streams = [make_stream("a", 300), make_stream("b", 100)]
     plan = build(make_recipe(streams, canonical_nodes=2), streams, 0, None)
-    lengths, images = (np.concatenate([getattr(s, name) for s in streams]).astype(int) for name in ("lengths", "images"))
+    lengths, images = (
+        np.concatenate([getattr(s, name) for s in streams]).astype(int) for name in ("lengths", "images")
+    )
     assert plan.squares.tolist() == [(lengths[pack] ** 2).sum() for pack in samples_of(plan)]
     assert plan.images.tolist() == [images[pack].sum() for pack in samples_of(plan)]
 
@@ -208,13 +212,17 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
 WORLDS = [(1, 1, 1), (1, 2, 1), (2, 2, 3), (1, 4, 2), (4, 3, 5), (3, 4, 7), (12, 1, 2), (1, 12, 0)]
 
 
-def global_batches(plan: Plan, seen: int, nodes: int, ranks_per_node: int, workers: int, canonical_nodes: int) -> list[list[int]]:
+def global_batches(
+    plan: Plan, seen: int, nodes: int, ranks_per_node: int, workers: int, canonical_nodes: int
+) -> list[list[int]]:
     """What all ranks of a world train on, batch by batch."""
     ranks = nodes * ranks_per_node
     batches: list[list[int]] = [[] for _ in range((plan.packs - seen) // 12)]
     for rank in range(ranks):
         shares = [
-            WorkerShare(plan, seen, nodes, ranks_per_node, rank, 12 // ranks, canonical_nodes, worker, max(workers, 1))
+            WorkerShare(
+                plan, seen, nodes, ranks_per_node, rank, 12 // ranks, canonical_nodes, worker, max(workers, 1)
+            )
             for worker in range(max(workers, 1))
         ]
         for number, batch in enumerate(batches):  # a DataLoader asks its workers in turn
@@ -227,15 +235,24 @@ def global_batches(plan: Plan, seen: int, nodes: int, ranks_per_node: int, worke
 
 @pytest.mark.parametrize(("nodes", "ranks_per_node", "workers"), WORLDS)
 @pytest.mark.parametrize("canonical_nodes", [1, 2, 12])
-def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(plan, nodes, ranks_per_node, workers, canonical_nodes):
+def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(
+    plan, nodes, ranks_per_node, workers, canonical_nodes
+):
     for seen in (0, 36, plan.packs):
         batches = global_batches(plan, seen, nodes, ranks_per_node, workers, canonical_nodes)
-        assert [sorted(batch) for batch in batches] == [list(range(b, b + 12)) for b in range(seen, plan.packs, 12)]
+        assert [sorted(batch) for batch in batches] == [
+            list(range(b, b + 12)) for b in range(seen, plan.packs, 12)
+        ]
 
 
 def test_with_a_canonical_row_a_node_or_more_each_node_keeps_to_its_rows(plan):
     for node in range(2):
-        packs = [p for rank in (2 * node, 2 * node + 1) for batch in WorkerShare(plan, 0, 2, 2, rank, 3, 2) for p in batch]
+        packs = [
+            p
+            for rank in (2 * node, 2 * node + 1)
+            for batch in WorkerShare(plan, 0, 2, 2, rank, 3, 2)
+            for p in batch
+        ]
         assert {pack % 2 for pack in packs} == {node}
 
 
@@ -254,7 +271,9 @@ def test_a_plan_is_a_partition_of_what_was_chosen_and_no_pack_is_over_length(
     samples, longest, epoch, canonical_nodes, window, repeat, shuffle, seed
 ):
     streams = [make_stream("a", samples, longest, seed, repeat=repeat), make_stream("b", 100, seed=seed + 1)]
-    recipe = make_recipe(streams, seed=seed, global_batch=1, canonical_nodes=canonical_nodes, window=window, shuffle=shuffle)
+    recipe = make_recipe(
+        streams, seed=seed, global_batch=1, canonical_nodes=canonical_nodes, window=window, shuffle=shuffle
+    )
     plan = build(recipe, streams, epoch, build(recipe, streams, 0, None).report)
     wanted = amounts(streams, "samples", None)
     chosen = Counter(
@@ -275,13 +294,20 @@ def test_a_plan_is_a_partition_of_what_was_chosen_and_no_pack_is_over_length(
     assert max(of_packs) <= LENGTH
 
 
-@given(data=st.data(), seen=st.integers(0, 8), workers=st.integers(0, 5), canonical_nodes=st.sampled_from([1, 2, 3, 4, 6, 12]))
+@given(
+    data=st.data(),
+    seen=st.integers(0, 8),
+    workers=st.integers(0, 5),
+    canonical_nodes=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
 @settings(max_examples=100, deadline=None)
 def test_random_worlds_train_on_the_same_global_batches(plan, data, seen, workers, canonical_nodes):
     ranks = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
     nodes = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
     batches = global_batches(plan, seen * 12, nodes, ranks // nodes, workers, canonical_nodes)
-    assert [sorted(batch) for batch in batches] == [list(range(b, b + 12)) for b in range(seen * 12, plan.packs, 12)]
+    assert [sorted(batch) for batch in batches] == [
+        list(range(b, b + 12)) for b in range(seen * 12, plan.packs, 12)
+    ]
 
 
 def test_a_plan_that_nobody_used_for_long_is_removed_when_another_is_made(tmp_path):
@@ -302,13 +328,20 @@ def test_a_plan_prints_its_realised_shares():
     assert table[1].startswith("captions")
     assert "75.0%" in table[1]
     assert "packs" in table[3]
-    assert [line.split()[0] for line in table[6:]] == ["of", "captions", "b"], "and what a batch holds of each"
+    assert [line.split()[0] for line in table[6:]] == ["of", "captions", "b"], (
+        "and what a batch holds of each"
+    )
 
 
 def test_a_plan_tells_held_out_samples_from_other_kinds_and_warns_of_many_over_long_ones():
-    streams = [dataclasses.replace(make_stream("captions", 300), filtered=18, held_out=12, over_long=40), make_stream("b", 100)]
+    streams = [
+        dataclasses.replace(make_stream("captions", 300), filtered=18, held_out=12, over_long=40),
+        make_stream("b", 100),
+    ]
     report = build(make_recipe(streams, global_batch=1), streams, 0, None).report
-    assert "captions: of 300 samples 40 over-long, 6 of other kinds, 12 held out" in report.table().splitlines()
+    assert (
+        "captions: of 300 samples 40 over-long, 6 of other kinds, 12 held out" in report.table().splitlines()
+    )
     assert report.warnings() == [
         "stream 'captions': 40 of 282 samples (14.2%) are longer than a pack and are left out; "
         "see data.packed_length and data.over_long"

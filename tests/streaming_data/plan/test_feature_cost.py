@@ -26,14 +26,21 @@ def dataset(folder: Path, sizes: list[tuple[int, int]], drawn: int = 0) -> Path:
     table = pyarrow.parquet.read_table(folder / SIDECAR)
     of_images = [[*size] for size in sizes] + [[4, 4]] * drawn + [[]]
     column = pyarrow.array(of_images, pyarrow.list_(pyarrow.uint32()))
-    pyarrow.parquet.write_table(table.set_column(table.column_names.index("image_sizes"), "image_sizes", column), folder / SIDECAR)
+    pyarrow.parquet.write_table(
+        table.set_column(table.column_names.index("image_sizes"), "image_sizes", column), folder / SIDECAR
+    )
     write_manifest(folder, records, VOCABULARY)
     return folder
 
 
 def check(folder: Path, packed_length: int, views: Views | None, continuous: str = "questions") -> None:
     config = DataConfig.model_validate(
-        {"streams": {"a": {"local": str(folder)}}, "packed_length": packed_length, "global_batch": 1, "continuous": continuous}
+        {
+            "streams": {"a": {"local": str(folder)}},
+            "packed_length": packed_length,
+            "global_batch": 1,
+            "continuous": continuous,
+        }
     )
     for source in open_sources(config):
         check_images_fit(source, config, views)
@@ -46,7 +53,8 @@ def test_with_anyres_the_smallest_image_of_the_data_decides(tmp_path: Path) -> N
     needed = BLOCK + 1 + views.count(30, 10)
     check(folder, needed, views)
     with pytest.raises(
-        ConfigError, match=rf"packed_length: {needed - 1} is too short .* asked about: the smallest takes {needed} \("
+        ConfigError,
+        match=rf"packed_length: {needed - 1} is too short .* asked about: the smallest takes {needed} \(",
     ):
         check(folder, needed - 1, views)
 

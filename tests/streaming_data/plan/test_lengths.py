@@ -3,7 +3,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from support.small_datasets import BLOCK, make_record, small_vocabulary, text_records, write_dataset, write_manifest
+from support.small_datasets import (
+    BLOCK,
+    make_record,
+    small_vocabulary,
+    text_records,
+    write_dataset,
+    write_manifest,
+)
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.vision_views import Views
@@ -26,14 +33,20 @@ def folder(tmp_path_factory):
 
 def read(folder, stream: dict | None = None, views: Views | None = VIEWS, **settings):
     config = DataConfig.model_validate(
-        {"streams": {"a": {"local": str(folder), **(stream or {})}}, "packed_length": 1000, "global_batch": 1, **settings}
+        {
+            "streams": {"a": {"local": str(folder), **(stream or {})}},
+            "packed_length": 1000,
+            "global_batch": 1,
+            **settings,
+        }
     )
     sources = open_sources(config)
     return read_lengths(sources[0], Recipe.of(config, sources, views), views)
 
 
 @pytest.mark.parametrize(
-    ("continuous", "images"), [("none", [0, 0, 0, 0, 0, 0]), ("questions", [0, 1, 2, 0, 0, 1]), ("all", [0, 1, 3, 2, 0, 1])]
+    ("continuous", "images"),
+    [("none", [0, 0, 0, 0, 0, 0]), ("questions", [0, 1, 2, 0, 0, 1]), ("all", [0, 1, 3, 2, 0, 1])],
 )
 def test_lengths_count_the_features_of_the_images_that_bring_them(folder, continuous, images):
     found = read(folder, continuous=continuous)
@@ -44,7 +57,12 @@ def test_lengths_count_the_features_of_the_images_that_bring_them(folder, contin
 
 @pytest.mark.parametrize(
     ("kinds", "expected"),
-    [(["text"], [0, 4]), (["understanding"], [1, 5]), (["generation"], [2, 3]), (["text", "generation"], [0, 2, 3, 4])],
+    [
+        (["text"], [0, 4]),
+        (["understanding"], [1, 5]),
+        (["generation"], [2, 3]),
+        (["text", "generation"], [0, 2, 3, 4]),
+    ],
 )
 def test_only_samples_of_the_kinds_asked_for_are_candidates(folder, kinds, expected):
     found = read(folder, {"kinds": kinds})
@@ -82,7 +100,9 @@ def test_a_samples_side_of_the_held_out_fraction_is_its_ids(tmp_path):
 
 def test_a_larger_fraction_holds_out_all_of_a_smaller_one(tmp_path):
     write_dataset(tmp_path / "a", text_records(300))
-    few, more = (read(tmp_path / "a", {"held_out": share}, split="held_out").lengths > 0 for share in (0.1, 0.3))
+    few, more = (
+        read(tmp_path / "a", {"held_out": share}, split="held_out").lengths > 0 for share in (0.1, 0.3)
+    )
     assert few.sum() < more.sum()
     assert not (few & ~more).any()
 
@@ -90,7 +110,11 @@ def test_a_larger_fraction_holds_out_all_of_a_smaller_one(tmp_path):
 @pytest.mark.parametrize(
     ("stream", "settings", "found"),
     [
-        ({}, {"packed_length": 6}, r"stream 'a': each of its 6 samples is longer than 6 positions \(the shortest has 7\)"),
+        (
+            {},
+            {"packed_length": 6},
+            r"stream 'a': each of its 6 samples is longer than 6 positions \(the shortest has 7\)",
+        ),
         (
             {"kinds": ["text"], "max_tokens": 5},
             {},

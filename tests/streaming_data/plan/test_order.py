@@ -10,24 +10,36 @@ from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.order import amounts, choose, random_bits, rows_of, windows_of
 
 
-def make_stream(name: str, samples: int, mean: float, shard: int = 100, gaps: int = 0, **weight: float) -> StreamSamples:
+def make_stream(
+    name: str, samples: int, mean: float, shard: int = 100, gaps: int = 0, **weight: float
+) -> StreamSamples:
     rng = np.random.default_rng(list(name.encode()))
     lengths = np.clip(rng.lognormal(np.log(mean), 0.8, samples), 1, 4096).astype(np.uint32)
     if gaps:
         lengths[::gaps] = 0
     shards = np.full(-(-samples // shard), shard)
     shards[-1] -= shards.sum() - samples
-    return StreamSamples(name, shards, lengths, lengths // 3, np.zeros(samples, np.uint16), np.zeros(samples, np.uint8), weight)
+    return StreamSamples(
+        name, shards, lengths, lengths // 3, np.zeros(samples, np.uint16), np.zeros(samples, np.uint8), weight
+    )
 
 
-def taken(streams: list[StreamSamples], wanted: list[float], unit: str, epoch: int = 0, shuffle: bool = True) -> list[np.ndarray]:
-    chosen = [choose(stream, amount, unit, 0, epoch, shuffle) for stream, amount in zip(streams, wanted, strict=True)]
+def taken(
+    streams: list[StreamSamples], wanted: list[float], unit: str, epoch: int = 0, shuffle: bool = True
+) -> list[np.ndarray]:
+    chosen = [
+        choose(stream, amount, unit, 0, epoch, shuffle)
+        for stream, amount in zip(streams, wanted, strict=True)
+    ]
     return [c.ids(0, c.count) for c in chosen]
 
 
 @given(start=st.integers(0, 100), count=st.integers(0, 50))
 def test_random_numbers_are_the_same_wherever_one_begins(start, count):
-    assert random_bits(count, "a", 1, start=start).tolist() == random_bits(200, "a", 1)[start : start + count].tolist()
+    assert (
+        random_bits(count, "a", 1, start=start).tolist()
+        == random_bits(200, "a", 1)[start : start + count].tolist()
+    )
 
 
 def test_random_numbers_are_these_whatever_the_version_of_numpy():
@@ -54,13 +66,20 @@ def test_shares_of_tokens_are_those_asked_for(unit, size):
     assert sums / sums.sum() == pytest.approx(np.array([0.40, 0.30, 0.01, 0.29]), rel=1e-3)
     if size:
         size_of = sum(
-            len(i) if size[0] == "samples" else s.lengths[i].sum(dtype=np.int64) for s, i in zip(streams, ids, strict=True)
+            len(i) if size[0] == "samples" else s.lengths[i].sum(dtype=np.int64)
+            for s, i in zip(streams, ids, strict=True)
         )
-        assert size_of == pytest.approx(size[1], rel=1e-3 if size[0] == "tokens" else 1e-2)  # what is drawn is not quite average
+        assert size_of == pytest.approx(
+            size[1], rel=1e-3 if size[0] == "tokens" else 1e-2
+        )  # what is drawn is not quite average
 
 
 def test_choose_counts_in_the_mixtures_unit_and_repeat_is_times_all():
-    streams = [make_stream("a", 5000, 100, choose=123_456), make_stream("b", 500, 100, repeat=2.5), make_stream("c", 100, 50)]
+    streams = [
+        make_stream("a", 5000, 100, choose=123_456),
+        make_stream("b", 500, 100, repeat=2.5),
+        make_stream("c", 100, 50),
+    ]
     a, b, c = taken(streams, amounts(streams, "tokens", None), "tokens")
     assert int(streams[0].lengths[a].sum()) == pytest.approx(123_456, abs=4096)
     assert int(streams[1].lengths[b].sum()) == pytest.approx(2.5 * int(streams[1].lengths.sum()), abs=4096)
@@ -97,16 +116,23 @@ def test_a_random_part_is_another_each_epoch_and_none_is_taken_twice():
 )
 @settings(max_examples=80, deadline=None)
 def test_the_windows_of_all_rows_hold_what_was_chosen(samples, gaps, share, rows, window, shuffle):
-    streams = [make_stream("a", samples, 100, shard=7, gaps=gaps if gaps > 1 else 0), make_stream("b", 50, 10, shard=20)]
+    streams = [
+        make_stream("a", samples, 100, shard=7, gaps=gaps if gaps > 1 else 0),
+        make_stream("b", 50, 10, shard=20),
+    ]
     total = streams[0].total("samples")
     chosen = [] if not total else [choose(streams[0], round(share * total), "samples", 3, 1, shuffle)]
     chosen.append(choose(streams[1], 50, "samples", 3, 1, shuffle))
     streams = streams[-len(chosen) :]
     found = [
-        (ids, lengths) for row in rows_of(chosen, rows, window) for ids, lengths in windows_of(streams, chosen, row, 3, 1, shuffle)
+        (ids, lengths)
+        for row in rows_of(chosen, rows, window)
+        for ids, lengths in windows_of(streams, chosen, row, 3, 1, shuffle)
     ]
     offsets = [0, len(streams[0].lengths)]
-    expected = sorted(int(i) + offset for c, offset in zip(chosen, offsets, strict=False) for i in c.ids(0, c.count))
+    expected = sorted(
+        int(i) + offset for c, offset in zip(chosen, offsets, strict=False) for i in c.ids(0, c.count)
+    )
     assert sorted(int(i) for ids, _ in found for i in ids) == expected
     all_lengths = np.concatenate([stream.lengths for stream in streams])
     for ids, lengths in found:

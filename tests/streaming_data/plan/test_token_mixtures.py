@@ -38,7 +38,9 @@ def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shar
         ),
     }
     schema = samples_schema()
-    table = pyarrow.table({name: pyarrow.array(columns[name]).cast(schema.field(name).type) for name in schema.names}, schema)
+    table = pyarrow.table(
+        {name: pyarrow.array(columns[name]).cast(schema.field(name).type) for name in schema.names}, schema
+    )
     pyarrow.parquet.write_table(table, folder / SIDECAR)
     shards = [
         {
@@ -57,11 +59,19 @@ def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shar
 @pytest.mark.parametrize("unit", ["tokens", "target_tokens", "samples"])
 def test_shares_are_within_a_thousandth_of_those_asked_for_on_a_million_samples(tmp_path, unit):
     asked = {"chat": 0.45, "short": 0.05, "pictures": 0.2, "long": 0.3}
-    sizes = {"chat": (400_000, 300), "short": (400_000, 25), "pictures": (100_000, 100, 1), "long": (100_000, 1500)}
-    streams = {
-        name: {"local": str(write_sidecar(tmp_path / name, *size)), "proportion": asked[name]} for name, size in sizes.items()
+    sizes = {
+        "chat": (400_000, 300),
+        "short": (400_000, 25),
+        "pictures": (100_000, 100, 1),
+        "long": (100_000, 1500),
     }
-    config = DataConfig.model_validate({"streams": streams, "packed_length": 4096, "global_batch": 128, "unit": unit})
+    streams = {
+        name: {"local": str(write_sidecar(tmp_path / name, *size)), "proportion": asked[name]}
+        for name, size in sizes.items()
+    }
+    config = DataConfig.model_validate(
+        {"streams": streams, "packed_length": 4096, "global_batch": 128, "unit": unit}
+    )
     sources = open_sources(config)
     views = Views(384, 14)
     recipe = Recipe.of(config, sources, views)

@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 from unitoken.streaming_data.reading.balance import balance
 
 
-@given(ranks=st.sampled_from([1, 2, 3, 8]), each=st.integers(1, 6), seed=st.integers(0, 100), images=st.booleans())
+@given(
+    ranks=st.sampled_from([1, 2, 3, 8]),
+    each=st.integers(1, 6),
+    seed=st.integers(0, 100),
+    images=st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_every_pack_goes_to_one_rank_and_each_rank_gets_as_many(ranks, each, seed, images):
     rng = np.random.default_rng(seed)
@@ -25,7 +30,10 @@ def test_ranks_get_equal_images_and_equal_squares(ranks, bound):
         of_images = rng.random(128) < 0.5
         images = np.where(of_images, rng.integers(2, 4, 128), 0)
         squares = np.where(of_images, rng.uniform(4e6, 8e6, 128), 4096.0 * rng.uniform(200, 4096, 128))
-        for name, packs in {"dealt": balance(squares, images, ranks), "as they come": np.arange(128).reshape(-1, ranks).T}.items():
+        for name, packs in {
+            "dealt": balance(squares, images, ranks),
+            "as they come": np.arange(128).reshape(-1, ranks).T,
+        }.items():
             for n, loads in enumerate((squares, images)):
                 of_ranks = loads[packs].sum(axis=1)
                 worst[name][n] = max(worst[name][n], of_ranks.max() / of_ranks.mean())

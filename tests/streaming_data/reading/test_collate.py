@@ -38,7 +38,9 @@ def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Re
 
 
 def inserted(rec: Record, continuous: str, compat: bool = False):
-    document = insert_features(rec, dict.fromkeys(featured(rec.labels(), rec.image_spans, continuous), F), SEP, compat)
+    document = insert_features(
+        rec, dict.fromkeys(featured(rec.labels(), rec.image_spans, continuous), F), SEP, compat
+    )
     return document.ids, document.labels, list(document.places)
 
 
@@ -57,7 +59,9 @@ def test_which_images_bring_features(continuous, images):
     ids, labels, places = inserted(rec, continuous)
     assert [image for image, _ in places] == images
     assert len(ids) == len(labels) == len(rec.tokens) + (1 + F) * len(images)
-    assert np.delete(ids, [p + i for _, p in places for i in range(-1, F)]).tolist() == rec.tokens.tolist(), "all else stays"
+    assert np.delete(ids, [p + i for _, p in places for i in range(-1, F)]).tolist() == rec.tokens.tolist(), (
+        "all else stays"
+    )
     for _, start in places:
         assert ids[start - 1] == SEP
         assert (labels[start - 1 : start + F] == IGNORED).all()
@@ -120,7 +124,9 @@ def test_each_token_knows_its_documents_kind_and_whether_it_is_inside_an_image()
     assert [set(kinds[document == n].tolist()) for n in range(3)] == [{0}, {2, 3}, {4, 5}]
     inside = np.zeros(len(ids), int)
     for first, end in zip(
-        np.flatnonzero(ids == VOCABULARY.image_start), np.flatnonzero(ids == VOCABULARY.image_end) + 1, strict=True
+        np.flatnonzero(ids == VOCABULARY.image_start),
+        np.flatnonzero(ids == VOCABULARY.image_end) + 1,
+        strict=True,
     ):
         inside[first:end] = 1
     assert (kinds[document >= 0] % 2 == inside[document >= 0]).all()
@@ -145,7 +151,9 @@ def test_feature_places_and_pixels_belong_to_their_image():
     assert batch["feature_views"].view(3, F).tolist() == [[n] * F for n in range(3)]
     assert batch["feature_patches"].view(3, F).tolist() == [list(range(F))] * 3
     images = [*packs[1][0].images, *packs[1][1].images]
-    for pixels, positions, data in zip(batch["pixel_values"], batch["feature_columns"].view(3, F), images, strict=True):
+    for pixels, positions, data in zip(
+        batch["pixel_values"], batch["feature_columns"].view(3, F), images, strict=True
+    ):
         expected = Image.open(io.BytesIO(data)).getpixel((0, 0))
         assert (pixels == torch.tensor(expected, dtype=torch.uint8)[:, None, None]).all()
         ids = batch["input_ids"][1]
@@ -193,7 +201,9 @@ def test_microbatches_together_are_the_batch(size):
         assert all(0 <= row < num_packs(part) for row in part["view_rows"])
         assert (part["feature_rows"] == part["view_rows"][part["feature_views"]]).all()
         first = part["feature_patches"] == 0
-        assert (part["input_ids"][part["feature_rows"][first], part["feature_columns"][first] - 1] == SEP).all()
+        assert (
+            part["input_ids"][part["feature_rows"][first], part["feature_columns"][first] - 1] == SEP
+        ).all()
         part["feature_views"] = part["feature_views"] + views
         part["view_rows"], part["feature_rows"] = part["view_rows"] + begin, part["feature_rows"] + begin
         begin, views = begin + num_packs(part), views + len(part["view_rows"])
@@ -218,7 +228,9 @@ def test_tokens_are_counted_as_the_loss_counts_them():
     limit=st.integers(1, 120),
     everything=st.booleans(),
 )
-def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(text, questions, answers, limit, everything):
+def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(
+    text, questions, answers, limit, everything
+):
     rec = record("a", text, questions, answers)
     images = featured(rec.labels(), rec.image_spans, "all" if everything else "questions")
     whole = insert_features(rec, dict.fromkeys(images, F), SEP)
@@ -226,7 +238,11 @@ def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(text
     assert len(cut.ids) <= limit
     assert cut.ids.tolist() == whole.ids[: len(cut.ids)].tolist()
     assert cut.labels.tolist() == whole.labels[: len(cut.ids)].tolist()
-    assert (cut.ids == VOCABULARY.image_start).sum() == (cut.ids == VOCABULARY.image_end).sum() == len(cut.blocks)
+    assert (
+        (cut.ids == VOCABULARY.image_start).sum()
+        == (cut.ids == VOCABULARY.image_end).sum()
+        == len(cut.blocks)
+    )
     assert [image for image, _ in cut.places] == [image for image in images if image < len(cut.blocks)]
     if len(whole.ids) <= limit:
         assert cut is whole
@@ -240,13 +256,22 @@ def test_an_id_beyond_the_vocabulary_names_its_sample():
     bad = dataclasses.replace(bad, tokens=np.array([*bad.tokens[:-1], VOCABULARY.size], np.uint32))
     collate = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, vocabulary_size=VOCABULARY.size)
     collate([[good, record("c", 1)]])
-    with pytest.raises(ShardError, match=rf"sample 'b' holds the token id {VOCABULARY.size}, the vocabulary has {VOCABULARY.size}"):
+    with pytest.raises(
+        ShardError,
+        match=rf"sample 'b' holds the token id {VOCABULARY.size}, the vocabulary has {VOCABULARY.size}",
+    ):
         collate([[good], [good, bad]])
 
 
 def test_what_is_too_long_is_cut_to_its_streams_limit_where_that_is_the_rule():
     cutting = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, streams=2, limits=(80, 9))
-    packs = [[dataclasses.replace(record("a", text=20), stream=1), dataclasses.replace(record("b", 3, 1), stream=1), record("c")]]
+    packs = [
+        [
+            dataclasses.replace(record("a", text=20), stream=1),
+            dataclasses.replace(record("b", 3, 1), stream=1),
+            record("c"),
+        ]
+    ]
     batch = cutting(packs)
     lengths = np.bincount(batch["document_ids"][0][batch["document_ids"][0] >= 0])
     assert lengths.tolist() == [9, 1, len(record("c").tokens)]
@@ -281,7 +306,9 @@ def test_threads_change_nothing(monkeypatch):
     packs = [[record(f"{row}-{n}", questions=n) for n in range(3)] for row in range(3)]
     found = []
     for threads in (1, 4):
-        monkeypatch.setattr("unitoken.streaming_data.reading.collate._threads", lambda threads=threads: threads)
+        monkeypatch.setattr(
+            "unitoken.streaming_data.reading.collate._threads", lambda threads=threads: threads
+        )
         found.append(collate(length=120)(packs))
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name

@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make_loader(folder, monkeypatch):
-    def make(ranks: int = 1, rank: int = 0, workers: int = 0, local: int | None = None, **settings) -> PackedLoader:
+    def make(
+        ranks: int = 1, rank: int = 0, workers: int = 0, local: int | None = None, **settings
+    ) -> PackedLoader:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local or ranks))
@@ -200,7 +202,9 @@ def test_a_run_begun_before_batches_were_stratified_goes_on_as_it_was(make_loade
     resumed = make_loader(workers=2)
     resumed.dataset.load_state_dict(json.loads(json.dumps(state)))
     assert epoch_of(resumed) == whole[1][3:]
-    refused = make_loader(batching_method="per_stream", streams={"a": {"local": resumed.dataset.streams[0].local}})
+    refused = make_loader(
+        batching_method="per_stream", streams={"a": {"local": resumed.dataset.streams[0].local}}
+    )
     with pytest.raises(ConfigError, match="batching_method: nothing, now per_stream"):
         refused.dataset.load_state_dict(state)
 
@@ -300,7 +304,9 @@ def test_resuming_against_other_data_is_refused(make_loader, folder, tmp_path):
     _, state = train(make_loader(), 3)
     changed = write_dataset(tmp_path / "a", text_records(150, "z"))
     streams = {"a": {"local": str(changed)}, "b": {"local": str(folder / "b"), "repeat": 1}}
-    with pytest.raises(ConfigError, match=r"streams.a.dataset: \w+, now \w+; streams.b.weight.repeat: 1.5, now 1.0"):
+    with pytest.raises(
+        ConfigError, match=r"streams.a.dataset: \w+, now \w+; streams.b.weight.repeat: 1.5, now 1.0"
+    ):
         make_loader(streams=streams).dataset.load_state_dict(state)
 
 
@@ -326,18 +332,24 @@ def test_a_state_that_is_none_of_ours_is_refused(make_loader, change, found):
     with pytest.raises(ConfigError, match=found):
         make_loader().dataset.load_state_dict({**state, **change})
     with pytest.raises(ConfigError, match="no data state"):
-        make_loader().dataset.load_state_dict({"epoch": 0, "sample_in_epoch": 12, "num_canonical_nodes": 2, "shuffle_seed": 0})
+        make_loader().dataset.load_state_dict(
+            {"epoch": 0, "sample_in_epoch": 12, "num_canonical_nodes": 2, "shuffle_seed": 0}
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stream", ["local", "remote"])
 @pytest.mark.parametrize("damage", ["missing", "corrupt"])
-def test_a_bad_shard_is_an_error_in_the_training_process_and_no_hang(make_loader, tmp_path, monkeypatch, workers, stream, damage):
+def test_a_bad_shard_is_an_error_in_the_training_process_and_no_hang(
+    make_loader, tmp_path, monkeypatch, workers, stream, damage
+):
     folder = write_dataset(tmp_path / "data", text_records(100))
     loader = make_loader(workers=workers, streams={"a": {stream: str(folder)}}, cache=str(tmp_path / "cache"))
     shard = shard_paths(folder)[-1]
     shard.unlink() if damage == "missing" else flip_byte(shard)
-    with pytest.raises(RuntimeError, match=rf"{shard.name}.* (is {damage}|can not be had: .*{shard.name}: not there)"):
+    with pytest.raises(
+        RuntimeError, match=rf"{shard.name}.* (is {damage}|can not be had: .*{shard.name}: not there)"
+    ):
         epoch_of(loader)
     if workers:  # torch waits five seconds for each worker after an error, whatever the dataset
         monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
@@ -380,7 +392,9 @@ def test_two_processes_of_one_run_share_each_global_batch(folder, tmp_path, make
 
 def _rank(folder, tmp_path, rank: int) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2
+    )
     (tmp_path / f"{rank}.json").write_text(json.dumps(epoch_of(open_loader(folder, ranks=2, workers=1))))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

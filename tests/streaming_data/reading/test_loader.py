@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from support.small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
+from support.small_datasets import (
+    flip_byte,
+    make_record,
+    shard_paths,
+    small_vocabulary,
+    text_records,
+    write_dataset,
+)
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
@@ -29,9 +36,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder):
-    def make(views: Views | None = VIEWS, compat: bool = False, vocabulary=VOCABULARY, **settings) -> PackedLoader:
+    def make(
+        views: Views | None = VIEWS, compat: bool = False, vocabulary=VOCABULARY, **settings
+    ) -> PackedLoader:
         streams = {"images": {"local": str(folder / "images")}, "text": {"local": str(folder / "text")}}
-        defaults = {"streams": streams, "packed_length": 72, "global_batch": 4, "cache": str(folder / "cache"), "timeout": 60}
+        defaults = {
+            "streams": streams,
+            "packed_length": 72,
+            "global_batch": 4,
+            "cache": str(folder / "cache"),
+            "timeout": 60,
+        }
         config = DataConfig.model_validate({**defaults, **settings})
         return build_loader(config, views=views, vocabulary=vocabulary, batch_packs=4, compat=compat)
 
@@ -39,7 +54,8 @@ def make(folder):
 
 
 @pytest.mark.parametrize(
-    ("continuous", "compat", "per_sample"), [("questions", False, 1), ("all", False, 1.5), ("questions", True, 1.5)]
+    ("continuous", "compat", "per_sample"),
+    [("questions", False, 1), ("all", False, 1.5), ("questions", True, 1.5)],
 )
 def test_the_plan_counts_the_features_that_the_batches_hold(make, continuous, compat, per_sample):
     loader = make(continuous=continuous, compat=compat)
@@ -74,7 +90,9 @@ def test_features_without_a_vision_tower_are_refused(make):
 
 def test_a_model_of_another_vocabulary_is_refused(make, folder):
     other = small_vocabulary(60)
-    with pytest.raises(ConfigError, match=f"{folder}/images .*{VOCABULARY.fingerprint}.* the model has {other.fingerprint}"):
+    with pytest.raises(
+        ConfigError, match=f"{folder}/images .*{VOCABULARY.fingerprint}.* the model has {other.fingerprint}"
+    ):
         make(vocabulary=other)
 
 
@@ -130,7 +148,10 @@ def test_what_one_rank_can_not_read_is_an_error_in_every_rank_that_names_it(tmp_
     lost = shard_paths(folder)[-3]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_read_until_error, args=(rank, tmp_path, folder, lost, workers, results)) for rank in range(2)]
+    ranks = [
+        context.Process(target=_read_until_error, args=(rank, tmp_path, folder, lost, workers, results))
+        for rank in range(2)
+    ]
     for rank in ranks:
         rank.start()
     found = dict(results.get(timeout=120) for _ in ranks)
@@ -138,15 +159,19 @@ def test_what_one_rank_can_not_read_is_an_error_in_every_rank_that_names_it(tmp_
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     for words in found.values():
-        assert re.search(rf"a batch can not be read on rank [01]: .*stream 'text': the shard .*{lost.name}", words, re.DOTALL), (
-            words
-        )
+        assert re.search(
+            rf"a batch can not be read on rank [01]: .*stream 'text': the shard .*{lost.name}",
+            words,
+            re.DOTALL,
+        ), words
     assert found[0].count("rank ") == 1, "both came upon it: the test tests nothing"
 
 
 def _read_until_error(rank, tmp_path, folder, lost, workers, results):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2
+    )
     config = DataConfig(
         streams={"text": {"local": str(folder)}}, packed_length=64, global_batch=4, canonical_nodes=2, shuffle=False,
         continuous="none", cache=str(tmp_path / "cache"), workers=workers,

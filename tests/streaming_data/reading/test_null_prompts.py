@@ -39,7 +39,9 @@ def test_a_null_prompt_is_the_beginning_the_pictures_and_the_end_of_the_turn() -
     assert null.tokens[: 2 + 2 * BLOCK].tolist() == [VOCABULARY.bos, *pictures, VOCABULARY.end_of_turn]
     assert null.tokens[2 + 2 * BLOCK :].tolist() == record.tokens[end:].tolist()
     assert null.images == record.images
-    for (first, last, *size), (old_first, old_last, *old_size) in zip(null.image_spans, record.image_spans, strict=True):
+    for (first, last, *size), (old_first, old_last, *old_size) in zip(
+        null.image_spans, record.image_spans, strict=True
+    ):
         assert null.tokens[first:last].tolist() == record.tokens[old_first:old_last].tolist()
         assert size == old_size
 
@@ -62,13 +64,19 @@ def test_only_what_begins_with_an_image_is_drawn() -> None:
 
 
 def test_the_share_is_what_was_asked_for_and_other_documents_are_left_alone() -> None:
-    drawn, asked = [drawing(f"d{n}", 6) for n in range(4000)], [make_record(f"q{n}", VOCABULARY, 6, 1) for n in range(50)]
+    drawn, asked = (
+        [drawing(f"d{n}", 6) for n in range(4000)],
+        [make_record(f"q{n}", VOCABULARY, 6, 1) for n in range(50)],
+    )
     (found,) = drop_captions([drawn + asked], 0.25, seed=0, epoch=0)
     dropped = [len(a.tokens) < len(b.tokens) for a, b in zip(found, drawn + asked, strict=True)]
     assert 0.22 < np.mean(dropped[:4000]) < 0.28  # four standard deviations
     assert not any(dropped[4000:])
     assert found[4000:] == asked
-    others = [[len(a.tokens) for a in next(drop_captions([drawn], 0.25, seed, epoch))] for seed, epoch in ((0, 0), (1, 0), (0, 1))]
+    others = [
+        [len(a.tokens) for a in next(drop_captions([drawn], 0.25, seed, epoch))]
+        for seed, epoch in ((0, 0), (1, 0), (0, 1))
+    ]
     assert others[0] != others[1] != others[2] != others[0]
 
 
@@ -79,12 +87,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "all", records, VOCABULARY).parent
 
 
-def open_loader(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1, **settings: object) -> PackedLoader:
+def open_loader(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1, **settings: object
+) -> PackedLoader:
     for name, value in (("RANK", rank), ("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks)):
         monkeypatch.setenv(name, str(value))
     given = {"packed_length": 64, "global_batch": GROUP, "cache": str(folder / "cache"), **settings}
-    config = DataConfig.model_validate({"streams": {"all": {"local": str(folder / "all"), "held_out": 0.2}}, **given})
-    return build_loader(config, views=Views(8, 4), vocabulary=VOCABULARY, batch_packs=GROUP // ranks, compat=False)
+    config = DataConfig.model_validate(
+        {"streams": {"all": {"local": str(folder / "all"), "held_out": 0.2}}, **given}
+    )
+    return build_loader(
+        config, views=Views(8, 4), vocabulary=VOCABULARY, batch_packs=GROUP // ranks, compat=False
+    )
 
 
 def rows(loader: PackedLoader) -> list[Rows]:
@@ -103,7 +117,9 @@ def drawings(batches: list[Rows]) -> int:
     return text.count(chr(VOCABULARY.end_of_turn) + chr(VOCABULARY.image_start))
 
 
-def test_the_same_batches_on_two_ranks_and_after_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_batches_on_two_ranks_and_after_a_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader = open_loader(folder, monkeypatch, null_prompt_fraction=0.4)
     first, second = rows(loader), rows(loader)
     nulls = [null_blocks(first), null_blocks(second)]
@@ -123,7 +139,9 @@ def test_the_same_batches_on_two_ranks_and_after_a_resume(folder: Path, monkeypa
     assert rows(resumed) == second
 
 
-def test_no_fraction_changes_nothing_and_what_is_held_out_is_read_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fraction_changes_nothing_and_what_is_held_out_is_read_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, none = open_loader(folder, monkeypatch), open_loader(folder, monkeypatch, null_prompt_fraction=0.0)
     assert none.dataset.recipe.hash == plain.dataset.recipe.hash
     batches = rows(plain)

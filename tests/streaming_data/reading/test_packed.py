@@ -27,11 +27,24 @@ from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
 VOCABULARY = small_vocabulary()
-DECODER = DecoderConfig(vocab_size=170, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-VISION = VisionTowerConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+DECODER = DecoderConfig(
+    vocab_size=170, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
 )
-SIZES = ((4, 4), (40, 15), (9, 30), (16, 16), (24, 8))  # of the pictures, one after the other: each canvas of AnyRes
+VISION = VisionTowerConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+)
+SIZES = (
+    (4, 4),
+    (40, 15),
+    (9, 30),
+    (16, 16),
+    (24, 8),
+)  # of the pictures, one after the other: each canvas of AnyRes
 
 
 def documents() -> list[Record]:
@@ -39,13 +52,18 @@ def documents() -> list[Record]:
     kinds = [(9, 0, 0), (7, 1, 0), (5, 3, 0), (6, 0, 1), (8, 1, 1), (30, 0, 0), (12, 2, 2), (4, 1, 0)]
     records = [make_record(f"d{n}", VOCABULARY, *kind) for n, kind in enumerate(kinds)]
     drawn = iter(range(100))
-    return [dataclasses.replace(record, images=tuple(picture(next(drawn)) for _ in record.images)) for record in records]
+    return [
+        dataclasses.replace(record, images=tuple(picture(next(drawn)) for _ in record.images))
+        for record in records
+    ]
 
 
 def picture(number: int) -> bytes:
     buffer = io.BytesIO()
     width, height = SIZES[number % len(SIZES)]
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -69,7 +87,11 @@ def learn(model: UniToken, batches: list[dict[str, Tensor]]) -> tuple[float, dic
         loss = model(batch).total * (count / sum(counts))
         loss.backward()
         total += loss.item()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return total, gradients
 
 
@@ -89,7 +111,9 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 @pytest.mark.parametrize("anyres", [False, True], ids=["base", "anyres"])
-@pytest.mark.parametrize(("continuous", "compat"), [("questions", False), ("all", False), ("all", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("continuous", "compat"), [("questions", False), ("all", False), ("all", True), ("none", False)]
+)
 def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(
     continuous: str, compat: bool, anyres: bool, attention: Literal["sdpa", "flex"]
 ) -> None:
@@ -106,7 +130,9 @@ def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(
     lengths = [int((collate(999, [document])["document_ids"] >= 0).sum()) for document in every]
     model = build(attention)
     batch = collate(max(sum(lengths[:4]), sum(lengths[4:])) + 9, every[:4], every[4:])
-    alone = learn(model, [collate(length, [document]) for length, document in zip(lengths, every, strict=True)])
+    alone = learn(
+        model, [collate(length, [document]) for length, document in zip(lengths, every, strict=True)]
+    )
     assert len(alone[1]) == len(list(model.parameters()))
     for batches in ([batch], split_batch(batch, 1)):  # whole, and in microbatches of one pack
         packed = learn(model, batches)
@@ -121,7 +147,9 @@ def test_the_plan_knows_how_long_each_document_becomes(continuous: str, anyres: 
     """From the sidecar alone, before any picture is opened; else a pack would not hold what was planned for it."""
     every, views = documents(), Views(8, 4, anyres)
     write_dataset(tmp_path, every, VOCABULARY)
-    sizes = [[side for data in record.images for side in Image.open(io.BytesIO(data)).size] for record in every]
+    sizes = [
+        [side for data in record.images for side in Image.open(io.BytesIO(data)).size] for record in every
+    ]
     table = pyarrow.parquet.read_table(tmp_path / SIDECAR)
     column = pyarrow.array(sizes, pyarrow.list_(pyarrow.uint32()))
     pyarrow.parquet.write_table(

@@ -29,7 +29,14 @@ def datasets(tmp_path_factory) -> Path:
 
 def batches(cache: Path, streams: dict[str, dict[str, str]], workers: int = 0) -> list[list[list[int]]]:
     config = DataConfig.model_validate(
-        {"streams": streams, "packed_length": 64, "global_batch": 4, "continuous": "none", "cache": str(cache), "workers": workers}
+        {
+            "streams": streams,
+            "packed_length": 64,
+            "global_batch": 4,
+            "continuous": "none",
+            "cache": str(cache),
+            "workers": workers,
+        }
     )
     loader = build_loader(config, views=None, vocabulary=small_vocabulary(), batch_packs=4, compat=False)
     return [batch["input_ids"].tolist() for batch in loader]
@@ -49,7 +56,10 @@ def test_a_dataset_in_a_bucket_gives_the_batches_of_the_local_one(scheme, datase
     with started(scheme, tmp_path / scheme) as service, used(service):
         upload(datasets / "a", service.url("a"))
         for workers in (0, 2):
-            assert batches(tmp_path / f"cache-{workers}", {"a": {"remote": service.url("a")}}, workers) == expected
+            assert (
+                batches(tmp_path / f"cache-{workers}", {"a": {"remote": service.url("a")}}, workers)
+                == expected
+            )
 
 
 @pytest.mark.cloud
@@ -59,7 +69,9 @@ def test_each_stream_may_have_a_server_of_its_own(datasets, tmp_path):
         endpoints = {"a": one.environment["S3_ENDPOINT_URL"], "b": two.environment["S3_ENDPOINT_URL"]}
         for name, endpoint in endpoints.items():
             upload(datasets / name, "s3://bucket/data", endpoint)
-        streams = {name: {"remote": "s3://bucket/data", "endpoint": endpoint} for name, endpoint in endpoints.items()}
+        streams = {
+            name: {"remote": "s3://bucket/data", "endpoint": endpoint} for name, endpoint in endpoints.items()
+        }
         assert batches(tmp_path / "cache", streams) == expected
 
 
@@ -76,7 +88,8 @@ class _HubServer(http.server.SimpleHTTPRequestHandler):
             return self.answer(401, b"")
         if self.path.startswith("/api/datasets/lab/cats/tree/v1/"):
             return self.answer(
-                200, b'[{"type": "file", "path": "deep/index.json", "size": 3}, {"type": "directory", "path": "deep/x"}]'
+                200,
+                b'[{"type": "file", "path": "deep/index.json", "size": 3}, {"type": "directory", "path": "deep/x"}]',
             )
         path = self.folder / name.removeprefix("deep/")
         if not name.startswith("deep/") or not path.is_file():
@@ -105,7 +118,9 @@ class _HubServer(http.server.SimpleHTTPRequestHandler):
 def hub(datasets, monkeypatch) -> Iterator[str]:
     monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.01)
     open_store.cache_clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_HubServer,), {"folder": datasets / "a"})) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Handler", (_HubServer,), {"folder": datasets / "a"})
+    ) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setenv("HF_TOKEN", "secret")
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

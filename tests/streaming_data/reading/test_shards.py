@@ -7,7 +7,14 @@ import pytest
 from streaming import MDSWriter, StreamingDataset
 
 from support.opened_shards import open_shards, read_all
-from support.small_datasets import flip_byte, make_record, shard_paths, small_vocabulary, text_records, write_dataset
+from support.small_datasets import (
+    flip_byte,
+    make_record,
+    shard_paths,
+    small_vocabulary,
+    text_records,
+    write_dataset,
+)
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import INDEX
 from unitoken.dataset.mds_index import read_index
@@ -39,15 +46,22 @@ def test_samples_read_as_upstream_reads_them(tmp_path, tokens, more):
     """With our columns alone by our own decoder, with others besides by upstream's."""
     vocabulary = small_vocabulary()
     records = [make_record(f"r{n}", vocabulary, 2 + n**2 % 400, n % 3, n % 4 // 2) for n in range(40)]
-    many = np.array([[n, n + 1] for n in range(0, 700, 2)], np.uint32)  # their shape takes more than a byte a side
+    many = np.array(
+        [[n, n + 1] for n in range(0, 700, 2)], np.uint32
+    )  # their shape takes more than a byte a side
     long = np.arange(70_000, dtype=np.uint16)
     records.append(Record("ü", long, many, np.zeros((0, 4), np.uint32), ()))
     all_columns = {**columns(1 << 16), "tokens": f"ndarray:{tokens}", **more}
-    with MDSWriter(out=str(tmp_path / "data"), columns=all_columns, hashes=["sha1"], size_limit=1 << 14) as writer:
+    with MDSWriter(
+        out=str(tmp_path / "data"), columns=all_columns, hashes=["sha1"], size_limit=1 << 14
+    ) as writer:
         for record in records:
             sample = {**record.to_mds(), "tokens": record.tokens.astype(tokens)}
             writer.write({**sample, **({"quality": np.float32(0.5), "note": "good"} if more else {})})
-    ours, theirs = open_shards(tmp_path / "data"), StreamingDataset(local=str(tmp_path / "data"), batch_size=1)
+    ours, theirs = (
+        open_shards(tmp_path / "data"),
+        StreamingDataset(local=str(tmp_path / "data"), batch_size=1),
+    )
     found = read_all(ours)
     assert len(found) == len(theirs) == len(records)
     for number, record in enumerate(found):
@@ -80,7 +94,9 @@ def test_a_shard_is_verified_once_a_host(dataset, monkeypatch):
 def test_a_missing_or_short_local_shard_is_an_error_from_the_start(dataset, damage):
     path = shard_paths(dataset)[1]
     path.unlink() if damage == "unlink" else path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=f"the shard {path} is {'missing' if damage == 'unlink' else 'corrupt'}"):
+    with pytest.raises(
+        ConfigError, match=f"the shard {path} is {'missing' if damage == 'unlink' else 'corrupt'}"
+    ):
         open_shards(dataset)
 
 
@@ -104,7 +120,9 @@ def test_remote_shards_are_downloaded_when_they_are_needed(dataset, tmp_path):
 def test_a_corrupt_cached_shard_is_deleted_and_downloaded_again(dataset, tmp_path):
     read_all(open_shards(tmp_path / "local", dataset))
     flip_byte(shard_paths(tmp_path / "local")[0])
-    assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [record.id for record in RECORDS]
+    assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [
+        record.id for record in RECORDS
+    ]
     assert shard_paths(tmp_path / "local")[0].read_bytes() == shard_paths(dataset)[0].read_bytes()
 
 
@@ -124,8 +142,12 @@ def test_a_download_that_arrives_corrupt_is_tried_again(dataset, tmp_path, monke
 
 def test_a_large_shard_comes_in_parts(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("unitoken.storage.shard_cache.PART_BYTES", 100)
-    assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [record.id for record in RECORDS]
-    assert [path.read_bytes() for path in shard_paths(tmp_path / "local")] == [path.read_bytes() for path in shard_paths(dataset)]
+    assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [
+        record.id for record in RECORDS
+    ]
+    assert [path.read_bytes() for path in shard_paths(tmp_path / "local")] == [
+        path.read_bytes() for path in shard_paths(dataset)
+    ]
 
 
 def test_a_shard_that_is_corrupt_at_the_remote_is_an_error_and_never_enters_the_cache(dataset, tmp_path):
@@ -137,11 +159,15 @@ def test_a_shard_that_is_corrupt_at_the_remote_is_an_error_and_never_enters_the_
         assert shard_paths(tmp_path / "local") == []
 
 
-def test_a_shard_that_is_missing_at_the_remote_is_an_error_that_names_stream_shard_and_place(dataset, tmp_path, monkeypatch):
+def test_a_shard_that_is_missing_at_the_remote_is_an_error_that_names_stream_shard_and_place(
+    dataset, tmp_path, monkeypatch
+):
     monkeypatch.setattr("unitoken.storage.shard_cache.PAUSE", 0)
     shard_paths(dataset)[1].unlink()
     shard = "chunk-000000/shard.00001.mds"
-    with pytest.raises(ShardError, match=f"stream 'a': the shard {shard} can not be had: {dataset}/{shard}: not there"):
+    with pytest.raises(
+        ShardError, match=f"stream 'a': the shard {shard} can not be had: {dataset}/{shard}: not there"
+    ):
         open_shards(tmp_path / "local", dataset).record(1, 0)
 
 
@@ -169,7 +195,9 @@ def test_a_store_that_fails_for_good_is_an_error_at_once(dataset, tmp_path, monk
         raise StoreError(f"{self.url}/{name}: no answer (tried for 40 s)")
 
     monkeypatch.setattr(Folder, "read_range", fail)
-    with pytest.raises(ShardError, match=r"stream 'a': the shard .* can not be had: .*: no answer \(tried for 40 s\)"):
+    with pytest.raises(
+        ShardError, match=r"stream 'a': the shard .* can not be had: .*: no answer \(tried for 40 s\)"
+    ):
         open_shards(tmp_path / "local", dataset).record(0, 0)
     assert len(calls) == 1
     assert not list(tmp_path.glob("**/.aside*"))
@@ -223,7 +251,10 @@ def test_columns_that_run_code_are_refused(dataset):
     ("change", "found"),
     [
         ({"format": "json"}, "expected uncompressed MDS version 2, found json"),
-        ({"zip_data": {"basename": "x"}, "compression": "zstd"}, "expected uncompressed MDS version 2, found mds, zstd"),
+        (
+            {"zip_data": {"basename": "x"}, "compression": "zstd"},
+            "expected uncompressed MDS version 2, found mds, zstd",
+        ),
         ({"samples": "many"}, "not an MDS index"),
         ({"raw_data": {}}, "not an MDS index"),
     ],

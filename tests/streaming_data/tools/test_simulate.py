@@ -46,7 +46,14 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(remote: Path, folder: Path, **more: Any) -> DataConfig:
     streams = {name: {"remote": str(remote / name)} for name in ("text", "pictures")}
-    data = {"streams": streams, "packed_length": 128, "global_batch": BATCH, "continuous": "none", "cache": str(folder), **more}
+    data = {
+        "streams": streams,
+        "packed_length": 128,
+        "global_batch": BATCH,
+        "continuous": "none",
+        "cache": str(folder),
+        **more,
+    }
     return DataConfig.model_validate(data)
 
 
@@ -70,9 +77,13 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
         file = really_open(self, shard)
         opened += 1
         (stamp,) = self._stamps.glob(f"{shard:06}-*-downloaded")
-        tick = time.time_ns() + opened * 1_000_000  # the file system's clock is too coarse for shards of 700 bytes
+        tick = (
+            time.time_ns() + opened * 1_000_000
+        )  # the file system's clock is too coarse for shards of 700 bytes
         os.utime(stamp, ns=(tick, tick))
-        most = max(most, sum(int(path.name.split("-")[1]) for path in self._all_stamps.glob("*/*-downloaded")))
+        most = max(
+            most, sum(int(path.name.split("-")[1]) for path in self._all_stamps.glob("*/*-downloaded"))
+        )
         return file
 
     monkeypatch.setattr(shard_cache.Cache, "open", watched)
@@ -98,7 +109,9 @@ def test_a_real_run_downloads_and_caches_what_was_said(
         found = []
         for node in range(nodes):
             place = tmp_path / f"{limit}-{node}"
-            real = settings(remote, place, canonical_nodes=canonical_nodes, **({"cache_limit": limit} if limit else {}))
+            real = settings(
+                remote, place, canonical_nodes=canonical_nodes, **({"cache_limit": limit} if limit else {})
+            )
             found.append(measured(real, node, nodes, monkeypatch))
         assert said.downloads == max(downloads for downloads, _ in found)
         assert said.most_cached_bytes == max(most for _, most in found)
@@ -109,14 +122,22 @@ def test_a_real_run_downloads_and_caches_what_was_said(
 
 
 @pytest.mark.parametrize(("nodes", "canonical_nodes"), [(1, 1), (2, 1), (2, 2), (4, 2), (2, 4)])
-def test_nodes_read_the_packs_that_their_ranks_are_given(nodes: int, canonical_nodes: int, remote: Path, tmp_path: Path) -> None:
+def test_nodes_read_the_packs_that_their_ranks_are_given(
+    nodes: int, canonical_nodes: int, remote: Path, tmp_path: Path
+) -> None:
     config = settings(remote, tmp_path, global_batch=16, canonical_nodes=canonical_nodes)
     plan = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=16, compat=False).dataset.plan
     shape = Shape(nodes, 2, 1, 16, canonical_nodes)
     for node, packs in enumerate(_packs_of(plan, shape, range(nodes))):
         for rank in range(2):
             share = WorkerShare(
-                plan, 0, nodes, ranks_per_node=2, rank=2 * node + rank, batch_packs=8 // nodes, canonical_nodes=canonical_nodes
+                plan,
+                0,
+                nodes,
+                ranks_per_node=2,
+                rank=2 * node + rank,
+                batch_packs=8 // nodes,
+                canonical_nodes=canonical_nodes,
             )
             assert packs[:, rank].tolist() == [batch.tolist() for batch in share]
 
@@ -176,13 +197,17 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 def test_the_command_prints_a_table_or_json(remote: Path, tmp_path: Path) -> None:
     file = tmp_path / "data.yaml"
-    file.write_text(yaml.safe_dump(settings(remote, tmp_path / "cache").model_dump(mode="json", exclude_none=True)))
+    file.write_text(
+        yaml.safe_dump(settings(remote, tmp_path / "cache").model_dump(mode="json", exclude_none=True))
+    )
     command = ("simulate", file, "--ranks-per-node", 1, "--batch-seconds", 0.5)
     code, out = run(*command, "--cache-limit", "20kb")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["1", "2", "4"]
     assert "a cache of 20.0 KB" in out
-    assert "8, 16, 32, 64, 128, 256, 512, 1024 nodes of 1 ranks can not share a global_batch of 4 packs" in out
+    assert (
+        "8, 16, 32, 64, 128, 256, 512, 1024 nodes of 1 ranks can not share a global_batch of 4 packs" in out
+    )
     code, out = run(*command, "--json", "--nodes", "2,3", "data.seed=1")
     found = json.loads(out)
     assert ([node["nodes"] for node in found["nodes"]], found["not_possible"]) == ([2], [3])

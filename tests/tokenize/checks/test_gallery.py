@@ -29,10 +29,16 @@ def folder(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(folder: Path, vqgan: Path, tmp_path: Path) -> None:
+def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(
+    folder: Path, vqgan: Path, tmp_path: Path
+) -> None:
     result = CliRunner().invoke(app, ["preview", str(folder / "data"), "--out", str(tmp_path / "page")])
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/page/index.html: 2 samples\n"), result.stderr
-    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["0000-0.png", "0000-1.png", "index.html"]
+    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == [
+        "0000-0.png",
+        "0000-1.png",
+        "index.html",
+    ]
     codec = load_vision(settings(vqgan).vision)
     for number in range(2):
         original = images.decode((folder / f"{number}.png").read_bytes())
@@ -41,12 +47,19 @@ def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(folder: Path
         assert (sheet[:, :16] == cut).all()
         assert (sheet[:, 16 + GAP :] == codec.decode(codec.encode([cut]))[0]).all()
     page = (tmp_path / "page" / "index.html").read_text()
-    assert page.index("0000-0.png") < page.index("&lt;b&gt;?") < page.index('<figure class="image trained"><img src="0000-1.png"')
+    assert (
+        page.index("0000-0.png")
+        < page.index("&lt;b&gt;?")
+        < page.index('<figure class="image trained"><img src="0000-1.png"')
+    )
     assert "<b>?" not in page
 
 
 def test_another_image_tokenizer_than_the_datasets_is_refused(folder: Path, tmp_path: Path) -> None:
     other = settings(tiny_vqgan(tmp_path / "other", seed=1))
-    with pytest.raises(ConfigError, match=r"vision\.weights: .* its fingerprint is [0-9a-f]{16} .* was made with [0-9a-f]{16}"):
+    with pytest.raises(
+        ConfigError,
+        match=r"vision\.weights: .* its fingerprint is [0-9a-f]{16} .* was made with [0-9a-f]{16}",
+    ):
         write_page(str(folder / "data"), other, 1, tmp_path / "page")
     assert not (tmp_path / "page").exists()

@@ -51,7 +51,10 @@ def test_the_command_shows_samples(dataset: Path, vqgan: Path) -> None:
 
 
 def test_another_tokenizer_than_the_datasets_is_refused(dataset: Path) -> None:
-    with pytest.raises(ConfigError, match=r"was made with another tokenizer: its vocabulary is [0-9a-f]{16}, .* is [0-9a-f]{16}"):
+    with pytest.raises(
+        ConfigError,
+        match=r"was made with another tokenizer: its vocabulary is [0-9a-f]{16}, .* is [0-9a-f]{16}",
+    ):
         show_samples(str(dataset), str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
 
 
@@ -59,6 +62,9 @@ def test_the_samples_in_order_as_streaming_reads_them(dataset: Path) -> None:
     from streaming import StreamingDataset
 
     ours = [record.to_mds() for record in records(open_store(str(dataset)))]
-    theirs = [Record.from_mds(sample).to_mds() for sample in StreamingDataset(local=str(dataset), batch_size=1, shuffle=False)]
+    theirs = [
+        Record.from_mds(sample).to_mds()
+        for sample in StreamingDataset(local=str(dataset), batch_size=1, shuffle=False)
+    ]
     assert str(ours) == str(theirs)
     assert len(ours) == 6

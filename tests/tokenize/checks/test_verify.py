@@ -39,7 +39,9 @@ def made(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three chunks and a round of retries, with a reject of each."""
     folder = tmp_path_factory.mktemp("verify")
     items = some_items(folder, 8)
-    items += [{"conversations": turns("<|image|>", "late"), "image": name} for name in ("late.png", "never.png")]
+    items += [
+        {"conversations": turns("<|image|>", "late"), "image": name} for name in ("late.png", "never.png")
+    ]
     source, out = write_items(folder, items), folder / "out"
     run_here(settings(vqgan), source, out)
     merge(str(out))
@@ -93,7 +95,9 @@ def test_a_changed_byte_anywhere_is_found(out: Path, seed: int) -> None:
     assert len(paths) == 9 + 3 * 4 + 3
     for path in paths:
         data = path.read_bytes()
-        positions = [at for at in range(len(data)) if not any(start <= at < end for start, end in free(path, data))]
+        positions = [
+            at for at in range(len(data)) if not any(start <= at < end for start, end in free(path, data))
+        ]
         for at in draw.sample(positions, min(1, len(positions))):
             changed = bytearray(data)
             changed[at] ^= draw.randrange(1, 256)
@@ -102,7 +106,9 @@ def test_a_changed_byte_anywhere_is_found(out: Path, seed: int) -> None:
                 found = verify(str(out))
             except ConfigError as error:
                 found = [str(error)]
-            assert found, f"{path.relative_to(out)}: byte {at} of {len(data)}: {data[at]} became {changed[at]}"
+            assert found, (
+                f"{path.relative_to(out)}: byte {at} of {len(data)}: {data[at]} became {changed[at]}"
+            )
         path.write_bytes(data)
     assert verify(str(out)) == []
 
@@ -119,7 +125,9 @@ def test_a_file_of_another_length_is_found(out: Path, change: Callable[[bytes], 
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["index.json", "samples.parquet", "rejects.jsonl", "chunk-000001/shard.00000.mds"])
+@pytest.mark.parametrize(
+    "name", ["index.json", "samples.parquet", "rejects.jsonl", "chunk-000001/shard.00000.mds"]
+)
 def test_a_missing_file_is_found(out: Path, name: str) -> None:
     (out / name).unlink()
     assert any(name in line for line in verify(str(out)))
@@ -134,7 +142,9 @@ def test_a_chunk_that_misses_a_file_is_found(out: Path, name: str) -> None:
 # --- a part of it ---
 
 
-@pytest.mark.parametrize(("shards", "sample"), [(1000, 0.01), (1000, 0.25), (7, 0.5), (3, 0.001), (5, 1.0), (0, 0.5)])
+@pytest.mark.parametrize(
+    ("shards", "sample"), [(1000, 0.01), (1000, 0.25), (7, 0.5), (3, 0.001), (5, 1.0), (0, 0.5)]
+)
 def test_a_sample_is_that_share_and_at_least_one(shards: int, sample: float) -> None:
     picked = chosen(shards, sample)
     assert len(picked) == max(int(shards * sample), min(1, shards))
@@ -158,13 +168,17 @@ def test_a_sample_looks_at_no_other_shard(out: Path, capsys: pytest.CaptureFixtu
 
 
 def rewrite(
-    out: Path, change: Callable[[list[Record]], list[Record]], row: Callable[[dict[str, Any]], None] = lambda row: None
+    out: Path,
+    change: Callable[[list[Record]], list[Record]],
+    row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> None:
     """Chunk 0 anew with other records or rows, and everything that vouches for it."""
     from streaming import StreamingDataset
 
     chunk = out / "chunk-000000"
-    records = [Record.from_mds(sample) for sample in StreamingDataset(local=str(chunk), batch_size=1, shuffle=False)]
+    records = [
+        Record.from_mds(sample) for sample in StreamingDataset(local=str(chunk), batch_size=1, shuffle=False)
+    ]
     rows = pq.read_table(chunk / "samples.parquet").to_pylist()
     sizes = [list(zip(r["image_sizes"][::2], r["image_sizes"][1::2], strict=True)) for r in rows]
     rejects = (chunk / "rejects.jsonl").read_bytes()
@@ -205,16 +219,34 @@ def test_the_second_item_is_what_the_cases_below_take_it_for(out: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Record, Vocabulary], Record], str]] = {
-    "token": (of_second(tokens=with_token(-2, lambda v: v.size)), r"token \d+ is outside the vocabulary of \d+"),
-    "forged": (of_second(tokens=with_token(-2, lambda v: v.image_start)), r"special token \d+ at \d+, outside an image"),
-    "code": (of_second(tokens=with_token(-2, lambda v: v.image_ids[3])), r"special token \d+ at \d+, outside an image"),
+    "token": (
+        of_second(tokens=with_token(-2, lambda v: v.size)),
+        r"token \d+ is outside the vocabulary of \d+",
+    ),
+    "forged": (
+        of_second(tokens=with_token(-2, lambda v: v.image_start)),
+        r"special token \d+ at \d+, outside an image",
+    ),
+    "code": (
+        of_second(tokens=with_token(-2, lambda v: v.image_ids[3])),
+        r"special token \d+ at \d+, outside an image",
+    ),
     "begin": (of_second(tokens=with_token(0, lambda v: v.end_of_turn)), r"begins with token \d+, expected 0"),
-    "target end": (of_second(target_spans=with_span(3, 4000)), r"target spans: one ends at 4000 of \d+ tokens"),
+    "target end": (
+        of_second(target_spans=with_span(3, 4000)),
+        r"target spans: one ends at 4000 of \d+ tokens",
+    ),
     "target empty": (of_second(target_spans=with_span(3, 3)), "target spans: one is empty"),
     "images": (of_second(images=lambda r, v: ()), "0 images, 1 image spans, 2 sides in samples.parquet"),
     "html": (of_second(images=lambda r, v: (b"<html>",)), r"image 0: no picture: not an image: 6 bytes"),
-    "other": (of_second(images=lambda r, v: (png((7, 9)),)), r"image 0: 7 x 9 pixels, samples.parquet has 20 x 16"),
-    "span": (of_second(image_spans=lambda r, v: np.add(r.image_spans, [0, 1, 0, 0])), r"image 0: \d+ ids are no image block"),
+    "other": (
+        of_second(images=lambda r, v: (png((7, 9)),)),
+        r"image 0: 7 x 9 pixels, samples.parquet has 20 x 16",
+    ),
+    "span": (
+        of_second(image_spans=lambda r, v: np.add(r.image_spans, [0, 1, 0, 0])),
+        r"image 0: \d+ ids are no image block",
+    ),
     "sides": (
         of_second(image_spans=lambda r, v: np.add(r.image_spans, [0, 0, 1, 0])),
         "image 0: 4 x 4 latents by its grid tokens, 5 x 4",
@@ -229,7 +261,11 @@ def test_a_broken_rule_is_found_though_every_hash_is_right(out: Path, name: str)
 
     def second(records: list[Record]) -> list[Record]:
         changed = change(records[1], vocabulary)
-        return [records[0], dataclasses.replace(changed, image_spans=changed.image_spans.astype(np.uint32)), *records[2:]]
+        return [
+            records[0],
+            dataclasses.replace(changed, image_spans=changed.image_spans.astype(np.uint32)),
+            *records[2:],
+        ]
 
     rewrite(out, second)
     found = verify(str(out))
@@ -250,7 +286,9 @@ def test_a_broken_rule_is_found_though_every_hash_is_right(out: Path, name: str)
         ("image_sizes", [16], "1 images, 1 image spans, 1 sides in samples.parquet"),
     ],
 )
-def test_a_row_that_says_something_else_of_its_sample_is_found(out: Path, name: str, value: Any, line: str) -> None:
+def test_a_row_that_says_something_else_of_its_sample_is_found(
+    out: Path, name: str, value: Any, line: str
+) -> None:
     rewrite(out, lambda records: records, lambda row: row.update({name: value}))
     found = verify(str(out))
     assert len(found) == 1
@@ -259,7 +297,11 @@ def test_a_row_that_says_something_else_of_its_sample_is_found(out: Path, name: 
 
 def test_of_many_problems_in_a_shard_the_first_are_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitoken.tokenize.checks.verify.LINES", 2)
-    rewrite(out, lambda records: [dataclasses.replace(record, id="x") for record in records], lambda row: row.update(id="y"))
+    rewrite(
+        out,
+        lambda records: [dataclasses.replace(record, id="x") for record in records],
+        lambda row: row.update(id="y"),
+    )
     rewrite(out, lambda records: records, lambda row: row.update(id="y", tokens=1, target_tokens=2, images=3))
     assert [line.rpartition(": ")[2] for line in verify(str(out))][2] == "and 2 more"
 
@@ -290,7 +332,9 @@ def test_two_rejects_of_one_item_are_found(out: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["items", "samples", "rejected", "tokens", "target_tokens", "images", "chunks", "seed", "source"])
+@pytest.mark.parametrize(
+    "name", ["items", "samples", "rejected", "tokens", "target_tokens", "images", "chunks", "seed", "source"]
+)
 def test_a_manifest_that_miscounts_is_found(out: Path, name: str) -> None:
     path = out / "manifest.json"
     fields = json.loads(path.read_text())
@@ -310,7 +354,9 @@ def test_a_picture_on_its_side_by_exif_has_the_size_in_which_it_is_seen(out: Pat
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 10)).save(buffer, "JPEG", exif=exif)
-    rules = Rules(Vocabulary.load(out / "vocabulary.json"), crop_latents("square", 16, 4), compat=False, originals=True)
+    rules = Rules(
+        Vocabulary.load(out / "vocabulary.json"), crop_latents("square", 16, 4), compat=False, originals=True
+    )
     block = rules.vocabulary.image_block(np.zeros((4, 4), int))
     tokens = np.array([rules.vocabulary.bos, *block, rules.vocabulary.end_of_turn], rules.token_type)
     record = Record(
@@ -342,7 +388,9 @@ def test_a_picture_on_its_side_by_exif_has_the_size_in_which_it_is_seen(out: Pat
     assert list(wrong_with(bare, row | {"image_sizes": [0, 0]}, without)) == []
     assert list(wrong_with(bare, row | {"image_sizes": [0, 0]}, rules)) != []
     other = dataclasses.replace(rules, sizes=crop_latents("square", 32, 4))
-    assert list(wrong_with(record, row, other)) == ["image 0: 4 x 4 latents, which the dataset's crops do not make"]
+    assert list(wrong_with(record, row, other)) == [
+        "image 0: 4 x 4 latents, which the dataset's crops do not make"
+    ]
     wider = dataclasses.replace(record, tokens=tokens.astype("u4"))
     assert list(wrong_with(wider, row, rules)) == [f"tokens: uint32 ({len(tokens)},), expected uint16 (T,)"]
 
@@ -368,8 +416,12 @@ def test_crops_of_other_shapes(vqgan: Path, tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")) == []
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "chunk-000000/../shard.00000.mds", "chunk-000000/shard.00000.mds.x"])
-def test_a_shard_outside_the_folder_is_named_and_not_read(out: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "chunk-000000/../shard.00000.mds", "chunk-000000/shard.00000.mds.x"]
+)
+def test_a_shard_outside_the_folder_is_named_and_not_read(
+    out: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = json.loads((out / "index.json").read_text())
     index["shards"][0]["raw_data"]["basename"] = name
     (out / "index.json").write_text(json.dumps(index, sort_keys=True) + "\n")
@@ -377,7 +429,9 @@ def test_a_shard_outside_the_folder_is_named_and_not_read(out: Path, name: str, 
     files = manifest.files | {"index.json": sha256_file(out / "index.json")}
     (out / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).dump())
     monkeypatch.setattr("unitoken.tokenize.checks.verify._load", None)
-    assert verify(str(out)) == [f"{out}/index.json: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {name!r}"]
+    assert verify(str(out)) == [
+        f"{out}/index.json: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {name!r}"
+    ]
 
 
 @pytest.mark.cloud
@@ -391,7 +445,9 @@ def test_a_dataset_in_a_bucket(out: Path, tmp_path: Path) -> None:
         for path in sorted(path for path in out.rglob("*") if path.is_file()):
             store.upload(path, str(path.relative_to(out)))
         assert verify(url) == []
-        assert [record.id for record in records(store)] == [record.id for record in records(open_store(str(out)))]
+        assert [record.id for record in records(store)] == [
+            record.id for record in records(open_store(str(out)))
+        ]
         shard = (out / "chunk-000001" / "shard.00000.mds").read_bytes()
         store.write("chunk-000001/shard.00000.mds", shard[:-1] + b"x")
         (line,) = verify(url)

@@ -45,9 +45,25 @@ def expected(source: Path, vqgan: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def command(source: Path, vqgan: Path, out: Path, splits: int = 2) -> list[str]:
-    run = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/chameleon.yaml", "--splits", str(splits)]
+    run = [
+        sys.executable,
+        "-m",
+        "unitoken.tokenize",
+        "run",
+        "--config",
+        "yamls/tokenize/chameleon.yaml",
+        "--splits",
+        str(splits),
+    ]
     files = ["--in_filename", str(source), "--out_dir", str(out), "--target_size", "16"]
-    return [*run, *files, f"tokenizer={TOKENIZER}", f"vision.weights={vqgan}", "vision.batch_size=3", "chunk_size=2"]
+    return [
+        *run,
+        *files,
+        f"tokenizer={TOKENIZER}",
+        f"vision.weights={vqgan}",
+        "vision.batch_size=3",
+        "chunk_size=2",
+    ]
 
 
 def done(out: Path) -> int:
@@ -63,7 +79,9 @@ def test_a_run_killed_at_random_moments_and_repeated_gives_the_same_bytes(
     out = tmp_path / "out"
     moment = random.Random(4)
     for chunks, splits in ((1, 3), (6, 2)):
-        process = subprocess.Popen(command(source, vqgan, out, splits), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(source, vqgan, out, splits), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         wait_for(lambda chunks=chunks: done(out) >= chunks)
         time.sleep(moment.uniform(0, 0.05))
         workers = children(process.pid)
@@ -72,7 +90,9 @@ def test_a_run_killed_at_random_moments_and_repeated_gives_the_same_bytes(
         wait_for(lambda workers=workers: not any(map(alive, workers)), seconds=10)
         assert not (out / "manifest.json").exists()
     for _ in range(2):
-        finish = subprocess.run(command(source, vqgan, out, splits=1), capture_output=True, text=True, check=True)
+        finish = subprocess.run(
+            command(source, vqgan, out, splits=1), capture_output=True, text=True, check=True
+        )
         assert f"{ITEMS} items -> 21 samples, 3 rejected" in finish.stdout
         assert content(out) == expected
 
@@ -83,9 +103,13 @@ def test_a_worker_that_is_killed_does_not_stop_the_others(
     source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(command(source, vqgan, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(source, vqgan, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: process.poll() is not None or done(out) > 0)
-    victim = next(pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    victim = next(
+        pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
     os.kill(victim, signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     missing = [number for number in range(CHUNKS) if not (out / f"chunk-{number:06d}").exists()]
@@ -101,11 +125,17 @@ def test_a_worker_that_is_killed_does_not_stop_the_others(
 
 
 @pytest.mark.slow
-def test_ranks_by_hand_and_a_merge_give_the_same(source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_by_hand_and_a_merge_give_the_same(
+    source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     """As the seed document does it: one process a rank, started together."""
     out = tmp_path / "out"
     ranks = [
-        subprocess.Popen([*command(source, vqgan, out), "--rank", str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command(source, vqgan, out), "--rank", str(rank)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for rank in range(2)
     ]
     assert [process.wait(timeout=200) for process in ranks] == [0, 0]
@@ -115,13 +145,19 @@ def test_ranks_by_hand_and_a_merge_give_the_same(source: Path, vqgan: Path, expe
 
 
 @pytest.mark.slow
-def test_what_a_worker_finds_wrong_with_the_weights_is_the_parents_error(source: Path, vqgan: Path, tmp_path: Path) -> None:
+def test_what_a_worker_finds_wrong_with_the_weights_is_the_parents_error(
+    source: Path, vqgan: Path, tmp_path: Path
+) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
-    (weights / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text().replace("n_embed: 64", "n_embed: 65"))
+    (weights / "vqgan.yaml").write_text(
+        (vqgan / "vqgan.yaml").read_text().replace("n_embed: 64", "n_embed: 65")
+    )
     (weights / "vqgan.safetensors").write_bytes((vqgan / "vqgan.safetensors").read_bytes())
     job = prepare(settings(weights), [str(source)], str(tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"quantize.embedding.weight is \[64, 4\], the .yaml says \[65, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"quantize.embedding.weight is \[64, 4\], the .yaml says \[65, 4\]"
+    ):
         launch(job, splits=1)
 
 
@@ -154,7 +190,9 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     assert len(lines) == 2  # the second came too soon
 
 
-def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     done = iter([1, 3])
     with show_progress(RunProgress(None, 0, 3, lambda: next(done))) as bar:
         bar.show()
@@ -164,7 +202,9 @@ def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(ca
     assert lines[-1].startswith("tokenize: 70 items, 3/3 chunks, ")
 
 
-def test_the_bar_of_a_terminal_shows_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_of_a_terminal_shows_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     for total in (10, None):
@@ -177,7 +217,9 @@ def test_the_bar_of_a_terminal_shows_the_same(capsys: pytest.CaptureFixture[str]
     assert "1 rejected" in shown
 
 
-def test_80_columns_hold_all_that_the_bar_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_80_columns_hold_all_that_the_bar_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(_Count, "rate", 1071.3)
     monkeypatch.setenv("COLUMNS", "80")
@@ -215,8 +257,14 @@ def test_a_share_counts_its_own_chunks(source: Path, vqgan: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(28, "No space left on device", "out/chunk-000001"), "stopped: [Errno 28] No space left on device"),
-        (StoreError("s3://bucket/x: no such bucket: bucket"), "stopped: s3://bucket/x: no such bucket: bucket"),
+        (
+            OSError(28, "No space left on device", "out/chunk-000001"),
+            "stopped: [Errno 28] No space left on device",
+        ),
+        (
+            StoreError("s3://bucket/x: no such bucket: bucket"),
+            "stopped: s3://bucket/x: no such bucket: bucket",
+        ),
         (MemoryError(), "stopped: out of memory"),
     ],
 )
@@ -246,7 +294,9 @@ def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     messages = Messages()
     monkeypatch.setattr("unitoken.tokenize.executors.local._end_with_parent", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_rank=run_rank))
+    monkeypatch.setitem(
+        sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_rank=run_rank)
+    )
     with contextlib.suppress(SystemExit):
         _work(None, 0, 1, messages)  # type: ignore[arg-type]
     return messages

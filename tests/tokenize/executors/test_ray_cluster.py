@@ -63,7 +63,9 @@ def test_without_ray_the_error_says_how_to_have_it(job: Job, monkeypatch: pytest
         launch_on_ray(job)
 
 
-def test_an_address_where_no_cluster_is_is_an_error_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_no_cluster_is_is_an_error_at_once(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"no Ray cluster at 127.0.0.1:9: .*refused"):
@@ -118,13 +120,19 @@ class InOneProcess:
         pass
 
 
-def ended(job: Job, monkeypatch: pytest.MonkeyPatch, run_chunks: Any, ray: InOneProcess | None = None) -> list[str]:
+def ended(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run_chunks: Any, ray: InOneProcess | None = None
+) -> list[str]:
     monkeypatch.setattr(ray_cluster, "_start_ray", lambda: ray or InOneProcess())
-    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks))
+    monkeypatch.setitem(
+        sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks)
+    )
     return launch_on_ray(job)
 
 
-def test_tasks_are_a_few_chunks_each_and_every_chunk_is_in_one(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_are_a_few_chunks_each_and_every_chunk_is_in_one(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[list[str]] = []
 
     def run_chunks(_: Job, chunks: list[Chunk], report: Any, device: str) -> Times:
@@ -139,7 +147,9 @@ def test_tasks_are_a_few_chunks_each_and_every_chunk_is_in_one(job: Job, monkeyp
     assert [len(group) for group in ray_cluster._groups(chunks[:40], 8)] == [1] * 40
 
 
-def test_a_task_takes_a_gpu_where_the_cluster_has_them_and_keeps_its_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_takes_a_gpu_where_the_cluster_has_them_and_keeps_its_process(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for gpus in (0, 16):
         ray = InOneProcess(cpus=64, gpus=gpus)
         ended(job, monkeypatch, lambda *_: Times(), ray)
@@ -160,7 +170,9 @@ def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_
 
     monkeypatch.chdir("/")  # and back at the end
 
-    monkeypatch.setitem(sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks))
+    monkeypatch.setitem(
+        sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks)
+    )
     (Path(job.out) / "chunk-000001").mkdir()
     (Path(job.out) / "chunk-000001" / "index.json").touch()
     ray_cluster._do(job, job.chunks()[:3], str(tmp_path))
@@ -170,13 +182,24 @@ def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(28, "No space left on device", "out/chunk-000001"), "No space left on device: 'out/chunk-000001'"),
-        (StoreError("s3://bucket/x: no such bucket: bucket"), "chunk-000000: s3://bucket/x: no such bucket: bucket"),
+        (
+            OSError(28, "No space left on device", "out/chunk-000001"),
+            "No space left on device: 'out/chunk-000001'",
+        ),
+        (
+            StoreError("s3://bucket/x: no such bucket: bucket"),
+            "chunk-000000: s3://bucket/x: no such bucket: bucket",
+        ),
         (MemoryError(), "chunk-000000: out of memory"),
-        (RuntimeError("CUDA error:\nan illegal memory access"), "RuntimeError: CUDA error: an illegal memory access"),
+        (
+            RuntimeError("CUDA error:\nan illegal memory access"),
+            "RuntimeError: CUDA error: an illegal memory access",
+        ),
     ],
 )
-def test_what_ends_a_task_is_one_line(job: Job, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
+def test_what_ends_a_task_is_one_line(
+    job: Job, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
     def run_chunks(*_: object) -> Times:
         raise error
 

@@ -172,7 +172,9 @@ def test_batches_hold_pictures_of_one_size_and_one_chunk() -> None:
 
 def test_batches_do_not_depend_on_the_chunks_before() -> None:
     def chunk(name: str) -> list[Group]:
-        groups = [group(name, *[(n, 8 * (n % 3 + 1)) for n in range(k, k + 3)], held=30) for k in range(0, 30, 3)]
+        groups = [
+            group(name, *[(n, 8 * (n % 3 + 1)) for n in range(k, k + 3)], held=30) for k in range(0, 30, 3)
+        ]
         return [*groups, group(name, last=True)]
 
     alone, _, _ = run(chunk("b"), 4)
@@ -182,7 +184,11 @@ def test_batches_do_not_depend_on_the_chunks_before() -> None:
 
 def test_a_rare_size_holds_up_the_others_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concurrency, "FLUSHED_BYTES", 100)
-    groups = [group("a", (0, 16), held=25), *[group("a", (n, 8), held=25) for n in range(1, 8)], group("a", last=True)]
+    groups = [
+        group("a", (0, 16), held=25),
+        *[group("a", (n, 8), held=25) for n in range(1, 8)],
+        group("a", last=True),
+    ]
     vision, _, _ = run(groups, 4)
     assert vision.batches == [[1, 2, 3], [0], [4, 5, 6, 7]]
 

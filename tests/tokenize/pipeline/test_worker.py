@@ -34,7 +34,11 @@ def no_thread_survives() -> Iterator[None]:
 
 
 def rejects(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted(out.glob("chunk-*/rejects.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted(out.glob("chunk-*/rejects.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def image_item(path: str) -> dict[str, Any]:
@@ -46,7 +50,10 @@ def test_the_stock_reader_reads_every_sample(vqgan: Path, tmp_path: Path) -> Non
     run_here(settings(vqgan), write_items(tmp_path, items), tmp_path / "out")
     manifest = merge(str(tmp_path / "out"))
     vocabulary = Vocabulary.load(tmp_path / "out" / "vocabulary.json")
-    records = [Record.from_mds(sample) for sample in StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False)]
+    records = [
+        Record.from_mds(sample)
+        for sample in StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False)
+    ]
     rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
     good = [str(item.get("id", n)) for n, item in enumerate(items) if n % 7 != 6]
     assert [record.id for record in records] == [row["id"] for row in rows] == good
@@ -105,7 +112,9 @@ def test_bad_images_are_rejects_with_their_reason(vqgan: Path, tmp_path: Path, g
     items = [image_item(path) for path in cases] + [
         {"conversations": turns("<|image|><|image|>", "a"), "image": [good, "none.png"]}
     ]
-    run_here(settings(vqgan), write_items(tmp_path, [*items, {"conversations": turns("a", "b")}]), tmp_path / "out")
+    run_here(
+        settings(vqgan), write_items(tmp_path, [*items, {"conversations": turns("a", "b")}]), tmp_path / "out"
+    )
     found = rejects(tmp_path / "out")
     assert [line["position"] for line in found] == list(range(len(items)))
     for line, needed in zip(found, [*cases.values(), "no such image: none.png"], strict=True):
@@ -114,7 +123,9 @@ def test_bad_images_are_rejects_with_their_reason(vqgan: Path, tmp_path: Path, g
     assert merge(str(tmp_path / "out")).samples == 1
 
 
-def test_no_broken_file_stops_the_run_and_reasons_are_the_same_each_time(vqgan: Path, tmp_path: Path, golden: Path) -> None:
+def test_no_broken_file_stops_the_run_and_reasons_are_the_same_each_time(
+    vqgan: Path, tmp_path: Path, golden: Path
+) -> None:
     """Images cut and changed at many places: each is used or rejected, twice alike (no addresses, no folders)."""
     rng = np.random.default_rng(0)
     items = []
@@ -157,9 +168,12 @@ def test_a_chunk_of_rejects_only_is_done_and_merges(vqgan: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("victim", ["_open", "_adapt", "begin", "_row", "write_samples", "publish"])
-def test_a_chunk_that_fails_midway_is_not_there(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+def test_a_chunk_that_fails_midway_is_not_there(
+    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
     """In whichever thread: the error is raised, no thread survives, and there is no half of a chunk. An exception
-    inside MDSWriter leaves a complete-looking index."""
+    inside MDSWriter leaves a complete-looking index.
+    """
     source = write_items(tmp_path, some_items(tmp_path, 30))
     calls = 0
 
@@ -170,7 +184,12 @@ def test_a_chunk_that_fails_midway_is_not_there(vqgan: Path, tmp_path: Path, mon
 
     job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
     tokenizer = worker.Tokenizer(job, "cpu")
-    where = {"begin": tokenizer.vision, "_row": writer, "write_samples": writer, "publish": pipeline_of_output()}
+    where = {
+        "begin": tokenizer.vision,
+        "_row": writer,
+        "write_samples": writer,
+        "publish": pipeline_of_output(),
+    }
     with monkeypatch.context() as patch:
         patch.setattr(where.get(victim, tokenizer), victim, fail)
         with pytest.raises(MemoryError, match=victim):
@@ -241,7 +260,9 @@ def test_torchs_threads_are_as_before_when_the_work_is_done(vqgan: Path, tmp_pat
         torch.set_num_threads(before)
 
 
-def test_bytes_do_not_depend_on_threads_nor_on_the_room(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_do_not_depend_on_threads_nor_on_the_room(
+    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Little room: four items on the way, so that the reader waits for the writer."""
     source = write_items(tmp_path, some_items(tmp_path, 40))
     monkeypatch.setattr(worker, "GROUP_ITEMS", 2)
@@ -252,7 +273,9 @@ def test_bytes_do_not_depend_on_threads_nor_on_the_room(vqgan: Path, tmp_path: P
     assert content(tmp_path / "one") == content(tmp_path / "seven")
 
 
-def test_a_process_keeps_its_models_for_the_next_chunks(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_keeps_its_models_for_the_next_chunks(
+    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_items(tmp_path, some_items(tmp_path, 8))
     job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
     worker.run_chunks(job, job.chunks()[:1], quiet, "cpu")
@@ -261,7 +284,9 @@ def test_a_process_keeps_its_models_for_the_next_chunks(vqgan: Path, tmp_path: P
     assert not job.missing()
 
 
-def test_items_longer_than_max_tokens_are_rejects(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_longer_than_max_tokens_are_rejects(
+    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those whose images alone are too long never reach the image tokenizer."""
     name = picture(tmp_path / "a.png", 1)
     items = [
@@ -276,7 +301,10 @@ def test_items_longer_than_max_tokens_are_rejects(vqgan: Path, tmp_path: Path, m
     assert re.fullmatch(r"too long: \d+ tokens, max_tokens is 40", found["1"][1])
     assert found["1"][0] == "sequence"
     assert found["3"] == ("image", "too long: 48 tokens in its images alone, max_tokens is 40")
-    longest = max(row["tokens"] for row in pq.read_table(tmp_path / "out" / "chunk-000000" / "samples.parquet").to_pylist())
+    longest = max(
+        row["tokens"]
+        for row in pq.read_table(tmp_path / "out" / "chunk-000000" / "samples.parquet").to_pylist()
+    )
     assert longest <= 40
     assert job.file.max_tokens == 40
 
@@ -302,10 +330,16 @@ def test_random_crops_depend_on_seed_and_id_alone(vqgan: Path, tmp_path: Path) -
     assert all(other[name] != found[name] for name in found)
 
 
-def test_what_the_source_or_an_adapter_can_not_use_is_a_reject_of_that_stage(vqgan: Path, tmp_path: Path) -> None:
+def test_what_the_source_or_an_adapter_can_not_use_is_a_reject_of_that_stage(
+    vqgan: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "items.jsonl"
     good = json.dumps({"conversations": turns("a", "b")})
-    source.write_text("\n".join([good, "{broken", json.dumps({"id": "no-turns"}), json.dumps({"conversations": turns(" ", "b")})]))
+    source.write_text(
+        "\n".join(
+            [good, "{broken", json.dumps({"id": "no-turns"}), json.dumps({"conversations": turns(" ", "b")})]
+        )
+    )
     run_here(settings(vqgan), source, tmp_path / "out")
     found = [(line["position"], line["id"], line["stage"]) for line in rejects(tmp_path / "out")]
     assert found == [(1, "1", "source"), (2, "no-turns", "conversation"), (3, "3", "conversation")]

@@ -47,10 +47,15 @@ def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, gol
     rows = [json.loads(line) for line in (golden / "dev" / "A_tokenization.jsonl").read_text().splitlines()]
     good = [row["record"] | {"id": f"r{n}"} for n, row in enumerate(rows) if row["status"] == "ok"]
     records: list[dict[str, Any]] = [
-        {"id": one["id"], "conversations": one["conversations"]} for one in good if "<|image|>" not in str(one)
+        {"id": one["id"], "conversations": one["conversations"]}
+        for one in good
+        if "<|image|>" not in str(one)
     ]
     pictures = sorted(path.name for path in images.iterdir())[:6]
-    records += [{"id": f"p{n}", "conversations": turns("See <|image|>", "ok"), "image": [name]} for n, name in enumerate(pictures)]
+    records += [
+        {"id": f"p{n}", "conversations": turns("See <|image|>", "ok"), "image": [name]}
+        for n, name in enumerate(pictures)
+    ]
     records.append({"id": "two", "conversations": turns("<|image|><|image|>", "ok"), "image": pictures[:2]})
     assert len(records) > 10
 
@@ -58,7 +63,9 @@ def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, gol
     (tmp_path / "i.json").write_text(json.dumps(full))
     (tmp_path / "i.jsonl").write_text("".join(json.dumps(one) + "\n" for one in full))
     inline = [
-        one | {"image": [{"bytes": (images / name).read_bytes(), "path": name} for name in one.get("image", [])]} for one in records
+        one
+        | {"image": [{"bytes": (images / name).read_bytes(), "path": name} for name in one.get("image", [])]}
+        for one in records
     ]
     table = pa.Table.from_pylist(inline)
     pq.write_table(table, tmp_path / "i.parquet", row_group_size=3)
@@ -68,7 +75,10 @@ def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, gol
         for one in records:
             names = {f"{n}.{name.rpartition('.')[2]}": name for n, name in enumerate(one.get("image", []))}
             files = {suffix: (images / name).read_bytes() for suffix, name in names.items()}
-            item = {"conversations": one["conversations"], **({"image": list(names)} if names and one["id"] != "two" else {})}
+            item = {
+                "conversations": one["conversations"],
+                **({"image": list(names)} if names and one["id"] != "two" else {}),
+            }
             writer.write({"__key__": one["id"], "json": item, **files})
 
     found = [items_of(tmp_path / name) for name in ("i.json", "i.jsonl", "i.parquet", "i.arrow", "i.tar")]
@@ -77,7 +87,11 @@ def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, gol
 
 
 def items_of(path: Path) -> list[tuple[str, object, list[bytes]]]:
-    source, adapter, pictures = cut(find_files([str(path)]), 4), find_adapter("standard"), PictureReader(False, False, 1)
+    source, adapter, pictures = (
+        cut(find_files([str(path)]), 4),
+        find_adapter("standard"),
+        PictureReader(False, False, 1),
+    )
     result: list[tuple[str, object, list[bytes]]] = []
     for piece in range(len(source.pieces)):
         for item in read_piece(source, piece):
@@ -115,7 +129,8 @@ def test_standard_finds_the_pictures_of_a_tar(named: dict[str, Any], expected: l
 
 def test_standard_wants_a_json_in_a_tar() -> None:
     with pytest.raises(
-        ItemError, match=r"^no conversations: expected a .json file with an object, the sample's files are \['jpg'\]"
+        ItemError,
+        match=r"^no conversations: expected a .json file with an object, the sample's files are \['jpg'\]",
     ):
         find_adapter("standard")(sample(jpg=b"1"))
 
@@ -127,7 +142,10 @@ def test_llava_becomes_the_standard() -> None:
     raw = {
         "id": "000000033471",
         "image": "coco/train2017/000000033471.jpg",
-        "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}],
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A bus."},
+        ],
     }
     conversation = adapted("sharegpt", raw)
     assert (conversation.id, conversation.images) == ("000000033471", ("coco/train2017/000000033471.jpg",))
@@ -138,28 +156,45 @@ def test_llava_becomes_the_standard() -> None:
 @pytest.mark.parametrize("assistant", ["gpt", "assistant", "chatbot", "model"])
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
 def test_sharegpt_knows_the_names_in_use(human: str, assistant: str, keys: tuple[str, str]) -> None:
-    said = [dict(zip(keys, turn, strict=True)) for turn in (("system", "Be kind."), (human, "<image>a<image>"), (assistant, "b"))]
+    said = [
+        dict(zip(keys, turn, strict=True))
+        for turn in (("system", "Be kind."), (human, "<image>a<image>"), (assistant, "b"))
+    ]
     conversation = adapted("sharegpt", {"conversations": said, "images": ["1.png", "2.png"]})
     assert texts(conversation) == ["Be kind.\n\n<|image|>a<|image|>", "b"]
     assert conversation.images == ("1.png", "2.png")
 
 
 def test_a_system_text_may_stand_beside_the_turns() -> None:
-    assert texts(adapted("sharegpt", {"system": "Be kind.", "conversations": turns("a", "b")})) == ["Be kind.\n\na", "b"]
+    assert texts(adapted("sharegpt", {"system": "Be kind.", "conversations": turns("a", "b")})) == [
+        "Be kind.\n\na",
+        "b",
+    ]
 
 
 def test_a_sharegpt_conversation_that_the_assistant_begins_loses_that_turn_and_it_is_counted() -> None:
     greeted = [{"from": "gpt", "value": "Hello!"}, *turns("a<image>", "b")]
     for system in ([], [{"from": "system", "value": "Be kind."}]):
         raw = {"conversations": [*system, *greeted], "image": "1.png"}
-        assert texts(adapted("sharegpt", raw)) == [f"{system[0]['value'] + chr(10) * 2 if system else ''}a<|image|>", "b"]
+        assert texts(adapted("sharegpt", raw)) == [
+            f"{system[0]['value'] + chr(10) * 2 if system else ''}a<|image|>",
+            "b",
+        ]
         assert find_adapter("sharegpt")(raw)["turns_left_out"] == 1
     assert find_adapter("sharegpt")({"conversations": turns("a", "b")})["turns_left_out"] == 0
     with pytest.raises(ItemError, match="image counts differ"):  # a picture is not dropped with it
-        adapted("sharegpt", {"conversations": [{"from": "gpt", "value": "<image>"}, *turns("<image>a", "b")], "image": ["1", "2"]})
+        adapted(
+            "sharegpt",
+            {
+                "conversations": [{"from": "gpt", "value": "<image>"}, *turns("<image>a", "b")],
+                "image": ["1", "2"],
+            },
+        )
 
 
-@pytest.mark.parametrize("roles", [["system"], ["human", "system"], ["system", "gpt"], ["human", "function"], ["human", None]])
+@pytest.mark.parametrize(
+    "roles", [["system"], ["human", "system"], ["system", "gpt"], ["human", "function"], ["human", None]]
+)
 def test_roles_in_the_wrong_place_are_rejects(roles: list[str]) -> None:
     with pytest.raises(ItemError, match="wrong turn order"):
         adapted("sharegpt", {"conversations": [{"from": role, "value": "a"} for role in roles]})
@@ -183,13 +218,23 @@ def test_openai_messages_become_the_standard() -> None:
     ]
     said = [message("system", "Be kind."), message("user", parts), message("assistant", "Letters.")]
     conversation = adapted("messages", {"id": 7, "messages": said})
-    assert texts(conversation) == ["Be kind.\n\nWhat are <|image|> and <|image|><|image|><|image|>", "Letters."]
+    assert texts(conversation) == [
+        "Be kind.\n\nWhat are <|image|> and <|image|><|image|><|image|>",
+        "Letters.",
+    ]
     assert conversation.images == ("data:image/png;base64,QUJD", "https://host/a.png", "b.png", "c.png")
 
 
 def test_images_of_messages_may_stand_in_a_list_of_their_own() -> None:
-    parts = [{"type": "image", "text": None}, {"type": "text", "text": "and"}, {"type": "image", "text": None}]
-    raw = {"messages": [message("user", parts), message("assistant", "b")], "images": [{"bytes": b"1"}, {"bytes": b"2"}]}
+    parts = [
+        {"type": "image", "text": None},
+        {"type": "text", "text": "and"},
+        {"type": "image", "text": None},
+    ]
+    raw = {
+        "messages": [message("user", parts), message("assistant", "b")],
+        "images": [{"bytes": b"1"}, {"bytes": b"2"}],
+    }
     assert adapted("messages", raw).images == (b"1", b"2")
     with pytest.raises(ItemError, match=r"image counts differ: 2 .* but 3 images"):
         adapted("messages", raw | {"images": ["1", "2", "3"]})
@@ -231,7 +276,11 @@ def test_ways_and_words_follow_from_the_id_and_are_spread() -> None:
     assert items == [adapted("caption_or_drawing", raw) for raw in raws]
     drawn = [item for item in items if texts(item)[1] == "<|image|>"]
     assert 150 < len(drawn) < 250
-    assert len({texts(item)[0] for item in drawn}) == len({texts(item)[0] for item in items if item not in drawn}) == 5
+    assert (
+        len({texts(item)[0] for item in drawn})
+        == len({texts(item)[0] for item in items if item not in drawn})
+        == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +320,9 @@ keys = st.sampled_from(
         "id",
     ]
 )
-words = st.sampled_from(["human", "gpt", "user", "system", "image", "text", "image_url", "a", ""]) | st.binary(max_size=2)
+words = st.sampled_from(
+    ["human", "gpt", "user", "system", "image", "text", "image_url", "a", ""]
+) | st.binary(max_size=2)
 json_values = st.recursive(
     st.none() | st.integers() | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
@@ -314,7 +365,9 @@ def test_the_readme_shows_the_example_that_is_run() -> None:
         ("return f(raw)", "adapter failed: RecursionError: maximum recursion depth exceeded"),
     ],
 )
-def test_a_function_that_fails_rejects_its_item_in_the_same_words_each_time(tmp_path: Path, source: str, reason: str) -> None:
+def test_a_function_that_fails_rejects_its_item_in_the_same_words_each_time(
+    tmp_path: Path, source: str, reason: str
+) -> None:
     (tmp_path / "mine.py").write_text(f"def f(raw):\n    {source}\n")
     with pytest.raises(ItemError, match=f"^{reason}"):
         adapted(f"{tmp_path}/mine.py:f", {})
@@ -360,7 +413,17 @@ def test_fingerprints_follow_the_file_and_not_its_place(tmp_path: Path) -> None:
     [
         *(
             {key: "a.png"}
-            for key in ("image", "images", "image_path", "image_url", "img", "img_path", "picture", "pictures", "photo")
+            for key in (
+                "image",
+                "images",
+                "image_path",
+                "image_url",
+                "img",
+                "img_path",
+                "picture",
+                "pictures",
+                "photo",
+            )
         ),
         {"images": ["a.png"]},
         {"image": "a.png", "image_path": "data/a.png"},
@@ -386,7 +449,9 @@ def test_films_and_sounds_reject_the_item(adapter: str, named: dict[str, Any]) -
         adapted(adapter, {"conversations": turns("a", "b"), "image": "a.png", "caption": "c", **named})
 
 
-@pytest.mark.parametrize("named", [{"image": "a.png", "images": ["a.png", "b.png"]}, {"image": "a.png", "img": "b.png"}])
+@pytest.mark.parametrize(
+    "named", [{"image": "a.png", "images": ["a.png", "b.png"]}, {"image": "a.png", "img": "b.png"}]
+)
 def test_two_names_of_different_pictures_reject_the_item(named: dict[str, Any]) -> None:
     with pytest.raises(ItemError, match=r"^which pictures: "):
         adapted("standard", {"conversations": turns("a", "b"), **named})
@@ -413,7 +478,9 @@ def test_two_names_of_different_pictures_reject_the_item(named: dict[str, Any]) 
         ("an <imagery> of x<imagex", 0, "an <imagery> of x<imagex"),
     ],
 )
-def test_placeholders_of_other_formats_are_never_trained_on_as_text(text: str, pictures: int, expected: str | None) -> None:
+def test_placeholders_of_other_formats_are_never_trained_on_as_text(
+    text: str, pictures: int, expected: str | None
+) -> None:
     raw = {"conversations": turns(text, "b"), "image": ["a.png"] * pictures}
     if expected is None:
         with pytest.raises(ItemError, match=r"^placeholder of another format: the text says "):
@@ -434,7 +501,10 @@ def test_bare_base64_is_a_picture() -> None:
 
 
 def test_the_cauldron() -> None:
-    raw = {"images": [b"1"], "texts": [{"user": "What?", "assistant": "A."}, {"user": "And?", "assistant": "B."}]}
+    raw = {
+        "images": [b"1"],
+        "texts": [{"user": "What?", "assistant": "A."}, {"user": "And?", "assistant": "B."}],
+    }
     assert texts(adapted("standard", raw)) == ["<|image|> What?", "A.", "And?", "B."]
 
 
@@ -456,7 +526,10 @@ def test_editing(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"jpg": None, "url": "http://a/b", "caption": "a", "status": "failed", "error_message": "404"}, "not downloaded: '404'"),
+        (
+            {"jpg": None, "url": "http://a/b", "caption": "a", "status": "failed", "error_message": "404"},
+            "not downloaded: '404'",
+        ),
         ({"__key__": "a", "jpg": b"1", "png": b"2", "txt": "a"}, "several pictures: "),
         ({"images": ["a", "b"], "caption": "a"}, "several pictures: "),
         ({"__key__": "a", "mp4": b"1", "txt": "a"}, "not a format that is read: a.mp4"),

@@ -51,12 +51,16 @@ def json_lists(draw: st.DrawFn) -> tuple[list[Any], bytes]:
     values = draw(st.lists(json_values, min_size=1, max_size=8))
     ascii_only, indent = draw(st.booleans()), draw(st.sampled_from([None, 1]))
     texts = [json.dumps(value, ensure_ascii=ascii_only, indent=indent) for value in values]
-    text = draw(blanks) + "[" + ",".join(draw(blanks) + one + draw(blanks) for one in texts) + "]" + draw(blanks)
+    text = (
+        draw(blanks) + "[" + ",".join(draw(blanks) + one + draw(blanks) for one in texts) + "]" + draw(blanks)
+    )
     return values, (draw(st.sampled_from(["", "\ufeff"])) + text).encode("utf-8", "surrogatepass")
 
 
 @given(json_lists(), st.integers(1, 4), st.sampled_from([1, 2, 3, 7, 64, 1 << 20]))
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_list_is_what_json_loads_says_for_any_window_and_any_piece(
     tmp_path: Path, content: tuple[list[Any], bytes], chunk_size: int, window: int
 ) -> None:
@@ -71,7 +75,9 @@ def test_a_list_is_what_json_loads_says_for_any_window_and_any_piece(
 
 
 @given(json_lists(), st.data())
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_list_cut_anywhere_keeps_what_stands_before(
     tmp_path: Path, content: tuple[list[Any], bytes], data: st.DataObject
 ) -> None:
@@ -87,13 +93,22 @@ def test_a_list_cut_anywhere_keeps_what_stands_before(
     assert len(before) <= len(values)
 
 
-@given(st.lists(json_values, min_size=1, max_size=8), st.integers(1, 4), st.sampled_from([1, 3, 64, 1 << 20]), st.data())
-@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(json_values, min_size=1, max_size=8),
+    st.integers(1, 4),
+    st.sampled_from([1, 3, 64, 1 << 20]),
+    st.data(),
+)
+@hypothesis_settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_lines_are_what_json_loads_says(
     tmp_path: Path, values: list[Any], chunk_size: int, window: int, data: st.DataObject
 ) -> None:
     ends = [data.draw(st.sampled_from(["\n", "\r\n", "\n\n", " \n\t\n"])) for _ in values]
-    text = "".join(json.dumps(value, ensure_ascii=False) + end for value, end in zip(values, ends, strict=True))
+    text = "".join(
+        json.dumps(value, ensure_ascii=False) + end for value, end in zip(values, ends, strict=True)
+    )
     (tmp_path / "i.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "BLOCK_BYTES", window)
@@ -122,11 +137,26 @@ def test_a_long_element_is_scanned_a_few_times_only(tmp_path: Path, monkeypatch:
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
     with webdataset.ShardWriter(str(tmp_path / "%02d.tar"), maxcount=2, verbose=0) as writer:
         for n in range(5):
-            writer.write({"__key__": f"a/{n:05d}", "jpg": b"%d" % n, "txt": f"text {n}\u2028", "json": {"n": n}, "seg.PNG": b"s"})
+            writer.write(
+                {
+                    "__key__": f"a/{n:05d}",
+                    "jpg": b"%d" % n,
+                    "txt": f"text {n}\u2028",
+                    "json": {"n": n},
+                    "seg.PNG": b"s",
+                }
+            )
     source = cut(find_files([f"{tmp_path}/*.tar"]), 1000)
     items = [item for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
     assert [item.value for item in items] == [
-        {"__key__": f"a/{n:05d}", "jpg": b"%d" % n, "txt": f"text {n}\u2028", "json": {"n": n}, "seg.png": b"s"} for n in range(5)
+        {
+            "__key__": f"a/{n:05d}",
+            "jpg": b"%d" % n,
+            "txt": f"text {n}\u2028",
+            "json": {"n": n},
+            "seg.png": b"s",
+        }
+        for n in range(5)
     ]
     assert [(item.file, item.position) for item in items] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     assert [item_name(source, item) for item in items] == [f"a/{n:05d}" for n in range(5)]
@@ -193,7 +223,9 @@ def test_a_broken_header_is_not_taken_for_the_end(tmp_path: Path, at: int) -> No
     path.write_bytes(content)
     *before, error = whole(source_of(path))
     assert len(before) == at // 1536 - 1  # the one before may go on behind the damage
-    assert str(error).startswith(f"input cut: at byte {at} of {len(content)}: expected a file or the end of the archive, found ")
+    assert str(error).startswith(
+        f"input cut: at byte {at} of {len(content)}: expected a file or the end of the archive, found "
+    )
 
 
 def test_a_tar_behind_a_tar_is_reported(tmp_path: Path) -> None:
@@ -231,7 +263,11 @@ def test_names_that_are_not_unicode_can_be_written_down(tmp_path: Path) -> None:
 
 def some_rows(count: int) -> list[dict[str, Any]]:
     return [
-        {"id": f"r{n}", "conversations": [{"from": "human", "value": f"{n}?"}], "image": {"bytes": b"\0%d" % n, "path": None}}
+        {
+            "id": f"r{n}",
+            "conversations": [{"from": "human", "value": f"{n}?"}],
+            "image": {"bytes": b"\0%d" % n, "path": None},
+        }
         for n in range(count)
     ]
 
@@ -295,15 +331,23 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path, name: str, content: by
 
 @pytest.mark.parametrize("checksum", [True, False])
 @pytest.mark.parametrize("chunk_size", [7, 25, 1000])
-def test_rows_behind_a_damaged_page_are_each_a_reject(tmp_path: Path, chunk_size: int, checksum: bool) -> None:
+def test_rows_behind_a_damaged_page_are_each_a_reject(
+    tmp_path: Path, chunk_size: int, checksum: bool
+) -> None:
     """The other groups are read; and the same rows are lost whatever the pieces."""
     rows = [{"text": f"{n} " * 200} for n in range(100)]
     path = tmp_path / "i.parquet"
-    kind: dict[str, Any] = {"write_page_checksum": True, "compression": "none", "use_dictionary": False} if checksum else {}
+    kind: dict[str, Any] = (
+        {"write_page_checksum": True, "compression": "none", "use_dictionary": False} if checksum else {}
+    )
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=20, **kind)
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     content = bytearray(path.read_bytes())
-    at = column.data_page_offset + column.total_compressed_size - 1000 if checksum else column.dictionary_page_offset + 40
+    at = (
+        column.data_page_offset + column.total_compressed_size - 1000
+        if checksum
+        else column.dictionary_page_offset + 40
+    )
     content[at : at + 10] = b"\xff" * 10
     path.write_bytes(content)
     values = whole(source_of(path, chunk_size))
@@ -391,14 +435,19 @@ def test_every_format_is_read_from_a_store_as_from_a_folder(scheme: str, tmp_pat
     (folder / "i.json").write_text(json.dumps(plain))
     (folder / "i.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in plain))
     for number in range(2):
-        tar_of(folder / f"x-{number}.tar", [(f"{number}{n}.json", json.dumps(one).encode()) for n, one in enumerate(plain)])
+        tar_of(
+            folder / f"x-{number}.tar",
+            [(f"{number}{n}.json", json.dumps(one).encode()) for n, one in enumerate(plain)],
+        )
     with started(scheme, tmp_path / scheme) as service, used(service):
         url = service.url("data")
         for path in folder.rglob("*.*"):
             open_store(url).write(path.relative_to(folder).as_posix(), path.read_bytes())
         for name in ("i.parquet", "hf", "i.json", "i.jsonl", "x-*.tar"):
             here, there = (cut(find_files([f"{place}/{name}"]), 7) for place in (folder, url))
-            assert [Path(file.name).name for file in there.files] == [Path(file.name).name for file in here.files]
+            assert [Path(file.name).name for file in there.files] == [
+                Path(file.name).name for file in here.files
+            ]
             assert there.pieces == here.pieces
             assert whole(there) == whole(here)
         with pytest.raises(ConfigError, match=r"none\.json: cannot read the input: No such file"):
@@ -416,9 +465,11 @@ def test_a_parquet_column_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Pa
     assert all("column 'blob' unpacks from " in str(value) for value in values)
 
 
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
+)
 def test_a_header_of_gigabytes_ends_the_tar(kind: bytes, tmp_path: Path) -> None:
-    """tarfile would read it whole: 6 GB of memory, or minutes of looking through it."""
+    """Tarfile would read it whole: 6 GB of memory, or minutes of looking through it."""
     path = tar_of(tmp_path / "a.tar", [("a.txt", b"x"), ("b.txt", b"y")])
     header = tarfile.TarInfo("long")
     header.type, header.size = kind, 3 << 30

@@ -26,7 +26,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fetch(
-    source: str | bytes, base: str = ".", allow_http: bool = True, allow_private: bool = True, seconds: float = 5, room: int = ROOM
+    source: str | bytes,
+    base: str = ".",
+    allow_http: bool = True,
+    allow_private: bool = True,
+    seconds: float = 5,
+    room: int = ROOM,
 ) -> bytes:
     return PictureReader(allow_http, allow_private, seconds).read(base, source, room)
 
@@ -47,11 +52,17 @@ def test_paths_start_at_the_folder_of_the_source_unless_they_are_absolute(tmp_pa
 
 def test_bytes_and_base64_are_taken_as_they_are() -> None:
     text = base64.b64encode(b"abc").decode()
-    assert fetch(b"abc") == fetch(f"data:image/png;base64,{text}") == fetch(f"DATA:image;BASE64,{text[:2]}\n{text[2:]}") == b"abc"
+    assert (
+        fetch(b"abc")
+        == fetch(f"data:image/png;base64,{text}")
+        == fetch(f"DATA:image;BASE64,{text[:2]}\n{text[2:]}")
+        == b"abc"
+    )
 
 
 @pytest.mark.parametrize(
-    "source", ["data:image/png;base64,a", "data:image/png;base64,%%%%", "data:image/png,abc", "data:", "data:,"]
+    "source",
+    ["data:image/png;base64,a", "data:image/png;base64,%%%%", "data:image/png,abc", "data:", "data:,"],
 )
 def test_text_that_is_no_base64_is_refused(source: str) -> None:
     assert reason(source).startswith("bad base64: data:")
@@ -83,7 +94,14 @@ def test_images_are_limited_in_bytes_before_they_are_read(tmp_path: Path, served
 
     served.files["/endless.png"] = endless
     data = "data:image;base64," + base64.b64encode(b"x" * 1001).decode()
-    for source in (str(tmp_path / "a.png"), b"x" * 1001, data, data * 10, f"{served.url}/a.png", f"{served.url}/endless.png"):
+    for source in (
+        str(tmp_path / "a.png"),
+        b"x" * 1001,
+        data,
+        data * 10,
+        f"{served.url}/a.png",
+        f"{served.url}/endless.png",
+    ):
         assert reason(source).startswith("images too large: ")
         assert reason(source).endswith(f": 1000 bytes are left of {pictures.MAX_ITEM_BYTES} for an item")
 
@@ -109,8 +127,14 @@ def test_images_come_from_object_stores(monkeypatch: pytest.MonkeyPatch) -> None
     assert fetch("azure://account/container/x/a.png") == b"x/a.png"
     assert opened == ["s3://bucket", "azure://account/container"]  # a client for a bucket, not for a folder
     assert reason("none.png", base="s3://bucket") == "no such image: none.png"
-    assert reason("secret.png", base="s3://bucket") == "image not reachable: s3://bucket/secret.png: permission denied"
-    assert reason("down.png", base="s3://bucket") == "image not reachable: s3://bucket/down.png: the store does not answer"
+    assert (
+        reason("secret.png", base="s3://bucket")
+        == "image not reachable: s3://bucket/secret.png: permission denied"
+    )
+    assert (
+        reason("down.png", base="s3://bucket")
+        == "image not reachable: s3://bucket/down.png: the store does not answer"
+    )
     assert reason("large.png", base="s3://bucket").startswith("images too large: large.png: ")
 
 
@@ -126,7 +150,9 @@ def test_images_come_from_the_web_where_the_settings_allow_it(served: Server) ->
     served.files["/x/a.png"] = b"abc"
     assert fetch(f"{served.url}/x/a.png") == fetch("a.png", f"{served.url}/x") == b"abc"
     served.asked.clear()
-    assert reason(f"{served.url}/x/a.png", allow_http=False).startswith(f"image not allowed: {served.url}/x/a.png: allow_http")
+    assert reason(f"{served.url}/x/a.png", allow_http=False).startswith(
+        f"image not allowed: {served.url}/x/a.png: allow_http"
+    )
     assert not served.asked
 
 
@@ -155,7 +181,9 @@ def test_what_may_pass_is_asked_for_again(served: Server, status: int) -> None: 
 
 @pytest.mark.usefixtures("quick")
 def test_an_answer_that_breaks_off_is_asked_for_again(served: Server) -> None:  # noqa: F811
-    served.files["/a.png"] = lambda handler, count: handler.answer(200, b"abc" if count == 2 else b"a", {"Content-Length": "3"})
+    served.files["/a.png"] = lambda handler, count: handler.answer(
+        200, b"abc" if count == 2 else b"a", {"Content-Length": "3"}
+    )
     assert fetch(f"{served.url}/a.png") == b"abc"
 
 
@@ -182,7 +210,10 @@ def test_all_attempts_together_end_in_time(served: Server) -> None:  # noqa: F81
 @pytest.mark.usefixtures("quick")
 def test_no_server_is_a_reason_without_addresses_and_times() -> None:
     words = "no connection, or one that broke off"
-    assert reason("http://127.0.0.1:9/a.png", seconds=0.1) == f"image not reachable: http://127.0.0.1:9/a.png: {words}"
+    assert (
+        reason("http://127.0.0.1:9/a.png", seconds=0.1)
+        == f"image not reachable: http://127.0.0.1:9/a.png: {words}"
+    )
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/a.png", "/a.png"])
@@ -199,7 +230,15 @@ def test_a_redirect_is_followed(served: Server) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http://[", "http://host:99999999/", "http://" + "a" * 70 + ".x/", "http://\u2028/", "http://*/"]
+    "url",
+    [
+        "http://",
+        "http://[",
+        "http://host:99999999/",
+        "http://" + "a" * 70 + ".x/",
+        "http://\u2028/",
+        "http://*/",
+    ],
 )
 @pytest.mark.usefixtures("quick")
 def test_what_is_no_url_is_a_reject(url: str) -> None:

@@ -33,7 +33,9 @@ def names(files: list[reader.InputFile]) -> list[str]:
 def test_files_come_in_the_order_of_their_names_within_a_glob_and_as_given_over_globs(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.json", "x-09.tar", "x-10.tar", "x-11.tar"):
         write(tmp_path / name, "[]")
-    found = find_files([f"{tmp_path}/*.jsonl", f"{tmp_path}/x-{{09..10}}.tar", f"{tmp_path}/a.jsonl", f"{tmp_path}/c.json"])
+    found = find_files(
+        [f"{tmp_path}/*.jsonl", f"{tmp_path}/x-{{09..10}}.tar", f"{tmp_path}/a.jsonl", f"{tmp_path}/c.json"]
+    )
     assert names(found) == ["a.jsonl", "b.jsonl", "x-09.tar", "x-10.tar", "a.jsonl", "c.json"]
     assert [file.format for file in found] == ["jsonl", "jsonl", "webdataset", "webdataset", "jsonl", "json"]
 
@@ -57,7 +59,10 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")  # reading it would never end
     with pytest.raises(ConfigError, match=r"pipe.json: cannot read the input: not a file"):
         find_files([f"{tmp_path}/pipe.json"])
-    with pytest.raises(ConfigError, match="expected a file, a folder that Hugging Face's `datasets` saved, or one of pictures"):
+    with pytest.raises(
+        ConfigError,
+        match="expected a file, a folder that Hugging Face's `datasets` saved, or one of pictures",
+    ):
         find_files([str(tmp_path)])
 
 
@@ -68,30 +73,45 @@ def test_globs_over_a_store_stay_in_their_folder(monkeypatch: pytest.MonkeyPatch
             return dict.fromkeys(["x-2.tar", "x-1.tar", "x-1.tar.txt", "x-y/x-3.tar"], 1)
 
     monkeypatch.setattr(reader, "open_store", lambda url: {"s3://bucket/data": Store()}[url])
-    assert reader._matches("s3://bucket/data/x-*.tar") == ["s3://bucket/data/x-1.tar", "s3://bucket/data/x-2.tar"]
+    assert reader._matches("s3://bucket/data/x-*.tar") == [
+        "s3://bucket/data/x-1.tar",
+        "s3://bucket/data/x-2.tar",
+    ]
 
 
 def test_relative_images_start_where_the_file_is() -> None:
     files = [
         reader.InputFile(name=name, format="json", size=1, version="")
-        for name in ("data/a.json", "a.json", "/a.json", "s3://bucket/x/a.json", "https://host/x/a.json?key=a/b")
+        for name in (
+            "data/a.json",
+            "a.json",
+            "/a.json",
+            "s3://bucket/x/a.json",
+            "https://host/x/a.json?key=a/b",
+        )
     ]
     found = [base(Input(files=files, pieces=[]), number) for number in range(len(files))]
     assert found == ["data", ".", "/", "s3://bucket/x", "https://host/x"]
 
 
-def test_versions_follow_the_content_and_not_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_follow_the_content_and_not_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for hashed in (reader.HASHED_BYTES, 1000):  # all of it, and blocks of it
         monkeypatch.setattr(reader, "HASHED_BYTES", hashed)
         one, same, other = (
-            write(tmp_path / name, content * 100_000) for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac"))
+            write(tmp_path / name, content * 100_000)
+            for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac"))
         )
         versions = [file.version for file in find_files([one, same, other])]
         assert versions[0] == versions[1] != versions[2]
 
 
 def test_the_fingerprint_is_of_content_and_borders(tmp_path: Path) -> None:
-    one, same, other = (write(tmp_path / name, text) for name, text in (("1", "[1, 2, 3]"), ("2", "[1, 2, 3]"), ("3", "[1, 2, 4]")))
+    one, same, other = (
+        write(tmp_path / name, text)
+        for name, text in (("1", "[1, 2, 3]"), ("2", "[1, 2, 3]"), ("3", "[1, 2, 4]"))
+    )
 
     def fingerprint(name: str, size: int) -> str:
         return cut(find_files([name]), size).fingerprint
@@ -110,15 +130,25 @@ def test_pieces_hold_every_item_once_in_order(tmp_path: Path, items: int, size: 
     text = json.dumps(values) if suffix == "json" else "\n".join(map(str, values))
     source = cut(find_files([write(tmp_path / f"i.{suffix}", text)]), size)
     assert whole(source) == values
-    assert [piece.items for piece in source.pieces] == [len(values[start : start + size]) for start in range(0, items, size)]
+    assert [piece.items for piece in source.pieces] == [
+        len(values[start : start + size]) for start in range(0, items, size)
+    ]
     assert [piece.position for piece in source.pieces] == list(range(0, items, size))
     assert source.items == items
 
 
 def test_no_piece_crosses_a_file_and_an_input_survives_being_stored(tmp_path: Path) -> None:
-    files = [write(tmp_path / "a.json", "[1, 2, 3]"), write(tmp_path / "b.jsonl", ""), write(tmp_path / "c.jsonl", "4\n5\n")]
+    files = [
+        write(tmp_path / "a.json", "[1, 2, 3]"),
+        write(tmp_path / "b.jsonl", ""),
+        write(tmp_path / "c.jsonl", "4\n5\n"),
+    ]
     source = Input.model_validate_json(cut(find_files(files), 2).model_dump_json())
-    assert [(piece.file, piece.position, piece.items) for piece in source.pieces] == [(0, 0, 2), (0, 2, 1), (2, 0, 2)]
+    assert [(piece.file, piece.position, piece.items) for piece in source.pieces] == [
+        (0, 0, 2),
+        (0, 2, 1),
+        (2, 0, 2),
+    ]
     assert whole(source) == [1, 2, 3, 4, 5]
 
 
@@ -131,7 +161,11 @@ def test_items_are_named_by_their_place(tmp_path: Path) -> None:
     one = cut(find_files([write(tmp_path / "i.json", "[1, 2]")]), 1)
     two = cut(find_files([write(tmp_path / "i.json", "[1, 2]"), write(tmp_path / "j.json", "[3]")]), 1)
     assert [item_name(one, item) for piece in range(2) for item in read_piece(one, piece)] == ["0", "1"]
-    assert [item_name(two, item) for piece in range(3) for item in read_piece(two, piece)] == ["0:0", "0:1", "1:0"]
+    assert [item_name(two, item) for piece in range(3) for item in read_piece(two, piece)] == [
+        "0:0",
+        "0:1",
+        "1:0",
+    ]
 
 
 def test_json_and_jsonl_hold_the_same(tmp_path: Path) -> None:
@@ -151,7 +185,9 @@ def test_a_bad_line_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
     first, *bad, last = whole(cut(find_files([write(tmp_path / "i.jsonl", lines)]), 10))
     assert (first, last) == ({"a": 1}, {"b": 2})
     reasons = [str(error) for error in bad if isinstance(error, ItemError)]
-    assert [reason.partition(":")[0] for reason in reasons] == ["not readable as JSON", "not UTF-8"] + ["not readable as JSON"] * 2
+    assert [reason.partition(":")[0] for reason in reasons] == ["not readable as JSON", "not UTF-8"] + [
+        "not readable as JSON"
+    ] * 2
     assert all(len(reason) < 300 for reason in reasons)
 
 
@@ -174,10 +210,16 @@ def test_a_bad_element_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
         ("i.json", "[1, 2, nul, 4]", "at byte 7 of 14: Expecting value, found 'nul, 4]'"),
         ("i.json", "[1, 2][3]", "at byte 6 of 9: expected nothing after the list, found '[3]'"),
         ("i.json", "[1, 2, " + "[" * 100_000, "at byte 7 of 100007: an item is nested too deeply"),
-        ("i.jsonl", '1\n2\n{"b', "at byte 4 of 7: the last line has no end: not readable as JSON: Unterminated string"),
+        (
+            "i.jsonl",
+            '1\n2\n{"b',
+            "at byte 4 of 7: the last line has no end: not readable as JSON: Unterminated string",
+        ),
     ],
 )
-def test_where_a_file_breaks_off_all_before_is_kept(tmp_path: Path, name: str, content: str, reason: str, size: int) -> None:
+def test_where_a_file_breaks_off_all_before_is_kept(
+    tmp_path: Path, name: str, content: str, reason: str, size: int
+) -> None:
     source = cut(find_files([write(tmp_path / name, content)]), size)
     first, second, error = whole(source)
     assert (first, second, source.items) == (1, 2, 3)
@@ -204,7 +246,10 @@ def test_items_are_limited_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("content", "needed"),
     [
-        (b'{"conversations": []}', r"expected a JSON list of items, found an object with the keys \['conversations'\]"),
+        (
+            b'{"conversations": []}',
+            r"expected a JSON list of items, found an object with the keys \['conversations'\]",
+        ),
         (b'"text"', "found 'text'"),
         (b'[{"a', "not readable as JSON: at byte 1 of 4: the file ends inside an item"),
         (b'{"a": 1}\n{"b": 2}\n', "files named .jsonl"),
@@ -233,7 +278,9 @@ def test_a_file_that_is_no_list_is_named(tmp_path: Path, content: bytes, needed:
         ("i.jsonl", "1\n2\n", "102\n"),
     ],
 )
-def test_a_file_that_is_no_longer_the_one_that_was_cut_is_refused(tmp_path: Path, name: str, before: str, after: str) -> None:
+def test_a_file_that_is_no_longer_the_one_that_was_cut_is_refused(
+    tmp_path: Path, name: str, before: str, after: str
+) -> None:
     source = cut(find_files([write(tmp_path / name, before)]), 10)
     write(tmp_path / name, after)
     with pytest.raises(ConfigError, match="has changed since it was cut"):

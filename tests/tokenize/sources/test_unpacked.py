@@ -44,7 +44,9 @@ def content_of(kind: str, folder: Path) -> bytes:
         members = [(f"{n:03}.json", json.dumps(one).encode()) for n, one in enumerate(TEXTS)]
         return tar_of(folder / "i.tar", members).read_bytes()
     tab = "," if kind == "csv" else "\t"
-    return "".join(f"{tab.join(row)}\n" for row in [("id", "text")] + [(f"00{n}", f'"a\nb{n}"') for n in range(30)]).encode()
+    return "".join(
+        f"{tab.join(row)}\n" for row in [("id", "text")] + [(f"00{n}", f'"a\nb{n}"') for n in range(30)]
+    ).encode()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -70,7 +72,9 @@ def test_a_row_of_csv_is_text_by_name_and_a_ragged_one_a_reject(tmp_path: Path) 
     (tmp_path / "i.csv").write_bytes(b'\xef\xbb\xbfid,caption\n007,"a, b\nc"\n1\n2,d,e\n3,\n')
     *good, one, two = [item.value for item in whole(tmp_path / "i.csv")]
     assert good == [{"id": "007", "caption": "a, b\nc"}, {"id": "3", "caption": ""}]
-    assert [str(error) for error in (one, two)] == [f"bad row: expected 2 columns, found {count}" for count in (1, 3)]
+    assert [str(error) for error in (one, two)] == [
+        f"bad row: expected 2 columns, found {count}" for count in (1, 3)
+    ]
 
 
 LONG = b"z" * 100_000
@@ -96,7 +100,9 @@ LONG = b"z" * 100_000
         (b"3,\n", True),
     ],
 )
-def test_a_quote_that_is_never_closed_is_a_cut_and_swallows_no_rows_in_silence(end: bytes, closed: bool, tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_is_a_cut_and_swallows_no_rows_in_silence(
+    end: bytes, closed: bool, tmp_path: Path
+) -> None:
     (tmp_path / "i.csv").write_bytes(b"id,caption\n1,a\n2,b\n" + end)
     *good, last = [item.value for item in whole(tmp_path / "i.csv")]
     assert [one["id"] for one in good] == ["1", "2"]
@@ -119,7 +125,12 @@ def test_what_breaks_off_keeps_what_came_before_and_is_counted(kind: str, tmp_pa
             values = [item.value for item in whole(path)]
         except ConfigError:  # nothing in it can be read
             continue
-        assert bad == good or kind.startswith("csv") or any(isinstance(value, ItemError) for value in values) or len(values) == 30
+        assert (
+            bad == good
+            or kind.startswith("csv")
+            or any(isinstance(value, ItemError) for value in values)
+            or len(values) == 30
+        )
     path.write_bytes(good[: len(good) * 2 // 3])
     values = [item.value for item in whole(path)]
     assert isinstance(values[-1], ItemError) or kind == "csv"
@@ -150,7 +161,9 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) /
 
 def test_a_table_of_columns_is_not_read_from_a_packed_file(tmp_path: Path) -> None:
     (tmp_path / "i.parquet.gz").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"i\.parquet\.gz: a table of columns is not read from a \.gz file: unpack it"):
+    with pytest.raises(
+        ConfigError, match=r"i\.parquet\.gz: a table of columns is not read from a \.gz file: unpack it"
+    ):
         find_files([str(tmp_path / "i.parquet.gz")])
 
 
@@ -186,12 +199,16 @@ def test_a_folder_of_pictures_is_read_as_a_tar_of_them(tmp_path: Path, vqgan: Pa
     (folder / "00000.parquet").write_bytes(b"x")
     source = cut(find_files([str(folder)]), 2)
     items = [item for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
-    assert [item_name(source, item) for item in items] == [f"00000/{n:09}" for n in (0, 2, 4)] + [f"00001/{n:09}" for n in (1, 3)]
+    assert [item_name(source, item) for item in items] == [f"00000/{n:09}" for n in (0, 2, 4)] + [
+        f"00001/{n:09}" for n in (1, 3)
+    ]
     assert items[0].value == {"__key__": "00000/000000000", "jpg": png(), "txt": "picture 0"}
     assert [item.position for item in read_piece(source, 1, {3})] == [3]
 
     run_here(settings(vqgan, adapter="caption", chunk_size=2), folder, tmp_path / "out")
-    assert [line for path in (tmp_path / "out").rglob("rejects.jsonl") for line in path.read_text().splitlines()] == []
+    assert [
+        line for path in (tmp_path / "out").rglob("rejects.jsonl") for line in path.read_text().splitlines()
+    ] == []
     with pytest.raises(ConfigError, match="or one of pictures; found another folder"):
         find_files([str(tmp_path / "out")])
 
@@ -236,14 +253,23 @@ except OSError as error:
 def test_what_lies_in_a_folder_and_can_not_be_used_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    for name, content in (("a.png", png()), ("a.txt", b"a"), ("b.mp4", b"x"), ("b.txt", b"b"), ("c.png", png()), ("c.PNG", png())):
+    for name, content in (
+        ("a.png", png()),
+        ("a.txt", b"a"),
+        ("b.mp4", b"x"),
+        ("b.txt", b"b"),
+        ("c.png", png()),
+        ("c.PNG", png()),
+    ):
         (folder / name).write_bytes(content)
     (folder / "d.png").write_bytes(png())
     (folder / "d.txt").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("secret")
     (folder / "e.png").symlink_to(folder / "nowhere.png")
     values = {
-        item_name(source, item): item.value for source in [cut(find_files([str(folder)]), 10)] for item in read_piece(source, 0)
+        item_name(source, item): item.value
+        for source in [cut(find_files([str(folder)]), 10)]
+        for item in read_piece(source, 0)
     }
     assert values["a"] == {"__key__": "a", "png": png(), "txt": "a"}
     assert values["b"] == {"__key__": "b", "mp4": b"x", "txt": "b"}  # and so the adapter names it

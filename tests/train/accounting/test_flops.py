@@ -12,10 +12,20 @@ from unitoken.train.model.unitoken import UniToken
 from unitoken.train.optim import freeze
 
 DECODER = DecoderConfig(
-    vocab_size=90, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=90,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 VISION = VisionTowerConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=2,
 )
 PACKS, LENGTH, VIEWS = 2, 40, 3
 
@@ -53,21 +63,36 @@ def batch() -> dict[str, torch.Tensor]:
 def test_the_flops_of_a_step_are_those_that_torch_counts(trainable: list[str]) -> None:
     model = UniToken(DECODER, VISION)
     trained = freeze(model, trainable)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted on a CPU
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the other kernels are not counted on a CPU
         model(batch()).total.backward()
     flops = step_flops(DECODER, VISION, trained).of(PACKS * LENGTH, PACKS * LENGTH**2, VIEWS, targets=20)
     assert flops == pytest.approx(counter.get_total_flops(), rel=1e-3)  # torch 2.7: the same number
 
 
-def test_the_7b_model_needs_six_flops_a_weight_and_token_where_all_is_trained_and_four_where_it_is_frozen() -> None:
+def test_the_7b_model_needs_six_flops_a_weight_and_token_where_all_is_trained_and_four_where_it_is_frozen() -> (
+    None
+):
     decoder = DecoderConfig(
-        vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+        vocab_size=65536,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
     )
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     both = [step_flops(decoder, None, names) for names in (["model.embed_tokens.weight"], ["lm_head.weight"])]
     assert (both[0].token, both[1].token) == (4 * weights, 2 * weights)
-    everything = [f"model.layers.{n}.{m}.weight" for n in range(32) for m in ("self_attn.q_proj", "mlp.up_proj")]
-    assert 4 * weights < step_flops(decoder, None, ["model.embed_tokens.weight", *everything]).token < 6 * weights
+    everything = [
+        f"model.layers.{n}.{m}.weight" for n in range(32) for m in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    assert (
+        4 * weights
+        < step_flops(decoder, None, ["model.embed_tokens.weight", *everything]).token
+        < 6 * weights
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,5 +107,7 @@ def test_the_7b_model_needs_six_flops_a_weight_and_token_where_all_is_trained_an
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_the_peak_is_that_of_the_data_sheet_and_an_unknown_device_has_none(name: str, flops: float | None) -> None:
+def test_the_peak_is_that_of_the_data_sheet_and_an_unknown_device_has_none(
+    name: str, flops: float | None
+) -> None:
     assert peak(name) == flops

@@ -23,7 +23,13 @@ from unitoken.train.model.unitoken import build_model
 from unitoken.train.model.vision_tower import TowerEncoder
 from unitoken.train.optim import freeze
 
-SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
 TOKENS = 96
 MODES: tuple[Mode, ...] = ("none", "selective", "full")
 
@@ -48,13 +54,19 @@ def bytes_kept(module: nn.Module, *inputs: Any) -> int:
     """What operations made and is still there after the forward pass: kept by autograd, or beside it by selective checkpointing."""
     with Made() as made:
         out = module(*inputs)
-    known = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *inputs) if isinstance(tensor, Tensor)}
+    known = {
+        tensor.untyped_storage()._cdata
+        for tensor in (*module.parameters(), *inputs)
+        if isinstance(tensor, Tensor)
+    }
     alive = {key: size for key, (reference, size) in made.storages.items() if not reference.expired()}
     out.sum().backward()
     return sum(size for key, size in alive.items() if key not in known)
 
 
-def kept_by_decoder(setting: Mode | int, learns: bool, dropout: float, dtype: torch.dtype = torch.float32, **changes: Any) -> float:
+def kept_by_decoder(
+    setting: Mode | int, learns: bool, dropout: float, dtype: torch.dtype = torch.float32, **changes: Any
+) -> float:
     """Bytes of a token that its layers keep."""
     config = DecoderConfig.model_validate({**SIZES, **changes})
     decoder = Decoder(config, dropout).to(dtype)
@@ -73,7 +85,10 @@ def kept_by_decoder(setting: Mode | int, learns: bool, dropout: float, dtype: to
 @pytest.mark.parametrize("setting", [*MODES, 2, 4])
 def test_a_decoder_keeps_what_is_said(setting: Mode | int, learns: bool, changes: dict[str, Any]) -> None:
     config = DecoderConfig.model_validate({**SIZES, **changes})
-    each = {mode: decoder_token(config, mode, width=4, learns=learns, mask=4 * TOKENS, dropout=4) for mode in MODES}
+    each = {
+        mode: decoder_token(config, mode, width=4, learns=learns, mask=4 * TOKENS, dropout=4)
+        for mode in MODES
+    }
     found = kept_by_decoder(setting, learns, dropout=0.1, **changes)
     tolerance = 0.08 if setting == "full" else 0.02  # the random generator's state is kept, too
     assert kept(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=tolerance)
@@ -83,7 +98,9 @@ def test_a_decoder_keeps_what_is_said(setting: Mode | int, learns: bool, changes
 @pytest.mark.parametrize("mode", MODES)
 def test_a_decoder_keeps_what_is_said_in_bfloat16(mode: Mode, learns: bool) -> None:
     """On the CPU autocast leaves the head norms in bfloat16, on a GPU they are in float32."""
-    each = decoder_token(DecoderConfig.model_validate(SIZES), mode, width=2, learns=learns, mask=2 * TOKENS, dropout=2)
+    each = decoder_token(
+        DecoderConfig.model_validate(SIZES), mode, width=2, learns=learns, mask=2 * TOKENS, dropout=2
+    )
     with torch.autocast("cpu", torch.bfloat16):
         found = kept_by_decoder(mode, learns, dropout=0.1, dtype=torch.bfloat16)
     assert 6 * each == pytest.approx(found, rel=0.15)
@@ -91,7 +108,9 @@ def test_a_decoder_keeps_what_is_said_in_bfloat16(mode: Mode, learns: bool) -> N
 
 @pytest.mark.parametrize("setting", MODES)
 def test_a_tower_keeps_what_is_said(setting: Mode) -> None:
-    config = VisionTowerConfig.model_validate({**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6})
+    config = VisionTowerConfig.model_validate(
+        {**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6}
+    )
     encoder = TowerEncoder(config)
     set_recompute(encoder.layers, setting)
     features = torch.randn(3, config.features, config.hidden_size, requires_grad=True)
@@ -107,7 +126,10 @@ def test_recomputing_more_keeps_less() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"qk_norm": "per_head"}])
 def test_parameters_are_counted_right(changes: dict[str, Any]) -> None:
-    decoder, vision = DecoderConfig.model_validate({**DECODER, **changes}), VisionTowerConfig.model_validate(VISION)
+    decoder, vision = (
+        DecoderConfig.model_validate({**DECODER, **changes}),
+        VisionTowerConfig.model_validate(VISION),
+    )
     model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
     assert counts(decoder, vision).total == sum(parameter.numel() for parameter in model.parameters())
     assert counts(decoder, vision).tower == sum(parameter.numel() for parameter in model.vit.parameters())
@@ -123,7 +145,9 @@ SIGLIP = VisionTowerConfig(
 
 def test_the_real_models_are_counted_as_the_reference_counts_them() -> None:
     assert counts(SEVEN_B, None).total == 7_013_158_912
-    assert counts(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248  # the tower without its head
+    assert (
+        counts(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248
+    )  # the tower without its head
 
 
 def seven_b(layers: int) -> DecoderConfig:
@@ -131,7 +155,8 @@ def seven_b(layers: int) -> DecoderConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "views", "gigabytes"), [("stage1", 2, 28), ("stage2", 2, 40), ("stage1-anyres", 10, 30), ("stage2-anyres", 10, 45)]
+    ("name", "views", "gigabytes"),
+    [("stage1", 2, 28), ("stage2", 2, 40), ("stage1-anyres", 10, 30), ("stage2-anyres", 10, 45)],
 )
 def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigabytes: int) -> None:
     """The README's figures: two pictures a pack, of five views each under AnyRes."""
@@ -163,7 +188,9 @@ def test_a_step_at_real_size_takes_what_is_said(
     name: str, layers: int, ranks: int, microbatches: int, overrides: list[str]
 ) -> None:
     """Each operation of a step of the 7B model and its tower, on tensors that have a size and no memory."""
-    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml", ["model.attention=sdpa", "model.dropout=0.05", *overrides])
+    config = load_config(
+        StageConfig, ROOT / f"yamls/{name}.yaml", ["model.attention=sdpa", "model.dropout=0.05", *overrides]
+    )
     data = config.data.model_copy(update={"global_batch": ranks * config.microbatch * microbatches})
     config = config.model_copy(update={"data": data})
     decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch
@@ -171,7 +198,9 @@ def test_a_step_at_real_size_takes_what_is_said(
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
     need = needs(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
     found = peak_bytes(config, decoder, SIGLIP, ranks=ranks, views=views, microbatches=microbatches)
-    assert 0.98 * found < need.total - need.parts["runtime"] < 1.1 * found, f"{found / 1e9:.1f} GB; said {need.line()}"
+    assert 0.98 * found < need.total - need.parts["runtime"] < 1.1 * found, (
+        f"{found / 1e9:.1f} GB; said {need.line()}"
+    )
 
 
 def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
@@ -206,7 +235,9 @@ def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("setting", "attention"), [("full", "flex"), ("full", "sdpa"), ("selective", "sdpa"), ("none", "sdpa")])
+@pytest.mark.parametrize(
+    ("setting", "attention"), [("full", "flex"), ("full", "sdpa"), ("selective", "sdpa"), ("none", "sdpa")]
+)
 def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", "flex"]) -> None:
     """Two layers of the 7B model's size, sharded over one rank as FSDP2 shards them over many."""
     from torch import distributed
@@ -217,7 +248,12 @@ def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", 
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
-        overrides = ["microbatch=2", "data.global_batch=4", f"activation_checkpointing={setting}", f"model.attention={attention}"]
+        overrides = [
+            "microbatch=2",
+            "data.global_batch=4",
+            f"activation_checkpointing={setting}",
+            f"model.attention={attention}",
+        ]
         config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", overrides)
         model_config = ModelConfig(decoder=sizes, dropout=0.05, attention=attention)
         network = build_model(sizes, None, model_config, setting).to_empty(device="cuda")

@@ -43,7 +43,9 @@ def mean(measured: Measured, names: Iterator[str]) -> float:
     return total / measured.targets
 
 
-def test_losses_by_kind_weighted_by_their_tokens_are_the_loss_of_the_step(batches: list[Batch], model: UniToken) -> None:
+def test_losses_by_kind_weighted_by_their_tokens_are_the_loss_of_the_step(
+    batches: list[Batch], model: UniToken
+) -> None:
     for batch in batches:
         measures = Measures()
         for part in split_batch(batch, 1):
@@ -52,7 +54,9 @@ def test_losses_by_kind_weighted_by_their_tokens_are_the_loss_of_the_step(batche
         assert measured.loss == pytest.approx(whole.total.item(), abs=1e-6)
         assert measured.z == pytest.approx(whole.z.item(), rel=1e-6)
         assert mean(measured, ("loss_text", "loss_image")) == pytest.approx(measured.ce, abs=1e-6)
-        assert mean(measured, ("loss_text_only", "loss_understanding", "loss_generation")) == pytest.approx(measured.ce, abs=1e-6)
+        assert mean(measured, ("loss_text_only", "loss_understanding", "loss_generation")) == pytest.approx(
+            measured.ce, abs=1e-6
+        )
 
 
 def test_each_loss_is_the_cross_entropy_of_just_its_tokens(batches: list[Batch], model: UniToken) -> None:
@@ -96,7 +100,9 @@ def test_packs_weigh_the_same_where_the_reference_is_followed(batches: list[Batc
     parts, measures = split_batch(batches[0], 1), Measures(by_packs=True)
     for part in parts:
         measures.add(model(part)._asdict(), part)
-    assert measures.take().loss == pytest.approx(sum(model(part).total.item() for part in parts) / 4, abs=1e-6)
+    assert measures.take().loss == pytest.approx(
+        sum(model(part).total.item() for part in parts) / 4, abs=1e-6
+    )
 
 
 def test_a_number_that_is_not_finite_is_seen_wherever_it_is(batches: list[Batch], model: UniToken) -> None:

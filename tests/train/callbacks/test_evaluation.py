@@ -46,14 +46,21 @@ def loader_of(config: StageConfig) -> PackedLoader:
 
 @pytest.fixture(scope="module")
 def evaluated(folder: Path) -> Path:
-    return train(stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba", "max_duration=2ep"))
+    return train(
+        stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba", "max_duration=2ep")
+    )
 
 
-def test_training_is_the_same_bit_for_bit_with_evaluation_and_without(folder: Path, evaluated: Path, tmp_path: Path) -> None:
+def test_training_is_the_same_bit_for_bit_with_evaluation_and_without(
+    folder: Path, evaluated: Path, tmp_path: Path
+) -> None:
     """With dropout: random state, data, counts, and the weights."""
     plain = train(stage(folder, f"save.folder={tmp_path}", HELD_OUT, "max_duration=2ep"))
     assert curve(evaluated) == curve(plain)
-    timeless = [[{k: v for k, v in line.items() if "second" not in k} for line in metrics(run)] for run in (evaluated, plain)]
+    timeless = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in metrics(run)]
+        for run in (evaluated, plain)
+    ]
     assert timeless[0] == timeless[1]
     files = [find_origin(str(run)) for run in (evaluated, plain)]
     states = [run_folder.read_checkpoint(file) for file in files]
@@ -91,11 +98,18 @@ def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: P
 
 def test_every_held_out_sample_is_seen_once_and_never_trained_on(folder: Path) -> None:
     """Whatever the training streams' proportions; except what fills no global batch, and that is said."""
-    config = stage(folder, HELD_OUT, "data.streams.all.proportion=1", "data.epoch_samples=20", "eval.interval=2ba")
+    config = stage(
+        folder, HELD_OUT, "data.streams.all.proportion=1", "data.epoch_samples=20", "eval.interval=2ba"
+    )
     loader = loader_of(config)
     plan, dataset = loader.dataset.plan, loader.dataset
     seen = [dataset[int(sample)].id for sample in plan.ids]
-    held_out = {f"{kind}{n}" for kind, count in (("q", 60), ("a", 30)) for n in range(count) if _is_held_out(f"{kind}{n}", 0.4)}
+    held_out = {
+        f"{kind}{n}"
+        for kind, count in (("q", 60), ("a", 30))
+        for n in range(count)
+        if _is_held_out(f"{kind}{n}", 0.4)
+    }
     assert len(seen) == len(set(seen)) == len(held_out) - plan.report.dropped_samples
     assert set(seen) <= held_out
     assert plan.report.dropped_packs < config.data.global_batch
@@ -106,7 +120,12 @@ def test_so_many_batches_are_enough_where_it_says_so(
     workers: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also from a worker that has read ahead."""
-    overrides = ["eval={interval: 2ba, batches: 1}", "max_duration=5ba", "optimizer.lr=1e-9", f"data.workers={workers}"]
+    overrides = [
+        "eval={interval: 2ba, batches: 1}",
+        "max_duration=5ba",
+        "optimizer.lr=1e-9",
+        f"data.workers={workers}",
+    ]
     config = stage(folder, f"save.folder={tmp_path}", HELD_OUT, *overrides)
     first, *others = evaluations(train(config)).values()
     batch = next(iter(loader_of(stage(folder, HELD_OUT, "eval.interval=2ba"))))
@@ -117,7 +136,12 @@ def test_so_many_batches_are_enough_where_it_says_so(
 
 def test_other_streams_can_be_evaluated_on(folder: Path, tmp_path: Path) -> None:
     other = f"{{local: {folder}/data, kinds: [generation]}}"
-    config = stage(folder, f"save.folder={tmp_path}", f"eval={{interval: 3ba, streams: {{drawn: {other}}}}}", "max_duration=3ba")
+    config = stage(
+        folder,
+        f"save.folder={tmp_path}",
+        f"eval={{interval: 3ba, streams: {{drawn: {other}}}}}",
+        "max_duration=3ba",
+    )
     (found,) = evaluations(train(config)).values()
     assert {"loss_generation", "loss_image", "loss_text"} <= set(found)
     assert {"loss_understanding", "loss_text_only"}.isdisjoint(found)
@@ -127,10 +151,16 @@ def test_what_can_not_be_evaluated_on_is_an_error_before_anything_is_loaded(fold
     with pytest.raises(ConfigError, match=r"eval: no stream of data.streams has `held_out`"):
         check_stage(stage(folder, "eval.interval=2ba"), 1)
     streams = f"{{a: {{local: {folder}/data, held_out: 0.1}}, b: {{local: {folder}/data}}}}"
-    with pytest.raises(ConfigError, match=r"eval.streams: split: held_out needs `held_out` above 0 in every stream: 'b' has none"):
+    with pytest.raises(
+        ConfigError,
+        match=r"eval.streams: split: held_out needs `held_out` above 0 in every stream: 'b' has none",
+    ):
         check_stage(stage(folder, f"eval.streams={streams}"), 1)
     few = stage(folder, "data.streams.all.held_out=0.02", "eval.interval=2ba")
-    with pytest.raises(ConfigError, match=r"eval: \d+ samples make \d packs .* an epoch needs at least 4, .* raise `held_out`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"eval: \d+ samples make \d packs .* an epoch needs at least 4, .* raise `held_out`",
+    ):
         loader_of(few)
 
 

@@ -36,7 +36,10 @@ def two_streams(folder: Path) -> dict[str, Any]:
     """One of them is of 30 % held back."""
     local = {"local": str(folder / "data")}
     return {
-        "streams": {"drawn": {**local, "kinds": ["generation"], "held_out": 0.3}, "asked": {**local, "held_out": 0.3}},
+        "streams": {
+            "drawn": {**local, "kinds": ["generation"], "held_out": 0.3},
+            "asked": {**local, "held_out": 0.3},
+        },
         "packed_length": 64,
         "global_batch": 4,
         "cache": str(folder / "cache"),
@@ -68,7 +71,13 @@ def killed_at(step: int, config: StageConfig) -> None:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    overrides = (f"save.folder={folder}/whole", "max_duration=2ep", "log={every: 2}", "eval.interval=4ba", "name=whole")
+    overrides = (
+        f"save.folder={folder}/whole",
+        "max_duration=2ep",
+        "log={every: 2}",
+        "eval.interval=4ba",
+        "name=whole",
+    )
     return train(stage(folder, *overrides, "optimizer.lr_scales={vit: 0.5}", data=two_streams(folder)))
 
 
@@ -97,12 +106,17 @@ def test_a_killed_run_goes_on_counting_what_it_saw(folder: Path, whole: Path, tm
     train(config)
 
     def timeless(run: Path) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(run / "metrics.jsonl")]
+        return [
+            {k: v for k, v in line.items() if "second" not in k}
+            for line in read_metrics(run / "metrics.jsonl")
+        ]
 
     assert timeless(tmp_path) == timeless(whole)
 
 
-def test_all_metrics_of_a_step_are_one_reduction_bug_27(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_metrics_of_a_step_are_one_reduction_bug_27(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference waited for the GPU three times a step, and had a reduction for each metric."""
     sizes, entries = [], []
     real, batch_end = ranks.sum_over_ranks, Metrics.batch_end
@@ -146,10 +160,14 @@ def test_tensorboard_has_what_the_lines_have_every_so_many_steps(whole: Path) ->
     lines = {line["step"]: line for line in metrics(whole)}
     shown = sorted({step for step in lines if step % 2 == 0} | {len(lines)})
     for key in ("loss", "grad_norm", "lr_vit", "useful"):
-        assert points(whole, f"train/{key}") == [(step, pytest.approx(lines[step][key], rel=1e-6)) for step in shown]
+        assert points(whole, f"train/{key}") == [
+            (step, pytest.approx(lines[step][key], rel=1e-6)) for step in shown
+        ]
     assert points(whole, "train/tokens_seen/drawn")[-1][1] == lines[len(lines)]["tokens_seen"]["drawn"]
     found = evaluations(whole)
-    assert points(whole, "eval/loss") == [(step, pytest.approx(values["loss"], rel=1e-6)) for step, values in found.items()]
+    assert points(whole, "eval/loss") == [
+        (step, pytest.approx(values["loss"], rel=1e-6)) for step, values in found.items()
+    ]
 
 
 def test_tensorboard_shows_each_step_of_a_killed_run_once(folder: Path, tmp_path: Path) -> None:
@@ -168,7 +186,9 @@ def test_tensorboard_takes_pictures_and_tables(folder: Path, tmp_path: Path) -> 
     def batch_end(self: Any, state: Any, logger: Any) -> None:
         real(self, state, logger)
         logger.log_images([torch.zeros(3, 4, 5, dtype=torch.uint8)] * 2, name="samples/drawn")
-        logger.log_images(torch.zeros(4, 5, 3, dtype=torch.uint8).numpy(), name="samples/one", channels_last=True)
+        logger.log_images(
+            torch.zeros(4, 5, 3, dtype=torch.uint8).numpy(), name="samples/one", channels_last=True
+        )
         logger.log_table(["asked", "answer"], [["what?", "a | b"]], name="samples/answers")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -176,8 +196,14 @@ def test_tensorboard_takes_pictures_and_tables(folder: Path, tmp_path: Path) -> 
         train(stage(folder, f"save.folder={tmp_path}", "log={every: 1}", "max_duration=1ba"))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["images"]) == {"samples/drawn", "samples/one"}  # several are one picture, side by side
-    assert "| what? | a \\| b |" in events.Tensors("samples/answers/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert set(events.Tags()["images"]) == {
+        "samples/drawn",
+        "samples/one",
+    }  # several are one picture, side by side
+    assert (
+        "| what? | a \\| b |"
+        in events.Tensors("samples/answers/text_summary")[0].tensor_proto.string_val[0].decode()
+    )
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow", "tensorboard"])
@@ -185,14 +211,22 @@ def test_a_logger_that_is_not_installed_is_named_at_once(
     package: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / package).mkdir()  # a folder of that name, as wandb makes for its logs, is no package
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / package / "__init__.py").exists())])
+    monkeypatch.setattr(
+        sys,
+        "path",
+        [str(tmp_path), *(p for p in sys.path if not (Path(p) / package / "__init__.py").exists())],
+    )
     monkeypatch.delitem(sys.modules, package, raising=False)
     setting = "true" if package == "tensorboard" else "mine"
-    with pytest.raises(ConfigError, match=f"log.{package}: the package {package} is not installed; pip install {package}"):
+    with pytest.raises(
+        ConfigError, match=f"log.{package}: the package {package} is not installed; pip install {package}"
+    ):
         check_stage(stage(folder, f"log.{package}={setting}"), 1)
 
 
-def test_weights_and_biases_gets_only_what_is_ours(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_only_what_is_ours(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logged, begun = [], []
     fake = types.ModuleType("wandb")
     fake.log = lambda values, step: logged.append((values, step))  # type: ignore[attr-defined]
@@ -208,7 +242,9 @@ def test_weights_and_biases_gets_only_what_is_ours(folder: Path, tmp_path: Path,
     assert logged == [({"train/loss": 2.0}, 4)]
 
 
-def test_lines_are_printed_where_there_is_no_terminal(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_printed_where_there_is_no_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(stage(folder, f"save.folder={tmp_path}", "log.every=4"))
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split("  ")[0] for line in printed] == ["step 4/9", "step 8/9", "step 9/9"]
@@ -237,8 +273,16 @@ def test_a_bar_is_drawn_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
     os.set_blocking(controller, True)
     program = ROOT / "train.py"
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "30", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, program, yaml, *overrides], stdout=terminal, stderr=terminal, env=environment)
+    environment = {
+        **os.environ,
+        "TERM": "xterm-256color",
+        "COLUMNS": "80",
+        "LINES": "30",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, program, yaml, *overrides], stdout=terminal, stderr=terminal, env=environment
+    )
     os.close(terminal)
     shown = b""
     try:
@@ -255,9 +299,20 @@ def test_a_bar_is_drawn_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is there again
 
 
-def test_a_broken_line_costs_itself_alone_and_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_line_costs_itself_alone_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "lo', bytes(20), b"\xff\xfe", b"[" * 3000, b"7", b'{"step": 3}', b'{"st']
+    lines = [
+        b'{"step": 1, "loss": 2.0}',
+        b'{"step": 2, "lo',
+        bytes(20),
+        b"\xff\xfe",
+        b"[" * 3000,
+        b"7",
+        b'{"step": 3}',
+        b'{"st',
+    ]
     path.write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
     said = capsys.readouterr().out.splitlines()

@@ -42,7 +42,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def batch_end(self: Metrics, state: Any, logger: Any) -> None:
         real(self, state, logger)
-        after.append(copy.deepcopy({"model": state.model.state_dict(), "moments": state.optimizers[0].state_dict()["state"]}))
+        after.append(
+            copy.deepcopy(
+                {"model": state.model.state_dict(), "moments": state.optimizers[0].state_dict()["state"]}
+            )
+        )
 
     monkeypatch.setattr(Metrics, "batch_end", batch_end)
     return after
@@ -74,7 +78,9 @@ def test_a_loss_that_is_not_a_number_skips_its_step_and_is_counted_bug_26(
     assert lines[2]["lr"] > lines[3]["lr"]  # the schedule goes on
 
 
-def test_a_gradient_that_is_not_finite_skips_its_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_not_finite_skips_its_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     after = watch(monkeypatch)
     huge = poisoned([4], microbatches=4)
 
@@ -93,10 +99,14 @@ def test_a_gradient_that_is_not_finite_skips_its_step(folder: Path, tmp_path: Pa
     assert equal(after[2], after[3])
 
 
-def test_a_run_ends_after_so_many_skipped_steps_in_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_ends_after_so_many_skipped_steps_in_a_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(UniToken, "forward", poisoned([2, 4, 5, 6, 7], microbatches=4))
     config = stage(folder, f"save.folder={tmp_path}", "optimizer.max_skipped=2")
-    with pytest.raises(FloatingPointError, match=r"loss nan .* at step 6: the last 3 steps .* weights are those after step 3"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss nan .* at step 6: the last 3 steps .* weights are those after step 3"
+    ):
         train(config)
     assert len(metrics(tmp_path)) == 6
     assert run_folder.step_of(latest_checkpoint(tmp_path)) == 4
@@ -110,9 +120,17 @@ def test_a_run_that_diverges_ends(folder: Path, tmp_path: Path) -> None:
         train(config)
 
 
-def test_a_run_that_resumes_goes_on_counting(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_resumes_goes_on_counting(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also how many there were in a row: killing a run does not give it more of them."""
-    config = stage(folder, f"save.folder={tmp_path}", "optimizer.max_skipped=2", "max_duration=4ba", "optimizer.schedule=constant")
+    config = stage(
+        folder,
+        f"save.folder={tmp_path}",
+        "optimizer.max_skipped=2",
+        "max_duration=4ba",
+        "optimizer.schedule=constant",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(UniToken, "forward", poisoned([1, 3, 4], microbatches=4))
         train(config)
@@ -150,8 +168,18 @@ def test_a_loss_that_is_not_a_number_on_one_of_two_ranks_skips_the_step_on_both_
 
 @pytest.mark.slow
 def test_both_ranks_end_where_one_of_them_has_no_loss_any_more(folder: Path, tmp_path: Path) -> None:
-    command = [POISONED, "2,3,4,5", "1", write_stage(folder), f"save.folder={tmp_path}", "optimizer.max_skipped=1"]
+    command = [
+        POISONED,
+        "2,3,4,5",
+        "1",
+        write_stage(folder),
+        f"save.folder={tmp_path}",
+        "optimizer.max_skipped=1",
+    ]
     ranks = start(2, command, stderr=subprocess.PIPE)
     said = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
     assert all(rank.returncode not in (0, None) for rank in ranks)
-    assert all("FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in words for words in said)
+    assert all(
+        "FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in words
+        for words in said
+    )

@@ -45,7 +45,9 @@ def asking(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def settings(folder: Path, name: str, *overrides: str, **changes: Any) -> StageConfig:
     """Four batches with dropout; a run named `name`."""
-    return drawing_stage(folder, f"save.folder={folder / name}", "max_duration=4ba", *overrides, name=name, **changes)
+    return drawing_stage(
+        folder, f"save.folder={folder / name}", "max_duration=4ba", *overrides, name=name, **changes
+    )
 
 
 def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
@@ -63,7 +65,13 @@ def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
     assert steps == ["step-00000002", "step-00000004"]
     for step in steps:
         written = folder / "with" / "samples" / step
-        assert sorted(path.name for path in written.iterdir()) == ["0.png", "1.png", "2.png", "answers.txt", "drawings.txt"]
+        assert sorted(path.name for path in written.iterdir()) == [
+            "0.png",
+            "1.png",
+            "2.png",
+            "answers.txt",
+            "drawings.txt",
+        ]
         assert np.asarray(Image.open(written / "0.png")).shape == (16, 24, 3)
         assert (written / "drawings.txt").read_text().splitlines()[1] == "1.png\tPlease draw the digit seven."
         assert (written / "answers.txt").read_text().startswith(f"{folder / 'a.png'}\tWhat is it?\t")
@@ -82,7 +90,8 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     shown: list[np.ndarray] = []
     tables: list[Any] = []
     logger: Any = SimpleNamespace(
-        log_images=lambda images, **_: shown.append(images), log_table=lambda *table, **names: tables.append((*table, names))
+        log_images=lambda images, **_: shown.append(images),
+        log_table=lambda *table, **names: tables.append((*table, names)),
     )
     config = settings(folder, "alone", samples=asking(folder, interval="1ep"))
     network = build_model(*model_configs(config.model), config.model)
@@ -111,9 +120,15 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     samples.epoch_end(state, logger)
     assert [picture.shape for picture in shown] == [(32, 48, 3)]
     (columns, ((picture, question, answer),), names) = tables[0]
-    assert (columns, picture, question) == (["picture", "question", "answer"], str(folder / "a.png"), "What is it?")
+    assert (columns, picture, question) == (
+        ["picture", "question", "answer"],
+        str(folder / "a.png"),
+        "What is it?",
+    )
     assert names == {"name": "samples/answers", "step": 3}
-    assert (old / "answers.txt").read_text("utf-8") == f"{picture}\t{question}\t{' '.join(answer.splitlines())}\n"
+    assert (old / "answers.txt").read_text(
+        "utf-8"
+    ) == f"{picture}\t{question}\t{' '.join(answer.splitlines())}\n"
     assert not (old / "old.png").exists()
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in network.modules()] == modes
@@ -128,12 +143,29 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
-        yaml = [folder / f"{name}.yaml", f"save.folder={folder / name}", "max_duration=4ba", "model.decoder.vocab_size=583"]
+        common = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "NODE_RANK": "0",
+        }
+        yaml = [
+            folder / f"{name}.yaml",
+            f"save.folder={folder / name}",
+            "max_duration=4ba",
+            "model.decoder.vocab_size=583",
+        ]
         ranks = [
             subprocess.Popen(
                 [sys.executable, ROOT / "train.py", *yaml],
-                env={**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                env={
+                    **common,
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                },
             )
             for rank in "01"
         ]
@@ -153,7 +185,12 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
     dialogue = Dialogue(config.codec)
     prompts = dialogue.prompts([asked(text) for text in config.samples.draw], [(24, 16)])
     alone = generate(
-        load_model(config), dialogue.vocabulary, prompts, Sampling(guidance=3.0), sizes=[dialogue.latents((16, 24))], drawing=True
+        load_model(config),
+        dialogue.vocabulary,
+        prompts,
+        Sampling(guidance=3.0),
+        sizes=[dialogue.latents((16, 24))],
+        drawing=True,
     )
     for said, path in zip(dialogue.said(alone), drawn, strict=True):
         assert np.array_equal(said.pictures[0], np.asarray(Image.open(path)))
@@ -163,16 +200,26 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
     ("changes", "said"),
     [
         ({"codec": None}, "samples: drawing and answering take the data's tokenizers"),
-        ({"samples": {"size": [16, 20], "draw": ["x"]}}, "samples.size: 20 x 16 pixels: each side must be a multiple of 8"),
-        ({"samples": {"size": [16, 16], "answer": {"nowhere.png": "?"}}}, "samples.answer: nowhere.png: no such picture"),
+        (
+            {"samples": {"size": [16, 20], "draw": ["x"]}},
+            "samples.size: 20 x 16 pixels: each side must be a multiple of 8",
+        ),
+        (
+            {"samples": {"size": [16, 16], "answer": {"nowhere.png": "?"}}},
+            "samples.answer: nowhere.png: no such picture",
+        ),
         ({"samples": {"size": [16, 16], "draw": ["Draw <|image|>"]}}, "1 <|image|> in the text but 0 images"),
         ({"samples": {"size": [16, 16]}}, "nothing to draw and nothing to answer"),
     ],
 )
-def test_what_can_not_be_asked_is_found_before_anything_is_loaded(folder: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_can_not_be_asked_is_found_before_anything_is_loaded(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
     from support.stages import stage
 
-    config = stage(folder, "model.decoder.vocab_size=583", **{"codec": CODEC, "samples": asking(folder), **changes})
+    config = stage(
+        folder, "model.decoder.vocab_size=583", **{"codec": CODEC, "samples": asking(folder), **changes}
+    )
     with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in said)):
         check_stage(config, 1)
 

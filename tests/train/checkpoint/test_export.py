@@ -28,7 +28,14 @@ from unitoken.train.checkpoint.compatibility import read_whole
 from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.layouts import find_origin, model_configs
 from unitoken.train.checkpoint.loading import find_weights, load_weights
-from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, found_anywhere, read_about, read_stage, write_about
+from unitoken.train.checkpoint.metadata import (
+    ModelSizes,
+    PictureCrops,
+    found_anywhere,
+    read_about,
+    read_stage,
+    write_about,
+)
 from unitoken.train.checkpoint.tensors import decoder_source
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
@@ -50,7 +57,9 @@ def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: i
     state = {f"{run_folder.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
     run_folder.publish_checkpoint(folder / ".aside-7.pt", run_folder.path_of(folder, 7), keep=1)
-    write_about(folder, config, ModelSizes(decoder=decoder, vision=vision), vocabulary, PictureCrops(crops=[(32, 16)]))
+    write_about(
+        folder, config, ModelSizes(decoder=decoder, vision=vision), vocabulary, PictureCrops(crops=[(32, 16)])
+    )
     return model
 
 
@@ -92,7 +101,9 @@ def test_an_export_gives_the_same_logits_and_features_here(model: UniToken, expo
     """To the bit: as the base model of a new stage, sizes and tower included."""
     again = load(str(exported), str(exported))
     assert torch.equal(logits(again), logits(model))
-    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(again.adapter(again.vit(pixels)), model.adapter(model.vit(pixels)))
     assert again.model.layers[0].self_attn.q_norm.weight.shape == (1, 16)  # one gain for all heads stays one
     for (name, tensor), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -104,16 +115,25 @@ def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, export
 
     theirs, report = ChameleonForConditionalGeneration.from_pretrained(exported, output_loading_info=True)
     assert {name.split(".")[0] for name in report["unexpected_keys"]} == {"vit", "adapter"}
-    assert all(name.startswith("model.vqmodel.") for name in report["missing_keys"])  # no codec in this stage: a random one
+    assert all(
+        name.startswith("model.vqmodel.") for name in report["missing_keys"]
+    )  # no codec in this stage: a random one
     with torch.no_grad():
         found = theirs.eval()(input_ids=IDS).logits
-    text = [token for token in range(170) if token not in small_vocabulary().image_ids]  # transformers masks image codes
+    text = [
+        token for token in range(170) if token not in small_vocabulary().image_ids
+    ]  # transformers masks image codes
     torch.testing.assert_close(found[..., text], logits(model)[..., text], rtol=1e-5, atol=1e-5)
-    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (small_vocabulary().bos, small_vocabulary().end_of_turn)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (
+        small_vocabulary().bos,
+        small_vocabulary().end_of_turn,
+    )
     processor = AutoImageProcessor.from_pretrained(exported / "tower")
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     pixels = processor(picture, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels[0], (torch.from_numpy(picture).permute(2, 0, 1).float() / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(
+        pixels[0], (torch.from_numpy(picture).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    )
 
 
 def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
@@ -125,12 +145,22 @@ def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
     fields = json.loads((exported / "config.json").read_bytes())
     files = sorted(path.name for path in exported.iterdir())
-    assert set(fields["unitoken"].pop("sha256")) == {*files, "tower/preprocessor_config.json", ""} - {"config.json", "tower"}
-    assert fields["unitoken"] == {"vocabulary": small_vocabulary().fingerprint, "step": 7, "checkpoint": None, "files": files}
+    assert set(fields["unitoken"].pop("sha256")) == {*files, "tower/preprocessor_config.json", ""} - {
+        "config.json",
+        "tower",
+    }
+    assert fields["unitoken"] == {
+        "vocabulary": small_vocabulary().fingerprint,
+        "step": 7,
+        "checkpoint": None,
+        "files": files,
+    }
     assert fields["dtype"] == "float32"
 
 
-def test_others_may_read_the_tensors_too_and_transformers_finds_no_processor_of_another_model(exported: Path) -> None:
+def test_others_may_read_the_tensors_too_and_transformers_finds_no_processor_of_another_model(
+    exported: Path,
+) -> None:
     assert (exported / "model.safetensors").stat().st_mode == (exported / "config.json").stat().st_mode
     assert not (exported / "preprocessor_config.json").exists()
     assert (exported / "tower" / "preprocessor_config.json").is_file()
@@ -157,7 +187,10 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     assets = golden / "assets"
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizer")
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), 8192)
-    codec = CodecConfig(tokenizer=str(assets / "tokenizer"), vision=ImageTokenizer(weights=str(assets / "vqgan"), precision="fp32"))
+    codec = CodecConfig(
+        tokenizer=str(assets / "tokenizer"),
+        vision=ImageTokenizer(weights=str(assets / "vqgan"), precision="fp32"),
+    )
     unusual = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3}
     decoder = DecoderConfig(**{**DECODER, "vocab_size": vocabulary.size, **unusual})
     config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
@@ -165,7 +198,9 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     export_model(str(tmp_path / "run"), tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
-    theirs, report = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    theirs, report = ChameleonForConditionalGeneration.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert theirs.config.image_token_id == 8711
@@ -181,8 +216,13 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16().float())
 
     other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
-    with pytest.raises(ConfigError, match=rf"codec\.tokenizer: .* gives a vocabulary .*, the data is in {vocabulary.fingerprint}"):
-        export_model(str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other}))
+    with pytest.raises(
+        ConfigError,
+        match=rf"codec\.tokenizer: .* gives a vocabulary .*, the data is in {vocabulary.fingerprint}",
+    ):
+        export_model(
+            str(tmp_path / "run"), tmp_path / "other", stage=config.model_copy(update={"codec": other})
+        )
 
 
 @pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
@@ -234,7 +274,9 @@ def test_a_kill_between_the_renames_loses_no_model(
     out = tmp_path / "model"
     export_model(str(folder / "run"), out)
     before = contents(out)
-    done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, folder / "run", out], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, folder / "run", out], check=False
+    )
     assert done.returncode == -9
     assert not out.exists()
     for name in ("model-2", "model"):  # an export beside it leaves it alone
@@ -274,7 +316,8 @@ def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniT
     shutil.copytree(folder / "run", out / "finetune", symlinks=True)
     (out / "README.md").write_text("mine")
     with pytest.raises(
-        ConfigError, match=r"model: it holds README\.md, finetune besides the exported model, so it is not replaced"
+        ConfigError,
+        match=r"model: it holds README\.md, finetune besides the exported model, so it is not replaced",
     ):
         export_model(str(out / "finetune"), out)
     fields = json.loads((out / "config.json").read_bytes())
@@ -314,30 +357,56 @@ def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_pa
 def test_an_export_can_not_take_the_place_of_its_run(folder: Path, tmp_path: Path) -> None:
     """Found at the start, not after days of training: neither folder is there yet."""
     for out in (tmp_path / "new", tmp_path / "new" / "run"):
-        with pytest.raises(ConfigError, match=rf"save\.export: {out} holds the run's own folder, save\.folder: {tmp_path}/new/run"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"save\.export: {out} holds the run's own folder, save\.folder: {tmp_path}/new/run",
+        ):
             check_stage(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={out}"), 1)
     check_stage(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={tmp_path}/new/run/model"), 1)
 
 
-def test_a_run_of_before_it_said_what_it_is_needs_its_stage(folder: Path, model: UniToken, tmp_path: Path) -> None:
+def test_a_run_of_before_it_said_what_it_is_needs_its_stage(
+    folder: Path, model: UniToken, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(folder / "run" / "step-00000007.pt", run)
-    with pytest.raises(ConfigError, match=r"step-00000007\.pt: no vocabulary\.json beside it; name the stage .* --config"):
+    with pytest.raises(
+        ConfigError, match=r"step-00000007\.pt: no vocabulary\.json beside it; name the stage .* --config"
+    ):
         export_model(str(run / "step-00000007.pt"), tmp_path / "out")
     export_model(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder))
     assert read_about(tmp_path / "out").vocabulary == small_vocabulary()
-    with pytest.raises(ConfigError, match=r"step-00000007\.pt: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)"):
-        export_model(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder, "model.decoder.vocab_size=180"))
+    with pytest.raises(
+        ConfigError,
+        match=r"step-00000007\.pt: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)",
+    ):
+        export_model(
+            str(run / "step-00000007.pt"),
+            tmp_path / "out",
+            stage=stage(folder, "model.decoder.vocab_size=180"),
+        )
 
 
 def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "unitoken.train", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+            [sys.executable, "-m", "unitoken.train", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
         )
 
-    done = call("export", str(folder / "run"), str(tmp_path / "out"), "--config", str(write_stage(folder)), "--dtype", "fp32")
+    done = call(
+        "export",
+        str(folder / "run"),
+        str(tmp_path / "out"),
+        "--config",
+        str(write_stage(folder)),
+        "--dtype",
+        "fp32",
+    )
     assert (done.returncode, done.stdout.splitlines()) == (
         0,
         [
@@ -359,9 +428,19 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
 # --- init_from, before torch is there ---------------------------------------------------------------------------------
 
 
-def test_init_from_takes_every_form(folder: Path, model: UniToken, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(exported) if name == "me/model" else None)
-    for form in (folder / "run", folder / "run" / "latest", folder / "run" / "step-00000007.pt", exported, "me/model"):
+def test_init_from_takes_every_form(
+    folder: Path, model: UniToken, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: str(exported) if name == "me/model" else None
+    )
+    for form in (
+        folder / "run",
+        folder / "run" / "latest",
+        folder / "run" / "step-00000007.pt",
+        exported,
+        "me/model",
+    ):
         config = stage(folder, f"init_from={form}", f"save.folder={folder}/new")
         check_stage(config, 1)
         network = build_model(*model_configs(config.model), config.model)
@@ -374,11 +453,17 @@ def test_init_from_takes_every_form(folder: Path, model: UniToken, exported: Pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.decoder.hidden_size=64", "another architecture: its decoder and this stage's have hidden_size 32 and 64"),
+        (
+            "model.decoder.hidden_size=64",
+            "another architecture: its decoder and this stage's have hidden_size 32 and 64",
+        ),
         ("model.decoder.num_hidden_layers=3", "its decoder and this stage's have num_hidden_layers 2 and 3"),
         ("model.decoder.vocab_size=180", "its decoder and this stage's have vocab_size 170 and 180"),
         ("model.vision.image_size=12", "its vision tower and this stage's have image_size 8 and 12"),
-        (("model.vision=null", "data.continuous=none", "trainable=[model]"), "it has a vision tower, this stage's model has none"),
+        (
+            ("model.vision=null", "data.continuous=none", "trainable=[model]"),
+            "it has a vision tower, this stage's model has none",
+        ),
         (
             ("data.streams.all.local={folder}/other", "data.cache={folder}/cache2"),
             r"it was trained in a vocabulary with fingerprint \w{16} \(163 tokens\), the datasets have \w{16} \(164 tokens\)",
@@ -391,7 +476,9 @@ def test_init_from_another_model_is_refused_with_both_sides(
     if not (folder / "other").exists():
         other = small_vocabulary(text_tokens=51)
         write_dataset(folder / "other", [make_record("x", other, 9)], other)
-    overrides = [text.format(folder=folder) for text in ([override] if isinstance(override, str) else override)]
+    overrides = [
+        text.format(folder=folder) for text in ([override] if isinstance(override, str) else override)
+    ]
     config = stage(folder, *overrides, f"init_from={folder / form}", f"save.folder={folder}/new")
     with pytest.raises(ConfigError, match=f"init_from: {folder / form}: .*{message}") as caught:
         check_stage(config, 1)
@@ -403,22 +490,35 @@ def test_numbers_that_no_tensor_shows_are_compared(folder: Path, model: UniToken
     changes = ("model.decoder.rope_theta=500", "model.vision.layer_norm_eps=1e-3")
     found = "its model and this stage's have rope_theta 10000.0 and 500.0, layer_norm_eps 1e-06 and 0.001"
     for form in ("run", "model"):
-        checked = check_stage(stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1)
+        checked = check_stage(
+            stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1
+        )
         assert checked.notes == [f"init_from: {folder / form}: {found}"]
     assert not check_stage(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).notes
-    with pytest.raises(ConfigError, match=rf"save\.folder: {folder}/run: {found}; a run goes on with those it began with"):
+    with pytest.raises(
+        ConfigError, match=rf"save\.folder: {folder}/run: {found}; a run goes on with those it began with"
+    ):
         check_stage(stage(folder, *changes), 1)
 
 
 def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path, exported: Path) -> None:
-    arguments = [str(write_stage(folder)), f"init_from={exported}", "model.decoder.hidden_size=64", f"save.folder={folder}/new"]
+    arguments = [
+        str(write_stage(folder)),
+        f"init_from={exported}",
+        "model.decoder.hidden_size=64",
+        f"save.folder={folder}/new",
+    ]
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", code, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 2
     assert done.stderr == (
@@ -430,7 +530,8 @@ def test_a_run_is_not_resumed_with_data_of_another_vocabulary(folder: Path, mode
     other = small_vocabulary(text_tokens=49)
     write_dataset(folder / "fewer", [make_record("x", small_vocabulary(40), 9)], other)
     with pytest.raises(
-        ConfigError, match=r"save\.folder: .* in a vocabulary with fingerprint \w{16} \(163 tokens\), .* \(162 tokens\)"
+        ConfigError,
+        match=r"save\.folder: .* in a vocabulary with fingerprint \w{16} \(163 tokens\), .* \(162 tokens\)",
     ):
         check_stage(stage(folder, f"data.streams.all.local={folder}/fewer"), 1)
 
@@ -438,8 +539,15 @@ def test_a_run_is_not_resumed_with_data_of_another_vocabulary(folder: Path, mode
 def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: Path) -> None:
     other = small_vocabulary(text_tokens=45)
     write_dataset(folder / "few", [make_record("x", small_vocabulary(40), 9)], other)
-    config = stage(folder, f"data.streams.all.local={folder}/few", f"save.folder={folder}/new", f"model.decoder={exported}")
-    with pytest.raises(ConfigError, match=rf"model\.decoder: {exported}: it was trained in a vocabulary .* \(163 tokens\)"):
+    config = stage(
+        folder,
+        f"data.streams.all.local={folder}/few",
+        f"save.folder={folder}/new",
+        f"model.decoder={exported}",
+    )
+    with pytest.raises(
+        ConfigError, match=rf"model\.decoder: {exported}: it was trained in a vocabulary .* \(163 tokens\)"
+    ):
         check_stage(config, 1)
 
 
@@ -452,28 +560,40 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
         (lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"), "which is not there"),
     ],
 )
-def test_init_from_what_is_no_checkpoint_is_refused(make: Any, message: str, folder: Path, tmp_path: Path) -> None:
+def test_init_from_what_is_no_checkpoint_is_refused(
+    make: Any, message: str, folder: Path, tmp_path: Path
+) -> None:
     make(tmp_path / "x")
     with pytest.raises(ConfigError, match=message) as caught:
         check_stage(stage(folder, f"init_from={tmp_path}/x", f"save.folder={folder}/new"), 1)
     assert str(tmp_path / "x") in str(caught.value)
 
 
-def test_the_hub_is_not_asked_for_a_folder_that_is_missing_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_not_asked_for_a_folder_that_is_missing_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """runs/stage1 is a good name for a repository, too."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked")
+    )
     (folder / "runs").mkdir()
     with pytest.raises(ConfigError, match=r"^runs/stage1: no such checkpoint$"):
         find_origin("runs/stage1")
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda path: path.stem
+    "path",
+    sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")),
+    ids=lambda path: path.stem,
 )
 def test_a_stages_settings_come_back_from_its_folder(path: Path, tmp_path: Path) -> None:
-    config = load_config(StageConfig, path, ["optimizer.lr=5e-4", "data.cache_limit=1gb", "data.global_batch=8"])
-    write_about(tmp_path, config, ModelSizes(decoder=DecoderConfig(**DECODER), vision=None), small_vocabulary())
+    config = load_config(
+        StageConfig, path, ["optimizer.lr=5e-4", "data.cache_limit=1gb", "data.global_batch=8"]
+    )
+    write_about(
+        tmp_path, config, ModelSizes(decoder=DecoderConfig(**DECODER), vision=None), small_vocabulary()
+    )
     assert read_stage(tmp_path / "step-00000001.pt") == found_anywhere(config)
     sizes = read_about(tmp_path / "step-00000001.pt").sizes
     assert sizes is not None
@@ -481,7 +601,9 @@ def test_a_stages_settings_come_back_from_its_folder(path: Path, tmp_path: Path)
 
 
 def test_a_changed_file_of_an_export_is_named(exported: Path, tmp_path: Path) -> None:
-    for name in sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()):
+    for name in sorted(
+        path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()
+    ):
         copy = tmp_path / "copy"
         shutil.copytree(exported, copy)
         content = bytearray((copy / name).read_bytes())

@@ -18,9 +18,16 @@ from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
 HEADS, HEAD_DIM = 4, 8
-DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS)
+DECODER = DecoderConfig(
+    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS
+)
 VISION = VisionTowerConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
 )
 CHAMELEON = {  # config.json of all three: transformers' Chameleon
     "architectures": ["ChameleonForConditionalGeneration"],
@@ -60,7 +67,9 @@ def save(folder: Path, config: Mapping[str, Any], *files: Mapping[str, Tensor]) 
         save_file(dict(tensors), folder / name, metadata={"format": "pt"})
     if len(files) > 1:
         places = {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places})
+        )
     return str(folder)
 
 
@@ -69,7 +78,10 @@ def part(weights: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
 
 
 def a_row_a_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.repeat(HEADS, 1) if "q_norm" in name or "k_norm" in name else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.repeat(HEADS, 1) if "q_norm" in name or "k_norm" in name else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def chameleon(folder: Path, weights: Mapping[str, Tensor]) -> str:
@@ -80,7 +92,11 @@ def chameleon(folder: Path, weights: Mapping[str, Tensor]) -> str:
 
 
 def lumina(folder: Path, weights: Mapping[str, Tensor]) -> str:
-    config = CHAMELEON | {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "mask_image_logits": True, "dropout": 0.0}
+    config = CHAMELEON | {
+        "architectures": ["ChameleonXLLMXForConditionalGeneration"],
+        "mask_image_logits": True,
+        "dropout": 0.0,
+    }
     return save(folder, config, part(weights, "model", "lm_head"))
 
 
@@ -91,12 +107,16 @@ def lumina_with_vq(folder: Path, weights: Mapping[str, Tensor]) -> str:
 def unitoken(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """`vit` is the `.vision_model` of transformers' SigLIP, with the pooling head that nobody uses."""
     head = {"vit.head.probe": torch.ones(1, 1, 16), "vit.head.attention.in_proj_weight": torch.ones(48, 16)}
-    return save(folder, CHAMELEON | {"architectures": ["ChameleonXLLMXForConditionalGeneration"]}, {**weights, **head})
+    return save(
+        folder, CHAMELEON | {"architectures": ["ChameleonXLLMXForConditionalGeneration"]}, {**weights, **head}
+    )
 
 
 def siglip(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """The whole model, as google/siglip-so400m-patch14-384 is."""
-    tower = {name.replace("vit.", "vision_model.", 1): tensor for name, tensor in part(weights, "vit").items()}
+    tower = {
+        name.replace("vit.", "vision_model.", 1): tensor for name, tensor in part(weights, "vit").items()
+    }
     rest = {
         "vision_model.head.probe": torch.ones(1, 1, 16),
         "text_model.embeddings.token_embedding.weight": torch.ones(9, 16),
@@ -104,20 +124,30 @@ def siglip(folder: Path, weights: Mapping[str, Tensor]) -> str:
         "logit_scale": torch.ones(1),
         "logit_bias": torch.ones(1),
     }
-    config = {"model_type": "siglip", "text_config": {"hidden_size": 16}, "vision_config": VISION.model_dump()}
+    config = {
+        "model_type": "siglip",
+        "text_config": {"hidden_size": 16},
+        "vision_config": VISION.model_dump(),
+    }
     return save(folder, config, tower | rest)
 
 
 def siglip_tower(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """As `SiglipVisionModel.save_pretrained` writes it."""
-    tower = {name.replace("vit.", "vision_model.", 1): tensor for name, tensor in part(weights, "vit").items()}
+    tower = {
+        name.replace("vit.", "vision_model.", 1): tensor for name, tensor in part(weights, "vit").items()
+    }
     return save(folder, {"model_type": "siglip_vision_model", **VISION.model_dump()}, tower)
 
 
 def siglip_inner_tower(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """The same of transformers 5, where the tower has no `vision_model` in it."""
     tower = {name.removeprefix("vit."): tensor for name, tensor in part(weights, "vit").items()}
-    return save(folder, {"model_type": "siglip_vision_model", **VISION.model_dump()}, tower | {"head.probe": torch.ones(1, 1, 16)})
+    return save(
+        folder,
+        {"model_type": "siglip_vision_model", **VISION.model_dump()},
+        tower | {"head.probe": torch.ones(1, 1, 16)},
+    )
 
 
 def load(config: ModelConfig, trained: TensorSource | None = None) -> UniToken:
@@ -134,7 +164,9 @@ def assert_holds(model: UniToken, expected: Mapping[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", [chameleon, lumina, lumina_with_vq])
-def test_a_published_decoder_is_loaded(layout: Callable[..., str], weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_published_decoder_is_loaded(
+    layout: Callable[..., str], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
     folder = layout(tmp_path / "decoder", weights)
     expected = part(weights, "model", "lm_head")
     per_head = layout is chameleon
@@ -145,7 +177,9 @@ def test_a_published_decoder_is_loaded(layout: Callable[..., str], weights: dict
 
 
 @pytest.mark.parametrize("layout", [siglip, siglip_tower, siglip_inner_tower])
-def test_a_published_tower_is_loaded(layout: Callable[..., str], weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_published_tower_is_loaded(
+    layout: Callable[..., str], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
     folder = layout(tmp_path / "siglip", weights)
     assert read_vision(folder) == VISION
     model = load(ModelConfig(decoder=lumina(tmp_path / "lumina", weights), vision=folder))
@@ -162,7 +196,9 @@ def test_unitokens_folder_brings_tower_and_adapter(weights: dict[str, Tensor], t
     assert_holds(load(config, decoder_source(str(find_origin(folder)))), weights)
 
 
-def test_the_sizes_of_a_tower_are_not_read_from_a_decoders_folder(weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_the_sizes_of_a_tower_are_not_read_from_a_decoders_folder(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="of a Chameleon decoder and of no vision tower"):
         read_vision(unitoken(tmp_path / "unitoken", weights))
 
@@ -182,7 +218,9 @@ def test_norms_are_converted_between_the_layouts(weights: dict[str, Tensor], tmp
     assert_holds(load(ModelConfig(decoder=per_head), decoder_source(folder)), apart)
     config = ModelConfig(decoder=shared)
     model = build_model(*model_configs(config), config)
-    with pytest.raises(ConfigError, match=rf"{folder}: {name} differs from head to head, the model has one for all"):
+    with pytest.raises(
+        ConfigError, match=rf"{folder}: {name} differs from head to head, the model has one for all"
+    ):
         find_weights(model, config, decoder_source(folder))  # before anything is loaded, on every rank
 
 
@@ -190,12 +228,16 @@ def test_groups_of_heads_are_repeated_in_their_order() -> None:
     """Chameleon 34B has a row for each of the machines it was trained on."""
     norm = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     name = "model.layers.0.self_attn.q_norm.weight"
-    fitted = fit_norms(TensorSource("", {name: (2, 2)}, lambda names: dict.fromkeys(names, norm)), {name: (4, 2)})
+    fitted = fit_norms(
+        TensorSource("", {name: (2, 2)}, lambda names: dict.fromkeys(names, norm)), {name: (4, 2)}
+    )
     assert fitted.shapes == {name: (4, 2)}
     assert fitted.load()[name][:, 0].tolist() == [1, 1, 2, 2]
 
 
-def test_only_what_is_wanted_is_read(weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_wanted_is_read(
+    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tower for which only the adapter's part of a folder is needed does not bring 28 GB of decoder with it."""
     source = decoder_source(unitoken(tmp_path / "unitoken", weights))
     assert source.read(["adapter.0.bias"]).keys() == {"adapter.0.bias"}

@@ -48,7 +48,9 @@ def test_latest_names_the_newest_and_the_oldest_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
-def test_a_kill_while_saving_leaves_the_checkpoint_before(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_saving_leaves_the_checkpoint_before(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 5)
 
     def killed(*args: Any, **kwargs: Any) -> None:
@@ -64,12 +66,17 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(call: str, tmp_path: P
         for path in tmp_path.glob(".aside-*"):
             os.utime(path, (1, 1), follow_symlinks=False)
         clean_up(tmp_path)
-        assert sorted(tmp_path.glob(".aside-*")) == [export.path, export.path.with_name(f"{export.path.name}.lock")]
+        assert sorted(tmp_path.glob(".aside-*")) == [
+            export.path,
+            export.path.with_name(f"{export.path.name}.lock"),
+        ]
     save(tmp_path, 10)
     assert latest_checkpoint(tmp_path) == path_of(tmp_path, 10)
 
 
-def test_between_two_checkpoints_there_is_always_a_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_two_checkpoints_there_is_always_a_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Composer deletes its link before it makes the new one: killed in between, a run would start from the beginning."""
     save(tmp_path, 5)
     seen = []
@@ -123,7 +130,9 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> Non
         ({}, STAGE, r"not part of this model: lm_head\.weight"),
     ],
 )
-def test_a_checkpoint_of_another_stage_is_not_resumed(expected: Any, stage: Any, message: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_stage_is_not_resumed(
+    expected: Any, stage: Any, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_resumable(save(tmp_path, 1), expected, stage)
     check_resumable(path_of(tmp_path, 1), {"lm_head.weight": (3, 2)}, STAGE)
@@ -152,7 +161,9 @@ def test_without_the_link_the_newest_checkpoint_is_taken_and_kept(tmp_path: Path
 
 def test_a_copied_link_with_nothing_beside_it_is_an_error_not_a_new_start(tmp_path: Path) -> None:
     (tmp_path / LATEST).write_bytes(b"a checkpoint")
-    with pytest.raises(ConfigError, match=r"latest: it is no link, and there is no step-00000100\.pt or the like beside it"):
+    with pytest.raises(
+        ConfigError, match=r"latest: it is no link, and there is no step-00000100\.pt or the like beside it"
+    ):
         latest_checkpoint(tmp_path)
 
 
@@ -194,7 +205,10 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
         path = path_of(tmp_path, step)
         path.write_bytes(path.read_bytes()[:-200])
     lines = set_aside_damaged(tmp_path)
-    assert [line.rpartition("; ")[2] for line in lines] == ["goes on from step-00000010.pt", "goes on from step-00000005.pt"]
+    assert [line.rpartition("; ")[2] for line in lines] == [
+        "goes on from step-00000010.pt",
+        "goes on from step-00000005.pt",
+    ]
     assert latest_checkpoint(tmp_path) == path_of(tmp_path, 5)
     assert len(list(tmp_path.glob("damaged-*"))) == 2, "kept to be looked at"
     path_of(tmp_path, 5).write_bytes(b"")

@@ -17,10 +17,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experiment
 
 
 @pytest.mark.parametrize("reduce", ["bf16", "fp32"])
-def test_gradients_are_summed_in_what_the_settings_say(reduce: Literal["bf16", "fp32"], tmp_path: Path) -> None:
+def test_gradients_are_summed_in_what_the_settings_say(
+    reduce: Literal["bf16", "fp32"], tmp_path: Path
+) -> None:
     """And layers compute in bf16 either way."""
     mesh: Any = object()
-    config = composer_trainer.fsdp2_config(stage(tmp_path, "precision=bf16", f"fsdp.reduce={reduce}", "fsdp.reshard=false"), mesh)
+    config = composer_trainer.fsdp2_config(
+        stage(tmp_path, "precision=bf16", f"fsdp.reduce={reduce}", "fsdp.reshard=false"), mesh
+    )
     policy = create_mixed_precision_policy(Precision.AMP_BF16, config.mixed_precision)
     assert policy.param_dtype == torch.bfloat16
     assert policy.reduce_dtype == (torch.bfloat16 if reduce == "bf16" else torch.float32)
@@ -74,7 +78,8 @@ def test_a_full_disk_is_named_as_the_system_names_it(monkeypatch: pytest.MonkeyP
 def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "order a", "order b")
     with pytest.raises(
-        ConfigError, match=r"^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$"
+        ConfigError,
+        match=r"^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$",
     ):
         ranks.check_alike("data", "order a")
     say(monkeypatch, "order a", "order a")
@@ -82,7 +87,8 @@ def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("environment", "node"), [({"GROUP_RANK": "1"}, "1"), ({"NODE_RANK": "2", "GROUP_RANK": "1"}, "2"), ({}, "0")]
+    ("environment", "node"),
+    [({"GROUP_RANK": "1"}, "1"), ({"NODE_RANK": "2", "GROUP_RANK": "1"}, "2"), ({}, "0")],
 )
 def test_torchrun_says_which_machine_it_is_by_another_name(
     environment: dict[str, str], node: str, monkeypatch: pytest.MonkeyPatch

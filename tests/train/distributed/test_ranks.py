@@ -58,7 +58,13 @@ def by_two(folder: Path) -> Path:
     launch(
         2,
         dry(folder, "two"),
-        dry(folder, "recomputed", "model.compile=true", "activation_checkpointing=selective", "fsdp.reshard=false"),
+        dry(
+            folder,
+            "recomputed",
+            "model.compile=true",
+            "activation_checkpointing=selective",
+            "fsdp.reshard=false",
+        ),
         dry(folder, "moved", steps=0, stop=4),
         *other_settings_halfway(folder, "two-changed"),
     )
@@ -80,12 +86,17 @@ def by_four(folder: Path, by_two: Path) -> Path:
 
 def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
     """Stopped, and resumed with another decay and another group of parameters."""
-    return [dry(folder, run, stop=3), dry(folder, run, "optimizer.weight_decay=5", "optimizer.lr_scales={model: 3}")]
+    return [
+        dry(folder, run, stop=3),
+        dry(folder, run, "optimizer.weight_decay=5", "optimizer.lr_scales={model: 3}"),
+    ]
 
 
 def assert_same(run: Path, expected: Path) -> None:
     for key in ("loss", "grad_norm", "tokens"):
-        assert [line[key] for line in metrics(run)] == pytest.approx([line[key] for line in metrics(expected)], rel=1e-5), key
+        assert [line[key] for line in metrics(run)] == pytest.approx(
+            [line[key] for line in metrics(expected)], rel=1e-5
+        ), key
 
 
 def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
@@ -93,7 +104,9 @@ def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
     assert_same(by_two, by_one)
 
 
-def test_two_ranks_take_other_settings_of_the_optimizer_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
+def test_two_ranks_take_other_settings_of_the_optimizer_as_one_does(
+    folder: Path, by_one: Path, by_two: Path
+) -> None:
     for part in other_settings_halfway(folder, "one-changed"):
         train(**part)
     assert_same(folder / "two-changed", folder / "one-changed")
@@ -164,32 +177,44 @@ def killed(folder: Path) -> Path:
     return run
 
 
-def test_a_killed_run_goes_on_as_if_never_killed(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_if_never_killed(
+    folder: Path, whole: Path, killed: Path, tmp_path: Path
+) -> None:
     """Losses equal bit for bit, with dropout on."""
     shutil.copytree(killed, tmp_path / "run", symlinks=True)
-    assert finish(start(2, [ROOT / "train.py", write_stage(folder), f"save.folder={tmp_path}/run", "max_duration=3ep"])) == [0, 0]
+    assert finish(
+        start(2, [ROOT / "train.py", write_stage(folder), f"save.folder={tmp_path}/run", "max_duration=3ep"])
+    ) == [0, 0]
     assert curve(tmp_path / "run") == curve(whole)
 
 
-def test_one_rank_goes_on_from_two_with_the_same_batches(folder: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+def test_one_rank_goes_on_from_two_with_the_same_batches(
+    folder: Path, whole: Path, killed: Path, tmp_path: Path
+) -> None:
+    from unitoken.train.stage import run_stage
 
     shutil.copytree(killed, tmp_path / "run", symlinks=True)
     smaller = stage(folder, f"save.folder={tmp_path}/run", "max_duration=3ep")
     run_stage(smaller, check_stage(smaller, 1))
     expected, found = metrics(whole), metrics(tmp_path / "run")
     assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.02)  # dropout differs
+    assert [line["loss"] for line in found] == pytest.approx(
+        [line["loss"] for line in expected], rel=0.02
+    )  # dropout differs
 
 
-def test_a_folder_that_the_machines_do_not_share_is_one_error_on_all_of_them(folder: Path, by_one: Path, tmp_path: Path) -> None:
+def test_a_folder_that_the_machines_do_not_share_is_one_error_on_all_of_them(
+    folder: Path, by_one: Path, tmp_path: Path
+) -> None:
     """Rank 0 would go on from a checkpoint, rank 1 from the start, and neither would ever hear of the other again."""
     shutil.copytree(by_one, tmp_path / "0", symlinks=True)
-    commands = [[ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{rank}", "max_duration=9ba"] for rank in (0, 1)]
+    commands = [
+        [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{rank}", "max_duration=9ba"]
+        for rank in (0, 1)
+    ]
     ranks = start(2, *commands, nodes=2, stderr=subprocess.PIPE, text=True)
     said = [rank.communicate(timeout=240)[1] for rank in ranks]
-    message = (
-        "error: save.folder: rank 0 finds step-00000005.pt and rank 1 finds no checkpoint; it must be the same on all machines"
-    )
+    message = "error: save.folder: rank 0 finds step-00000005.pt and rank 1 finds no checkpoint; it must be the same on all machines"
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert all(message in words.splitlines() for words in said), said
 
@@ -197,10 +222,19 @@ def test_a_folder_that_the_machines_do_not_share_is_one_error_on_all_of_them(fol
 def test_machines_with_different_settings_are_one_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
     """An old YAML on one of two machines: half of the model would be trained at another learning rate."""
     command = [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/run"]
-    ranks = start(2, [*command, "optimizer.lr=1e-2"], [*command, "optimizer.lr=1e-9"], nodes=2, stderr=subprocess.PIPE, text=True)
+    ranks = start(
+        2,
+        [*command, "optimizer.lr=1e-2"],
+        [*command, "optimizer.lr=1e-9"],
+        nodes=2,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     said = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
-    message = "error: optimizer.lr: rank 0 has 0.01 and rank 1 has 1e-09; settings must be the same on all machines"
+    message = (
+        "error: optimizer.lr: rank 0 has 0.01 and rank 1 has 1e-09; settings must be the same on all machines"
+    )
     assert all(message in words.splitlines() for words in said), said
     assert not (tmp_path / "run").exists()
 
@@ -208,7 +242,9 @@ def test_machines_with_different_settings_are_one_error_on_all_of_them(folder: P
 def test_what_one_machine_lacks_is_an_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest").symlink_to("step-00000001.pt")  # and no such file
-    commands = [[ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{name}"] for name in ("none", "run")]
+    commands = [
+        [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{name}"] for name in ("none", "run")
+    ]
     ranks = start(2, *commands, nodes=2, stderr=subprocess.PIPE, text=True)
     said = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
@@ -248,7 +284,17 @@ def test_a_rank_that_fails_alone_ends_all_and_says_why(folder: Path, tmp_path: P
 def test_two_machines_train_as_one_under_torchrun(folder: Path, by_two: Path) -> None:
     """Two launchers of one rank each, which meet at an address: with the command of the README."""
     port, settings = free_port(), dry(folder, "torchrun")["overrides"]
-    options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
+    options = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+        "--node_rank",
+    ]
     nodes = [
         subprocess.Popen(
             [BIN / "torchrun", *options, str(node), ROOT / "train.py", folder / "dry.yaml", *settings],
@@ -260,7 +306,9 @@ def test_two_machines_train_as_one_under_torchrun(folder: Path, by_two: Path) ->
     assert curve(folder / "torchrun") == curve(by_two)
 
 
-def test_two_machines_train_as_one_under_slurm_and_composer(folder: Path, by_two: Path, tmp_path: Path) -> None:
+def test_two_machines_train_as_one_under_slurm_and_composer(
+    folder: Path, by_two: Path, tmp_path: Path
+) -> None:
     """The example starts Composer's launcher on each. A `srun` and a `scontrol` of our own stand for the cluster."""
     (tmp_path / ".venv").symlink_to(BIN.parent)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
@@ -291,7 +339,9 @@ def test_two_machines_train_as_one_under_slurm_and_composer(folder: Path, by_two
         ("fsdp.replicas=3", "fsdp.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
     ],
 )
-def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(override: str, message: str, folder: Path) -> None:
+def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(
+    override: str, message: str, folder: Path
+) -> None:
     result = subprocess.run(
         [sys.executable, ROOT / "train.py", write_stage(folder, name="wrong"), override],
         env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False,

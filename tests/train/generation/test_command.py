@@ -55,7 +55,16 @@ def results(folder: Path) -> list[dict[str, object]]:
 
 
 def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> None:
-    common = [run, "--prompt", "Draw a two.", "--prompt", "Please draw the digit seven.", "--draw", "--count", 2]
+    common = [
+        run,
+        "--prompt",
+        "Draw a two.",
+        "--prompt",
+        "Please draw the digit seven.",
+        "--draw",
+        "--count",
+        2,
+    ]
     status, output = ask(*common, "--out", tmp_path / "one", "--size", "32x16")
     assert status == 0, output
     lines = numbered(tmp_path / "one")
@@ -69,7 +78,8 @@ def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("one/.aside*"))
     assert ask(*common, "--out", tmp_path / "again", "--size", "32x16", "--batch", 1)[0] == 0
     assert all(
-        (tmp_path / "one" / f"{n:04d}.png").read_bytes() == (tmp_path / "again" / f"{n:04d}.png").read_bytes() for n in range(4)
+        (tmp_path / "one" / f"{n:04d}.png").read_bytes() == (tmp_path / "again" / f"{n:04d}.png").read_bytes()
+        for n in range(4)
     )
 
 
@@ -78,15 +88,33 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
     lines = [
         {"prompt": "What digit is this? <|image|>", "image": "b.jpg"},
         {
-            "conversations": [{"from": "human", "value": "Read this digit:"}, {"from": "gpt", "value": "two"}],
+            "conversations": [
+                {"from": "human", "value": "Read this digit:"},
+                {"from": "gpt", "value": "two"},
+            ],
             "image": ["a.png"],
         },
-        {"conversations": [{"from": "human", "value": "Draw a six."}, {"from": "gpt", "value": "<|image|>"}], "image": ["x.png"]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Draw a six."},
+                {"from": "gpt", "value": "<|image|>"},
+            ],
+            "image": ["x.png"],
+        },
     ]
     (folder / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    question = ["--prompt", "<|image|> or <|image|>?", "--image", folder / "a.png", "--image", folder / "b.jpg"]
+    question = [
+        "--prompt",
+        "<|image|> or <|image|>?",
+        "--image",
+        folder / "a.png",
+        "--image",
+        folder / "b.jpg",
+    ]
     limits = ["--max-tokens", 5, "--size", "16x16", "--temperature", 0]
-    status, output = ask(run / "latest", *question, "--prompts", folder / "asked.jsonl", "--out", tmp_path / "out", *limits)
+    status, output = ask(
+        run / "latest", *question, "--prompts", folder / "asked.jsonl", "--out", tmp_path / "out", *limits
+    )
     assert status == 0, output
     found = numbered(tmp_path / "out")
     assert [len(line["images"]) for line in found] == [2, 1, 1, 0]  # type: ignore[arg-type]
@@ -101,24 +129,44 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
     [
         (["--prompt", "x", "--size", "20x16"], "size: 20 x 16 pixels: each side must be a multiple of 8"),
         (["--prompt", "x", "--size", "big"], "size: 'big': expected pixels across x down"),
-        (["--prompt", "<|image|> <|image|>", "--image", "{run}/../a.png"], "2 <|image|> in the text but 1 image"),
+        (
+            ["--prompt", "<|image|> <|image|>", "--image", "{run}/../a.png"],
+            "2 <|image|> in the text but 1 image",
+        ),
         (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png: no such image"),
         (["--image", "nowhere.png"], "it belongs to a --prompt"),
         ([], "nothing to generate from"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: cannot read the prompts"),
         (["codec=null", "--prompt", "x"], "codec: generating takes the data's tokenizers"),
-        (["model.decoder.vocab_size=100", "--prompt", "x"], "its vocabulary has 583 ids, model.decoder has room for 100"),
+        (
+            ["model.decoder.vocab_size=100", "--prompt", "x"],
+            "its vocabulary has 583 ids, model.decoder has room for 100",
+        ),
         (["--prompt", "x", "--out", "{run}/latest/out"], "cannot write there"),
         (["--prompt", "x", "--image", "{run}/stage.yaml"], "stage.yaml: not an image"),
         (["--prompt", "x", "--guidance", "inf"], "--guidance inf: expected a finite number"),
         (["--prompt", "x", "--temperature", "inf"], "--temperature inf: expected a finite number"),
-        (["--prompt", "x " * 200, "--size", "8x8"], "longer than data.packed_length, 128, is nothing that the model ever read"),
-        (["--prompt", "x", "--draw", "--size", "64x64"], "and the reply 276 at least; longer than data.packed_length, 128"),
-        (["--prompt", "x", "--image", "{run}/stage.yaml", "--out", "{run}"], "stage.yaml: it is inside --out"),
-        (["--prompt", "x", "--out", "{run}", "--size", "8x8"], "it holds latest and no results.jsonl of replies"),
+        (
+            ["--prompt", "x " * 200, "--size", "8x8"],
+            "longer than data.packed_length, 128, is nothing that the model ever read",
+        ),
+        (
+            ["--prompt", "x", "--draw", "--size", "64x64"],
+            "and the reply 276 at least; longer than data.packed_length, 128",
+        ),
+        (
+            ["--prompt", "x", "--image", "{run}/stage.yaml", "--out", "{run}"],
+            "stage.yaml: it is inside --out",
+        ),
+        (
+            ["--prompt", "x", "--out", "{run}", "--size", "8x8"],
+            "it holds latest and no results.jsonl of replies",
+        ),
     ],
 )
-def test_what_is_asked_wrongly_is_one_line(run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_what_is_asked_wrongly_is_one_line(
+    run: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
     given = [argument.replace("{run}", str(run)) for argument in arguments]
     status, output = ask(run, "--out", tmp_path / "out", *given)
     assert status == 2
@@ -131,7 +179,9 @@ def numbered(folder: Path) -> list[dict[str, object]]:
     return sorted(results(folder), key=lambda line: line["number"])  # type: ignore[arg-type, return-value]
 
 
-def test_a_killed_command_loses_nothing_and_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_command_loses_nothing_and_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batch by batch: what a batch gave is there before the next one begins, and is not made again."""
     command = [
         run,
@@ -179,7 +229,10 @@ def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
 
     monkeypatch.setattr("unitoken.train.generation.engine.generate", full)
     status, output = ask(run, "--prompt", "x", "--size", "8x8", "--out", tmp_path / "out", "--batch", 64)
-    assert (status, output) == (2, "error: --batch 64: the GPU has no memory for so many replies at a time: give less\n")
+    assert (status, output) == (
+        2,
+        "error: --batch 64: the GPU has no memory for so many replies at a time: give less\n",
+    )
 
 
 def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> None:
@@ -210,25 +263,49 @@ def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
     question = ["--prompt", "What? <|image|>", "--count", 3, "--max-tokens", 1]
     status, output = ask(folder, *question, "--image", run.parent / "a.png", "--out", tmp_path / "a")
     assert (status, "warning" in output) == (0, False), output
-    status, output = ask(folder, *question, "--image", run.parent / "b.jpg", "--out", tmp_path / "b", "--size", "8x8")
+    status, output = ask(
+        folder, *question, "--image", run.parent / "b.jpg", "--out", tmp_path / "b", "--size", "8x8"
+    )
     assert status == 0
     assert output.startswith("warning: no picture of the data has 8x8 pixels, they have 16x8, 8x16\n")
-    assert [shape for shape in seen if len(shape) == 3] == [(8, 16, 3), (16, 8, 3)], "a picture once, for all of its replies"
+    assert [shape for shape in seen if len(shape) == 3] == [(8, 16, 3), (16, 8, 3)], (
+        "a picture once, for all of its replies"
+    )
     status, output = ask(folder, "--prompt", "x", "--draw", "--count", 6, "--out", tmp_path / "c")
     assert {Image.open(path).size for path in (tmp_path / "c").glob("*.png")} == {(16, 8), (8, 16)}
 
 
-def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_files(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "unitoken.train", "generate", run, "--prompt", "\u6f22", "--size", "8x8", "--batch", "1"]
+def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_files(
+    run: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "unitoken.train",
+        "generate",
+        run,
+        "--prompt",
+        "\u6f22",
+        "--size",
+        "8x8",
+        "--batch",
+        "1",
+    ]
     old = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
     limits = ["--count", "3", "--max-tokens", "3"]
-    done = subprocess.run([*command, *limits, "--out", tmp_path / "a"], env=old, capture_output=True, check=False)
+    done = subprocess.run(
+        [*command, *limits, "--out", tmp_path / "a"], env=old, capture_output=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert "\u6f22" in done.stdout.decode("utf-8")
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [*command, *limits, "--out", tmp_path / "b"], env=old, stdout=writing, stderr=subprocess.PIPE, check=False
+        [*command, *limits, "--out", tmp_path / "b"],
+        env=old,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -239,7 +316,9 @@ def test_guidance_that_training_never_showed_is_off_or_warned_of(run: Path, tmp_
     command = [run, "--prompt", "x", "--draw", "--size", "8x8", "--out", tmp_path / "out"]
     assert "warning" not in ask(*command)[1]
     assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 1.0
-    assert ask(*command, "--guidance", 2)[1].startswith("warning: guidance 2 is away from a prompt that training never showed")
+    assert ask(*command, "--guidance", 2)[1].startswith(
+        "warning: guidance 2 is away from a prompt that training never showed"
+    )
     ask(*command[:1], "data.null_prompt_fraction=0.1", *command[1:])
     assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 4.0
 
@@ -252,19 +331,33 @@ def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp
         in ask(tmp_path / "run", "--prompt", "x", "--out", tmp_path / "o")[1]
     )
     status, output = ask(
-        tmp_path / "run", "--config", run / "stage.yaml", "--prompt", "x", "--out", tmp_path / "o", "--size", "16x16"
+        tmp_path / "run",
+        "--config",
+        run / "stage.yaml",
+        "--prompt",
+        "x",
+        "--out",
+        tmp_path / "o",
+        "--size",
+        "16x16",
     )
     assert (status, "no checkpoint in it" in output) == (2, True)
 
 
-def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exported_folder_draws_as_its_run_does(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From any folder, though the run named its tokenizers as seen from where it was started, and without the text tokenizer."""
     exported = tmp_path / "exported"
     shutil.copytree(CODEC["tokenizer"], tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     (run / "vqgan").symlink_to(CODEC["vision"]["weights"])  # type: ignore[index]
     weights = os.path.relpath(run / "vqgan")
-    overrides = ["model.decoder.vocab_size=583", "codec.tokenizer=tokenizer", f"codec.vision.weights={weights}"]
+    overrides = [
+        "model.decoder.vocab_size=583",
+        "codec.tokenizer=tokenizer",
+        f"codec.vision.weights={weights}",
+    ]
     stage = load_config(StageConfig, run / "stage.yaml", overrides)
     assert stage.codec is not None
     Dialogue(stage.codec).vocabulary.save(run / "vocabulary.json")
@@ -272,7 +365,9 @@ def test_an_exported_folder_draws_as_its_run_does(run: Path, tmp_path: Path, mon
     shutil.rmtree(tmp_path / "tokenizer")
     monkeypatch.chdir("/")
     for checkpoint, out in ((run, "one"), (exported, "two")):
-        status, output = ask(checkpoint, "--prompt", "x", "--draw", "--size", "16x16", "--out", tmp_path / out)
+        status, output = ask(
+            checkpoint, "--prompt", "x", "--draw", "--size", "16x16", "--out", tmp_path / out
+        )
         assert status == 0, output
     assert (tmp_path / "one" / "0000.png").read_bytes() == (tmp_path / "two" / "0000.png").read_bytes()
 
@@ -292,7 +387,9 @@ def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path:
 def test_help_takes_no_torch() -> None:
     heavy = "{'torch', 'composer', 'transformers'}"
     code = f"import sys, unitoken.train.__main__, unitoken.train.generation.command; print({heavy} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     assert out == "set()\n"
 
 
@@ -307,7 +404,9 @@ def test_two_generate_into_one_folder_are_not_both_at_work(run: Path, tmp_path: 
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        status, output = ask(run, "--prompt", "Draw a two.", "--draw", "--out", tmp_path / "out", "--size", "32x16")
+        status, output = ask(
+            run, "--prompt", "Draw a two.", "--draw", "--out", tmp_path / "out", "--size", "32x16"
+        )
         assert status == 2
         assert "another `generate` is at work in it" in output
     finally:

@@ -22,14 +22,23 @@ from unitoken.train.model.decoder import KVCache
 from unitoken.train.model.unitoken import UniToken, build_model
 
 VISION = VisionTowerConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
 )
 LIKELIEST = Sampling(temperature=0.0)
 
 
 def build(vocabulary: Vocabulary, vision: VisionTowerConfig | None) -> UniToken:
     decoder = DecoderConfig(
-        vocab_size=vocabulary.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=vocabulary.size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
     load_weights(model, {}, seed=1)
@@ -50,9 +59,15 @@ def model(vocabulary: Vocabulary) -> UniToken:
 
 def prompts(vocabulary: Vocabulary, *lengths: int) -> list[Record]:
     """Of several lengths, each a whole turn; every third has a picture, every third two."""
-    records = [prompt_of(make_record(f"p{n}", vocabulary, length, question_images=n % 3)) for n, length in enumerate(lengths)]
+    records = [
+        prompt_of(make_record(f"p{n}", vocabulary, length, question_images=n % 3))
+        for n, length in enumerate(lengths)
+    ]
     end = [vocabulary.end_of_turn]
-    return [dataclasses.replace(record, tokens=np.concatenate([record.tokens, end]).astype(np.uint16)) for record in records]
+    return [
+        dataclasses.replace(record, tokens=np.concatenate([record.tokens, end]).astype(np.uint16))
+        for record in records
+    ]
 
 
 def codes_of(vocabulary: Vocabulary, reply: Sequence[int]) -> np.ndarray:
@@ -60,10 +75,14 @@ def codes_of(vocabulary: Vocabulary, reply: Sequence[int]) -> np.ndarray:
     return np.asarray(codes)
 
 
-def logits_of(model: UniToken, vocabulary: Vocabulary, prompt: Record, said: Sequence[int], views: Views | None) -> torch.Tensor:
+def logits_of(
+    model: UniToken, vocabulary: Vocabulary, prompt: Record, said: Sequence[int], views: Views | None
+) -> torch.Tensor:
     """What comes after a prompt and a reply, all read anew as training lays it out."""
     longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, said]).astype(np.uint16))
-    collate = Collate(400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False)
+    collate = Collate(
+        400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False
+    )
     batch = collate([[longer]])
     length = int((batch["document_ids"] >= 0).sum())
     with torch.no_grad():
@@ -86,7 +105,9 @@ def plainly(
     said: list[int] = []
     heard: list[int] = []  # of the reply, by the branch without the prompt's text
     forced: list[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
-    text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [vocabulary.end_of_turn]
+    text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [
+        vocabulary.end_of_turn
+    ]
     while forced or (not drawing and len(said) < max_tokens):
         inside = bool(forced)
         allowed = list(forced.pop(0)) if forced else text + ([vocabulary.image_start] if sizes else [])
@@ -106,8 +127,12 @@ def plainly(
     return said
 
 
-def test_every_drawn_image_is_whole_whatever_the_model_thinks(model: UniToken, vocabulary: Vocabulary) -> None:
-    replies = generate(model, vocabulary, prompts(vocabulary, 3, 5, 3), Sampling(seed=1), sizes=[(4, 2)], drawing=True)
+def test_every_drawn_image_is_whole_whatever_the_model_thinks(
+    model: UniToken, vocabulary: Vocabulary
+) -> None:
+    replies = generate(
+        model, vocabulary, prompts(vocabulary, 3, 5, 3), Sampling(seed=1), sizes=[(4, 2)], drawing=True
+    )
     codes = np.stack([codes_of(vocabulary, reply) for reply in replies])
     assert codes.shape == (3, 4, 2)
     assert codes.min() >= 0
@@ -121,17 +146,33 @@ def test_a_reply_depends_on_its_prompt_and_the_seed_not_on_its_neighbours(
     model: UniToken, vocabulary: Vocabulary, drawing: bool, guidance: float
 ) -> None:
     several = prompts(vocabulary, 3, 9, 3, 14, 6, 5, 5)
-    vocabulary = dataclasses.replace(vocabulary, image_start=7)  # a text token, so that a tiny model says it now and then
+    vocabulary = dataclasses.replace(
+        vocabulary, image_start=7
+    )  # a text token, so that a tiny model says it now and then
 
     def replies(some: Sequence[Record], seed: int, batch: int) -> list[list[int]]:
         sampling = Sampling(guidance=guidance, seed=seed, temperature=3.0)
-        return generate(model, vocabulary, some, sampling, sizes=[(2, 2), (2, 4)], drawing=drawing, batch=batch, max_tokens=40)
+        return generate(
+            model,
+            vocabulary,
+            some,
+            sampling,
+            sizes=[(2, 2), (2, 4)],
+            drawing=drawing,
+            batch=batch,
+            max_tokens=40,
+        )
 
     together = replies(several, 3, 64)
     assert together == replies(several, 3, 1) == replies(several, 3, 3)
     assert together[:2] == replies(several[:2], 3, 64)
     assert together != replies(several, 4, 64)
-    shapes = {codes.shape for reply in together for codes in parts_of(vocabulary, reply) if isinstance(codes, np.ndarray)}
+    shapes = {
+        codes.shape
+        for reply in together
+        for codes in parts_of(vocabulary, reply)
+        if isinstance(codes, np.ndarray)
+    }
     assert shapes
     assert shapes <= {(2, 2), (2, 4)}
 
@@ -144,7 +185,9 @@ def test_the_likeliest_drawings_are_what_reading_everything_anew_gives(
     several = prompts(vocabulary, 4, 9, 7)
     sampling = Sampling(temperature=0.0, guidance=guidance)
     found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], drawing=True)
-    expected = [plainly(model, vocabulary, p, sizes=[(2, 2)], drawing=True, guidance=guidance) for p in several]
+    expected = [
+        plainly(model, vocabulary, p, sizes=[(2, 2)], drawing=True, guidance=guidance) for p in several
+    ]
     assert found == expected
     likeliest = Sampling(temperature=0.7, top_k_image=1, guidance=guidance)
     assert found == generate(model, vocabulary, several, likeliest, sizes=[(2, 2)], drawing=True)
@@ -153,12 +196,16 @@ def test_the_likeliest_drawings_are_what_reading_everything_anew_gives(
 def test_guidance_changes_drawings(model: UniToken, vocabulary: Vocabulary) -> None:
     several = prompts(vocabulary, *range(4, 12))
     found = [
-        generate(model, vocabulary, several, Sampling(temperature=0.0, guidance=g), sizes=[(2, 2)], drawing=True)
+        generate(
+            model, vocabulary, several, Sampling(temperature=0.0, guidance=g), sizes=[(2, 2)], drawing=True
+        )
         for g in (0.0, 1.0, 6.0)
     ]
     assert found[0] != found[1] != found[2]
     texts = [prompt for prompt in several if not len(prompt.images)]
-    nothing = generate(model, vocabulary, texts, Sampling(temperature=0.0, guidance=0.0), sizes=[(2, 2)], drawing=True)
+    nothing = generate(
+        model, vocabulary, texts, Sampling(temperature=0.0, guidance=0.0), sizes=[(2, 2)], drawing=True
+    )
     assert nothing == [nothing[0]] * len(texts), "without the prompt's text all are one"
 
 
@@ -181,12 +228,16 @@ def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(
     ends = next(token for token in after if token not in said_before)
     vocabulary = dataclasses.replace(drawn, end_of_turn=ends)
     found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], max_tokens=30)
-    assert found == [plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=guidance, max_tokens=30) for p in several]
+    assert found == [
+        plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=guidance, max_tokens=30) for p in several
+    ]
     assert len(found[0]) < len(open_ended[0])
     assert any(isinstance(part, np.ndarray) for part in parts_of(vocabulary, found[0]))
 
 
-def test_replies_in_words_read_no_null_prompts(model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_in_words_read_no_null_prompts(
+    model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They had doubled compute and cache; and from the first image on the null rows read images alone."""
     rows: list[int] = []
     real = UniToken.predict
@@ -204,13 +255,21 @@ def test_replies_in_words_read_no_null_prompts(model: UniToken, vocabulary: Voca
     rows.clear()
     drawn = dataclasses.replace(vocabulary, image_start=words[0][2])
     (reply,) = generate(model, drawn, several[:1], guided, sizes=[(2, 2)], max_tokens=3)
-    assert len(rows) == len(reply) + BLOCK, "the null prompt once, and the image token by token but for its last"
+    assert len(rows) == len(reply) + BLOCK, (
+        "the null prompt once, and the image token by token but for its last"
+    )
 
 
-def test_several_replies_to_a_picture_show_it_to_the_tower_once(model: UniToken, vocabulary: Vocabulary) -> None:
+def test_several_replies_to_a_picture_show_it_to_the_tower_once(
+    model: UniToken, vocabulary: Vocabulary
+) -> None:
     several = prompts(vocabulary, 6, 7, 8)
     reading = Reading(Views(8, 4))
-    batch = reading.batch([several[1]] * 3 + [several[2]], [reading.length(p) for p in [several[1]] * 3 + [several[2]]], vocabulary)
+    batch = reading.batch(
+        [several[1]] * 3 + [several[2]],
+        [reading.length(p) for p in [several[1]] * 3 + [several[2]]],
+        vocabulary,
+    )
     assert len(batch["pixel_values"]) == len({*several[1].images, *several[2].images}) == 3
     assert batch["feature_views"].reshape(5, 4)[:, 0].tolist() == [0, 0, 0, 1, 2]
 
@@ -226,7 +285,9 @@ def test_the_cache_takes_a_few_tokens_more_than_it_holds() -> None:
         assert cache.seen <= cache.stored[0][0].shape[2] <= cache.seen + KVCache.STEP
 
 
-def test_each_prompt_may_have_a_number_and_a_limit_of_its_own(model: UniToken, vocabulary: Vocabulary) -> None:
+def test_each_prompt_may_have_a_number_and_a_limit_of_its_own(
+    model: UniToken, vocabulary: Vocabulary
+) -> None:
     """So that some of many prompts get the replies that they get among all."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     limits = [3, 9, 5, 2]
@@ -264,7 +325,9 @@ def test_an_answer_ends_with_the_turn(model: UniToken, vocabulary: Vocabulary) -
 
 
 def test_a_reply_without_images_has_no_token_of_one(model: UniToken, vocabulary: Vocabulary) -> None:
-    replies = generate(model, vocabulary, prompts(vocabulary, *range(3, 20)), Sampling(temperature=20.0), max_tokens=30)
+    replies = generate(
+        model, vocabulary, prompts(vocabulary, *range(3, 20)), Sampling(temperature=20.0), max_tokens=30
+    )
     assert not {token for reply in replies for token in reply} & vocabulary.special_ids
 
 
@@ -273,7 +336,9 @@ def test_pictures_of_prompts_may_bring_tiles(model: UniToken, vocabulary: Vocabu
     views = Views(8, 4, anyres=True)
     several = prompts(vocabulary, 6, 7, 6)
     found = generate(model, vocabulary, several, LIKELIEST, max_tokens=1, reading=Reading(views))
-    text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [vocabulary.end_of_turn]
+    text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [
+        vocabulary.end_of_turn
+    ]
     for prompt, reply in zip(several, found, strict=True):
         logits = logits_of(model, vocabulary, prompt, [], views)
         assert (reply or [vocabulary.end_of_turn]) == [max(text, key=lambda token: logits[token].item())]
@@ -283,7 +348,9 @@ def test_pictures_of_prompts_may_bring_tiles(model: UniToken, vocabulary: Vocabu
 def test_an_image_that_the_model_said_itself_brings_no_features(vocabulary: Vocabulary) -> None:
     """In a conversation of several turns: as in training, where the features of what is drawn are not there either."""
     record = make_record("r", vocabulary, 4, question_images=1, answer_images=1)
-    longer = dataclasses.replace(record, tokens=np.concatenate([record.tokens, [3, vocabulary.end_of_turn]]).astype(np.uint16))
+    longer = dataclasses.replace(
+        record, tokens=np.concatenate([record.tokens, [3, vocabulary.end_of_turn]]).astype(np.uint16)
+    )
     assert Reading(Views(8, 4)).length(longer) == len(longer.tokens) + 1 + 4
     assert Reading(Views(8, 4), compat=True).length(longer) == len(longer.tokens) + 2 * (1 + 4)
 
@@ -291,7 +358,9 @@ def test_an_image_that_the_model_said_itself_brings_no_features(vocabulary: Voca
 def test_a_model_in_bfloat16_draws_and_answers(vocabulary: Vocabulary) -> None:
     model = build(vocabulary, VISION).to(torch.bfloat16)
     several = prompts(vocabulary, 3, 5, 3)
-    assert len(generate(model, vocabulary, several, Sampling(guidance=2.0), sizes=[(2, 2)], drawing=True)) == 3
+    assert (
+        len(generate(model, vocabulary, several, Sampling(guidance=2.0), sizes=[(2, 2)], drawing=True)) == 3
+    )
     assert generate(model, vocabulary, several, LIKELIEST, max_tokens=3)
 
 
@@ -316,5 +385,7 @@ def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> No
     run_stage(config, checked)
     model = load_model(config)
     assert not model.training
-    replies = generate(model, checked.vocabulary, prompts(checked.vocabulary, 3), sizes=[(2, 2)], drawing=True)
+    replies = generate(
+        model, checked.vocabulary, prompts(checked.vocabulary, 3), sizes=[(2, 2)], drawing=True
+    )
     assert codes_of(checked.vocabulary, replies[0]).shape == (2, 2)

@@ -15,7 +15,10 @@ from unitoken.train.checkpoint.metadata import PictureCrops
 from unitoken.train.generation.check_samples import check_samples, drawn_sizes, guidance_of, unguided, unusual
 from unitoken.train.generation.prompts import conversation_of, files_of, originals_of, read_prompts
 
-ITEM = {"conversations": [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "A cat."}], "image": ["a.png"]}
+ITEM = {
+    "conversations": [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "A cat."}],
+    "image": ["a.png"],
+}
 DRAW = {"prompt": "Draw a cat."}
 
 
@@ -24,12 +27,18 @@ def said(conversations: list[Conversation]) -> list[tuple[str, ...]]:
 
 
 def test_the_answer_of_an_item_and_its_pictures_are_kept_from_the_model() -> None:
-    turns = [{"from": "human", "value": "<|image|> Now draw it."}, {"from": "gpt", "value": "Here: <|image|>"}]
+    turns = [
+        {"from": "human", "value": "<|image|> Now draw it."},
+        {"from": "gpt", "value": "Here: <|image|>"},
+    ]
     conversation = conversation_of({"conversations": turns, "image": ["a.png", "b.png"]}, "x")
     assert conversation.images == ("a.png",)
     assert len(conversation.turns) == 1
     story = [*turns, {"from": "human", "value": "And again."}, {"from": "gpt", "value": None}]
-    assert conversation_of({"conversations": story, "image": ["a.png", "b.png"]}, "x").images == ("a.png", "b.png")
+    assert conversation_of({"conversations": story, "image": ["a.png", "b.png"]}, "x").images == (
+        "a.png",
+        "b.png",
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +94,9 @@ def test_pictures_may_be_inside_of_the_file(tmp_path: Path, form: Any) -> None:
 
 
 def test_a_broken_picture_inside_of_the_file_is_one_short_line() -> None:
-    found = [conversation_of({"conversations": ITEM["conversations"], "image": [{"base64": "?" * 9999}]}, "x")]
+    found = [
+        conversation_of({"conversations": ITEM["conversations"], "image": [{"base64": "?" * 9999}]}, "x")
+    ]
     with pytest.raises(ConfigError, match="bad base64: data:image") as error:
         files_of(found)
     assert len(str(error.value)) < 200
@@ -94,7 +105,9 @@ def test_a_broken_picture_inside_of_the_file_is_one_short_line() -> None:
 @pytest.mark.parametrize("url", ["s3://bucket/a.png", "https://host/a.png", "gs://bucket/a.png"])
 def test_urls_are_said_not_to_be_fetched(tmp_path: Path, url: str) -> None:
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": "What?", "image": url}]))
-    with pytest.raises(ConfigError, match=f"^{url}: pictures of prompts are not fetched from anywhere: name a file"):
+    with pytest.raises(
+        ConfigError, match=f"^{url}: pictures of prompts are not fetched from anywhere: name a file"
+    ):
         files_of(read_prompts(tmp_path / "p.json"))
 
 
@@ -102,7 +115,10 @@ def test_guidance_is_off_where_training_showed_no_null_prompt(tmp_path: Path) ->
     without, shown = drawing_stage(tmp_path), drawing_stage(tmp_path, "data.null_prompt_fraction=0.1")
     assert [guidance_of(None, config, 4.0) for config in (without, shown)] == [1.0, 4.0]
     assert [guidance_of(2.5, config, 4.0) for config in (without, shown)] == [2.5, 2.5]
-    assert unguided(2.5, without) == "guidance 2.5 is away from a prompt that training never showed: data.null_prompt_fraction is 0"
+    assert (
+        unguided(2.5, without)
+        == "guidance 2.5 is away from a prompt that training never showed: data.null_prompt_fraction is 0"
+    )
     assert not unguided(1.0, without)
     assert not unguided(2.5, shown)
 
@@ -112,7 +128,9 @@ def test_drawings_have_the_sizes_of_the_data_where_nobody_says_another(tmp_path:
     assert drawn_sizes(drawing_stage(tmp_path), pictures) == [(16, 16), (8, 24)]
     assert drawn_sizes(drawing_stage(tmp_path, "samples={size: [8, 16]}"), pictures) == [(8, 16)]
     assert (
-        drawn_sizes(drawing_stage(tmp_path), None) == drawn_sizes(drawing_stage(tmp_path), PictureCrops(crops=[])) == [(512, 512)]
+        drawn_sizes(drawing_stage(tmp_path), None)
+        == drawn_sizes(drawing_stage(tmp_path), PictureCrops(crops=[]))
+        == [(512, 512)]
     )
     assert unusual((8, 24), pictures) is None
     assert unusual((24, 8), None) is None

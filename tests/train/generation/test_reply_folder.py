@@ -34,7 +34,10 @@ def test_the_same_request_goes_on_behind_what_a_kill_left(tmp_path: Path) -> Non
         file.write(b'{"number": 7, "pro')
     (tmp_path / "0002.png").unlink()
     assert Replies(tmp_path, {"asked": "a"}).begin() == {1, 3}
-    assert [json.loads(one)["number"] for one in (tmp_path / "results.jsonl").read_text().splitlines()] == [3, 1]
+    assert [json.loads(one)["number"] for one in (tmp_path / "results.jsonl").read_text().splitlines()] == [
+        3,
+        1,
+    ]
 
 
 def test_another_request_removes_the_files_that_the_lines_name_and_no_others(tmp_path: Path) -> None:
@@ -49,11 +52,16 @@ def test_another_request_removes_the_files_that_the_lines_name_and_no_others(tmp
     assert (tmp_path / "results.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("found", [{"thesis.txt": "mine"}, {"results.jsonl": '{"loss": 1}\n'}, {"results.jsonl": "12\n"}])
+@pytest.mark.parametrize(
+    "found", [{"thesis.txt": "mine"}, {"results.jsonl": '{"loss": 1}\n'}, {"results.jsonl": "12\n"}]
+)
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, found: dict[str, str]) -> None:
     for name, text in found.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=rf"it holds {next(iter(found))} and no results.jsonl of replies: name an empty folder"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"it holds {next(iter(found))} and no results.jsonl of replies: name an empty folder",
+    ):
         check_reply_folder(tmp_path, [])
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == found
 

@@ -18,7 +18,9 @@ def draws(count: int, temperature: float, top_k: int | None = None) -> np.ndarra
 def test_tokens_come_as_often_as_their_probability_says() -> None:
     for temperature in (0.5, 1.0, 2.0):
         share = np.bincount(draws(20000, temperature), minlength=5) / 20000
-        assert np.abs(share - (LOGITS / temperature).softmax(-1).numpy()).max() < 0.012  # three times the standard deviation
+        assert (
+            np.abs(share - (LOGITS / temperature).softmax(-1).numpy()).max() < 0.012
+        )  # three times the standard deviation
 
 
 def test_top_k_leaves_the_likeliest_and_temperature_0_the_one() -> None:
@@ -42,7 +44,9 @@ def test_guidance_leads_away_from_the_null_prompt() -> None:
 
 def test_the_random_numbers_of_a_prompt_are_its_own() -> None:
     assert torch.rand(3, generator=generator_of(1, 2)).equal(torch.rand(3, generator=generator_of(1, 2)))
-    distinct = {float(torch.rand(1, generator=generator_of(seed, number))) for seed in range(9) for number in range(9)}
+    distinct = {
+        float(torch.rand(1, generator=generator_of(seed, number))) for seed in range(9) for number in range(9)
+    }
     assert len(distinct) == 81
 
 

@@ -14,7 +14,9 @@ from unitoken.train.model.decoder import Decoder, document_mask
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.model.vision_tower import VisionTower
 
-FLEX = pytest.mark.skipif(torch.__version__ >= "2.11", reason="this torch compiles no gradient of flex attention on a CPU")
+FLEX = pytest.mark.skipif(
+    torch.__version__ >= "2.11", reason="this torch compiles no gradient of flex attention on a CPU"
+)
 MODES: tuple[Mode, ...] = ("none", "full", "selective")
 
 
@@ -29,7 +31,8 @@ def results_of(decoder: Decoder, attention: Literal["sdpa", "flex"]) -> list[Ten
 
 
 @pytest.mark.parametrize(
-    ("setting", "attention"), [("full", "sdpa"), ("selective", "sdpa"), (1, "sdpa"), (2, "sdpa"), ("full", "flex")]
+    ("setting", "attention"),
+    [("full", "sdpa"), ("selective", "sdpa"), (1, "sdpa"), (2, "sdpa"), ("full", "flex")],
 )
 def test_a_recomputed_decoder_gives_the_same_gradients_bit_for_bit_with_dropout_on(
     setting: Mode | int, attention: Literal["sdpa", "flex"]
@@ -59,7 +62,8 @@ def test_a_recomputed_tower_gives_the_same_gradients_bit_for_bit(setting: Mode |
 
 
 @pytest.mark.parametrize(
-    ("setting", "expected"), [("none", "nnnn"), ("full", "ffff"), ("selective", "ssss"), (1, "ffff"), (2, "fnfn"), (3, "fnnf")]
+    ("setting", "expected"),
+    [("none", "nnnn"), ("full", "ffff"), ("selective", "ssss"), (1, "ffff"), (2, "fnfn"), (3, "fnnf")],
 )
 def test_the_setting_is_for_the_decoder_and_the_tower(setting: Mode | int, expected: str) -> None:
     config = ModelConfig.model_validate({
@@ -78,7 +82,9 @@ def test_the_setting_is_for_the_decoder_and_the_tower(setting: Mode | int, expec
         ("eager", "selective", "sdpa"),
         pytest.param("aot_eager", "selective", "sdpa", marks=pytest.mark.slow),
         pytest.param("aot_eager", "full", "flex", marks=[pytest.mark.slow, FLEX]),
-        pytest.param("aot_eager", "selective", "flex", marks=[pytest.mark.slow, FLEX]),  # torch 2.7 has no rule for it
+        pytest.param(
+            "aot_eager", "selective", "flex", marks=[pytest.mark.slow, FLEX]
+        ),  # torch 2.7 has no rule for it
         pytest.param("inductor", "selective", "sdpa", marks=pytest.mark.slow),  # builds C++: half a minute
     ],
 )
@@ -103,4 +109,6 @@ def test_compiled_layers_give_the_same_in_one_compilation_for_all(
     counters.clear()
     results_of(decoder, attention)
     if attention == "sdpa":  # flex attention compiles itself
-        assert not counters["stats"]  # generation and evaluation, whose lengths change all the time, are not compiled
+        assert not counters[
+            "stats"
+        ]  # generation and evaluation, whose lengths change all the time, are not compiled

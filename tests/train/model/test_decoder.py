@@ -37,7 +37,9 @@ def test_padding_gives_no_nan_forward_or_backward(kind: Literal["sdpa", "flex"])
     decoder = build(small())
     ids, positions, documents = packed(padding=9)
     empty = torch.cat([documents, torch.full_like(documents, -1)])  # and a row of padding only
-    states = decoder(decoder.embed_tokens(ids.repeat(2, 1)), positions.repeat(2, 1), document_mask(empty, kind))
+    states = decoder(
+        decoder.embed_tokens(ids.repeat(2, 1)), positions.repeat(2, 1), document_mask(empty, kind)
+    )
     states.square().mean().backward()
     assert states.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in decoder.parameters())
@@ -51,7 +53,9 @@ def test_a_cache_gives_what_reading_everything_at_once_gives() -> None:
         expected = decoder(decoder.embed_tokens(ids), positions, None)
         past = KVCache(2, 11)
         first = decoder(decoder.embed_tokens(ids[:, :6]), positions[:, :6], None, past)
-        later = [decoder(decoder.embed_tokens(ids[:, [i]]), positions[:, [i]], None, past) for i in range(6, 11)]
+        later = [
+            decoder(decoder.embed_tokens(ids[:, [i]]), positions[:, [i]], None, past) for i in range(6, 11)
+        ]
     torch.testing.assert_close(torch.cat([first, *later], dim=1), expected, rtol=1e-5, atol=1e-5)
 
 

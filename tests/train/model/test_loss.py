@@ -32,7 +32,9 @@ def test_the_loss_is_that_of_full_logits(chunk: int, monkeypatch: pytest.MonkeyP
 def test_rows_that_are_not_trained_on_never_become_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     real = F.linear
-    monkeypatch.setattr(loss_module.F, "linear", lambda states, weight: rows.append(len(states)) or real(states, weight))
+    monkeypatch.setattr(
+        loss_module.F, "linear", lambda states, weight: rows.append(len(states)) or real(states, weight)
+    )
     labels = torch.full((4, 100), -100)
     labels[2, 10:15] = 1
     token_loss(torch.randn(4, 100, 8), labels, torch.randn(20, 8), 0.0)

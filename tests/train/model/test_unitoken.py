@@ -15,13 +15,22 @@ from unitoken.train.checkpoint.tensors import TensorSource
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
-DECODER = DecoderConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+DECODER = DecoderConfig(
+    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
 VISION = VisionTowerConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
 )
 
 
-def build(decoder: Any = DECODER, vision: Any = VISION, trained: TensorSource | None = None, **settings: Any) -> UniToken:
+def build(
+    decoder: Any = DECODER, vision: Any = VISION, trained: TensorSource | None = None, **settings: Any
+) -> UniToken:
     config = ModelConfig(decoder=decoder, vision=vision, **{"dropout": 0.0, **settings})
     model = build_model(*model_configs(config), config)
     load_weights(model, find_weights(model, config, trained), seed=0)
@@ -57,7 +66,13 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
-    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
     folder = tmp_path_factory.mktemp("siglip")
     SiglipModel(SiglipConfig(text_config=text, vision_config=VISION.model_dump())).save_pretrained(folder)
     return folder
@@ -104,7 +119,9 @@ def test_siglips_last_hidden_state_is_transformers(siglip: Path) -> None:
     assert read_vision(str(siglip)) == VISION
     theirs = SiglipVisionModel.from_pretrained(siglip).eval()
     ours = build(DECODER, str(siglip))
-    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         expected = theirs(pixel_values=(pixels.float() / 255 - 0.5) / 0.5).last_hidden_state
         torch.testing.assert_close(ours.vit(pixels), expected, rtol=1e-5, atol=1e-5)
@@ -124,7 +141,9 @@ NORM = "model.layers.0.self_attn.q_norm.weight"
         (lambda t: t.update({"surplus.weight": torch.zeros(1)}), r"not part of this model: surplus\.weight"),
     ],
 )  # fmt: skip
-def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(spoil: Any, message: str, chameleon: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(
+    spoil: Any, message: str, chameleon: Path, tmp_path: Path
+) -> None:
     tensors: dict[str, Tensor] = {}
     for path in chameleon.glob("*.safetensors"):
         tensors |= load_file(path)
@@ -136,7 +155,11 @@ def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(spoil: Any, messag
 
 
 def from_model(model: UniToken, *parts: str) -> TensorSource:
-    state = {name: tensor for name, tensor in model.state_dict().items() if not parts or name.split(".")[0] in parts}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not parts or name.split(".")[0] in parts
+    }
     return TensorSource(
         "init_from",
         {name: tuple(tensor.shape) for name, tensor in state.items()},
@@ -166,7 +189,9 @@ def test_an_earlier_stages_tower_comes_before_the_pretrained_one(siglip: Path) -
 def test_a_part_that_is_there_in_parts_is_an_error() -> None:
     source = from_model(build())
     del source.shapes["vit.post_layernorm.bias"]
-    with pytest.raises(ConfigError, match=r"init_from: 1 tensors do not fit: missing: vit\.post_layernorm\.bias"):
+    with pytest.raises(
+        ConfigError, match=r"init_from: 1 tensors do not fit: missing: vit\.post_layernorm\.bias"
+    ):
         build(trained=source)
 
 
@@ -176,15 +201,23 @@ def spoiled_folder(chameleon: Path, folder: Path, *lost: str) -> str:
         tensors |= load_file(path)
     folder.mkdir()
     (folder / "config.json").write_bytes((chameleon / "config.json").read_bytes())
-    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)},
+        folder / "model.safetensors",
+    )
     return str(folder)
 
 
 def test_a_part_that_was_lost_is_not_replaced_by_a_random_one(chameleon: Path, tmp_path: Path) -> None:
     """One of its pair is there: the other was trained with it. All that is missing is said at once."""
-    with pytest.raises(ConfigError, match=r"^init_from: 4 tensors do not fit: missing: adapter\.0\.weight; .*adapter\.2\.bias$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^init_from: 4 tensors do not fit: missing: adapter\.0\.weight; .*adapter\.2\.bias$",
+    ):
         build(trained=from_model(build(), "model", "lm_head", "vit"))
-    with pytest.raises(ConfigError, match=r"^init_from: 5 tensors do not fit: missing: adapter.*; missing: lm_head\.weight$"):
+    with pytest.raises(
+        ConfigError, match=r"^init_from: 5 tensors do not fit: missing: adapter.*; missing: lm_head\.weight$"
+    ):
         build(trained=from_model(build(), "model", "vit"))
     with pytest.raises(ConfigError, match=r"no_head: 1 tensors do not fit: missing: lm_head\.weight$"):
         build(spoiled_folder(chameleon, tmp_path / "no_head", "lm_head"), None)
@@ -194,7 +227,9 @@ def test_a_part_that_was_lost_is_not_replaced_by_a_random_one(chameleon: Path, t
 
 
 def test_what_does_not_fit_is_said_of_all_folders(chameleon: Path, siglip: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"x: 2 tensors .*model\.norm\.weight; missing: lm_head.*; .*siglip\d*: 1 .*shape"):
+    with pytest.raises(
+        ConfigError, match=r"x: 2 tensors .*model\.norm\.weight; missing: lm_head.*; .*siglip\d*: 1 .*shape"
+    ):
         build(
             spoiled_folder(chameleon, tmp_path / "x", "model.norm", "lm_head"),
             str(spoiled_tower(siglip, tmp_path / "siglip1")),
@@ -252,15 +287,21 @@ def test_a_rank_without_images_runs_the_tower_all_the_same() -> None:
     loss.backward()
     assert calls == [1]
     gradients = [parameter.grad for part in (model.vit, model.adapter) for parameter in part.parameters()]
-    assert all(gradient is not None and not gradient.any() for gradient in gradients)  # in the backward pass, and worth nothing
+    assert all(
+        gradient is not None and not gradient.any() for gradient in gradients
+    )  # in the backward pass, and worth nothing
     text_only = build(vision=None).train()
-    text_only.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in text_only.state_dict()})
+    text_only.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name in text_only.state_dict()}
+    )
     assert text_only(batch_of(0)).total.item() == loss.item()
 
 
 def test_flex_and_sdpa_give_the_same_loss_and_gradients() -> None:
     batch = batch_of(2)
-    batch["document_ids"] = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 15 + [1] * 5], dtype=torch.int32)
+    batch["document_ids"] = torch.tensor(
+        [[0] * 9 + [1] * 8 + [-1] * 3, [0] * 15 + [1] * 5], dtype=torch.int32
+    )
     results = []
     for attention in ("sdpa", "flex"):
         model = build(attention=attention)
