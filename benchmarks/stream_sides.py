@@ -22,15 +22,8 @@ import pyarrow.parquet
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from unitoken.dataset.manifest import (
-    INDEX,
-    REJECTS,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    VisionTokenizer,
-    sha256_file,
-)
+from unitoken.common.hashing import sha256_of_file
+from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer
 from unitoken.dataset.record import IGNORED, Record, columns
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
@@ -63,7 +56,7 @@ def write_manifest(folder: Path, count: int) -> None:
     manifest = Manifest(
         vocabulary=vocabulary().fingerprint, vision=vision, target_size=32, crop="center", compat=None, items=count, samples=count,
         rejected=0, tokens=0, target_tokens=0, images=0, chunks=1, chunk_size=count, source="0" * 16,
-        files={name: sha256_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
+        files={name: sha256_of_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
     )  # fmt: skip
     (folder / "manifest.json").write_bytes(manifest.dump())
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.codec.conversations import ItemError, brief
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 from unitoken.dataset.vocabulary import Vocabulary
 
 # Characters that rarely merge with what follows, so that a text can be encoded behind one of them and it be dropped:
@@ -45,7 +45,7 @@ def load_tokenizer(name: str) -> Any:
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}"
         ) from None

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 
-from unitoken.common.errors import ConfigError, DataError, is_transient
+from unitoken.common.errors import ConfigError, DataError, is_transient, one_line
 from unitoken.common.files import own_temporary_folder
 from unitoken.common.interruption import end_on_signals, keep_status
 
@@ -15,6 +15,21 @@ from unitoken.common.interruption import end_on_signals, keep_status
 def printable(text: str) -> str:
     """For a terminal: a file's name may hold line breaks and what colours or clears the screen."""
     return "".join(one if one.isprintable() else "?" for one in text)
+
+
+def report(text: str) -> None:
+    """Print a result on stdout, at once, also where that is a file or a pipe."""
+    print(text, flush=True)
+
+
+def notify(text: str) -> None:
+    """Print on stderr what goes with a result: how far a program is, what it repaired."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    notify(f"warning: {text}")
 
 
 @contextlib.contextmanager
@@ -41,7 +56,7 @@ def one_line_errors(goes_on: str = "") -> Iterator[None]:
     else:
         return
     keep_status(status)
-    print(f"error: {printable(words)}", file=sys.stderr, flush=True)
+    notify(f"error: {printable(words)}")
     raise SystemExit(status)
 
 
@@ -53,7 +68,5 @@ def run_program(app: Callable[..., None], name: str) -> None:
 
 
 def _with_hint(error: Exception, goes_on: str) -> str:
-    words = " ".join(str(error).split()) or (
-        "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-    )
+    words = "out of memory" if isinstance(error, MemoryError) and not str(error) else one_line(error)
     return f"{words}; {goes_on}" if goes_on and is_transient(error) else words

@@ -260,3 +260,10 @@ def parse_config(model: type[ConfigT], text: str, where: str, overrides: Sequenc
         return model.model_validate(settings)
     except pydantic.ValidationError as error:
         raise ConfigError(_describe(error, model, where, overrides)) from None
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """Return the first thing that is wrong with what came from a file, as "field.subfield: what is wrong"."""
+    problem = error.errors()[0]
+    words = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, problem['loc']))}: {words}" if problem["loc"] else words

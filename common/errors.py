@@ -41,3 +41,13 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, (Transient, TimeoutError, ConnectionError)):
         return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """Return the words of an error in one line, or the name of its kind where it has none.
+
+    Args:
+        error: any error, also one of a library whose message has several lines.
+        limit: the most characters to return; None keeps them all.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__

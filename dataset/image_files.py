@@ -19,6 +19,8 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
+from unitoken.common.errors import one_line
+
 # Of the 43 that Pillow knows. Others start a program (EPS), or take minutes or gigabytes for some bytes (DDS, FITS, ICNS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_PIXELS = 178_956_970  # PIL's own limit for a decompression bomb: 4 bytes a pixel are 0.7 GB
@@ -81,7 +83,7 @@ def reason_of(error: BaseException) -> str:
     said = error.args[0] if error.args else ""
     if isinstance(said, bytes):  # so Pillow says what is wrong in a PPM: the reason, then a piece of the file
         return said.partition(b":")[0].decode(errors="replace")[:200]
-    words = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "a file", " ".join(str(error).split()))
+    words = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "a file", one_line(error))
     words = re.sub(r"""b'(?:[^'\\]|\\.)*'|b"(?:[^"\\]|\\.)*"|(?<=header): .*""", "...", words)
     return (
         words[:200] if re.search("[A-Za-z]", words) else f"{type(error).__name__} {words}".strip()

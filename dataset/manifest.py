@@ -12,14 +12,13 @@ Nothing in it depends on when, where or by how many workers it was written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pydantic
 
-from unitoken.common.config import Config
+from unitoken.common.config import Config, first_problem
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 from unitoken.storage.open import open_store
@@ -144,8 +143,7 @@ def _parse(data: bytes, where: str) -> Manifest:
     try:
         return Manifest.model_validate(fields)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{where}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+        raise ConfigError(f"{where}: {first_problem(error)}") from None
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
@@ -158,8 +156,3 @@ def load_vocabulary(folder: Path) -> Vocabulary:
             "the folder was changed by hand"
         )
     return vocabulary
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -25,7 +25,7 @@ def sidecar_errors(stream: str, folder: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
+        words = one_line(error, 200)
         raise ConfigError(
             f"stream '{stream}': {folder / SIDECAR}: not readable as Parquet: {words}"
         ) from None

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import write_aside
+from unitoken.common.hashing import fingerprint
 
 IMAGE_PLACEHOLDER = "<|image|>"
 LATENTS_PER_GRID_UNIT = 2  # a grid token counts 32 pixels = 2 latents of 16 pixels
@@ -94,7 +95,7 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(asdict(self), sort_keys=True).encode())
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 from unitoken.storage.store import RETRY_SECONDS, MissingError, Ranges, StoreError, TransientStoreError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
@@ -178,4 +178,4 @@ class Bucket(ABC):
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or repr(error)
+    return one_line(error, 300)

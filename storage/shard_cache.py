@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from unitoken.common.errors import ConfigError, DataError, Transient, is_transient
 from unitoken.common.files import aside, locked, remove_abandoned, write_aside
+from unitoken.common.hashing import fingerprint
 from unitoken.storage.store import MissingError, Store, StoreError
 
 SHARD_RETRY_SECONDS = 40.0  # seconds; a store that is gone ends training within a minute
@@ -124,7 +125,7 @@ class Cache:
         self.downloads = 0  # by this process
         self._stream, self._entries, self._store = stream, [entry["raw_data"] for entry in entries], store
         self._folder, self._all_stamps, self._limit = folder, stamps, limit
-        self._stamps = stamps / hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        self._stamps = stamps / fingerprint(str(folder.absolute()).encode())
         try:
             self._stamps.mkdir(parents=True, exist_ok=True)
             remove_abandoned(self._stamps)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,15 +22,8 @@ from typing import TYPE_CHECKING
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import locked, remove_abandoned, write_aside
-from unitoken.dataset.manifest import (
-    INDEX,
-    MANIFEST,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    load_manifest,
-    sha256_file,
-)
+from unitoken.common.hashing import fingerprint, sha256_of_file
+from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, VOCABULARY, Manifest, load_manifest
 from unitoken.dataset.mds_index import read_index
 from unitoken.storage.open import open_store
 from unitoken.storage.shard_cache import SHARD_RETRY_SECONDS, ShardError, fetch
@@ -56,7 +48,7 @@ class StreamSource:
     def fingerprint(self) -> str:
         """Of the samples and their order: equal for a dataset that was moved, another for one that was changed."""
         files = [self.manifest.files.get(name) for name in (INDEX, SIDECAR)]
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(files).encode())
 
     def check(self, file: str) -> None:
         """Raise ConfigError unless a file of the folder is the one that the manifest names."""
@@ -76,7 +68,7 @@ def open_sources(config: DataConfig) -> list[StreamSource]:
             folder = Path(stream.local)
         else:
             store = open_store(remote, stream.endpoint, SHARD_RETRY_SECONDS)
-            key = hashlib.sha256(f"{stream.endpoint or ''}{remote}".encode()).hexdigest()[:16]
+            key = fingerprint(f"{stream.endpoint or ''}{remote}".encode())
             folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
             _fetch_small_files(name, store, folder)
         with _of_stream(name):
@@ -156,7 +148,7 @@ def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
 def _wrong_sha256(path: Path, expected: str | None) -> str | None:
     if not path.exists():
         return "missing"
-    found = sha256_file(path)
+    found = sha256_of_file(path)
     return (
         None
         if found == expected

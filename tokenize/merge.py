@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unitoken.common.errors import ConfigError
+from unitoken.common.hashing import sha256_of_file
 from unitoken.dataset.manifest import (
     INDEX,
     LEFT_OUT,
@@ -27,7 +28,6 @@ from unitoken.dataset.manifest import (
     VOCABULARY,
     Manifest,
     read_manifest,
-    sha256_file,
 )
 from unitoken.dataset.mds_index import dump_index
 from unitoken.dataset.sidecar import samples_schema
@@ -70,7 +70,7 @@ def merge(out: str) -> Manifest:
 
     with tempfile.TemporaryDirectory() as temporary:
         joined = _join(output.store, work, sizes, Path(temporary))
-        files = {name: sha256_file(Path(temporary, name)) for name in (INDEX, SIDECAR, REJECTS)}
+        files = {name: sha256_of_file(Path(temporary, name)) for name in (INDEX, SIDECAR, REJECTS)}
         output.store.delete(MANIFEST)
         for name in files:
             output.store.upload(Path(temporary, name), name)

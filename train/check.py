@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pydantic
 
+from unitoken.common.config import first_problem
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
@@ -233,4 +234,4 @@ def _evaluation_data(config: StageConfig) -> DataConfig | None:
     try:
         return DataConfig.model_validate(settings)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"eval.streams: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"eval.streams: {first_problem(error)}") from None

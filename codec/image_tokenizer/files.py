@@ -18,8 +18,10 @@ import pydantic
 import yaml
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, ImageTokenizerConfig, how_to_get
-from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import VisionTokenizer, sha256_file
+from unitoken.common.config import first_problem
+from unitoken.common.errors import ConfigError, one_line
+from unitoken.common.hashing import sha256_of_file
+from unitoken.dataset.manifest import VisionTokenizer
 
 SUFFIXES = (".safetensors", ".ckpt")  # in the order of preference
 PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # of the image tokenizer's tensors in transformers' files
@@ -125,7 +127,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's, the network's and its cache's errors share no base
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}"
         ) from None
@@ -161,7 +163,7 @@ def _file_fingerprint(path: Path) -> str:
                 return str(metadata[CONVERTED_FROM])
         except (OSError, ValueError, AttributeError):
             pass  # no such file: said with its reason when it is read
-    return sha256_file(path)[:16]
+    return sha256_of_file(path)[:16]
 
 
 def read_safetensors_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -189,10 +191,7 @@ def read_parameters(path: Path) -> Parameters:
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the shape of the image tokenizer: {error.strerror}") from None
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{path}: model.params.{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        raise ConfigError(f"{path}: model.params.{first_problem(error)}") from None
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         raise ConfigError(f"{path}: expected a VQGAN's YAML with model.params.ddconfig") from None
 
@@ -205,10 +204,7 @@ def _find_transformers(config: ImageTokenizerConfig, folder: Path) -> Weights:
     try:
         sizes = (Emu3Sizes if config.kind == "emu3" else JanusSizes).model_validate(shape)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{folder / 'config.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        raise ConfigError(f"{folder / 'config.json'}: {first_problem(error)}") from None
     spans = _tensor_spans(folder)
     prefix = next((prefix for prefix in reversed(PREFIXES) if prefix + CODEBOOK in spans), None)
     if prefix is None:

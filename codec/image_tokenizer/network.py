@@ -17,7 +17,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
 from unitoken.codec.image_tokenizer.emu3_janus import Emu3, Janus
 from unitoken.codec.image_tokenizer.files import Parameters, Weights
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 
 
 def load_network(kind: str, weights: Weights) -> Any:
@@ -59,7 +59,7 @@ def _from_config(weights: Weights, build: Callable[[dict[str, Any]], Any]) -> An
         with torch.device("meta"):
             return build(dict(weights.shape))
     except Exception as error:  # whatever a network's constructor says to a shape that is none
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"vision.weights: {weights.file}/config.json: no shape of this kind: {reason[:200]}"
         ) from None
@@ -107,7 +107,7 @@ def _reading(weights: Weights) -> Iterator[None]:
     except (
         Exception
     ) as error:  # zip, pickle, safetensors and their kin, all for a file that is no weights file
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"vision.weights: {weights.file}: cannot be read: {reason[:200]}") from None
 
 

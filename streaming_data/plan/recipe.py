@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from unitoken.common.config import Config, changed, flat
+from unitoken.common.hashing import fingerprint
 from unitoken.streaming_data.settings import BatchingMethod, Continuous, DataConfig, Kind, OverLong, Unit
 from unitoken.streaming_data.sources import StreamSource
 
@@ -72,7 +72,7 @@ class Recipe(Config):
     @property
     def hash(self) -> str:
         later = {"batching_method"} if self.version == 2 else set()
-        return hashlib.sha256(json.dumps(self.model_dump(exclude=later)).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(self.model_dump(exclude=later)).encode())
 
     def of_version_2(self) -> Recipe:
         return self.model_copy(update={"version": 2, "batching_method": "random"})

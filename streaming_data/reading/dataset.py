@@ -23,7 +23,7 @@ from streaming import StreamingDataset
 from torch import distributed
 from torch.utils.data import get_worker_info
 
-from unitoken.common.config import Config
+from unitoken.common.config import Config, first_problem
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
@@ -181,9 +181,8 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         try:
             state = State.model_validate(obj)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
             raise ConfigError(
-                f"the checkpoint holds no data state of version {STATE_VERSION}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+                f"the checkpoint holds no data state of version {STATE_VERSION}: {first_problem(error)}"
             ) from None
         if state.plan == self.recipe.of_version_2().hash and self.recipe.batching_method != "per_stream":
             self.recipe = self.recipe.of_version_2()  # it was begun before batches were stratified

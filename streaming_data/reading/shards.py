@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 from unitoken.dataset.manifest import INDEX
 from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.record import Record, unpack_bytes
@@ -69,7 +69,7 @@ class Shard(NamedTuple):
         try:
             yield from self.decode(self.data, self.offsets[places].astype(np.int64), stream)
         except (IndexError, ValueError, TypeError, OverflowError, MemoryError) as error:
-            words = " ".join(str(error).split())[:200] or type(error).__name__
+            words = one_line(error, 200)
             raise ShardError(f"{self.name} is corrupt: one of its samples is not readable: {words}") from None
 
 

@@ -23,7 +23,7 @@ from unitoken.codec.conversations import ItemError, parse
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import sha256_file
+from unitoken.common.hashing import sha256_of_file
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import StoreError
@@ -143,7 +143,7 @@ def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: P
             (folder / "index.json").write_text(json.dumps(fields))
         if name != "manifest.json":
             fields = json.loads(manifest)
-            fields["files"] = {one: sha256_file(folder / one) for one in fields["files"]}
+            fields["files"] = {one: sha256_of_file(folder / one) for one in fields["files"]}
             (folder / "manifest.json").write_text(json.dumps(fields))
 
     def train() -> None:

@@ -13,16 +13,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from unitoken.dataset.manifest import (
-    INDEX,
-    MANIFEST,
-    REJECTS,
-    SIDECAR,
-    VOCABULARY,
-    Manifest,
-    VisionTokenizer,
-    sha256_file,
-)
+from unitoken.common.hashing import sha256_of_file
+from unitoken.dataset.manifest import INDEX, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer
 from unitoken.dataset.record import IGNORED, Record, columns, spans_of
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
@@ -137,7 +129,7 @@ def write_manifest(folder: Path, records: Sequence[Record], vocabulary: Vocabula
         chunks=1,
         chunk_size=len(records),
         source="0" * 16,
-        files={name: sha256_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
+        files={name: sha256_of_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
     )
     (folder / MANIFEST).write_bytes(manifest.dump())
 

@@ -9,7 +9,8 @@ from streaming import StreamingDataset
 
 from support.tokenizing import content, picture, run_here, settings, turns, write_items
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import load_manifest, load_vocabulary, sha256_file
+from unitoken.common.hashing import sha256_of_file
+from unitoken.dataset.manifest import load_manifest, load_vocabulary
 from unitoken.tokenize.checks.verify import verify as find_problems
 from unitoken.tokenize.job import Round, prepare, round_name
 from unitoken.tokenize.merge import UnfinishedError, merge, problems, summary
@@ -39,7 +40,7 @@ def test_the_manifest_accounts_for_every_file_and_item(out: Path) -> None:
     manifest = merge(str(out))
     assert manifest == load_manifest(out)
     assert load_vocabulary(out).fingerprint == manifest.vocabulary
-    assert {name: sha256_file(out / name) for name in manifest.files} == manifest.files
+    assert {name: sha256_of_file(out / name) for name in manifest.files} == manifest.files
     assert (manifest.items, manifest.samples, manifest.rejected) == (12, 11, 1)
     assert manifest.rejected == len((out / "rejects.jsonl").read_text().splitlines())
 

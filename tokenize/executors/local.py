@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 from unitoken.tokenize.executors.progress import Progress, share_of, show_progress
 from unitoken.tokenize.job import Job
 from unitoken.tokenize.pipeline.timing import Times
@@ -172,7 +172,7 @@ def _work(job: Job, rank: int, splits: int, messages: Connection, temporary: str
 
 
 def failure_line(error: OSError | MemoryError) -> str:
-    return "out of memory" if isinstance(error, MemoryError) else " ".join(str(error).split())
+    return "out of memory" if isinstance(error, MemoryError) else one_line(error)
 
 
 def _end_with_parent() -> None:

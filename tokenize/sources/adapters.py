@@ -26,6 +26,7 @@ from unitoken.codec.conversations import (
     refuse_video_and_audio,
 )
 from unitoken.common.errors import ConfigError
+from unitoken.common.hashing import fingerprint
 from unitoken.dataset.manifest import LEFT_OUT
 from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
@@ -232,7 +233,7 @@ def adapter_fingerprint(name: str) -> str:
     if name in ADAPTERS:
         return name
     path, function = _parts(name)
-    return f"{function} {hashlib.sha256(_source(path)).hexdigest()[:16]}"
+    return f"{function} {fingerprint(_source(path))}"
 
 
 # --- a user's own ----------------------------------------------------------------------------------------------------

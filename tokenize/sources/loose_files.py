@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from unitoken.codec.conversations import OTHER_SUFFIXES, PICTURE_SUFFIXES, ItemError
+from unitoken.common.hashing import fingerprint
 from unitoken.tokenize.sources import tars
 from unitoken.tokenize.sources.base import Span
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES
@@ -51,7 +51,7 @@ def version(folder: Path) -> tuple[int, str]:
     samples = samples_in(folder)
     files = [file for of_one in samples.values() for file in of_one]
     stats = [[file.relative_to(folder).as_posix(), *_stamp(file)] for file in files]
-    return len(samples), hashlib.sha256(json.dumps(stats).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return len(samples), fingerprint(json.dumps(stats).encode("utf-8", "surrogatepass"))
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from unitoken.codec.conversations import ItemError
 from unitoken.common.config import Config
 from unitoken.common.errors import ConfigError
+from unitoken.common.hashing import fingerprint
 from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, Store, StoreError, is_url, join, split
@@ -85,7 +86,7 @@ class Input(Config):
         """Of what the files hold and how they are cut, not of their names."""
         files = [[file.size, file.format, file.version] for file in self.files]
         pieces = [list(piece.model_dump().values()) for piece in self.pieces]
-        return hashlib.sha256(json.dumps([files, pieces]).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps([files, pieces]).encode())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from unitoken.codec.conversations import ItemError
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 from unitoken.storage.folder import Folder
 from unitoken.storage.store import StoreError
 from unitoken.tokenize.sources.base import SourceFile, Span
@@ -206,4 +206,4 @@ def _config_error(file: SourceFile, kind: str, error: Exception) -> Exception:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return one_line(error, 200)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import sha256_file
+from unitoken.common.errors import ConfigError, one_line
+from unitoken.common.hashing import sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ def damage(checkpoint: Path) -> str | None:
                     while file.read(READ_BYTES):
                         pass
     except Exception as error:  # zipfile raises a dozen kinds for what is no zip
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None
 
 
@@ -46,7 +46,7 @@ def check_checkpoint(checkpoint: Path) -> None:
 def digests(folder: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     """For an export's mark: the sha256 of each of its files, and of the fields of its config.json, which holds them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files} | {
+    return {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files} | {
         "": _of_fields(fields)
     }
 
@@ -93,7 +93,7 @@ def _compare(path: Path, expected: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _digest(path: Path, changed: int, size: int) -> str:  # noqa: ARG001 - what tells a file from an older one of its name
-    return sha256_file(path)
+    return sha256_of_file(path)
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:

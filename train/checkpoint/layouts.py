@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
-from unitoken.common.config import ConfigT
+from unitoken.common.config import ConfigT, first_problem
 from unitoken.common.errors import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 
@@ -213,5 +213,4 @@ def _validated(model: type[ConfigT], fields: dict[str, Any], path: Path) -> Conf
     try:
         return model.model_validate(fields)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+        raise ConfigError(f"{path}: {first_problem(error)}") from None

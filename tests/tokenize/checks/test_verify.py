@@ -21,7 +21,8 @@ from PIL import Image
 
 from support.tokenizing import content, picture, png, run_here, settings, some_items, turns, write_items
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import load_manifest, sha256_file
+from unitoken.common.hashing import sha256_of_file
+from unitoken.dataset.manifest import load_manifest
 from unitoken.dataset.record import Record
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
@@ -426,7 +427,7 @@ def test_a_shard_outside_the_folder_is_named_and_not_read(
     index["shards"][0]["raw_data"]["basename"] = name
     (out / "index.json").write_text(json.dumps(index, sort_keys=True) + "\n")
     manifest = load_manifest(out)
-    files = manifest.files | {"index.json": sha256_file(out / "index.json")}
+    files = manifest.files | {"index.json": sha256_of_file(out / "index.json")}
     (out / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).dump())
     monkeypatch.setattr("unitoken.tokenize.checks.verify._load", None)
     assert verify(str(out)) == [
