@@ -9,11 +9,12 @@ from unitoken.common.config import Config, Name
 
 class ImageTokenizerConfig(Config):
     kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
-    weights: Name  # folder, file or hub id
-    batch_size: int = Field(default=8, ge=1, le=65536)  # images encoded at once
-    precision: Literal["fp32", "tf32", "bf16"] = (
-        "tf32"  # changes codes; tf32 is what the reference runs with on a GPU
-    )
+    weights: Name
+    """Folder, file or hub id."""
+    batch_size: int = Field(default=8, ge=1, le=65536)
+    """Images encoded at once."""
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """Changes codes; tf32 is what the reference runs with on a GPU."""
     compile: bool = False
 
 
@@ -30,5 +31,7 @@ def how_to_get(name: str) -> str:
 
 
 class CodecConfig(Config):
-    tokenizer: Name  # folder or hub id of the text tokenizer
-    vision: ImageTokenizerConfig  # the image tokenizer
+    tokenizer: Name
+    """Folder or hub id of the text tokenizer."""
+    vision: ImageTokenizerConfig
+    """The image tokenizer."""

@@ -30,7 +30,9 @@ Seed = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 class Config(pydantic.BaseModel):
     """Base of all settings: frozen, and a key it does not know is an error."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def also_text(pattern: str) -> pydantic.WithJsonSchema:

@@ -39,23 +39,24 @@ BatchingMethod = Literal["stratified", "random", "per_stream"]
 class StreamConfig(Config):
     """One dataset of the mixture. Without proportion, repeat or choose every sample is seen once an epoch."""
 
-    local: Name | None = None  # the dataset folder; with `remote`, the folder that caches it
-    remote: Name | None = None  # a folder, s3://, gs://, azure://, hf:// ...
-    endpoint: Name | None = None  # the S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's
-    proportion: Annotated[float, Field(ge=0, le=1e9)] | None = (
-        None  # share of the epoch in `unit`, relative to the other streams'
-    )
-    repeat: Annotated[float, Field(ge=0, le=1e6)] | None = None  # times all it has
-    choose: Annotated[int, Field(ge=0, le=10**15)] | None = None  # so many of `unit`
-    max_tokens: Length | None = (
-        None  # a longer sample, features included, is over-long; default packed_length
-    )
-    kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = (
-        None  # only samples of these kinds; default all
-    )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # share of the samples, by hash of their ids, that is not trained on
-    )
+    local: Name | None = None
+    """The dataset folder; with `remote`, the folder that caches it."""
+    remote: Name | None = None
+    """A folder, s3://, gs://, azure://, hf:// ..."""
+    endpoint: Name | None = None
+    """The S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's."""
+    proportion: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """Share of the epoch in `unit`, relative to the other streams'."""
+    repeat: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Times all it has."""
+    choose: Annotated[int, Field(ge=0, le=10**15)] | None = None
+    """So many of `unit`."""
+    max_tokens: Length | None = None
+    """A longer sample, features included, is over-long; default packed_length."""
+    kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = None
+    """Only samples of these kinds; default all."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the samples, by hash of their ids, that is not trained on."""
 
     @pydantic.model_validator(mode="after")
     def _one_weight(self) -> StreamConfig:
@@ -77,42 +78,45 @@ class DataConfig(Config):
     """What is streamed, and in which order. All but the last five settings decide the order of the samples."""
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
-    packed_length: Length  # tokens a pack, image features included
-    global_batch: Annotated[
-        Count, also_text("^[1-9][0-9]* *tok$")
-    ]  # packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096
+    packed_length: Length
+    """Tokens a pack, image features included."""
+    global_batch: Annotated[Count, also_text("^[1-9][0-9]* *tok$")]
+    """Packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096."""
     seed: Seed = 0
-    unit: Unit = "samples"  # what proportion and choose count
-    epoch_samples: Annotated[int, Field(gt=0, lt=2**32)] | None = (
-        None  # an epoch's size, where the streams have proportions or no weights at all
-    )
-    epoch_tokens: Annotated[int, Field(gt=0, le=10**15)] | None = (
-        None  # the same in tokens, features included; default: what all streams have together
-    )
-    split: Literal["train", "held_out"] = "train"  # held_out: what training leaves out, to evaluate on
-    continuous: Continuous = "questions"  # which images bring their continuous features
-    anyres: bool = False  # besides the whole picture its tiles at full resolution
-    canonical_nodes: Count = (
-        1  # rows of shards that are read side by side: the most nodes that share no shard
-    )
+    unit: Unit = "samples"
+    """What proportion and choose count."""
+    epoch_samples: Annotated[int, Field(gt=0, lt=2**32)] | None = None
+    """An epoch's size, where the streams have proportions or no weights at all."""
+    epoch_tokens: Annotated[int, Field(gt=0, le=10**15)] | None = None
+    """The same in tokens, features included; default: what all streams have together."""
+    split: Literal["train", "held_out"] = "train"
+    """Held_out: what training leaves out, to evaluate on."""
+    continuous: Continuous = "questions"
+    """Which images bring their continuous features."""
+    anyres: bool = False
+    """Besides the whole picture its tiles at full resolution."""
+    canonical_nodes: Count = 1
+    """Rows of shards that are read side by side: the most nodes that share no shard."""
     shuffle: bool = True
-    window: Annotated[int, Field(gt=0, lt=2**31)] = 131072  # samples that are packed together
-    # stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream: each batch is of one
-    # stream, in proportion. Without `shuffle` packs come in the order of the samples.
+    window: Annotated[int, Field(gt=0, lt=2**31)] = 131072
+    """Samples that are packed together."""
     batching_method: BatchingMethod = "stratified"
-    over_long: OverLong = (
-        "reject"  # leave out what is longer than a pack; or cut it at its end, never inside an image
-    )
-    null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # of the drawings are trained on without their prompt's text
-    )
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes a rank; 0 loads in the training process
-    prefetch: Annotated[int, Field(gt=0, le=1024)] = 2  # batches that each worker prepares ahead
-    timeout: Count = 600  # seconds without a batch from a worker until that is an error
-    cache_limit: Bytes | None = None  # that downloaded shards may take in each cache folder: 500gb
-    cache: Name | None = (
-        None  # plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken
-    )
+    """Stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream:
+    each batch is of one stream, in proportion. Without `shuffle` packs come in the order of the samples."""
+    over_long: OverLong = "reject"
+    """Leave out what is longer than a pack; or cut it at its end, never inside an image."""
+    null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the drawings are trained on without their prompt's text."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes a rank; 0 loads in the training process."""
+    prefetch: Annotated[int, Field(gt=0, le=1024)] = 2
+    """Batches that each worker prepares ahead."""
+    timeout: Count = 600
+    """Seconds without a batch from a worker until that is an error."""
+    cache_limit: Bytes | None = None
+    """That downloaded shards may take in each cache folder: 500gb."""
+    cache: Name | None = None
+    """Plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -9,24 +9,28 @@ from unitoken.common.config import Config, Name
 
 
 class TokenizeConfig(Config):
-    tokenizer: Name  # folder or hub id
+    tokenizer: Name
+    """Folder or hub id."""
     vision: ImageTokenizerConfig
-    adapter: Name = "standard"  # a name in adapters.py, or path/to/file.py:function
-    target_size: int = Field(
-        default=512, ge=2, le=2**14
-    )  # pixels; a multiple of 2 latents, checked once the weights are known
+    adapter: Name = "standard"
+    """A name in adapters.py, or path/to/file.py:function."""
+    target_size: int = Field(default=512, ge=2, le=2**14)
+    """Pixels; a multiple of 2 latents, checked once the weights are known."""
     crop: Literal["square", "aspect"] = "square"
     crop_position: Literal["center", "random"] = "center"
-    seed: int = Field(default=0, ge=0, lt=2**63)  # of random crops, together with the item's id
-    allow_http: bool = False  # fetch images named by http:// and https:// URLs
-    allow_private: bool = False  # ... also from loopback, private and link-local addresses
-    timeout_seconds: float = Field(default=30.0, gt=0, le=86400)  # for an image over http, with its retries
-    max_tokens: int | None = Field(default=None, ge=1, le=2**24)  # longer items are rejects
-    threads: int | None = Field(
-        default=None, ge=1, le=1024
-    )  # that fetch and decode images, in each process; None: by the cores
-    chunk_size: int = Field(
-        default=1000, ge=1, le=10**7
-    )  # items; what is lost at most, per process, when a run is killed
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of random crops, together with the item's id."""
+    allow_http: bool = False
+    """Fetch images named by http:// and https:// URLs."""
+    allow_private: bool = False
+    """... also from loopback, private and link-local addresses."""
+    timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
+    """For an image over http, with its retries."""
+    max_tokens: int | None = Field(default=None, ge=1, le=2**24)
+    """Longer items are rejects."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """That fetch and decode images, in each process; None: by the cores."""
+    chunk_size: int = Field(default=1000, ge=1, le=10**7)
+    """Items; what is lost at most, per process, when a run is killed."""
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     compat: Literal["unitoken"] | None = None

@@ -54,13 +54,14 @@ class DecoderConfig(Config):
     intermediate_size: Count
     num_hidden_layers: Count
     num_attention_heads: Count
-    num_key_value_heads: Count | None = None  # None: as many as attention heads
+    num_key_value_heads: Count | None = None
+    """None: as many as attention heads."""
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
-    swin_norm: bool = False  # True in the 34B model
-    qk_norm: Literal["shared", "per_head"] = (
-        "shared"  # one gain for all heads (UniToken, Lumina-mGPT) or one a head (transformers)
-    )
+    swin_norm: bool = False
+    """True in the 34B model."""
+    qk_norm: Literal["shared", "per_head"] = "shared"
+    """One gain for all heads (UniToken, Lumina-mGPT) or one a head (transformers)."""
 
     @property
     def kv_heads(self) -> int:
@@ -112,21 +113,20 @@ def _sizes(model: type[Config]) -> pydantic.BeforeValidator:
 
 
 class ModelConfig(Config):
-    decoder: Annotated[
-        Name | DecoderConfig, _sizes(DecoderConfig)
-    ]  # folder or hub id of a checkpoint; or the sizes of a new one
-    vision: Annotated[Name | VisionTowerConfig | None, _sizes(VisionTowerConfig)] = (
-        None  # the same for SigLIP; null: no vision tower and no adapter
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # on both residual branches of the decoder
-    z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5  # weight of the mean of logsumexp squared
-    mask_image_logits: bool = (
-        False  # image codes get no probability: only for data in which no image is drawn
-    )
-    attention: Literal["sdpa", "flex"] = (
-        "sdpa"  # flex skips the blocks between documents; compiled, so for GPUs
-    )
-    compile: bool = False  # torch.compile of each decoder layer: some minutes at the start
+    decoder: Annotated[Name | DecoderConfig, _sizes(DecoderConfig)]
+    """Folder or hub id of a checkpoint; or the sizes of a new one."""
+    vision: Annotated[Name | VisionTowerConfig | None, _sizes(VisionTowerConfig)] = None
+    """The same for SigLIP; null: no vision tower and no adapter."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """On both residual branches of the decoder."""
+    z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5
+    """Weight of the mean of logsumexp squared."""
+    mask_image_logits: bool = False
+    """Image codes get no probability: only for data in which no image is drawn."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """Flex skips the blocks between documents; compiled, so for GPUs."""
+    compile: bool = False
+    """Torch.compile of each decoder layer: some minutes at the start."""
 
 
 class OptimizerConfig(Config):
@@ -136,18 +136,16 @@ class OptimizerConfig(Config):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Warmup = "0.01ep"
-    lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(
-        default={}
-    )  # times `lr`, by the names of modules or parameters: {vit: 1e-2}
-    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = (
-        0.1  # not on norms and biases; with compat on everything, as the reference
-    )
+    lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default={})
+    """Times `lr`, by the names of modules or parameters: {vit: 1e-2}."""
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
+    """Not on norms and biases; with compat on everything, as the reference."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0  # L2 norm of all gradients together
-    max_skipped: Count = (
-        10  # steps in a row that a gradient or loss that is not finite may skip; one more ends the run
-    )
+    clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0
+    """L2 norm of all gradients together."""
+    max_skipped: Count = 10
+    """Steps in a row that a gradient or loss that is not finite may skip; one more ends the run."""
 
     @pydantic.model_validator(mode="after")
     def _falls(self) -> OptimizerConfig:
@@ -161,9 +159,13 @@ class OptimizerConfig(Config):
 class FSDPConfig(Config):
     """How the model is shared by the ranks (FSDP2)."""
 
-    reshard: bool = True  # free gathered parameters after the forward pass; false: more memory, less traffic
-    replicas: Count = 1  # groups of ranks that each hold the whole model (HSDP); as many as nodes keeps gathering inside a node
-    reduce: Literal["fp32", "bf16"] = "fp32"  # what gradients are summed in under bf16
+    reshard: bool = True
+    """Free gathered parameters after the forward pass; false: more memory, less traffic."""
+    replicas: Count = 1
+    """Groups of ranks that each hold the whole model (HSDP); as many as nodes keeps gathering inside a
+    node."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in under bf16."""
 
 
 def _local(value: str) -> str:
@@ -179,77 +181,86 @@ LocalFolder = Annotated[Name, pydantic.AfterValidator(_local)]
 
 
 class SaveConfig(Config):
-    folder: LocalFolder  # the run's folder: step-*.pt, latest, metrics.jsonl
+    folder: LocalFolder
+    """The run's folder: step-*.pt, latest, metrics.jsonl."""
     interval: Interval = "1000ba"
     keep: Count = 2
-    export: LocalFolder | None = None  # at the end of the stage: a folder for Hugging Face's layout
+    export: LocalFolder | None = None
+    """At the end of the stage: a folder for Hugging Face's layout."""
 
 
 class LogConfig(Config):
-    every: Count = 10  # batches between two points of the loggers; metrics.jsonl has every batch
-    progress: bool = True  # a bar on a terminal, lines elsewhere
-    tensorboard: bool = True  # into save.folder/tensorboard
-    wandb: str | None = None  # a Weights & Biases project, where wandb is installed
-    mlflow: str | None = None  # an MLflow experiment, where mlflow is installed
+    every: Count = 10
+    """Batches between two points of the loggers; metrics.jsonl has every batch."""
+    progress: bool = True
+    """A bar on a terminal, lines elsewhere."""
+    tensorboard: bool = True
+    """Into save.folder/tensorboard."""
+    wandb: str | None = None
+    """A Weights & Biases project, where wandb is installed."""
+    mlflow: str | None = None
+    """An MLflow experiment, where mlflow is installed."""
 
 
 class EvalConfig(Config):
     """The loss by kind on samples that are not trained on."""
 
-    interval: Interval = "1000ba"  # and after the last step
-    streams: dict[str, StreamConfig] | None = (
-        None  # default: what `held_out` keeps back of the training streams, all of it
-    )
-    batches: Count | None = None  # global batches an evaluation; default all
+    interval: Interval = "1000ba"
+    """And after the last step."""
+    streams: dict[str, StreamConfig] | None = None
+    """Default: what `held_out` keeps back of the training streams, all of it."""
+    batches: Count | None = None
+    """Global batches an evaluation; default all."""
 
 
 class SamplesConfig(Config):
     """Pictures drawn and questions answered while training, into save.folder/samples and TensorBoard. Needs `codec`."""
 
     interval: Interval = "1000ba"
-    draw: list[str] = Field(default=[])  # what to draw
-    size: tuple[Count, Count] | None = (
-        None  # pixels, height and width, of drawings; default: those of the data's pictures
-    )
-    answer: dict[str, str] = Field(
-        default={}
-    )  # picture file -> question; `<|image|>` is put before it where it has none
+    draw: list[str] = Field(default=[])
+    """What to draw."""
+    size: tuple[Count, Count] | None = None
+    """Pixels, height and width, of drawings; default: those of the data's pictures."""
+    answer: dict[str, str] = Field(default={})
+    """Picture file -> question; `<|image|>` is put before it where it has none."""
     max_tokens: Count = 64
-    temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0  # of drawings; answers are the likeliest
-    top_k: Count | None = None  # image codes that drawings are made of at each place
-    guidance: Annotated[float, Field(ge=0, le=1e3)] | None = (
-        None  # away from the null prompt; 1: none; default 3, or 1 without data.null_prompt_fraction
-    )
+    temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0
+    """Of drawings; answers are the likeliest."""
+    top_k: Count | None = None
+    """Image codes that drawings are made of at each place."""
+    guidance: Annotated[float, Field(ge=0, le=1e3)] | None = None
+    """Away from the null prompt; 1: none; default 3, or 1 without data.null_prompt_fraction."""
 
 
 class StageConfig(Config):
     name: Name
     model: ModelConfig
-    init_from: Name | None = (
-        None  # weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id
-    )
-    trainable: Annotated[
-        list[str], Field(min_length=1)
-    ]  # names of modules or parameters, e.g. [vit, adapter]
+    init_from: Name | None = None
+    """Weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id."""
+    trainable: Annotated[list[str], Field(min_length=1)]
+    """Names of modules or parameters, e.g. [vit, adapter]."""
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig
-    microbatch: Count = 1  # packs a rank computes at once
+    microbatch: Count = 1
+    """Packs a rank computes at once."""
     precision: Literal["fp32", "bf16"] = "bf16"
     fsdp: FSDPConfig = FSDPConfig()
-    # What the backward pass computes again instead of keeping: nothing; all of every layer, the tower's too; all of every
-    # k-th layer; or all but what is dear, the matrix products and attention (`selective`; with flex it needs model.compile).
     activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
-    compat: Literal["unitoken"] | None = None  # the reference's behaviour wherever ours is a fix
+    """What the backward pass computes again instead of keeping: nothing; all of every layer, the tower's too;
+    all of every k-th layer; or all but what is dear, the matrix products and attention (`selective`; with
+    flex it needs model.compile)."""
+    compat: Literal["unitoken"] | None = None
+    """The reference's behaviour wherever ours is a fix."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    deterministic: bool = False  # the same losses bit for bit each time on a GPU, too, where attention's gradient is slower then
+    deterministic: bool = False
+    """The same losses bit for bit each time on a GPU, too, where attention's gradient is slower then."""
     save: SaveConfig
     log: LogConfig = LogConfig()
     eval: EvalConfig | None = None
     samples: SamplesConfig | None = None
-    codec: CodecConfig | None = (
-        None  # the tokenizers the data was made with: for `samples`, `generate` and `export`
-    )
+    codec: CodecConfig | None = None
+    """The tokenizers the data was made with: for `samples`, `generate` and `export`."""
 
     @pydantic.model_validator(mode="after")
     def _compat_switches_everything(self) -> StageConfig:
