@@ -156,7 +156,7 @@ def test_a_signal_that_nobody_acted_on_ends_what_comes_after_training() -> None:
 def test_a_forked_child_does_not_tell_its_parents_watch() -> None:
     body = """
 import os
-from unitoken.common.interruption import received
+from unitoken.common.interruption import received_signal
 remember_signals()
 child = os.fork()
 child or time.sleep(60)
@@ -164,15 +164,15 @@ time.sleep(0.2)
 os.kill(child, 15)
 assert os.waitpid(child, 0)[1] == 15
 time.sleep(0.2)
-assert not received()
+assert not received_signal()
 """
     holds(body)
 
 
 LOADER = """
 import os, subprocess, sys
-from unitoken.common.interruption import held_back
-with held_back():
+from unitoken.common.interruption import signals_blocked
+with signals_blocked():
     child = os.fork()
     if not child:
         time.sleep({starts})  # it imports, it opens files
