@@ -141,8 +141,9 @@ def simulate(
         if impossible:
             ranks = impossible[-1] * ranks_per_node
             uneven = (
-                f"{', '.join(map(str, impossible))} nodes of {ranks_per_node} ranks "
-                f"can not share a global_batch of {data.global_batch} packs evenly; {ranks:,} ranks need a multiple of {ranks:,}"
+                f"{', '.join(map(str, impossible))} nodes of {ranks_per_node} ranks can not "
+                f"share a global_batch of {data.global_batch} packs evenly; {ranks:,} ranks need a "
+                f"multiple of {ranks:,}"
             )
         if not demands:
             raise ConfigError(uneven)
