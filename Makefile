@@ -57,9 +57,10 @@ lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff format --check .
 
 # Type checkers do not follow the import hook of an editable install: a link is enough for them.
-typecheck: install ## mypy, strict
+typecheck: install ## mypy: strict for what is imported and run, with types everywhere for the tests
 	@mkdir -p build/types && ln -sfn ../.. build/types/unitoken
-	@$(BIN)/mypy -p unitoken.common -p unitoken.storage -p unitoken.dataset -p unitoken.codec -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train -p unitoken.commands
+	@$(BIN)/mypy -p unitoken.common -p unitoken.storage -p unitoken.dataset -p unitoken.codec -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train -p unitoken.commands -p demo -p benchmarks
+	@$(BIN)/mypy --config-file tests/mypy.ini tests
 
 tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ENGINE=ray] [ARGS="key=value ..."]
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "error: make tokenize needs IN=items.json and OUT=folder" >&2; exit 2; }
