@@ -59,7 +59,7 @@ def merge(out: str) -> Manifest:
     missing = [chunk.name for chunk in chunks if f"{chunk.name}/{INDEX}" not in sizes]
     if missing:
         raise UnfinishedError(
-            f"{out}: missing {len(missing)} of {len(chunks)} chunks: {_shortened(missing)}. "
+            f"{out}: missing {len(missing)} of {len(chunks)} chunks: {_list_names(missing)}. "
             "Give the same `run` command again (with --rank: for the ranks that did not end)"
         )
 
@@ -124,6 +124,6 @@ def _sums(samples: Any) -> dict[str, int]:
     return {"samples": samples.num_rows, **sums}
 
 
-def _shortened(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     last = f", ... {names[-1]}" if len(names) > NAMED_CHUNKS else ""
     return ", ".join(names[:NAMED_CHUNKS]) + last

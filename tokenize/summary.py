@@ -7,7 +7,7 @@ from unitoken.storage.store import is_url
 from unitoken.tokenize.rejects import group_rejects
 
 FORGIVEN_REJECTS = 9  # so few say little about the rest
-SHOWN_KINDS = 5
+SUMMARY_KINDS = 5
 
 
 def summary(out: str, manifest: Manifest) -> str:
@@ -24,7 +24,7 @@ def summary(out: str, manifest: Manifest) -> str:
         )
     if m.rejected:
         lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
-        lines += [f"{group.items:>8,}  {group.kind}" for group in group_rejects(out)[:SHOWN_KINDS]]
+        lines += [f"{group.items:>8,}  {group.kind}" for group in group_rejects(out)[:SUMMARY_KINDS]]
     if m.samples:
         where = f"{{remote: {out}}}" if is_url(out) else f"{{local: {out}}}"
         lines.append(

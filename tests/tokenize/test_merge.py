@@ -161,9 +161,8 @@ def test_left_out_turns_are_counted_over_all_chunks(vqgan: Path, tmp_path: Path)
     items: list[dict[str, Any]] = [
         {"conversations": [greeting] * (number % 3 == 0) + turns("a", "b")} for number in range(20)
     ]
-    items.append(
-        {"conversations": [greeting, *turns("a", "b")], "image": "none.png"}
-    )  # rejected, and so not counted
+    # Rejected, and so not counted:
+    items.append({"conversations": [greeting, *turns("a", "b")], "image": "none.png"})
     run_here(
         settings(vqgan, adapter="sharegpt", chunk_size=6), write_items(tmp_path, items), tmp_path / "out"
     )

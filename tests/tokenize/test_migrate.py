@@ -32,13 +32,13 @@ def settings(**changes: Any) -> TokenizeConfig:
 
 
 def item(tokens: list[int], trained: int, **others: Any) -> dict[str, Any]:
-    """The last `trained` tokens are trained on."""
+    """Make an item of the reference whose last `trained` tokens are trained on."""
     labels = [-100] * (len(tokens) - trained) + tokens[len(tokens) - trained :]
     return {"token": tokens, "label": labels, "id": 0, "raw_image": [], **others}
 
 
 def dataset(folder: Path, values: list[Any]) -> Path:
-    """As the reference leaves it: pickles, or bytes as they are, and their list."""
+    """Write what the reference leaves: a pickle for each value (bytes as they are), and their list."""
     entries = []
     for number, value in enumerate(values):
         file = folder / f"{number}.pkl"
@@ -68,7 +68,7 @@ def records(out: Path) -> list[Record]:
     ]
 
 
-def test_the_recorded_output_of_the_reference_to_the_number(
+def test_recorded_output_of_the_reference_is_kept_exactly(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = json.loads((golden / "dev" / "A_pretokenize_cli.json").read_text())
@@ -81,7 +81,7 @@ def test_the_recorded_output_of_the_reference_to_the_number(
         {**line, "file": str(tmp_path / Path(line["file"]).name)} for line in recorded["concat_record"]
     ]
     (tmp_path / "record.json").write_text(json.dumps(entries))
-    monkeypatch.chdir(golden / "assets")  # names of images are meant from where the command runs
+    monkeypatch.chdir(golden / "assets")  # relative names of images start at the current folder
     manifest = run(tmp_path / "record.json", tmp_path / "out", settings(target_size=512))
 
     assert (manifest.items, manifest.rejected, manifest.images) == (4, 0, 3)
@@ -216,7 +216,9 @@ def test_without_images_for_datasets_that_have_none(tmp_path: Path) -> None:
     assert run(record, tmp_path / "with").rejected == 1
 
 
-def test_images_are_read_from_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_names_of_images_start_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.png").write_bytes(png())
     (tmp_path / "here" / "b.png").write_bytes(b"<html>")

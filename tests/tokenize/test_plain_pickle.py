@@ -45,9 +45,8 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_values_are_read(value: Any, protocol: int) -> None:
     assert load_plain(pickle.dumps(value, protocol), "a.pkl") == value
-    many = [
-        [n] * 3 + [str(n)] for n in range(2000)
-    ]  # more than fit in one frame or a memo number of one byte
+    # More values than fit in one frame or a memo number of one byte:
+    many = [[n] * 3 + [str(n)] for n in range(2000)]
     assert load_plain(pickle.dumps(many, protocol), "a.pkl") == many
 
 

@@ -21,7 +21,7 @@ def test_rejects_are_grouped_by_kind_the_most_frequent_first(folder: Path) -> No
     ]
 
 
-def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_are_shown_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_rejects(str(folder / "out"))
     assert capsys.readouterr().out == (
         f"{folder / 'out'}: 6 of 10 items were rejected\n"

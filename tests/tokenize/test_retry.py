@@ -38,7 +38,7 @@ def test_a_retry_takes_the_rejected_items_alone(vqgan: Path, folder: Path) -> No
         "no such image": 3,
         "no conversations": 1,
     }
-    # A second round tries what is left.
+    # A second round tries the remaining rejects.
     picture(folder / "2.png", 2)
     assert begin_retry(str(folder / "out"), ["no such image"]) == 3
     assert go_on(vqgan, folder).rejected == 3

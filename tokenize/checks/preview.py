@@ -17,7 +17,7 @@ from unitoken.storage.store import Store
 from unitoken.tokenize.checks.verify_chunks import read_root_index
 
 
-class Piece(NamedTuple):
+class Passage(NamedTuple):
     """Successive tokens of a record, as text."""
 
     kind: Literal["text", "special", "image"]
@@ -25,8 +25,8 @@ class Piece(NamedTuple):
     trained: bool  # whether the tokens are trained on
 
 
-def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[Piece]:
-    """Cut a record into pieces, in order."""
+def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[Passage]:
+    """Cut a record into passages, in order."""
     trained = record.labels() >= 0
     special_names = {getattr(vocabulary, name): token for name, token in SPECIAL_NAMES.items()}
     images = {
@@ -37,24 +37,24 @@ def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[Pie
     def is_text(position: int) -> bool:
         return position not in images and int(record.tokens[position]) not in special_names
 
-    pieces: list[Piece] = []
+    passages: list[Passage] = []
     position = 0
     while position < len(record.tokens):
         token, is_trained = int(record.tokens[position]), bool(trained[position])
         if position in images:
             end, text = images[position]
-            pieces.append(Piece("image", text, is_trained))
+            passages.append(Passage("image", text, is_trained))
         elif token in special_names:
             end = position + 1
-            pieces.append(Piece("special", special_names[token], is_trained))
+            passages.append(Passage("special", special_names[token], is_trained))
         else:
             end = position
             while end < len(record.tokens) and is_text(end) and trained[end] == is_trained:
                 end += 1
             ids = np.asarray(record.tokens[position:end], np.int64).tolist()
-            pieces.append(Piece("text", tokenizer.decode(ids), is_trained))
+            passages.append(Passage("text", tokenizer.decode(ids), is_trained))
         position = end
-    return pieces
+    return passages
 
 
 class Dataset(NamedTuple):
@@ -110,15 +110,15 @@ def show_samples(out: str, tokenizer_name: str, count: int) -> None:
         targets = int((record.labels() >= 0).sum())
         head = f"{record.id}: {len(record.tokens)} tokens, {targets} trained on, {len(record.images)} images"
         line = Text(f"{head}\n  ", style="bold")
-        for piece in describe(record, dataset.vocabulary, dataset.tokenizer):
-            line.append(piece.text, style=_style(piece))
+        for passage in describe(record, dataset.vocabulary, dataset.tokenizer):
+            line.append(passage.text, style=_style(passage))
         console.print(line, soft_wrap=True)
 
 
-def _style(piece: Piece) -> str:
-    colour = "green" if piece.trained else "default"
+def _style(passage: Passage) -> str:
+    colour = "green" if passage.trained else "default"
     return {"text": f"not bold {colour}", "special": f"not bold {colour} dim", "image": f"{colour} bold"}[
-        piece.kind
+        passage.kind
     ]
 
 

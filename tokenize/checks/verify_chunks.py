@@ -26,7 +26,7 @@ from unitoken.tokenize.job import Chunk, Work
 
 IndexEntry = dict[str, Any]  # a shard, in an index
 REJECT_KEYS = {"chunk", "file", "position", "id", "stage", "reason"}
-SHARD_NAME = re.compile(r"(chunk|retry)-[\d-]+/shard\.\d{5,}\.mds")
+ROOT_SHARD_NAME = re.compile(r"(chunk|retry)-[\d-]+/shard\.\d{5,}\.mds")
 
 
 def read_root_index(store: Store) -> list[IndexEntry]:
@@ -34,7 +34,7 @@ def read_root_index(store: Store) -> list[IndexEntry]:
     try:
         entries: list[IndexEntry] = json.loads(store.read(INDEX))["shards"]
         names = [entry["raw_data"]["basename"] for entry in entries]
-        wrong = [name for name in names if not SHARD_NAME.fullmatch(name)]
+        wrong = [name for name in names if not ROOT_SHARD_NAME.fullmatch(name)]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{store.url}/{INDEX}: no MDS index: {error!r}") from None
     if wrong:

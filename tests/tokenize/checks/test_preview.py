@@ -25,10 +25,10 @@ def dataset(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_a_record_in_pieces(dataset: Path) -> None:
+def test_a_record_is_described_in_passages(dataset: Path) -> None:
     record = list(read_records(open_store(str(dataset))))[3]
-    pieces = describe(record, Vocabulary.load(dataset / "vocabulary.json"), load_tokenizer(str(TOKENIZER)))
-    assert pieces == [
+    passages = describe(record, Vocabulary.load(dataset / "vocabulary.json"), load_tokenizer(str(TOKENIZER)))
+    assert passages == [
         ("special", "<s>", False),
         ("image", "[image 4x4]", False),
         ("text", " and ", False),

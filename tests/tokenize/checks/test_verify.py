@@ -60,7 +60,7 @@ def out(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "out"))
 
 
-def test_a_whole_dataset(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_dataset_has_no_problems(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(out)
     assert verify(str(out)) == []
     assert capsys.readouterr().out.startswith(f"{out}: 8 samples; 3 of 3 shards read, ")
@@ -404,7 +404,7 @@ def test_a_picture_rotated_by_exif_has_its_displayed_size(out: Path) -> None:
     assert list(check_sample(wider, row, rules)) == [f"tokens: uint32 ({len(tokens)},), expected uint16 (T,)"]
 
 
-def test_latents_of_lists_of_crops() -> None:
+def test_crops_have_these_sizes_in_latents() -> None:
     assert crop_latents("square", 512, 16) == {(32, 32)}
     assert {(32, 32), (16, 64), (64, 16)} <= crop_latents("aspect", 512, 16)
     assert all(height % 2 == width % 2 == 0 for height, width in crop_latents("aspect", 512, 16))
@@ -417,7 +417,7 @@ def test_a_dataset_in_compat_may_hold_forged_tokens(vqgan: Path, tmp_path: Path)
     assert verify(str(tmp_path / "out")) == []
 
 
-def test_crops_of_other_shapes(vqgan: Path, tmp_path: Path) -> None:
+def test_other_crops_are_verified(vqgan: Path, tmp_path: Path) -> None:
     picture(tmp_path / "wide.png", 1, (90, 30))
     items = [{"conversations": turns("<|image|>", "a"), "image": "wide.png"}]
     run_here(settings(vqgan, crop="aspect", target_size=32), write_items(tmp_path, items), tmp_path / "out")
@@ -452,7 +452,7 @@ def test_a_shard_outside_the_folder_is_named_and_not_read(
 
 
 @pytest.mark.cloud
-def test_a_dataset_in_a_bucket(out: Path, tmp_path: Path) -> None:
+def test_a_dataset_in_a_bucket_is_verified(out: Path, tmp_path: Path) -> None:
     from support.services import started, used
 
     (tmp_path / "server").mkdir()

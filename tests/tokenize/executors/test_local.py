@@ -43,25 +43,10 @@ def expected(source: Path, vqgan: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def command(source: Path, vqgan: Path, out: Path, splits: int = 2) -> list[str]:
-    run = [
-        sys.executable,
-        "-m",
-        "unitoken.tokenize",
-        "run",
-        "--config",
-        "yamls/tokenize/chameleon.yaml",
-        "--splits",
-        str(splits),
-    ]
-    files = ["--in_filename", str(source), "--out_dir", str(out), "--target_size", "16"]
-    return [
-        *run,
-        *files,
-        f"tokenizer={TOKENIZER}",
-        f"vision.weights={vqgan}",
-        "vision.batch_size=3",
-        "chunk_size=2",
-    ]
+    run = [sys.executable, "-m", "unitoken.tokenize", "run", "--splits", str(splits)]
+    files = ["--config", "yamls/tokenize/chameleon.yaml", "--in_filename", str(source), "--out_dir", str(out)]
+    paths = [f"tokenizer={TOKENIZER}", f"vision.weights={vqgan}"]
+    return [*run, *files, "--target_size", "16", *paths, "vision.batch_size=3", "chunk_size=2"]
 
 
 def done(out: Path) -> int:

@@ -26,7 +26,7 @@ from unitoken.tokenize.merge import merge
 from unitoken.tokenize.pipeline import tokenizer as tokenizer_module
 from unitoken.tokenize.pipeline import worker, writer
 from unitoken.tokenize.pipeline.concurrency import ITEM_BYTES, Limits
-from unitoken.tokenize.pipeline.tokenizer import Tokenizer, base_name
+from unitoken.tokenize.pipeline.tokenizer import Tokenizer
 from unitoken.tokenize.prepare import prepare
 
 
@@ -340,8 +340,3 @@ def test_a_reject_names_the_stage_that_refused_it(vqgan: Path, tmp_path: Path) -
     stages = [(line["stage"], line["reason"]) for line in rejects(tmp_path / "mine")]
     assert stages[0] == ("adapter", "adapter failed: KeyError: 'x'")
     assert [stage for stage, _ in stages] == ["adapter", "source", "adapter", "adapter"]
-
-
-def test_a_rejects_file_has_no_folder_and_no_signature() -> None:
-    assert base_name("/home/me/data/a.json") == "a.json"
-    assert base_name("https://host/data/a.jsonl?signature=secret") == "a.jsonl"
