@@ -117,9 +117,9 @@ def show_samples(out: str, tokenizer_name: str, count: int) -> None:
 
 def _style(passage: Passage) -> str:
     colour = "green" if passage.trained else "default"
-    return {"text": f"not bold {colour}", "special": f"not bold {colour} dim", "image": f"{colour} bold"}[
-        passage.kind
-    ]
+    if passage.kind == "image":
+        return f"{colour} bold"
+    return f"not bold {colour} dim" if passage.kind == "special" else f"not bold {colour}"
 
 
 def read_records(store: Store) -> Iterator[Record]:
