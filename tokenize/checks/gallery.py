@@ -84,7 +84,7 @@ def _pairs(record: Record, dataset: Dataset, codec: VisionCodec) -> Iterator[Pai
             yield Pair(kept, f"from its {codes.size} codes; the dataset has no originals")
             continue
         chance = (
-            images.crop_chance(manifest.seed, record.id, number)
+            images.crop_generator(manifest.seed, record.id, number)
             if manifest.crop_position == "random"
             else None
         )

@@ -48,7 +48,7 @@ class Rules:
 
 def crop_latents(crop: str, target_size: int, downsampling: int) -> frozenset[tuple[int, int]]:
     """The (height, width) in latents that a setting's crops can have."""
-    crops = images.crops(crop, target_size, downsampling * LATENTS_PER_GRID_UNIT)
+    crops = images.allowed_crops(crop, target_size, downsampling * LATENTS_PER_GRID_UNIT)
     return frozenset((height // downsampling, width // downsampling) for width, height in crops)
 
 
@@ -147,7 +147,7 @@ def _originals(record: Record, row: Mapping[str, Any], rules: Rules) -> Iterator
 def _unlike(data: bytes | memoryview, size: tuple[int, int], compat: bool) -> str | None:
     """Why the picture can not be one of (width, height), as far as its header says."""
     try:
-        found = images.seen_size(data, compat)
+        found = images.displayed_size(data, compat)
         if found != size:  # an orientation may stand behind the pixels: all of the picture is read for it
             found = images.decode(data, compat).size
     except ImageError as error:

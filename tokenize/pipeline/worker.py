@@ -69,7 +69,7 @@ class Tokenizer:
         )
         self._threads = job.config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
-        self._crops = images.crops(job.config.crop, job.config.target_size, unit)
+        self._crops = images.allowed_crops(job.config.crop, job.config.target_size, unit)
 
     def write_chunks(self, chunks: Iterable[Chunk], report: ReportItems) -> Times:
         """What is raised in any of the threads is raised here, and no thread outlives that."""
@@ -178,7 +178,7 @@ class Tokenizer:
         with images.decoded(data, self._compat) as image:
             crop = images.choose_crop(image.size, self._crops)
             chance = (
-                images.crop_chance(self._config.seed, item, number)
+                images.crop_generator(self._config.seed, item, number)
                 if self._config.crop_position == "random"
                 else None
             )
