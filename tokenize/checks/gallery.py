@@ -106,7 +106,7 @@ def _decoded_pairs(record: Record, dataset: Dataset, codec: VisionCodec) -> Iter
             continue
         chance = None
         if manifest.crop_position == "random":
-            chance = images.crop_chance(manifest.seed, record.id, number)
+            chance = images.crop_generator(manifest.seed, record.id, number)
         try:
             with images.decoded(data, compat=manifest.compat is not None) as original:
                 size = original.size

@@ -51,7 +51,7 @@ class Rules:
 
 def crop_latents(crop: str, target_size: int, downsampling: int) -> frozenset[tuple[int, int]]:
     """Return the (height, width) in latents that an image can have with these settings."""
-    crops = images.crops(crop, target_size, downsampling * LATENTS_PER_GRID_UNIT)
+    crops = images.allowed_crops(crop, target_size, downsampling * LATENTS_PER_GRID_UNIT)
     return frozenset((height // downsampling, width // downsampling) for width, height in crops)
 
 
@@ -157,7 +157,7 @@ def _check_originals(record: Record, row: Mapping[str, Any], rules: Rules) -> It
 def _check_original(data: bytes | memoryview, size: tuple[int, int], compat: bool) -> str | None:
     """Return why the bytes can not be a picture of (width, height), or None. Reads mostly the header."""
     try:
-        found = images.seen_size(data, compat)
+        found = images.displayed_size(data, compat)
         if found != size:  # an EXIF orientation may follow the pixels: read the whole picture for it
             found = images.decode(data, compat).size
     except ImageError as error:

@@ -47,7 +47,7 @@ class Tokenizer:
         self._pictures = PictureReader(config.allow_http, config.allow_private, config.timeout_seconds)
         self.threads = config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
-        self._crops = images.crops(config.crop, config.target_size, unit)
+        self._crops = images.allowed_crops(config.crop, config.target_size, unit)
 
     def conversations(self, chunk: Chunk, rejects: Rejects) -> Iterator[Item]:
         """Read a chunk's items and parse their conversations."""
@@ -100,7 +100,7 @@ class Tokenizer:
             crop = images.choose_crop(image.size, self._crops)
             chance = None
             if self._config.crop_position == "random":
-                chance = images.crop_chance(self._config.seed, item_id, number)
+                chance = images.crop_generator(self._config.seed, item_id, number)
             return Picture(data, image.size, images.tokenizer_pixels(image, crop, chance))
 
     def assemble(self, item: Item) -> Sample:

@@ -40,7 +40,7 @@ def test_each_image_is_shown_beside_its_decoded_codes(folder: Path, vqgan: Path,
     codec = load_vision(settings(vqgan).vision)
     for number in range(2):
         original = images.decode((folder / f"{number}.png").read_bytes())
-        cut = images.tokenizer_pixels(original, (16, 16), images.crop_chance(0, "a<b", number))
+        cut = images.tokenizer_pixels(original, (16, 16), images.crop_generator(0, "a<b", number))
         sheet = np.asarray(Image.open(tmp_path / "page" / f"0000-{number}.png"))
         assert (sheet[:, :16] == cut).all()
         assert (sheet[:, 16 + GAP :] == codec.decode(codec.encode([cut]))[0]).all()
