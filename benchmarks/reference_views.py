@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unitoken.dataset.vision_views import Views, _inside
+from unitoken.dataset.vision_views import Views, _fit_into
 
 
 def processor(views: Views) -> Any:
@@ -25,7 +25,7 @@ def reference_pixels(data: bytes, views: Views, process: Any) -> torch.Tensor:
     if not views.anyres:
         return process.preprocess(image, return_tensors="pt")["pixel_values"]
     across, down = views.canvas(*image.size)
-    width, height = _inside(image.size, (across * size, down * size))
+    width, height = _fit_into(image.size, (across * size, down * size))
     canvas = Image.new("RGB", (across * size, down * size), (0, 0, 0))
     canvas.paste(image.resize((width, height)), ((across * size - width) // 2, (down * size - height) // 2))
     tiles = [
