@@ -61,7 +61,7 @@ def write_manifest(folder: Path, count: int) -> None:
     (folder / "manifest.json").write_bytes(manifest.dump())
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_all(folder: Path, count: int) -> None:
@@ -170,7 +170,7 @@ def write_litdata(folder: Path, count: int) -> None:
     )
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def our_loader(folder: Path, workers: int = 0, **settings: Any) -> PackedLoader:
