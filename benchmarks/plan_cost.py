@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_cost FOLDER
 
-It runs in a process of its own without torch, so that the process's peak memory is the plan's. The last line is one
-JSON object.
+It runs in a process of its own without torch, so that the process's peak memory is the plan's. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class Setting:
 
 
 def ours(connection: Connection, setting: Setting) -> None:
-    """Serve requests until None: `("worker", rank, ranks)` for a worker's figures, `("encoder",)` for its rate."""
+    """Answer requests until None.
+
+    `("worker", rank, ranks)` gets a worker's figures, `("encoder",)` the rate of the image tokenizer alone.
+    """
     if setting.device == "cpu":
         torch.set_num_threads(1)
         keep_freed_memory()  # as the worker does, so that the encoder alone has it too
@@ -68,7 +71,7 @@ def _worker_figures(setting: Setting, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def _encoder_rate(setting: Setting, vision: Any) -> float:
-    """Measure the images per second of the image tokenizer alone, with two batches in flight as in the worker."""
+    """Measure the images per second of the image tokenizer alone, with two batches in flight as a worker."""
     size = setting.config.target_size
     batch = list(
         np.random.default_rng(0).integers(0, 256, (setting.config.vision.batch_size, size, size, 3), np.uint8)
@@ -86,7 +89,7 @@ def _encoder_rate(setting: Setting, vision: Any) -> float:
 
 
 def baseline(connection: Connection, setting: Setting) -> None:
-    """Serve requests until None: (torch's threads, items) for the images per second of the reference's loop."""
+    """Answer (torch's threads, items) with the images per second of the reference's loop, until None."""
     vision = load_vision(setting.config.vision, setting.device)
     tokenizer = load_tokenizer(setting.config.tokenizer)
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
@@ -112,8 +115,8 @@ def _reference_step(
 ) -> None:
     """Do with one item what UniToken's `pretokenize` does.
 
-    The image is opened, cropped and encoded alone; tokens and labels are lists and go into a pickle; then a line in
-    the record and the number of the item are written.
+    The image is opened, cropped and encoded alone; tokens and labels are lists and go into a pickle; then a
+    line in the record and the number of the item are written.
     """
     image = Image.open(io.BytesIO((setting.source.parent / item["image"][0]).read_bytes()))
     image.load()

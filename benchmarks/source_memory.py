@@ -2,8 +2,8 @@
 
     python benchmarks/source_memory.py [--items 10000000] [--folder /tmp]
 
-Writes text items into a temporary folder (about 1.6 GB for 10 million) and removes it. Each figure is measured in
-a process of its own. The last line is one JSON object.
+Writes text items into a temporary folder (about 1.6 GB for 10 million) and removes it. Each figure is
+measured in a process of its own. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,11 @@ def cut_here(items: str, pieces: str) -> list[float]:
 
 
 def read_here(pieces: str) -> list[float]:
-    """Read a chunk from the middle. Returns the seconds to its first item, and MB: the peak, and above imports."""
+    """Read a chunk from the middle.
+
+    Returns:
+        The seconds to its first item, the peak memory in MB, and what of it came after the imports.
+    """
     from unitoken.tokenize.sources.reader import Input, read_piece
 
     before = _peak_mb()
@@ -55,7 +60,8 @@ def read_here(pieces: str) -> list[float]:
     items = read_piece(source, len(source.pieces) // 2)
     next(items)
     seconds = time.perf_counter() - start
-    assert sum(1 for _ in items) == CHUNK_SIZE - 1
+    if sum(1 for _ in items) != CHUNK_SIZE - 1:
+        raise RuntimeError("the chunk does not have the items that it should")
     peak = _peak_mb()
     return [seconds, peak, peak - before]
 
@@ -67,7 +73,11 @@ def read_as_worker_here(pieces: str) -> list[float]:
     return read_here(pieces)
 
 
-CHILDREN = {"cut": cut_here, "read": read_here, "worker": read_as_worker_here}
+CHILDREN: dict[str, Callable[..., list[float]]] = {
+    "cut": cut_here,
+    "read": read_here,
+    "worker": read_as_worker_here,
+}
 
 
 # --- in the benchmark's process --------------------------------------------------------------------
@@ -87,7 +97,7 @@ def write_items(path: Path, items: int) -> None:
 
 
 def child(task: str, *arguments: object) -> list[float]:
-    """Run one of CHILDREN. Returns the seconds from the process's start to its end, and the task's figures."""
+    """Run one of CHILDREN. Returns the seconds from the process's start to its end, and its figures."""
     start = time.perf_counter()
     # Not by the file's path: then benchmarks/streaming.py would take the place of the package `streaming`.
     command = [sys.executable, "-m", "benchmarks.source_memory", "--child", task, *map(str, arguments)]
@@ -96,7 +106,7 @@ def child(task: str, *arguments: object) -> list[float]:
 
 
 def measure(items: int, folder: str | None = None) -> dict[str, float]:
-    """Measure a JSONL file of `items` items (`source_10m_*`) and a JSON list of a tenth of them (`list_*`)."""
+    """Measure a JSONL file of `items` items (`source_10m_*`) and a JSON list of a tenth of it (`list_*`)."""
     results: dict[str, float] = {"source_items": items}
     inputs = (("source_10m", "jsonl", items), ("list", "json", max(CHUNK_SIZE, items // LIST_SHARE)))
     with tempfile.TemporaryDirectory(dir=Path(folder).absolute() if folder else None) as temporary:
