@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from support.bad_inputs import damaged, lies
+from support.bad_inputs import damaged, wrong_json
 from support.small_datasets import make_record, small_vocabulary, write_dataset
 from support.tars import tar_of
 from support.tokenizing import TOKENIZER, png, tiny_vqgan, turns
@@ -109,7 +109,7 @@ def test_sources(suffix: str, tmp_path: Path) -> None:
     found = outcomes(damaged(content, 0, 70), path, use)
     assert found["error"] > 5
     if suffix == "json":
-        outcomes(lies(content), path, use)
+        outcomes(wrong_json(content), path, use)
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: P
 
     cases = list(damaged(content, 1, 40))
     if name.endswith(".json"):
-        cases += list(lies(content, 250))
+        cases += list(wrong_json(content, 250))
     for use in (train, look):
         outcomes(iter(cases), folder / name, use)
 
@@ -230,7 +230,7 @@ def test_model_folders(name: str, tmp_path: Path) -> None:
         else:
             decoder_source(str(folder)).load()
 
-    cases = list(damaged(content, 3, 60)) + (list(lies(content)) if name.endswith(".json") else [])
+    cases = list(damaged(content, 3, 60)) + (list(wrong_json(content)) if name.endswith(".json") else [])
     outcomes(iter(cases), folder / name, use)
 
 
@@ -254,5 +254,5 @@ def test_text_tokenizers(name: str, tmp_path: Path) -> None:
     def use() -> None:
         load_tokenizer(str(folder)).get_vocab()
 
-    cases = list(damaged(content, 5, 20)) + list(lies(content, 60))
+    cases = list(damaged(content, 5, 20)) + list(wrong_json(content, 60))
     outcomes(iter(cases), folder / name, use)
