@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.codec.conversations import ItemError, brief, item_id, shown
+from unitoken.codec.conversations import ItemError, brief, item_id, short_name
 from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.errors import ConfigError
@@ -146,7 +146,7 @@ class Migration:
         value = load_plain(_read(Path(name)), name)
         if not isinstance(value, dict) or not isinstance(tokens := value.get("token"), list):
             raise ItemError(
-                f"bad pickle: {shown(name)}: expected a dict with 'token' and 'label', found {brief(value)}"
+                f"bad pickle: {short_name(name)}: expected a dict with 'token' and 'label', found {brief(value)}"
             )
         if entry.get("len", len(tokens)) != len(tokens):
             raise ItemError(f"length differs: {len(tokens)} tokens, the record says {brief(entry['len'])}")
@@ -209,7 +209,7 @@ class Migration:
                 with images.decoded(originals[-1], compat=True) as image:
                     sizes.append(image.size)
             except ImageError as error:
-                raise ItemError(f"unusable image: {shown(name)}: {error}") from None
+                raise ItemError(f"unusable image: {short_name(name)}: {error}") from None
         return _with(record, originals), sizes
 
 
@@ -243,14 +243,14 @@ def load_plain(data: bytes, name: str) -> object:
         if code not in _COUNTED:
             known = [op.name for op in pickletools.opcodes if op.code.encode("latin-1") == code]
             raise ItemError(
-                f"not a plain pickle: {shown(name)}: {known[0] if known else 'no pickle'} at byte {at}"
+                f"not a plain pickle: {short_name(name)}: {known[0] if known else 'no pickle'} at byte {at}"
             )
         width = _COUNTED[code]
         at = _end(data, at + 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little"))
     try:
         return _Plain(io.BytesIO(data)).load()
     except Exception as error:  # bytes that are allowed one by one in an order that is not
-        raise ItemError(f"not a plain pickle: {shown(name)}: {error}") from None
+        raise ItemError(f"not a plain pickle: {short_name(name)}: {error}") from None
 
 
 def _end(data: bytes, start: int) -> int:
@@ -270,13 +270,13 @@ class _Plain(pickle.Unpickler):
 def _read(path: Path) -> bytes:
     try:
         if not path.is_file():  # before it is opened: a pipe would never end
-            raise ItemError(f"no such pickle: {shown(str(path))}")
+            raise ItemError(f"no such pickle: {short_name(str(path))}")
         if (size := path.stat().st_size) > MAX_PICKLE:
             raise ItemError(
-                f"pickle too large: {shown(str(path))}: {size} bytes, at most {MAX_PICKLE} are read"
+                f"pickle too large: {short_name(str(path))}: {size} bytes, at most {MAX_PICKLE} are read"
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ItemError):
             raise
-        raise ItemError(f"pickle not readable: {shown(str(path))}: {error}") from None
+        raise ItemError(f"pickle not readable: {short_name(str(path))}: {error}") from None

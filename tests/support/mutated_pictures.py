@@ -1,7 +1,7 @@
 """Pictures damaged with knowledge of their format, where `bad_inputs.damaged` knows only bytes.
 
-Lies in header fields; pieces dropped, repeated, moved or taken from another picture. The check sums of a PNG are made right
-again, so that its decoder goes on.
+Lies in header fields; pieces dropped, repeated, moved or taken from another picture. The check sums of a PNG
+are made right again, so that its decoder goes on.
 """
 
 from __future__ import annotations

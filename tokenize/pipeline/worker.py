@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from unitoken.codec.conversations import Conversation, ItemError, item_id, parse, refuse_empty, shown
+from unitoken.codec.conversations import Conversation, ItemError, item_id, parse, refuse_empty, short_name
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
@@ -135,7 +135,7 @@ class Tokenizer:
         return Place(item.piece, _file_name(self.job.input.files[item.file].name), item.position, name)
 
     def _adapt(self, _: Place, item: reader.Item) -> tuple[dict[str, Any], str]:
-        return self._adapter(item.value), reader.base(self.job.input, item.file)  # type: ignore[arg-type]
+        return self._adapter(item.value), reader.folder_of(self.job.input, item.file)  # type: ignore[arg-type]
 
     def _parse(self, place: Place, value: tuple[dict[str, Any], str]) -> tuple[Conversation, str]:
         conversation = parse(value[0], place.id)
@@ -168,7 +168,7 @@ class Tokenizer:
             try:
                 picture = self._crop(data, conversation.id, number)
             except ImageError as error:
-                raise ItemError(f"unusable image: {shown(source)}: {error}") from None
+                raise ItemError(f"unusable image: {short_name(source)}: {error}") from None
             tokens += image_tokens(*(side // self.vision.downsampling for side in picture.pixels.shape[:2]))
             check_length(tokens, self._config.max_tokens, "tokens in its images alone")
             pictures.append(picture)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.tokenizing import tiny_model, tiny_transformers, vision_config
-from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision, nearest
+from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision, nearest_codes
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
@@ -71,7 +71,7 @@ def test_flat_pictures_keep_their_codes(golden: Path) -> None:
     found = load(folder).encode(flat)
     exact = load_network("chameleon", find_image_tokenizer(vision_config(folder))).double()
     x = torch.tensor(flat).permute(0, 3, 1, 2).contiguous().double() / 255 * 2 - 1
-    expected = nearest(exact.latents(x), exact.quantize.embedding.weight.float()).numpy()
+    expected = nearest_codes(exact.latents(x), exact.quantize.embedding.weight.float()).numpy()
     assert (found == expected).mean() > 0.98
 
 
@@ -226,15 +226,14 @@ def test_settings_of_others_are_left_as_they_were(vqgan: Path) -> None:
     assert now == before
 
 
-def test_many_distances_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_distances_are_compared_in_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     latents, codebook = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(64, 4, generator=generator)
-    expected = nearest(latents, codebook)
-    monkeypatch.setattr("unitoken.codec.image_tokenizer.encoder.DISTANCES", 640)
-    assert (nearest(latents, codebook) == expected).all()
+    expected = nearest_codes(latents, codebook)
+    assert (nearest_codes(latents, codebook, max_distances=640) == expected).all()
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------
 
 
 @GPU

@@ -22,7 +22,7 @@ from unitoken.codec.conversations import Conversation, ItemError, parse
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.sources.adapters import ADAPTERS, adapter_fingerprint, find_adapter
 from unitoken.tokenize.sources.pictures import PictureReader
-from unitoken.tokenize.sources.reader import base, cut, find_files, item_name, read_piece
+from unitoken.tokenize.sources.reader import cut, find_files, folder_of, item_name, read_piece
 
 EXAMPLE = DATA / "my_format.py"
 
@@ -39,7 +39,7 @@ def sample(**files: object) -> dict[str, object]:
     return {"__key__": "a/000012", **{suffix.replace("_", "."): content for suffix, content in files.items()}}
 
 
-# --- the same records in every format --------------------------------------------------------------------------------
+# --- the same records in every format -----------------------------------------------------------------------
 
 
 def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, golden: Path) -> None:
@@ -96,12 +96,14 @@ def items_of(path: Path) -> list[tuple[str, object, list[bytes]]]:
     for piece in range(len(source.pieces)):
         for item in read_piece(source, piece):
             conversation = parse(adapter(item.value), item_name(source, item))  # type: ignore[arg-type]
-            images = [pictures.read(base(source, item.file), image, 1 << 30) for image in conversation.images]
+            images = [
+                pictures.read(folder_of(source, item.file), image, 1 << 30) for image in conversation.images
+            ]
             result.append((conversation.id, conversation.turns, images))
     return result
 
 
-# --- standard --------------------------------------------------------------------------------------------------------
+# --- standard -----------------------------------------------------------------------------------------------
 
 
 def test_standard_leaves_items_as_they_are() -> None:
@@ -135,7 +137,7 @@ def test_standard_wants_a_json_in_a_tar() -> None:
         find_adapter("standard")(sample(jpg=b"1"))
 
 
-# --- ShareGPT and LLaVA ----------------------------------------------------------------------------------------------
+# --- ShareGPT and LLaVA -------------------------------------------------------------------------------------
 
 
 def test_llava_becomes_the_standard() -> None:
@@ -200,7 +202,7 @@ def test_roles_in_the_wrong_place_are_rejects(roles: list[str]) -> None:
         adapted("sharegpt", {"conversations": [{"from": role, "value": "a"} for role in roles]})
 
 
-# --- messages --------------------------------------------------------------------------------------------------------
+# --- messages -----------------------------------------------------------------------------------------------
 
 
 def message(role: str, content: object) -> dict[str, object]:
@@ -248,7 +250,7 @@ def test_parts_of_another_kind_are_rejects(content: object) -> None:
         adapted("messages", {"messages": [message("user", content), message("assistant", "b")]})
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------------------
 
 PAIRS: list[tuple[dict[str, Any], object]] = [
     (sample(jpg=b"1", txt="A cat.\n"), b"1"),
@@ -300,7 +302,7 @@ def test_halves_of_pairs_are_rejects(name: str, raw: dict[str, Any], words: str)
         adapted(name, raw)
 
 
-# --- any value, and a user's own -------------------------------------------------------------------------------------
+# --- any value, and a user's own ----------------------------------------------------------------------------
 
 keys = st.sampled_from(
     [
@@ -405,7 +407,7 @@ def test_fingerprints_follow_the_file_and_not_its_place(tmp_path: Path) -> None:
     assert adapter_fingerprint("sharegpt") == "sharegpt"
 
 
-# --- pictures and placeholders that other formats name ----------------------------------------------------------------
+# --- pictures and placeholders that other formats name ------------------------------------------------------
 
 
 @pytest.mark.parametrize(

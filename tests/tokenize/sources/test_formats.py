@@ -24,18 +24,23 @@ from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError
 from unitoken.tokenize.sources import json_files, reader, tars
-from unitoken.tokenize.sources.reader import Input, base, cut, find_files, item_name, read_piece
+from unitoken.tokenize.sources.base import SourceFile
+from unitoken.tokenize.sources.reader import Input, cut, find_files, item_name, read_piece
 
 
 def source_of(path: Path, chunk_size: int = 10) -> Input:
     return cut(find_files([str(path)]), chunk_size)
 
 
+def opened(path: Path, **limits: int) -> SourceFile:
+    return SourceFile(Folder(path.parent), path.name, path.stat().st_size, str(path), **limits)
+
+
 def whole(source: Input) -> list[Any]:
     return [item.value for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -66,12 +71,14 @@ def test_a_list_is_what_json_loads_says_for_any_window_and_any_piece(
 ) -> None:
     values, text = content
     (tmp_path / "i.json").write_bytes(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "BLOCK_BYTES", window)
-        source = source_of(tmp_path / "i.json", chunk_size)
-        assert whole(source) == values
-    assert source.items == len(values)
-    assert len(source.pieces) == -(-len(values) // chunk_size)
+    file = opened(tmp_path / "i.json", block_bytes=window)
+    spans = list(json_files.list_spans(file, chunk_size))
+    pieces = [list(json_files.list_values(file, span.start, span.end, None)) for span in spans]
+    assert [value for piece in pieces for _, value in piece] == values
+    assert [number for number, _ in pieces[-1]] == list(range(len(pieces[-1])))
+    assert [span.items for span in spans] == [len(piece) for piece in pieces]
+    assert len(spans) == -(-len(values) // chunk_size)
+    assert whole(source_of(tmp_path / "i.json", chunk_size)) == values
 
 
 @given(json_lists(), st.data())
@@ -110,14 +117,16 @@ def test_lines_are_what_json_loads_says(
         json.dumps(value, ensure_ascii=False) + end for value, end in zip(values, ends, strict=True)
     )
     (tmp_path / "i.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "BLOCK_BYTES", window)
-        assert whole(source_of(tmp_path / "i.jsonl", chunk_size)) == values
+    file = opened(tmp_path / "i.jsonl", block_bytes=window)
+    spans = list(json_files.line_spans(file, chunk_size))
+    pieces = [list(json_files.line_values(file, span.start, span.end, None)) for span in spans]
+    assert [value for piece in pieces for _, value in piece] == values
+    assert whole(source_of(tmp_path / "i.jsonl", chunk_size)) == values
 
 
 def test_a_long_element_is_scanned_a_few_times_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows double: 1000 blocks are not 1000 scans."""
-    scans = []
+    scans: list[int] = []
 
     class Scanner:
         def raw_decode(self, text: str, at: int) -> tuple[object, int]:
@@ -125,13 +134,15 @@ def test_a_long_element_is_scanned_a_few_times_only(tmp_path: Path, monkeypatch:
             return json.JSONDecoder().raw_decode(text, at)
 
     monkeypatch.setattr(json_files, "SCANNER", Scanner())
-    monkeypatch.setattr(base, "BLOCK_BYTES", 100)
     (tmp_path / "i.json").write_text(json.dumps(["x" * 100_000]))
-    assert len(whole(source_of(tmp_path / "i.json"))[0]) == 100_000
-    assert len(scans) < 2 * 14
+    file = opened(tmp_path / "i.json", block_bytes=100)
+    (span,) = json_files.list_spans(file, 10)
+    ((_, value),) = json_files.list_values(file, span.start, span.end, None)
+    assert value == "x" * 100_000
+    assert 2 < len(scans) < 2 * 14
 
 
-# --- tars ------------------------------------------------------------------------------------------------------------
+# --- tars ---------------------------------------------------------------------------------------------------
 
 
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
@@ -164,8 +175,7 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
     assert [item.value["__key__"] for item in read_piece(source, 1, {1})] == ["a/00003"]  # type: ignore[index]
 
 
-def test_bad_samples_are_counted_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tars, "MAX_ITEM_BYTES", 1000)
+def test_bad_samples_are_counted_in_their_place(tmp_path: Path) -> None:
     members = [
         ("good.txt", b"1"),
         ("bad.json", b"{"),
@@ -177,7 +187,8 @@ def test_bad_samples_are_counted_in_their_place(tmp_path: Path, monkeypatch: pyt
         ("README", b"no suffix"),
         ("last.txt", b"2"),
     ]
-    first, *bad, last = whole(source_of(tar_of(tmp_path / "i.tar", members)))
+    path = tar_of(tmp_path / "i.tar", members)
+    first, *bad, last = [value for _, value in tars.tar_values(opened(path, max_item_bytes=1000), None)]
     assert (first, last) == ({"__key__": "good", "txt": "1"}, {"__key__": "last", "txt": "2"})
     assert [str(error) for error in bad] == [
         "not readable as JSON: bad.json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
@@ -258,7 +269,7 @@ def test_names_that_are_not_unicode_can_be_written_down(tmp_path: Path) -> None:
     assert item_name(source, item) == "caf\\xe9"
 
 
-# --- Parquet and Arrow -----------------------------------------------------------------------------------------------
+# --- Parquet and Arrow --------------------------------------------------------------------------------------
 
 
 def some_rows(count: int) -> list[dict[str, Any]]:

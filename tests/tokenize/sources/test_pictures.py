@@ -42,7 +42,7 @@ def reason(source: str | bytes, **settings: Any) -> str:
     return str(error.value)
 
 
-# --- files and the item itself ---------------------------------------------------------------------------------------
+# --- files and the item itself ------------------------------------------------------------------------------
 
 
 def test_paths_start_at_the_folder_of_the_source_unless_they_are_absolute(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_images_are_limited_in_bytes_before_they_are_read(tmp_path: Path, served
         assert reason(source).endswith(f": 1000 bytes are left of {pictures.MAX_ITEM_BYTES} for an item")
 
 
-# --- object stores ---------------------------------------------------------------------------------------------------
+# --- object stores ------------------------------------------------------------------------------------------
 
 
 class Store:
@@ -143,7 +143,7 @@ def test_other_schemes_are_not_allowed(source: str) -> None:
     assert reason(source).startswith("image not allowed: ")
 
 
-# --- the web ---------------------------------------------------------------------------------------------------------
+# --- the web ------------------------------------------------------------------------------------------------
 
 
 def test_images_come_from_the_web_where_the_settings_allow_it(served: Server) -> None:  # noqa: F811

@@ -9,9 +9,10 @@ import pytest
 from support.served import Server, served  # noqa: F401 - a fixture
 from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
-from unitoken.tokenize.sources import base as formats
-from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.reader import Input, Item, base, cut, find_files, item_name, read_piece
+from unitoken.storage.folder import Folder
+from unitoken.tokenize.sources import json_files, patterns, reader
+from unitoken.tokenize.sources.base import SourceFile
+from unitoken.tokenize.sources.reader import Input, Item, cut, find_files, folder_of, item_name, read_piece
 
 
 def whole(source: Input) -> list[object]:
@@ -27,7 +28,7 @@ def names(files: list[reader.InputFile]) -> list[str]:
     return [Path(file.name).name for file in files]
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def test_files_come_in_the_order_of_their_names_within_a_glob_and_as_given_over_globs(tmp_path: Path) -> None:
@@ -72,8 +73,8 @@ def test_globs_over_a_store_stay_in_their_folder(monkeypatch: pytest.MonkeyPatch
             assert prefix == "x-"
             return dict.fromkeys(["x-2.tar", "x-1.tar", "x-1.tar.txt", "x-y/x-3.tar"], 1)
 
-    monkeypatch.setattr(reader, "open_store", lambda url: {"s3://bucket/data": Store()}[url])
-    assert reader._matches("s3://bucket/data/x-*.tar") == [
+    monkeypatch.setattr(patterns, "open_store", lambda url: {"s3://bucket/data": Store()}[url])
+    assert patterns.expand("s3://bucket/data/x-*.tar") == [
         "s3://bucket/data/x-1.tar",
         "s3://bucket/data/x-2.tar",
     ]
@@ -90,21 +91,19 @@ def test_relative_images_start_where_the_file_is() -> None:
             "https://host/x/a.json?key=a/b",
         )
     ]
-    found = [base(Input(files=files, pieces=[]), number) for number in range(len(files))]
+    found = [folder_of(Input(files=files, pieces=[]), number) for number in range(len(files))]
     assert found == ["data", ".", "/", "s3://bucket/x", "https://host/x"]
 
 
-def test_versions_follow_the_content_and_not_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for hashed in (reader.HASHED_BYTES, 1000):  # all of it, and blocks of it
-        monkeypatch.setattr(reader, "HASHED_BYTES", hashed)
-        one, same, other = (
-            write(tmp_path / name, content * 100_000)
-            for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac"))
-        )
-        versions = [file.version for file in find_files([one, same, other])]
-        assert versions[0] == versions[1] != versions[2]
+@pytest.mark.parametrize("whole_bytes", [reader.HASHED_WHOLE_BYTES, 1000])  # all of it, and blocks of it
+def test_versions_follow_the_content_and_not_the_name(tmp_path: Path, whole_bytes: int) -> None:
+    for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac")):
+        write(tmp_path / name, content * 100_000)
+    store = Folder(tmp_path)
+    one, same, other = (reader.content_version(store, name, 200_000, whole_bytes) for name in "123")
+    assert one == same != other
+    if whole_bytes == reader.HASHED_WHOLE_BYTES:
+        assert [file.version for file in find_files([str(tmp_path / "1")])] == [one]
 
 
 def test_the_fingerprint_is_of_content_and_borders(tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_the_fingerprint_is_of_content_and_borders(tmp_path: Path) -> None:
     assert len({fingerprint(one, 2), fingerprint(one, 1), fingerprint(other, 2)}) == 3
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+# --- pieces -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("items", "size"), [(1, 1), (10, 3), (9, 3), (2, 5)])
@@ -177,7 +176,7 @@ def test_json_and_jsonl_hold_the_same(tmp_path: Path) -> None:
         assert whole(cut(find_files([str(tmp_path / name)]), 10)) == items
 
 
-# --- what is damaged -------------------------------------------------------------------------------------------------
+# --- what is damaged ----------------------------------------------------------------------------------------
 
 
 def test_a_bad_line_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
@@ -232,15 +231,19 @@ def test_a_last_line_without_its_end_is_whole_if_it_can_be_read(tmp_path: Path) 
     assert whole(cut(find_files([write(tmp_path / "i.jsonl", '1\n{"a": 2}')]), 10)) == [1, {"a": 2}]
 
 
-def test_items_are_limited_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unitoken.tokenize.sources import json_files
+def test_items_are_limited_in_bytes(tmp_path: Path) -> None:
+    def opened(name: str, content: str) -> SourceFile:
+        write(tmp_path / name, content)
+        return SourceFile(Folder(tmp_path), name, len(content), name, block_bytes=64, max_item_bytes=100)
 
-    monkeypatch.setattr(json_files, "MAX_ITEM_BYTES", 100)
-    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
-    one, long, two = whole(cut(find_files([write(tmp_path / "i.jsonl", f'1\n"{"x" * 500}"\n2\n')]), 10))
+    file = opened("i.jsonl", f'1\n"{"x" * 500}"\n2\n')
+    (span,) = json_files.line_spans(file, 10)
+    one, long, two = [value for _, value in json_files.line_values(file, span.start, span.end, None)]
     assert (one, two, str(long)) == (1, 2, "item too large: more than 100 bytes")
-    one, long = whole(cut(find_files([write(tmp_path / "i.json", f'[1, "{"x" * 500}", 2]')]), 10))
-    assert str(long) == "input cut: at byte 4 of 510: an item of more than 100 bytes"
+    file = opened("i.json", f'[1, "{"x" * 500}", 2]')
+    (span,) = json_files.list_spans(file, 10)
+    assert [value for _, value in json_files.list_values(file, span.start, span.end, None)] == [1]
+    assert (span.items, span.cut) == (2, "at byte 4 of 510: an item of more than 100 bytes")
 
 
 @pytest.mark.parametrize(
@@ -287,14 +290,14 @@ def test_a_file_that_is_no_longer_the_one_that_was_cut_is_refused(
         whole(source)
 
 
-# --- https -----------------------------------------------------------------------------------------------------------
+# --- https --------------------------------------------------------------------------------------------------
 
 
 def test_a_source_behind_a_url_is_read_by_ranges(served: Server) -> None:  # noqa: F811
     served.files["/x/i.jsonl"] = b"1\n2\n3\n"
     source = cut(find_files([f"{served.url}/x/i.jsonl?key=a/b"]), 2)
     assert (whole(source), source.files[0].format, source.files[0].size) == ([1, 2, 3], "jsonl", 6)
-    assert base(source, 0) == f"{served.url}/x"
+    assert folder_of(source, 0) == f"{served.url}/x"
     with pytest.raises(ConfigError, match="No such file"):
         find_files([f"{served.url}/none.jsonl"])
 

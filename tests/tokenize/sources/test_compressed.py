@@ -144,13 +144,20 @@ def test_a_bomb_is_cut(tmp_path: Path) -> None:
         for _ in range(1200):
             stream.write(b"{}".ljust((1 << 20) - 1) + b"\n")
     program = f"""
-import re, sys
-sys.path.insert(0, "tests")
-from unitoken.tokenize.sources import unpacked
-unpacked.MOST_RATIO = 0
-from support.read_sources import whole
+import re
 from pathlib import Path
-print(len(whole(Path({str(path)!r}))), str(whole(Path({str(path)!r}))[-1].value)[:90])
+from unitoken.storage.folder import Folder
+from unitoken.tokenize.sources.base import SourceFile
+from unitoken.tokenize.sources.compressed import compressed_values
+from unitoken.tokenize.sources.json_files import line_values
+
+def read_all(file):
+    return line_values(file, 0, file.size, None)
+
+path = Path({str(path)!r})
+file = SourceFile(Folder(path.parent), path.name, path.stat().st_size, str(path))
+values = [value for _, value in compressed_values(file, ".gz", read_all, None, max_ratio=0)]
+print(len(values), str(values[-1])[:90])
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
