@@ -36,15 +36,16 @@ def _rows(file: SourceFile, delimiter: str) -> Iterator[object]:
 
     try:
         names = _column_names(file, delimiter)
-        repeated = [name for name in names if names.count(name) > 1]
-        if repeated:
-            yield ItemError(f"input cut: two columns are called {repeated[0]!r}")
-        else:
-            yield from _rows_by_name(file, delimiter, names)
     except StoreError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield ItemError(f"input cut: not readable as CSV: {one_line(error, 200)}")
+        return
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        yield ItemError(f"input cut: two columns are called {repeated[0]!r}")
+    else:
+        yield from _rows_by_name(file, delimiter, names)
 
 
 def _column_names(file: SourceFile, delimiter: str) -> list[str]:
@@ -54,22 +55,32 @@ def _column_names(file: SourceFile, delimiter: str) -> list[str]:
 
 
 def _rows_by_name(file: SourceFile, delimiter: str, names: list[str]) -> Iterator[object]:
-    """Yield the rows block by block. The last block is held back until the end of the file is known."""
+    """Yield the rows block by block. The last block is held back until it is known how the file ends."""
+    import pyarrow
+
     rows: list[Any] = []
     ragged: list[ItemError] = []  # filled by pyarrow while it reads a block
     ragged_of_block: list[ItemError] = []
+    cut: str | None = None
     with file.open() as stream:
         checked = _Utf8Stream(stream)
-        with _open_csv(checked, file.block_bytes, delimiter, names, ragged) as reader:
-            for block in reader:
-                yield from [*rows, *ragged_of_block]
-                rows, ragged_of_block = block.to_pylist(), list(ragged)
-                ragged.clear()
-    if rows and _is_never_closed(rows[-1], checked.tail):
-        rows[-1] = ItemError("input cut: a quote that is opened in this row is never closed")
+        try:
+            with _open_csv(checked, file.block_bytes, delimiter, names, ragged) as reader:
+                for block in reader:
+                    yield from [*rows, *ragged_of_block]
+                    rows, ragged_of_block = block.to_pylist(), list(ragged)
+                    ragged.clear()
+        except StoreError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            cut = f"not readable as CSV: {one_line(error, 200)}"
+    if cut is None:
+        cut = checked.broken
+        if rows and _is_never_closed(rows[-1], checked.tail):
+            rows[-1] = ItemError("input cut: a quote that is opened in this row is never closed")
     yield from [*rows, *ragged_of_block, *ragged]
-    if checked.broken:
-        yield ItemError(f"input cut: {checked.broken}")
+    if cut is not None:
+        yield ItemError(f"input cut: {cut}")
 
 
 def _open_csv(
