@@ -53,7 +53,7 @@ class VisionCodec(Protocol):
     fingerprint: str
     """The fingerprint of the weights."""
 
-    def begin(self, pictures: Sequence[Pixels]) -> Pending:
+    def begin(self, pictures: Sequence[Pixels] | Pixels) -> Pending:
         """Start to encode a batch of pictures of one size; on a GPU, return before the codes are ready."""
         ...
 
