@@ -1,7 +1,7 @@
 """Pictures that are damaged with knowledge of their format; `bad_inputs.damaged` knows only bytes.
 
-Header fields get wrong values; parts are dropped, repeated, moved or taken from another picture. The checksums
-of a PNG are corrected, so that its decoder goes on.
+Header fields get wrong values; parts are dropped, repeated, moved or taken from another picture. The
+checksums of a PNG are corrected, so that its decoder goes on.
 """
 
 from __future__ import annotations

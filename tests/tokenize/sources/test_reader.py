@@ -168,6 +168,10 @@ def test_a_bad_element_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
         ("i.json", "[1, 2, nul, 4]", "at byte 7 of 14: Expecting value, found 'nul, 4]'"),
         ("i.json", "[1, 2][3]", "at byte 6 of 9: expected nothing after the list, found '[3]'"),
         ("i.json", "[1, 2, " + "[" * 100_000, "at byte 7 of 100007: an item is nested too deeply"),
+        # An error at a quote, far from the end of the file: a string without an end, or one out of place.
+        ("i.json", '[1, 2, {"a": "' + "b" * 90, "at byte 7 of 104: the file ends inside an item"),
+        ("i.json", '[1, 2, {"a" "' + "b" * 90 + '"}]', "at byte 12 of 106: Expecting ':' delimiter, found"),
+        ("i.json", '[1, 2, ["a" "' + "b" * 90, "at byte 12 of 103: Expecting ',' delimiter, found"),
         (
             "i.jsonl",
             '1\n2\n{"b',
