@@ -1,9 +1,9 @@
 """The input format and its rules: a raw item -> `Conversation`, or `ItemError` with the reason.
 
-    {"id": "a1",                                        # optional; by default the item's place in the input
-     "conversations": [{"from": "human", "value": "What is it? <|image|>"}, {"from": "gpt", "value": "A
-     cat."}],
-     "image": ["cat.jpg"]}                              # one image or a list; may be omitted
+    {"id": "a1",                                         # optional; by default the item's place in the input
+     "conversations": [{"from": "human", "value": "What is it? <|image|>"},
+                       {"from": "gpt", "value": "A cat."}],
+     "image": ["cat.jpg"]}                               # one image or a list; may be omitted
 
 An image is a path, a URL (`data:` too), its bytes, {"base64": text}, or {"bytes": ..., "path": ...} as
 Hugging Face's `datasets` stores it.
