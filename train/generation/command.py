@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from unitoken.codec.conversations import Conversation, shown
+from unitoken.codec.conversations import Conversation, short_name
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE, exclusive_lock
@@ -212,7 +212,7 @@ def _line(number: int, conversation: Conversation, said: Said, ended: bool) -> t
     """`ended`: by the model itself, and not by --max-tokens."""
     name = f"{number:04d}"
     pictures = [f"{name}.png" if not n else f"{name}-{n}.png" for n in range(len(said.pictures))]
-    images = [shown(image) for image in conversation.images]
+    images = [short_name(image) for image in conversation.images]
     asked = prompt_text(conversation)
     line = {
         "number": number,
