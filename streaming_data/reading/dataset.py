@@ -27,7 +27,8 @@ from unitoken.common.config import Config, first_problem
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.plan.build import Ids, Plan
+from unitoken.streaming_data.arrays import Integers as Ids
+from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.plan.lengths import StreamSamples, read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build

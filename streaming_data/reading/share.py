@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from unitoken.streaming_data.plan.build import Ids, Plan
+from unitoken.streaming_data.arrays import Integers as Ids
+from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.reading.balance import balance
 
 

@@ -274,8 +274,8 @@ def test_a_batch_may_be_told_in_tokens():
     settings = {"streams": {"a": {"local": "x"}}, "packed_length": 64}
     assert DataConfig(**settings, global_batch="512tok").global_batch == 8
     for batch, message in (
-        ("500tok", "500tok are no whole number of packs of packed_length: 64"),
-        ("32tok", "32tok are no whole number"),
+        ("500tok", "500tok is not a whole number of packs of packed_length: 64"),
+        ("32tok", "32tok is not a whole number"),
         ("tok", "global_batch"),
     ):
         with pytest.raises(pydantic.ValidationError, match=message):

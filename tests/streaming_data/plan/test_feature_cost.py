@@ -54,7 +54,7 @@ def test_with_anyres_the_smallest_image_of_the_data_decides(tmp_path: Path) -> N
     check(folder, needed, views)
     with pytest.raises(
         ConfigError,
-        match=rf"packed_length: {needed - 1} is too short .* asked about: the smallest takes {needed} \(",
+        match=rf"packed_length: {needed - 1} is too short for any question image .*: the smallest takes {needed} \(",
     ):
         check(folder, needed - 1, views)
 
@@ -63,10 +63,10 @@ def test_an_image_that_is_drawn_needs_room_for_features_only_where_all_bring_the
     views = Views(8, 4)
     folder = dataset(tmp_path / "one", [], drawn=2)
     check(folder, BLOCK, views)
-    with pytest.raises(ConfigError, match=f"drawn: the smallest takes {BLOCK + 5}"):
+    with pytest.raises(ConfigError, match=f"generated image of stream 'a': the smallest takes {BLOCK + 5}"):
         check(folder, BLOCK, views, continuous="all")
     check(folder, BLOCK, None, continuous="none")
-    with pytest.raises(ConfigError, match=f"drawn: the smallest takes {BLOCK}"):
+    with pytest.raises(ConfigError, match=f"generated image of stream 'a': the smallest takes {BLOCK}"):
         check(folder, BLOCK - 1, None, continuous="none")
 
 

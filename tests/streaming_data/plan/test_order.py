@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unitoken.streaming_data.plan import order
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.order import amounts, choose, random_bits, rows_of, windows_of
 
@@ -139,32 +138,32 @@ def test_the_windows_of_all_rows_hold_what_was_chosen(samples, gaps, share, rows
         assert lengths.tolist() == all_lengths[ids].tolist()
 
 
-def test_windows_are_the_same_whatever_is_made_at_once(monkeypatch):
+def test_windows_are_the_same_whatever_is_made_at_once() -> None:
     streams = [make_stream("a", 5000, 100), make_stream("b", 1000, 10)]
     chosen = [choose(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
-    monkeypatch.setattr(order, "SHUFFLE_BLOCK", 700)
     found = []
     for stretch in (1, 1000, 1 << 20):
-        monkeypatch.setattr(order, "STRETCH", stretch)
-        windows = windows_of(streams, chosen, rows_of(chosen, 1, 300)[0], 0, 0, True)
+        windows = windows_of(
+            streams, chosen, rows_of(chosen, 1, 300)[0], 0, 0, True, shuffle_block=700, stretch=stretch
+        )
         found.append([ids.tolist() for ids, _ in windows])
     assert len(found[0]) == 20
     assert found[0] == found[1] == found[2]
 
 
-def test_every_stretch_of_an_epoch_holds_the_mixture(monkeypatch):
+def test_every_stretch_of_an_epoch_holds_the_mixture() -> None:
     """Shards are as large as two windows: in the order of a single shuffled list some windows would be of one stream."""
-    monkeypatch.setattr(order, "SHUFFLE_BLOCK", 2000)
     streams = [make_stream("a", 8000, 100, shard=2000), make_stream("b", 24000, 10, shard=2000)]
     chosen = [choose(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
-    for ids, _ in windows_of(streams, chosen, rows_of(chosen, 1, 1000)[0], 0, 0, True):
+    row = rows_of(chosen, 1, 1000)[0]
+    for ids, _ in windows_of(streams, chosen, row, 0, 0, True, shuffle_block=2000):
         assert (ids < 8000).mean() == pytest.approx(0.25, abs=0.06)
         assert len(ids) == pytest.approx(1000, abs=150)
 
 
-def test_few_shards_are_in_use_at_a_time(monkeypatch):
-    monkeypatch.setattr(order, "SHUFFLE_BLOCK", 1000)
+def test_few_shards_are_in_use_at_a_time() -> None:
     stream = make_stream("a", 20_000, 100, shard=100)  # 200 shards, a block of 10
     chosen = [choose(stream, 20_000, "samples", 0, 0, True)]
-    for ids, _ in windows_of([stream], chosen, rows_of(chosen, 1, 500)[0], 0, 0, True):
+    row = rows_of(chosen, 1, 500)[0]
+    for ids, _ in windows_of([stream], chosen, row, 0, 0, True, shuffle_block=1000):
         assert 5 < len(np.unique(ids // 100)) <= (1000 + 500) / 100 + 2
