@@ -144,7 +144,7 @@ def weights_hash(squares: Any, images: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-# The packs of an epoch --------------------------------------------------------------------------------------
+# --- The packs of an epoch
 
 
 class _EpochPacks(NamedTuple):
@@ -171,10 +171,10 @@ def _pack_epoch(
     ]
     counts = [[len(part.sizes) for part in row] for row in rows]  # (rows, parts)
     kept = _constant_counts(recipe, counts, first)
-    for part, packs in enumerate(kept):
-        made = sum(row[part] for row in counts)
+    for number, packs in enumerate(kept):
+        made = sum(row[number] for row in counts)
         if made and not packs:
-            stream = streams[part].name if len(kept) > 1 else None
+            stream = streams[number].name if len(kept) > 1 else None
             raise ConfigError(_too_few_packs(recipe, stream, sum(c.count for c in chosen), made))
     dropped = split = 0
     for row in rows:
@@ -243,7 +243,7 @@ def _split_last(recipe: Recipe, sizes: Integers, more: int) -> Integers:
     return np.concatenate([sizes[:last], split_packs(sizes[last:], more)])
 
 
-# The packs of a row -----------------------------------------------------------------------------------------
+# --- The packs of a row
 
 
 class _Filled:
@@ -349,7 +349,7 @@ def _by_stream(streams: Sequence[StreamSamples], ids: SampleIds) -> Iterator[tup
         yield number, places, ids[places] - np.uint32(begin)
 
 
-# The final order --------------------------------------------------------------------------------------------
+# --- The final order
 
 
 def _take_turns(parts: list[Packs], turns: Integers, each: int) -> Packs:
@@ -404,7 +404,7 @@ def _interleave(rows: list[Packs]) -> tuple[SampleIds, Any]:
     return ids, offsets
 
 
-# The report -------------------------------------------------------------------------------------------------
+# --- The report
 
 
 class _Sums:

@@ -16,7 +16,7 @@ from unitoken.streaming_data.reading.collate import (
     PER_FEATURE,
     PER_VIEW,
     Collate,
-    featured,
+    featured_images,
     insert_features,
     num_packs,
     num_tokens,
@@ -29,8 +29,10 @@ F = 4
 SEP = VOCABULARY.separator
 
 
-def collate(continuous: str = "questions", length: int = 80, compat: bool = False) -> Collate:
-    return Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, compat)
+def collate(
+    continuous: str = "questions", length: int = 80, compat: bool = False, threads: int | None = None
+) -> Collate:
+    return Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, compat, threads=threads)
 
 
 def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Record:
@@ -39,7 +41,7 @@ def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Re
 
 def inserted(rec: Record, continuous: str, compat: bool = False):
     document = insert_features(
-        rec, dict.fromkeys(featured(rec.labels(), rec.image_spans, continuous), F), SEP, compat
+        rec, dict.fromkeys(featured_images(rec.labels(), rec.image_spans, continuous), F), SEP, compat
     )
     return document.ids, document.labels, list(document.places)
 
@@ -232,7 +234,7 @@ def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(
     text, questions, answers, limit, everything
 ):
     rec = record("a", text, questions, answers)
-    images = featured(rec.labels(), rec.image_spans, "all" if everything else "questions")
+    images = featured_images(rec.labels(), rec.image_spans, "all" if everything else "questions")
     whole = insert_features(rec, dict.fromkeys(images, F), SEP)
     cut = whole.cut(limit)
     assert len(cut.ids) <= limit
@@ -302,13 +304,8 @@ def test_tiles_stand_line_by_line_behind_the_whole_picture():
     assert batch["input_ids"][0, start + len(layout)] == VOCABULARY.image_end
 
 
-def test_threads_change_nothing(monkeypatch):
+def test_threads_change_nothing() -> None:
     packs = [[record(f"{row}-{n}", questions=n) for n in range(3)] for row in range(3)]
-    found = []
-    for threads in (1, 4):
-        monkeypatch.setattr(
-            "unitoken.streaming_data.reading.collate._threads", lambda threads=threads: threads
-        )
-        found.append(collate(length=120)(packs))
-    for name, value in found[0].items():
-        assert torch.equal(value, found[1][name]), name
+    one, four = (collate(length=120, threads=threads)(packs) for threads in (1, 4))
+    for name, value in one.items():
+        assert torch.equal(value, four[name]), name

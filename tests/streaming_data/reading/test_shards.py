@@ -225,11 +225,10 @@ def test_a_pickled_reader_reads_on(dataset):
     assert len(read_all(pickle.loads(pickle.dumps(shards)))) == len(RECORDS)
 
 
-def test_more_shards_than_may_be_open_are_read(dataset, monkeypatch):
-    monkeypatch.setattr("unitoken.streaming_data.reading.shards.MOST_OPEN", 2)
-    shards = open_shards(dataset)
+def test_more_shards_than_may_be_mapped_are_read(dataset: Path) -> None:
+    shards = Shards("a", dataset, None, dataset.parent / "cache", most_mapped=2)
     assert len(read_all(shards)) == len(RECORDS)
-    assert len(shards._open) == 2
+    assert len(shards.mapped) == 2
 
 
 def test_columns_that_run_code_are_refused(dataset):

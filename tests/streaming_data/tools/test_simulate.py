@@ -15,7 +15,6 @@ from support.small_datasets import make_record, small_vocabulary, text_records, 
 from unitoken.common.errors import ConfigError
 from unitoken.storage import shard_cache
 from unitoken.streaming_data.__main__ import app
-from unitoken.streaming_data.reading import dataset
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.streaming_data.reading.share import WorkerShare
 from unitoken.streaming_data.settings import DataConfig
@@ -68,7 +67,7 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
     monkeypatch.setenv("RANK", str(node))
     monkeypatch.setenv("WORLD_SIZE", str(nodes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setattr(dataset, "DOWNLOADS", 1)  # with more at a time their order is chance
+
     opened, most = 0, 0
     really_open = shard_cache.Cache.open
 
@@ -88,6 +87,7 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(shard_cache.Cache, "open", watched)
     loader = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=BATCH // nodes, compat=False)
+    loader.dataset.downloads = 1  # with more at a time their order is chance
     for _ in loader:
         pass
     monkeypatch.undo()
@@ -128,7 +128,8 @@ def test_nodes_read_the_packs_that_their_ranks_are_given(
     config = settings(remote, tmp_path, global_batch=16, canonical_nodes=canonical_nodes)
     plan = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=16, compat=False).dataset.plan
     shape = Shape(nodes, 2, 1, 16, canonical_nodes)
-    for node, packs in enumerate(_packs_of(plan, shape, range(nodes))):
+    for node in range(nodes):
+        packs = _packs_of(plan, shape, node)
         for rank in range(2):
             share = WorkerShare(
                 plan,
