@@ -1,6 +1,7 @@
 """Recipes and streams of made-up lengths, and the samples that a plan holds."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ def make_stream(
     shards = np.full(math.ceil(samples / 17), 17)
     shards[-1] -= shards.sum() - samples
     thirds = (lengths % 3).astype(np.uint8)
-    return StreamSamples(name, shards, lengths, lengths // 2, thirds.astype(np.uint16), thirds, weight)
+    return StreamSamples(
+        name, shards, lengths, lengths // np.uint32(2), thirds.astype(np.uint16), thirds, weight
+    )
 
 
-def make_recipe(streams: list[StreamSamples], **settings) -> Recipe:
+def make_recipe(streams: list[StreamSamples], **settings: Any) -> Recipe:
     defaults = {"seed": 0, "global_batch": 4, "canonical_nodes": 1, "window": 100, "shuffle": True}
     recipes = {s.name: StreamRecipe(dataset="d", samples=len(s.lengths), weight=s.weight) for s in streams}
     return Recipe(

@@ -1,4 +1,4 @@
-"""`simulate` says on paper what a real run then does."""
+"""`simulate` predicts what a real run does."""
 
 import json
 import os
@@ -35,7 +35,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two datasets of many small shards: more than a process keeps mapped."""
+    """Write two datasets of many small shards: more than a process keeps mapped."""
     folder = tmp_path_factory.mktemp("remote")
     write_dataset(folder / "text", text_records(900), shard_bytes=700)
     pictures = [make_record(f"p{n}", VOCABULARY, 3 + n % 5, 1) for n in range(60)]
@@ -63,7 +63,7 @@ def on_paper(config: DataConfig, nodes: int, ranks_per_node: int = 1) -> Any:
 
 
 def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Downloads, and the most bytes that were cached, of a node that really reads an epoch."""
+    """Return the downloads and the most bytes that are cached while a node really reads an epoch."""
     monkeypatch.setenv("RANK", str(node))
     monkeypatch.setenv("WORLD_SIZE", str(nodes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -96,7 +96,7 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("canonical_nodes", [1, 2])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_real_run_downloads_and_caches_what_was_said(
+def test_a_real_run_downloads_and_caches_as_simulated(
     nodes: int, canonical_nodes: int, remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paper = settings(remote, tmp_path / "paper", canonical_nodes=canonical_nodes)
