@@ -38,7 +38,7 @@ def png(value: int) -> bytes:
 def make_record(
     name: str, vocabulary: Vocabulary, text: int, question_images: int = 0, answer_images: int = 0
 ) -> Record:
-    """Return bos, the question's images, text (the last half is trained on), the answer's images, end of turn.
+    """Return bos, the question's images, text (half of it trained on), the answer's images, end of turn.
 
     The tokens are drawn from the name, so that a sample can be recognized by its tokens.
     """
