@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
-import pytest
 
-from unitoken.streaming_data.plan.build import Plan, build
+from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
 
@@ -35,11 +34,3 @@ def make_recipe(streams: list[StreamSamples], **settings: Any) -> Recipe:
 
 def samples_of(plan: Plan) -> list[list[int]]:
     return [ids.tolist() for ids in np.split(plan.ids, plan.offsets[1:-1].astype(int))]
-
-
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    streams = [make_stream("a", 400)]
-    plan = build(make_recipe(streams, global_batch=12, canonical_nodes=2), streams, 0, None)
-    assert plan.packs >= 120
-    return plan

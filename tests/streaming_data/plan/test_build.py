@@ -22,6 +22,14 @@ from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.reading.share import WorkerShare
 
 
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    streams = [make_stream("a", 400)]
+    plan = build(make_recipe(streams, global_batch=12, canonical_nodes=2), streams, 0, None)
+    assert plan.packs >= 120
+    return plan
+
+
 @pytest.mark.parametrize("nodes", [1, 3, 4])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_an_epoch_holds_every_chosen_sample_once_or_drops_it(nodes: int, epoch: int) -> None:
