@@ -104,20 +104,20 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
         ("data.global_batch=5", r"data\.global_batch: 5 packs can not be shared evenly by 2 ranks"),
         (
             "data.packed_length=14",
-            r"data\.packed_length: 14 is too short for any image of stream 'all' that is asked about: "
+            r"data\.packed_length: 14 is too short for any question image of stream 'all': "
             r"the smallest takes 15 \(10 tokens, a separator and 4 features\)",
         ),
         (
             ("data.packed_length=14", "compat=unitoken", "data.streams.all.kinds=[generation]"),
-            r"14 is too short for any image of stream 'all' that is drawn: the smallest takes 15",
+            r"14 is too short for any generated image of stream 'all': the smallest takes 15",
         ),
         (
             ("data.packed_length=9", "data.streams.all.kinds=[generation]"),
-            r"9 is too short for any image of stream 'all' that is drawn: the smallest takes 10 \(10 tokens\)",
+            r"9 is too short for any generated image of stream 'all': the smallest takes 10 \(10 tokens\)",
         ),
         (
             ("data.anyres=true", "data.packed_length=48", "data.streams.all.max_tokens=20"),
-            r"data\.streams\.all\.max_tokens: 20 is too short for any image of stream 'all' that is asked about: "
+            r"data\.streams\.all\.max_tokens: 20 is too short for any question image of stream 'all': "
             r"the smallest takes 21 \(10 tokens, a separator and 10 features\)",
         ),
         ("fsdp.replicas=3", r"fsdp\.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),

@@ -24,7 +24,7 @@ from unitoken.dataset.images import decode
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.reading.collate import Batch, Collate, featured, insert_features
+from unitoken.streaming_data.reading.collate import Batch, Collate, featured_images, insert_features
 from unitoken.streaming_data.reading.null_prompts import without_text
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint
@@ -89,11 +89,16 @@ class Reading:
         views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
         return cls(views, config.data.continuous, compat)
 
+    @property
+    def _continuous(self) -> str:
+        """Which images have features: `continuous`, or all where the reference is reproduced."""
+        return "all" if self.compat and self.continuous == "questions" else self.continuous
+
     def length(self, prompt: Record) -> int:
         """Positions of a prompt, features included."""
         if self.views is None or self.continuous == "none":
             return len(prompt.tokens)
-        images = featured(prompt.labels(), prompt.image_spans, "all" if self.compat else self.continuous)
+        images = featured_images(prompt.labels(), prompt.image_spans, self._continuous)
         sizes = {
             image: decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1)
             for image in images
@@ -106,7 +111,7 @@ class Reading:
         """A prompt a row, of `lengths` positions each, and all end together: what is missing is at the left."""
         longest = max(lengths)
         collate = Collate(
-            longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
+            longest, self.views, self._continuous, vocabulary.separator, vocabulary.newline, self.compat
         )
         batch = collate([[prompt] for prompt in prompts])
         shift = longest - torch.tensor(lengths)

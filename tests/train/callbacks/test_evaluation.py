@@ -10,7 +10,7 @@ from support.ranks import finish, start
 from support.stages import curve, evaluations, metrics, stage, write_data, write_stage
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.plan.lengths import _is_held_out
+from unitoken.streaming_data.plan.lengths import is_held_out
 from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.callbacks.evaluation import evaluation_loader
 from unitoken.train.check import check_stage
@@ -108,7 +108,7 @@ def test_every_held_out_sample_is_seen_once_and_never_trained_on(folder: Path) -
         f"{kind}{n}"
         for kind, count in (("q", 60), ("a", 30))
         for n in range(count)
-        if _is_held_out(f"{kind}{n}", 0.4)
+        if is_held_out(f"{kind}{n}", 0.4)
     }
     assert len(seen) == len(set(seen)) == len(held_out) - plan.report.dropped_samples
     assert set(seen) <= held_out
