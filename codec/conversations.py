@@ -10,7 +10,7 @@ Hugging Face's `datasets` stores it.
 
 Turns alternate, human first. Every `<|image|>` in the text is the place of one image, in order; without any,
 the images come before the first human turn. `<image>` is read as `<|image|>` if there are as many as images.
-The last assistant turn may be null: a model would be asked for it.
+The last assistant turn may be null, which leaves it for a model to write.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def test_a_conversation_of_text() -> None:
 
 def test_a_prompt_is_the_beginning_of_its_conversation() -> None:
     whole = record("See <|image|>!", "Mine", "And?", "Later", sizes=[(2, 4)])
-    asked = parse({"conversations": turns("See <|image|>!", "Mine", "And?", None), "image": ["0.png"]}, "0")
-    prompt = lay_out(asked, [np.random.default_rng(0).integers(0, 8192, (2, 4))], [b"0"], TEXT, VOCABULARY)
+    opened = parse({"conversations": turns("See <|image|>!", "Mine", "And?", None), "image": ["0.png"]}, "0")
+    prompt = lay_out(opened, [np.random.default_rng(0).integers(0, 8192, (2, 4))], [b"0"], TEXT, VOCABULARY)
     assert prompt.tokens.tolist() == whole.tokens[: whole.target_spans[1][0]].tolist()
     assert prompt.target_spans.tolist() == whole.target_spans[:1].tolist()
     question = parse({"conversations": turns("Hi")}, "0")

@@ -108,16 +108,16 @@ def test_a_folder_of_a_vision_model_has_no_tokenizer() -> None:
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests_sent = []
 
     def send(*_: object, **__: object) -> None:
-        asked.append(1)
+        requests_sent.append(1)
         raise requests.ConnectionError("no network")
 
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
     with pytest.raises(ConfigError, match="tokenizer: nobody/has-this: cannot be loaded"):
         load_tokenizer("nobody/has-this")
-    assert len(asked) == 1
+    assert len(requests_sent) == 1
 
 
 def test_long_texts_are_not_cached() -> None:

@@ -158,11 +158,11 @@ def test_llava_becomes_the_standard() -> None:
 @pytest.mark.parametrize("assistant", ["gpt", "assistant", "chatbot", "model"])
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
 def test_sharegpt_accepts_all_names_in_use(human: str, assistant: str, keys: tuple[str, str]) -> None:
-    said = [
+    raw_turns = [
         dict(zip(keys, turn, strict=True))
         for turn in (("system", "Be kind."), (human, "<image>a<image>"), (assistant, "b"))
     ]
-    conversation = adapted("sharegpt", {"conversations": said, "images": ["1.png", "2.png"]})
+    conversation = adapted("sharegpt", {"conversations": raw_turns, "images": ["1.png", "2.png"]})
     assert texts(conversation) == ["Be kind.\n\n<|image|>a<|image|>", "b"]
     assert conversation.images == ("1.png", "2.png")
 
@@ -218,8 +218,8 @@ def test_openai_messages_become_the_standard() -> None:
         {"type": "image", "image": "b.png"},
         {"type": "image", "path": "c.png", "url": None},
     ]
-    said = [message("system", "Be kind."), message("user", parts), message("assistant", "Letters.")]
-    conversation = adapted("messages", {"id": 7, "messages": said})
+    raw_turns = [message("system", "Be kind."), message("user", parts), message("assistant", "Letters.")]
+    conversation = adapted("messages", {"id": 7, "messages": raw_turns})
     assert texts(conversation) == [
         "Be kind.\n\nWhat are <|image|> and <|image|><|image|><|image|>",
         "Letters.",

@@ -30,13 +30,13 @@ def test_a_failing_store_is_not_taken_for_a_damaged_file(
     ]
     whole_folder = Folder(tmp_path)
     for path in paths:
-        source, asked = source_of(path), 0
+        source, reads = source_of(path), 0
 
         class Failing(Folder):
             def read_range(self, name: str, start: int, end: int) -> bytes:
-                nonlocal asked
-                asked += 1
-                if asked > (3 if name == "i.parquet" else 0):
+                nonlocal reads
+                reads += 1
+                if reads > (3 if name == "i.parquet" else 0):
                     raise StoreError("the store is gone")
                 return whole_folder.read_range(name, start, end)
 
