@@ -74,7 +74,7 @@ def deal(amounts: Integers, first: int, batch: int, surplus: Surplus, *name: Any
     return placed
 
 
-def scheduled(counts: Sequence[int], *name: Any) -> Integers:
+def schedule_turns(counts: Sequence[int], *name: Any) -> Integers:
     """Return which part has each turn if part n has `counts[n]` turns: evenly spread, then random."""
     parts = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(parts)) - np.repeat(np.cumsum(counts) - counts, counts)

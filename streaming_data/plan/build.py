@@ -31,14 +31,14 @@ import numpy.typing as npt
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.arrays import Floats, Integers, SampleIds
 from unitoken.streaming_data.kinds import KINDS
-from unitoken.streaming_data.plan.batches import Surplus, deal, scheduled
+from unitoken.streaming_data.plan.batches import Surplus, deal, schedule_turns
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.mixing import mix
 from unitoken.streaming_data.plan.order import (
     CanonicalRow,
     Chosen,
-    amounts,
     choose,
+    epoch_amounts,
     random_order,
     rows_of,
     windows_of,
@@ -98,10 +98,10 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
         raise ConfigError(
             "more than 4,294,967,295 samples in all streams; plans hold sample numbers of 32 bits"
         )
-    wanted = amounts(streams, recipe.unit, recipe.size)
+    taken = epoch_amounts(streams, recipe.unit, recipe.size)
     chosen = [
         choose(stream, amount, recipe.unit, recipe.seed, epoch, recipe.shuffle)
-        for stream, amount in zip(streams, wanted, strict=True)
+        for stream, amount in zip(streams, taken, strict=True)
     ]
     samples = sum(c.count for c in chosen)
     if not samples:
@@ -110,7 +110,7 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
     ids, offsets = epoch_packs.ids, epoch_packs.offsets
     squares, images, shares = _measure(streams, ids, offsets, recipe.global_batch)
     packs = len(offsets) - 1
-    total = max(sum(wanted), 1e-9)
+    total = max(sum(taken), 1e-9)
     report = PlanReport(
         recipe=recipe.hash,
         order=order_hash(ids, offsets),
@@ -124,7 +124,7 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
         unit=recipe.unit,
         streams=tuple(
             share.model_copy(update={"asked": amount / total, "packs": of_stream})
-            for share, amount, of_stream in zip(shares, wanted, epoch_packs.of_streams, strict=True)
+            for share, amount, of_stream in zip(shares, taken, epoch_packs.of_streams, strict=True)
         ),
     )
     return Plan(ids, offsets, squares, images, report)
@@ -183,7 +183,7 @@ def _pack_epoch(
             split, dropped = split + max(missing, 0), dropped + max(-missing, 0)
             sizes = _split_last(recipe, part.sizes, max(missing, 0))[: kept[number] // nodes]
             row[number] = Packs(part.ids[: sizes.sum()], sizes)
-    turns = scheduled([packs // group for packs in kept], "turns", recipe.seed, epoch)
+    turns = schedule_turns([packs // group for packs in kept], "turns", recipe.seed, epoch)
     ids, offsets = _interleave([_take_turns(row, turns, group // nodes) for row in rows])
     of_streams = kept if recipe.batching_method == "per_stream" else [None] * len(streams)
     return _EpochPacks(ids, offsets, dropped, split, of_streams)

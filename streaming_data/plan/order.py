@@ -46,7 +46,7 @@ def random_order(count: int, *name: Any) -> Integers:
     return np.argsort(random_bits(count, *name), kind="stable")
 
 
-def amounts(streams: Sequence[StreamSamples], unit: str, size: tuple[str, int] | None) -> list[float]:
+def epoch_amounts(streams: Sequence[StreamSamples], unit: str, size: tuple[str, int] | None) -> list[float]:
     """Return how much an epoch takes of each stream, in `unit`.
 
     Args:

@@ -7,7 +7,6 @@ shared memory collides between jobs.
 
 from __future__ import annotations
 
-import itertools
 import json
 import mmap
 from collections.abc import Callable, Hashable, Iterator
@@ -232,7 +231,7 @@ def _fast_decoder(token_type: str) -> SampleDecoder:
     dtype = np.dtype(token_type).newbyteorder("<")
 
     def decode(data: mmap.mmap, begins: Integers, stream: int) -> Iterator[Record]:
-        raw, view = np.frombuffer(data, np.uint8), memoryview(data)
+        raw = np.frombuffer(data, np.uint8)
         sizes = raw[begins[:, None] + _HEADER].view("<u4").astype(np.int64)  # (n, 5)
         borders = np.cumsum(np.concatenate([begins[:, None] + _HEADER.size, sizes], axis=1), axis=1)  # (n, 6)
         ids, image_spans, images, targets, tokens, ends = borders.T  # where each column begins, and the end
@@ -241,20 +240,16 @@ def _fast_decoder(token_type: str) -> SampleDecoder:
         counts = (ends - first_token) // dtype.itemsize
         spans, span_borders = _gather_pairs(raw, first_span, (tokens - first_span) // 8)
         _check_targets(spans, span_borders, counts)
-        rows = np.stack([ids, image_spans, images, targets, first_token, counts], axis=1).tolist()
-        for row, (first, last) in zip(rows, itertools.pairwise(span_borders), strict=True):
-            id_, id_end, images_begin, images_end, token, count = row
-            has_images = images_begin > id_end
-            yield Record(
-                id=str(data[id_:id_end], "utf-8"),
-                tokens=np.frombuffer(data, dtype, count, token),
-                target_spans=spans[first:last],
-                image_spans=np.frombuffer(data, "<u4", (images_begin - id_end) // 4, id_end).reshape(-1, 4)
-                if has_images
-                else _NO_IMAGES,
-                images=unpack_bytes(view[images_begin:images_end]) if has_images else (),
-                stream=stream,
-            )
+        columns = [column.tolist() for column in (ids, image_spans, images, targets, first_token, counts)]
+        rows = zip(*columns, span_borders[:-1], span_borders[1:], strict=True)
+        for id_, id_end, images_begin, images_end, token, count, first, last in rows:
+            name, token_ids = str(data[id_:id_end], "utf-8"), np.frombuffer(data, dtype, count, token)
+            if images_begin == id_end:  # no images
+                yield Record(name, token_ids, spans[first:last], _NO_IMAGES, (), stream)
+                continue
+            blocks = np.frombuffer(data, "<u4", (images_begin - id_end) // 4, id_end).reshape(-1, 4)
+            encoded = unpack_bytes(memoryview(data)[images_begin:images_end])
+            yield Record(name, token_ids, spans[first:last], blocks, encoded, stream)
 
     return decode
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.plans import make_recipe, make_stream, samples_of
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.plan.batches import Surplus, deal, scheduled
+from unitoken.streaming_data.plan.batches import Surplus, deal, schedule_turns
 from unitoken.streaming_data.plan.build import Plan, build
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.mixing import mix
@@ -251,7 +251,7 @@ def test_the_place_in_the_epoch_is_independent_of_the_pack() -> None:
 
 
 def test_turns_are_spread_evenly() -> None:
-    turns = scheduled([30, 10, 0, 60], "name")
+    turns = schedule_turns([30, 10, 0, 60], "name")
     assert np.bincount(turns).tolist() == [30, 10, 0, 60]
     for begin in range(0, 100, 20):
         assert abs(np.count_nonzero(turns[begin : begin + 20] == 3) - 12) <= 2

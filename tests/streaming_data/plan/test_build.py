@@ -17,7 +17,7 @@ from support.plans import LENGTH, make_recipe, make_stream, samples_of
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.build import Plan, _pack_window, build
 from unitoken.streaming_data.plan.lengths import StreamSamples
-from unitoken.streaming_data.plan.order import amounts, choose
+from unitoken.streaming_data.plan.order import choose, epoch_amounts
 from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.reading.share import WorkerShare
 
@@ -304,7 +304,7 @@ def test_a_plan_partitions_chosen_samples_into_packs_that_fit(
         streams, seed=seed, global_batch=1, canonical_nodes=canonical_nodes, window=window, shuffle=shuffle
     )
     plan = build(recipe, streams, epoch, build(recipe, streams, 0, None).report)
-    wanted = amounts(streams, "samples", None)
+    wanted = epoch_amounts(streams, "samples", None)
     chosen = Counter(
         int(sample) + offset
         for stream, amount, offset in zip(streams, wanted, (0, samples), strict=True)

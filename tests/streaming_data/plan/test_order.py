@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unitoken.streaming_data.plan.lengths import StreamSamples
-from unitoken.streaming_data.plan.order import amounts, choose, random_bits, rows_of, windows_of
+from unitoken.streaming_data.plan.order import choose, epoch_amounts, random_bits, rows_of, windows_of
 
 
 def make_stream(
@@ -65,7 +65,7 @@ def test_shares_of_tokens_are_those_of_the_weights(unit: str, size: tuple[str, i
         make_stream("tiny", 3_000, 15, proportion=1),
         make_stream("middle", 50_000, 400, gaps=3, proportion=29),
     ]
-    ids = taken(streams, amounts(streams, unit, size), unit)
+    ids = taken(streams, epoch_amounts(streams, unit, size), unit)
     of = {"tokens": [s.lengths for s in streams], "target_tokens": [s.target_tokens for s in streams]}
     sums = np.array([values[i].sum(dtype=np.int64) for values, i in zip(of[unit], ids, strict=True)])
     assert sums / sums.sum() == pytest.approx(np.array([0.40, 0.30, 0.01, 0.29]), rel=1e-3)
@@ -85,7 +85,7 @@ def test_choose_counts_in_the_mixtures_unit_and_repeat_in_passes() -> None:
         make_stream("b", 500, 100, repeat=2.5),
         make_stream("c", 100, 50),
     ]
-    a, b, c = taken(streams, amounts(streams, "tokens", None), "tokens")
+    a, b, c = taken(streams, epoch_amounts(streams, "tokens", None), "tokens")
     assert int(streams[0].lengths[a].sum()) == pytest.approx(123_456, abs=4096)
     assert int(streams[1].lengths[b].sum()) == pytest.approx(2.5 * int(streams[1].lengths.sum()), abs=4096)
     assert sorted(c) == list(range(100))
@@ -94,13 +94,13 @@ def test_choose_counts_in_the_mixtures_unit_and_repeat_in_passes() -> None:
 
 def test_without_weights_a_sized_epoch_keeps_the_natural_mixture() -> None:
     streams = [make_stream("a", 900, 100), make_stream("b", 100, 100)]
-    assert amounts(streams, "samples", ("samples", 500)) == [450, 50]
-    assert amounts(streams, "samples", None) == [900, 100]
+    assert epoch_amounts(streams, "samples", ("samples", 500)) == [450, 50]
+    assert epoch_amounts(streams, "samples", None) == [900, 100]
 
 
 def test_whole_samples_add_up_to_the_epoch() -> None:
     streams = [make_stream(name, 100, 100, proportion=1) for name in "abc"]
-    assert sum(amounts(streams, "samples", ("samples", 1000))) == 1000
+    assert sum(epoch_amounts(streams, "samples", ("samples", 1000))) == 1000
 
 
 def test_random_subsets_differ_by_epoch_and_repeat_no_sample() -> None:
