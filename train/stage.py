@@ -16,7 +16,7 @@ from unitoken.dataset.vision_views import CANVASES, Views
 from unitoken.streaming_data.check import other_codes, uneven_proportions
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.accounting.flops import step_flops
-from unitoken.train.accounting.memory import Need, needs
+from unitoken.train.accounting.memory import MemoryEstimate, estimate_memory
 from unitoken.train.callbacks.evaluation import Evaluation, evaluation_loader
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics
@@ -117,7 +117,7 @@ def _run(config: StageConfig, checked: ResolvedStage) -> None:
     say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
     if composer_trainer.has_gpu():
         say(
-            f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}"
+            f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).summary()}"
         )
 
     warmup = length.steps(config.optimizer.warmup)
@@ -198,11 +198,11 @@ def _earlier(init_from: str) -> TensorSource:
     return run_folder.open_source(origin)
 
 
-def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images: int) -> Need:
+def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images: int) -> MemoryEstimate:
     """What it takes of a GPU; `most_images` is the most that a pack of the plan has."""
     views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
     views *= config.microbatch * most_images
-    return needs(
+    return estimate_memory(
         config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained, views=views
     )
 

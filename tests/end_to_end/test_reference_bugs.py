@@ -120,7 +120,6 @@ def test_bug_17_a_drawn_image_ends_in_training_as_it_ends_when_it_is_drawn(
 
 def test_bug_19_no_more_logits_exist_than_a_chunk_of_supervised_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference made them for every position, in float32, and copied them twice: 8 GB at its batch of the base variant."""
-    monkeypatch.setattr(loss_module, "CHUNK", 64)
     rows: list[int] = []
     real = loss_module.F.linear
     monkeypatch.setattr(
@@ -129,7 +128,7 @@ def test_bug_19_no_more_logits_exist_than_a_chunk_of_supervised_rows(monkeypatch
     hidden, weight = torch.randn(4, 100, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (4, 100))
     labels[:, :50] = IGNORED
-    loss_module.token_loss(hidden, labels, weight, 1e-5).total.backward()
+    loss_module.token_loss(hidden, labels, weight, 1e-5, chunk_rows=64).total.backward()
     assert max(rows) == 64
     assert sum(rows) == 2 * 4 * 50, "each supervised row forward, and again in the backward pass"
 

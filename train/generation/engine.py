@@ -34,7 +34,7 @@ from unitoken.train.checkpoint.metadata import sizes_of
 from unitoken.train.checkpoint.tensors import check_shapes, fit_norms
 from unitoken.train.config import StageConfig, VisionTowerConfig
 from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, draw, generator_of
-from unitoken.train.model.decoder import KVCache, causal_mask
+from unitoken.train.model.decoder import KVCache, dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 
 PLAIN = Sampling()
@@ -251,7 +251,7 @@ class _Context:
         self._read[:, :length] = documents >= 0
         self._cache = KVCache(len(model.model.layers), length + room)
         self._no_pixels = batch["pixel_values"][:0].to(device)
-        mask = None if bool((documents >= 0).all()) else causal_mask(documents.to(device))
+        mask = None if bool((documents >= 0).all()) else dense_document_mask(documents.to(device))
         self.logits = model.predict({name: batch[name].to(device) for name in READ}, mask, self._cache)
 
     def read(self, tokens: Tensor, heard: Sequence[bool]) -> None:
