@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
                 from unitoken.train.distributed import ranks
 
                 ranks.connect()
-                with ranks.together():
+                with ranks.share_errors():
                     raise
             raise
         from unitoken.train.stage import (

@@ -216,7 +216,7 @@ class _Step:
         return self.tokens * (recomputed + gradients)
 
     def logits(self) -> int:
-        """Return the bytes of a chunk's logits: rounded, in float32, their gradient and two temporary copies."""
+        """Return the bytes of a chunk's logits, rounded and in float32, and three times their gradient."""
         return CHUNK_ROWS * self.decoder.vocab_size * (self.width + 4 * 4)
 
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:

@@ -68,7 +68,8 @@ def _selective_policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -
 def _add_flex_attention_rule() -> None:
     """Teach torch 2.7's selective checkpointing flex attention, which newer versions know.
 
-    Flex attention is a higher-order operation. The forward pass saves its outputs, and the recomputation takes them in the same order.
+    Flex attention is a higher-order operation. The forward pass saves its outputs,
+    and the recomputation takes them in the same order.
     """
     from torch.nn.attention import flex_attention  # noqa: F401 - so that its operation exists; takes three seconds
 

@@ -70,7 +70,7 @@ def test_the_flops_of_a_step_are_those_torch_counts(trainable: list[str]) -> Non
     assert flops == pytest.approx(counter.get_total_flops(), rel=1e-3)  # torch 2.7: the same number
 
 
-def test_a_7b_weight_needs_six_flops_a_token_trained_and_four_frozen() -> None:
+def test_a_7b_weight_takes_six_flops_a_token_or_four_if_frozen() -> None:
     decoder = DecoderConfig(
         vocab_size=65536,
         hidden_size=4096,

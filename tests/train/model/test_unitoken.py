@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
-from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
-from unitoken.train.checkpoint.tensors import TensorSource
+from unitoken.train.checkpoint.loading import find_weights, load_weights
+from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
@@ -114,7 +114,7 @@ def test_one_gain_for_all_heads_is_the_same_as_equal_gains(chameleon: Path, tmp_
         save_file(layout, folder / "model.safetensors")
         model = build(str(folder), None).eval()
         rows = 1 if name == "shared" else 4
-        assert shapes_of(model)["model.layers.0.self_attn.q_norm.weight"] == (rows, 8)
+        assert parameter_shapes(model)["model.layers.0.self_attn.q_norm.weight"] == (rows, 8)
         ids = torch.arange(10)[None]
         states.append(model.model(model.model.embed_tokens(ids), ids, None))
     assert torch.equal(*states)
@@ -267,7 +267,7 @@ def test_new_weights_depend_on_the_seed_alone() -> None:
     with_tower, without = build(), build(vision=None)
     assert torch.equal(with_tower.lm_head.weight, without.lm_head.weight)
     assert not torch.equal(with_tower.lm_head.weight[:, :1], with_tower.model.embed_tokens.weight[:, :1])
-    assert shapes_of(with_tower).keys() > shapes_of(without).keys()
+    assert parameter_shapes(with_tower).keys() > parameter_shapes(without).keys()
 
 
 def batch_of(images: int) -> dict[str, Tensor]:
