@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
@@ -216,26 +217,22 @@ def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype, max_s
     """
     dtypes = {name: torch.float32 if name.startswith(VQ) else dtype for name in source.shapes}
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in source.shapes.items()}
-    files: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if files[-1] and sum(sizes[other] for other in files[-1]) + size > max_shard_bytes:
-            files.append([])
-        files[-1].append(name)
-    paths = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    if len(files) == 1:
-        paths = ["model.safetensors"]
-    for path, names in zip(paths, files, strict=True):
+    shards = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in source.read(names).items()}
-        (folder / path).touch()
-        mode = (folder / path).stat().st_mode
-        save_file(tensors, folder / path, metadata={"format": "pt"})
-        (folder / path).chmod(mode)  # that of a new file: safetensors' own can be read by its owner only
-    if len(files) > 1:
-        places = {name: path for path, names in zip(paths, files, strict=True) for name in names}
-        _write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places},
-        )
+        path = folder / file
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # that of a new file: safetensors' own can be read by its owner only
+    if shards.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _config(
