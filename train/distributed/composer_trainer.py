@@ -64,9 +64,8 @@ class RestoreRandomState(Callback):  # type: ignore[misc]
         """Load the random states of a checkpoint that was just resumed from."""
         if self.trainer._rng_state is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # with another number of ranks, the saved states of some are used
+                # With another number of ranks Composer warns, and takes the saved states of some ranks.
+                warnings.simplefilter("ignore")
                 reproducibility.load_rng_state(self.trainer._rng_state)
             self.trainer._rng_state = None
 
@@ -155,6 +154,11 @@ def fsdp2_config(config: StageConfig, mesh: DeviceMesh) -> FSDP2Config:
     )
 
 
+def _parallelism(config: StageConfig, mesh: DeviceMesh | None) -> ParallelismConfig | None:
+    """Return the form of settings that selects FSDP2; a dict would give DDP without a warning."""
+    return ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None
+
+
 def has_gpu() -> bool:
     """Return whether training runs on a GPU."""
     return torch.cuda.is_available()
@@ -203,10 +207,7 @@ def build_trainer(
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
             load_path=str(resume) if resume else None,
-            # Only this form selects FSDP2; a dict would give DDP without a warning.
-            parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh))
-            if mesh is not None
-            else None,
+            parallelism_config=_parallelism(config, mesh),
             **_trainer_settings(config),
         )
     restore.trainer = trainer
