@@ -28,13 +28,13 @@ from unitoken.streaming_data.reading.collate import Batch, Collate, featured_ima
 from unitoken.streaming_data.reading.null_prompts import without_text
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint
-from unitoken.train.checkpoint.layouts import find_origin
-from unitoken.train.checkpoint.loading import load_weights, shapes_of
-from unitoken.train.checkpoint.metadata import sizes_of
-from unitoken.train.checkpoint.tensors import check_shapes, fit_norms
+from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.checkpoint.locations import find_origin
+from unitoken.train.checkpoint.metadata import read_sizes
+from unitoken.train.checkpoint.tensors import check_shapes, fit_norms, parameter_shapes
 from unitoken.train.config import StageConfig, VisionTowerConfig
 from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, draw, generator_of
-from unitoken.train.model.decoder import KVCache, causal_mask
+from unitoken.train.model.decoder import KVCache, dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 
 PLAIN = Sampling()
@@ -53,11 +53,11 @@ READ = (
 def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
     """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
     origin = find_origin(str(checkpoint or config.save.folder))
-    model = build_model(*sizes_of(origin, config.model), config.model)
+    model = build_model(*read_sizes(origin, config.model), config.model)
     if origin.is_file():
         check_checkpoint(origin)
-    source = fit_norms(run_folder.open_source(origin), shapes_of(model))
-    check_shapes(source.shapes, shapes_of(model), source.where)
+    source = fit_norms(run_folder.open_weights(origin), parameter_shapes(model))
+    check_shapes(source.shapes, parameter_shapes(model), source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     return model.eval()
 
@@ -256,7 +256,7 @@ class _Context:
         self._read[:, :length] = documents >= 0
         self._cache = KVCache(len(model.model.layers), length + room)
         self._no_pixels = batch["pixel_values"][:0].to(device)
-        mask = None if bool((documents >= 0).all()) else causal_mask(documents.to(device))
+        mask = None if bool((documents >= 0).all()) else dense_document_mask(documents.to(device))
         self.logits = model.predict({name: batch[name].to(device) for name in READ}, mask, self._cache)
 
     def read(self, tokens: Tensor, heard: Sequence[bool]) -> None:

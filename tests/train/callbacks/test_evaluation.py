@@ -15,8 +15,8 @@ from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.callbacks.evaluation import evaluation_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.stage import run_stage
@@ -85,7 +85,7 @@ def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: P
     config = stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba")
     checked = check_stage(config, 1)
     model = build_model(checked.decoder, checked.vision, config.model)
-    source = run_folder.source_of(find_origin(str(evaluated)))
+    source = run_folder.open_checkpoint(find_origin(str(evaluated)))
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     total = targets = 0.0
     with torch.no_grad():
