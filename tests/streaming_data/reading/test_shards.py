@@ -166,7 +166,7 @@ def test_a_shard_that_is_missing_at_the_remote_is_an_error_that_names_stream_sha
     shard_paths(dataset)[1].unlink()
     shard = "chunk-000000/shard.00001.mds"
     with pytest.raises(
-        ShardError, match=f"stream 'a': the shard {shard} can not be had: {dataset}/{shard}: not there"
+        ShardError, match=f"stream 'a': the shard {shard} cannot be downloaded: {dataset}/{shard}: not there"
     ):
         open_shards(tmp_path / "local", dataset).record(1, 0)
 
@@ -196,7 +196,7 @@ def test_a_store_that_fails_for_good_is_an_error_at_once(dataset, tmp_path, monk
 
     monkeypatch.setattr(Folder, "read_range", fail)
     with pytest.raises(
-        ShardError, match=r"stream 'a': the shard .* can not be had: .*: no answer \(tried for 40 s\)"
+        ShardError, match=r"stream 'a': the shard .* cannot be downloaded: .*: no answer \(tried for 40 s\)"
     ):
         open_shards(tmp_path / "local", dataset).record(0, 0)
     assert len(calls) == 1
