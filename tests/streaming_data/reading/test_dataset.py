@@ -366,7 +366,7 @@ def test_a_bad_shard_is_an_error_in_the_training_process(
     shard = shard_paths(folder)[-1]
     shard.unlink() if damage == "missing" else flip_byte(shard)
     with pytest.raises(
-        RuntimeError, match=rf"{shard.name}.* (is {damage}|can not be had: .*{shard.name}: not there)"
+        RuntimeError, match=rf"{shard.name}.* (is {damage}|cannot be downloaded: .*{shard.name}: not there)"
     ):
         epoch_of(loader)
     if workers:  # torch waits five seconds for each worker after an error, whatever the dataset

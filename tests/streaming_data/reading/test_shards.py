@@ -173,7 +173,7 @@ def test_a_shard_missing_remotely_is_named_with_its_place(
     shard_paths(dataset)[1].unlink()
     shard = "chunk-000000/shard.00001.mds"
     with pytest.raises(
-        ShardError, match=f"stream 'a': the shard {shard} can not be had: {dataset}/{shard}: not there"
+        ShardError, match=f"stream 'a': the shard {shard} cannot be downloaded: {dataset}/{shard}: not there"
     ):
         open_shards(tmp_path / "local", dataset).record(1, 0)
 
@@ -207,7 +207,7 @@ def test_a_store_that_fails_for_good_is_an_error_at_once(
 
     monkeypatch.setattr(Folder, "read_range", fail)
     with pytest.raises(
-        ShardError, match=r"stream 'a': the shard .* can not be had: .*: no answer \(tried for 40 s\)"
+        ShardError, match=r"stream 'a': the shard .* cannot be downloaded: .*: no answer \(tried for 40 s\)"
     ):
         open_shards(tmp_path / "local", dataset).record(0, 0)
     assert len(calls) == 1
