@@ -9,26 +9,30 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import load_vocabulary
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.feature_cost import check_images_fit
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import StreamSource
 
 if TYPE_CHECKING:
     from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import StreamSource, open_sources
-
-
-def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
-    """Everything that can be said of the data without loading it; returns the streams' one vocabulary. Raises ConfigError."""
-    return check_sources(open_sources(config), config, views)
 
 
 def check_sources(sources: Sequence[StreamSource], config: DataConfig, views: Views | None) -> Vocabulary:
-    """The same, of datasets that are found already. Raises ConfigError."""
+    """Check all that can be known of the datasets before they are read; return their common vocabulary.
+
+    Args:
+        sources: the datasets of `config`, as `open_sources` returns them.
+        config: the `data:` part of a stage.
+        views: how the vision tower sees an image; None for a model without one.
+
+    Raises:
+        ConfigError: no image of a stream fits into a pack.
+    """
     for source in sources:
         check_images_fit(source, config, views)
     return load_vocabulary(sources[0].folder)
 
 
-def other_codes(sources: list[StreamSource]) -> list[str]:
+def other_codes(sources: Sequence[StreamSource]) -> list[str]:
     """A warning each, no error: bf16 changes one code in eight, which may be meant; a migrated dataset's weights are unknown."""
     lines = []
     with_images = [source for source in sources if source.manifest.images]
@@ -55,7 +59,7 @@ def uneven_proportions(config: DataConfig) -> list[str]:
     return [f"the proportions sum to {total:g} and not to 1: the shares are {shares}"]
 
 
-def check_streams_vocabulary(sources: list[StreamSource], vocabulary: Vocabulary, owner: str) -> None:
+def check_streams_vocabulary(sources: Sequence[StreamSource], vocabulary: Vocabulary, owner: str) -> None:
     """Raise ConfigError unless the streams are tokenized in `vocabulary`, which is `owner`'s."""
     for source in sources:
         if source.manifest.vocabulary != vocabulary.fingerprint:

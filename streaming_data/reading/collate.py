@@ -209,13 +209,7 @@ class Collate:
 
     def _look(self, packs: Sequence[Sequence[Record]]) -> Iterator[dict[int, tuple[Pixels, tuple[int, int]]]]:
         """For each record with images those that bring features, by number: views and size. Pictures are decoded by threads."""
-        continuous = (
-            "none"
-            if self.views is None
-            else "all"
-            if self.compat and self.continuous != "none"
-            else self.continuous
-        )
+        continuous = "none" if self.views is None else self.continuous
         records = [record for pack in packs for record in pack if len(record.image_spans)]
         wanted = [featured(record.labels(), record.image_spans, continuous) for record in records]
         jobs = [(record, image) for record, images in zip(records, wanted, strict=True) for image in images]

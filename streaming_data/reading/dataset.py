@@ -93,7 +93,6 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
     Args:
         views: how the vision tower sees an image; None where there is none.
         batch_packs: packs in this rank's batch.
-        compat: all images bring features, as in the reference.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         *,
         views: Views | None,
         batch_packs: int,
-        compat: bool,
     ) -> None:
         self.nodes, self.ranks_per_node, self.rank = _world()
         ranks = self.nodes * self.ranks_per_node
@@ -111,8 +109,6 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
             raise ConfigError(
                 f"global_batch: {config.global_batch} packs are not {ranks} ranks x {batch_packs} packs"
             )
-        if compat and config.continuous == "questions":
-            config = config.model_copy(update={"continuous": "all"})
         self.sources = list(sources)
         self.streams = to_streams(self.sources)
         self.batch_size, self.replication = batch_packs, None

@@ -7,7 +7,7 @@ for batch in loader: ...  # one epoch; the next `for` is the next epoch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from unitoken.streaming_data.plan.feature_cost import limit_of
 from unitoken.streaming_data.reading.collate import Batch, Collate
 from unitoken.streaming_data.reading.dataset import PackedDataset
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import open_sources
+from unitoken.streaming_data.sources import StreamSource, open_sources
 
 MOST_SAID = (
     4096  # bytes of a rank's error that the others hear: its end, as a worker's begins with a traceback
@@ -90,21 +90,37 @@ class PackedLoader(DataLoader[Any]):
 
 
 def build_loader(
-    config: DataConfig, *, views: Views | None, vocabulary: Vocabulary, batch_packs: int, compat: bool
+    config: DataConfig,
+    *,
+    views: Views | None,
+    vocabulary: Vocabulary,
+    batch_packs: int,
+    compat: bool,
+    sources: Sequence[StreamSource] | None = None,
 ) -> PackedLoader:
-    """This rank's loader. `batch_packs` is this rank's share of the global batch. Raises ConfigError for what does not fit.
+    """Build this rank's loader.
 
     Args:
-        views: how the vision tower sees an image; None only where no image brings features (`continuous: none`).
-        vocabulary: the model's; the datasets must be tokenized in it.
+        config: the `data:` part of a stage.
+        views: how the vision tower sees an image; None only with `continuous: none`.
+        vocabulary: the model's vocabulary, which the datasets must have been tokenized with.
+        batch_packs: this rank's share of the global batch, in packs.
+        compat: reproduce the reference, where all images have features and the separator is trained on.
+        sources: the datasets of `config` if they are open already; None opens them here.
+
+    Raises:
+        ConfigError: the settings, the datasets, the vocabulary and the number of ranks do not fit together.
     """
     if config.continuous != "none" and views is None:
         raise ConfigError(
             f"continuous: {config.continuous} needs a vision tower; without one set continuous: none"
         )
-    sources = open_sources(config)
+    if compat and config.continuous == "questions":
+        config = config.model_copy(update={"continuous": "all"})
+    if sources is None:
+        sources = open_sources(config)
     check_streams_vocabulary(sources, vocabulary, "the model")
-    dataset = PackedDataset(config, sources, views=views, batch_packs=batch_packs, compat=compat)
+    dataset = PackedDataset(config, sources, views=views, batch_packs=batch_packs)
     workers: dict[str, Any] = {}
     if config.workers:
         workers = {"prefetch_factor": config.prefetch, "persistent_workers": True, "timeout": config.timeout}

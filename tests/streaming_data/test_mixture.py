@@ -10,7 +10,8 @@ from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.images import crops
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
-from unitoken.streaming_data.check import check_mixture, check_streams_vocabulary, other_codes
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.streaming_data.check import check_sources, check_streams_vocabulary, other_codes
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import crops_of, open_sources, to_streams
 
@@ -25,6 +26,10 @@ def settings(tmp_path, streams: dict, **others) -> DataConfig:
             **others,
         }
     )
+
+
+def check(config: DataConfig) -> Vocabulary:
+    return check_sources(open_sources(config), config, None)
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +120,16 @@ def test_streams_become_streamings_own_with_their_weight(tmp_path, dataset, weig
 
 def test_a_folder_that_is_no_dataset_is_named(tmp_path):
     with pytest.raises(ConfigError, match=f"{tmp_path}/none: not a dataset folder: no such folder"):
-        check_mixture(settings(tmp_path, {"a": {"local": str(tmp_path / "none")}}))
+        check(settings(tmp_path, {"a": {"local": str(tmp_path / "none")}}))
     with pytest.raises(ConfigError, match=f"{tmp_path}: not a dataset folder: it has no {MANIFEST}"):
-        check_mixture(settings(tmp_path, {"a": {"local": str(tmp_path)}}))
+        check(settings(tmp_path, {"a": {"local": str(tmp_path)}}))
 
 
 def test_streams_of_different_vocabularies_are_refused_naming_both(tmp_path, dataset):
     vocabulary = small_vocabulary(60)
     other = write_dataset(tmp_path / "other", text_records(10), vocabulary)
     with pytest.raises(ConfigError) as caught:
-        check_mixture(settings(tmp_path, {"a": {"local": str(dataset)}, "b": {"local": str(other)}}))
+        check(settings(tmp_path, {"a": {"local": str(dataset)}, "b": {"local": str(other)}}))
     for part in (str(dataset), str(other), vocabulary.fingerprint, small_vocabulary().fingerprint):
         assert part in str(caught.value)
 
@@ -141,8 +146,10 @@ def test_a_model_of_another_vocabulary_is_refused_naming_both(tmp_path, dataset)
 def test_a_mixture_is_checked_without_heavy_imports(tmp_path, dataset):
     config = settings(tmp_path, {"a": {"local": str(dataset)}}).model_dump_json()
     program = (
-        "import sys\nfrom unitoken.streaming_data.sources import DataConfig, check_mixture\n"
-        "print(check_mixture(DataConfig.model_validate_json(sys.argv[1])).fingerprint)\n"
+        "import sys\nfrom unitoken.streaming_data.check import check_sources\n"
+        "from unitoken.streaming_data.sources import DataConfig, open_sources\n"
+        "config = DataConfig.model_validate_json(sys.argv[1])\n"
+        "print(check_sources(open_sources(config), config, None).fingerprint)\n"
         "assert not {'torch', 'streaming', 'composer', 'transformers', 'pyarrow'} & set(sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program, config], capture_output=True, text=True, check=False)
@@ -153,7 +160,7 @@ def test_a_mixture_is_checked_without_heavy_imports(tmp_path, dataset):
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_a_remote_datasets_small_files_are_fetched_and_nothing_else(tmp_path, dataset, prefix):
     config = settings(tmp_path, {"a": {"remote": f"{prefix}{dataset}"}})
-    assert check_mixture(config).fingerprint == small_vocabulary().fingerprint
+    assert check(config).fingerprint == small_vocabulary().fingerprint
     folder = open_sources(config)[0].folder
     assert folder.is_relative_to(tmp_path / "cache")
     assert (folder / SIDECAR).read_bytes() == (dataset / SIDECAR).read_bytes()
@@ -163,24 +170,24 @@ def test_a_remote_datasets_small_files_are_fetched_and_nothing_else(tmp_path, da
 
 def test_a_remote_dataset_that_is_not_there_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ConfigError, match=f"stream 'a': {tmp_path}/none/manifest.json: not there"):
-        check_mixture(settings(tmp_path, {"a": {"remote": str(tmp_path / "none")}}))
+        check(settings(tmp_path, {"a": {"remote": str(tmp_path / "none")}}))
     with pytest.raises(ConfigError, match="expected a path or a URL that begins with s3://"):
-        check_mixture(settings(tmp_path, {"a": {"remote": "gopher://x/y"}}))
+        check(settings(tmp_path, {"a": {"remote": "gopher://x/y"}}))
 
 
 def test_the_cache_of_another_dataset_is_not_taken_for_this_one(tmp_path, dataset):
     cache = str(tmp_path / "local")
-    check_mixture(settings(tmp_path, {"a": {"remote": str(dataset), "local": cache}}))
+    check(settings(tmp_path, {"a": {"remote": str(dataset), "local": cache}}))
     other = write_dataset(tmp_path / "other", text_records(10))
     with pytest.raises(ConfigError, match="caches another dataset"):
-        check_mixture(settings(tmp_path, {"a": {"remote": str(other), "local": cache}}))
+        check(settings(tmp_path, {"a": {"remote": str(other), "local": cache}}))
 
 
 def test_a_damaged_cached_file_is_fetched_again(tmp_path, dataset):
     config = settings(tmp_path, {"a": {"remote": str(dataset)}})
     folder = open_sources(config)[0].folder
     (folder / INDEX).write_text("{")
-    check_mixture(config)
+    check(config)
     assert (folder / INDEX).read_bytes() == (dataset / INDEX).read_bytes()
 
 
@@ -188,7 +195,7 @@ def test_a_remote_file_that_is_not_what_the_manifest_names_is_refused(tmp_path):
     remote = write_dataset(tmp_path / "remote", text_records(10))
     (remote / SIDECAR).write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match=f"{remote}/{SIDECAR} is not the file that manifest.json names"):
-        check_mixture(settings(tmp_path, {"a": {"remote": str(remote)}}))
+        check(settings(tmp_path, {"a": {"remote": str(remote)}}))
     assert not list((tmp_path / "cache").glob("**/.aside*"))
 
 
@@ -196,7 +203,7 @@ def test_an_index_that_was_changed_by_hand_is_refused(tmp_path):
     folder = write_dataset(tmp_path / "data", text_records(10))
     (folder / INDEX).write_text((folder / INDEX).read_text() + " ")
     with pytest.raises(ConfigError, match=f"stream 'a': {folder}/{INDEX} is not the file that"):
-        check_mixture(settings(tmp_path, {"a": {"local": str(folder)}}))
+        check(settings(tmp_path, {"a": {"local": str(folder)}}))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_a_shard_name_that_leads_out_of_the_folder_is_refused(tmp_path, basename
     (folder / INDEX).write_text(json.dumps(index))
     write_manifest(folder, records, small_vocabulary())
     with pytest.raises(ConfigError, match="leads out of the folder"):
-        check_mixture(settings(tmp_path, {"a": {"local": str(folder)}}))
+        check(settings(tmp_path, {"a": {"local": str(folder)}}))
 
 
 def test_a_moved_dataset_has_the_same_fingerprint_and_another_has_not(tmp_path, dataset):

@@ -9,7 +9,8 @@ from unitoken.common.config import Config, changed, flat
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.check import check_mixture
+from unitoken.streaming_data.check import check_sources
+from unitoken.streaming_data.sources import open_sources
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.metadata import MODEL, About, ModelSizes, PictureCrops, read_about, read_stage
 from unitoken.train.config import StageConfig
@@ -72,7 +73,7 @@ def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
         sizes = ModelSizes(decoder=decoder, vision=vision)
     if vocabulary is None:
         assert stage is not None
-        vocabulary = check_mixture(stage.data)
+        vocabulary = check_sources(open_sources(stage.data), stage.data, views=None)
     return Whole(stage, sizes, vocabulary, about.pictures)
 
 

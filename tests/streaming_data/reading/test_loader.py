@@ -2,6 +2,7 @@ import itertools
 import multiprocessing
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)  # 4 features
@@ -94,6 +96,22 @@ def test_a_model_of_another_vocabulary_is_refused(make, folder):
         ConfigError, match=f"{folder}/images .*{VOCABULARY.fingerprint}.* the model has {other.fingerprint}"
     ):
         make(vocabulary=other)
+
+
+def test_datasets_that_are_open_are_not_opened_again(folder: Path) -> None:
+    config = DataConfig.model_validate(
+        {
+            "streams": {"text": {"local": str(folder / "text")}},
+            "packed_length": 72,
+            "global_batch": 4,
+            "cache": str(folder / "cache"),
+        }
+    )
+    sources = open_sources(config)
+    loader = build_loader(
+        config, views=VIEWS, vocabulary=VOCABULARY, batch_packs=4, compat=False, sources=sources
+    )
+    assert loader.dataset.sources[0] is sources[0]
 
 
 def test_the_loader_is_what_composer_looks_for(make):
