@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -21,8 +20,8 @@ from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.metadata import STAGE
 from unitoken.train.config import StageConfig
 from unitoken.train.generation.dialogue import Dialogue
-from unitoken.train.generation.engine import Reading, generate, load_model
-from unitoken.train.generation.prompts import asked, beside, conversation_of
+from unitoken.train.generation.engine import PromptCollate, generate, load_model
+from unitoken.train.generation.prompts import build_prompt, parse_prompt, resolve_image_paths
 from unitoken.train.generation.sampling import Sampling
 
 EACH = 10  # drawings of each digit
@@ -38,34 +37,37 @@ class Evaluation:
     def __init__(self, run: Path) -> None:
         self.config = load_config(StageConfig, run / STAGE)
         assert self.config.codec is not None
-        self.model = load_model(self.config, run)
+        self.model = load_model(self.config.model, run)
         self.dialogue = Dialogue(self.config.codec)
 
     def read(self, file: Path) -> list[Answer]:
         """Ask for each item of `file` what digit it is; the item's own answer is kept from the model."""
         items = json.loads(file.read_text(encoding="utf-8"))
         conversations = [
-            conversation_of(beside(item, file.parent), str(number)) for number, item in enumerate(items)
+            parse_prompt(resolve_image_paths(item, file.parent), str(number))
+            for number, item in enumerate(items)
         ]
-        prompts = self.dialogue.prompts(conversations, [SIZE])
-        reading = Reading.of(self.config, self.model.vision)
+        prompts = self.dialogue.encode(conversations, [SIZE])
+        vision, data = self.model.vision, self.config.data
+        views = Views(vision.image_size, vision.patch_size, data.anyres) if vision else None
+        collate = PromptCollate(views, data.continuous)
         replies = generate(
-            self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, reading=reading, batch=64
+            self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=8, collate=collate, batch=64
         )
         return [
             Answer(np.asarray(decode(prompt.images[0])), item["conversations"][1]["value"], said.text)
-            for prompt, item, said in zip(prompts, items, self.dialogue.said(replies), strict=True)
+            for prompt, item, said in zip(prompts, items, self.dialogue.decode(replies), strict=True)
         ]
 
     def draw(self, sampling: Sampling = DRAWING) -> list[Drawing]:
         """EACH drawings of every digit, and what an ordinary classifier, trained on the real digits, reads in them."""
         words = [word for word in WORDS for _ in range(EACH)]
-        prompts = self.dialogue.prompts([asked(REQUESTS[0].format(word)) for word in words], [SIZE])
+        prompts = self.dialogue.encode([build_prompt(REQUESTS[0].format(word)) for word in words], [SIZE])
         sizes = [self.dialogue.latents(SIZE)]
         replies = generate(
             self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64
         )
-        pictures = [said.pictures[0] for said in self.dialogue.said(replies)]
+        pictures = [said.pictures[0] for said in self.dialogue.decode(replies)]
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
         read = classifier.predict(np.stack([small(picture) for picture in pictures]))
@@ -76,13 +78,13 @@ class Evaluation:
 
     def plan(self) -> PlanReport:
         """The plan that the stage was trained by."""
-        checked = check_stage(self.config, world_size=1)
-        vision: Any = checked.vision
+        resolved = check_stage(self.config, world_size=1)
         loader = build_loader(
             self.config.data,
-            views=Views(vision.image_size, vision.patch_size, self.config.data.anyres),
-            vocabulary=checked.vocabulary,
+            views=resolved.views,
+            vocabulary=resolved.vocabulary,
             batch_packs=self.config.data.global_batch,
-            compat=False,
+            compat=resolved.compat,
+            sources=resolved.train.sources,
         )
         return loader.dataset.plan.report

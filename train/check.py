@@ -1,4 +1,4 @@
-"""Checks a stage's settings and resolves them, before anything large is loaded; needs neither torch nor Composer.
+"""Checks and resolves a stage's settings before anything large is loaded; needs neither torch nor Composer.
 
 config = load_config(StageConfig, "yamls/stage1.yaml", ["optimizer.lr=5e-4"])
 resolved = check_stage(config, world_size=8)
@@ -59,8 +59,9 @@ class ResolvedStage:
         evaluation: the data to evaluate on; None without `eval`.
         vocabulary: the one vocabulary of all datasets.
         pictures: the sizes to which the images of the training data were cropped.
-        compat: behave as the reference. This weights the loss by microbatches instead of by tokens, applies weight decay to
-            all parameters, trains on separators, and shows the vision tower images as the reference did.
+        compat: behave as the reference. This weights the loss by microbatches instead of by tokens, applies
+            weight decay to all parameters, trains on separators, and shows the vision tower images as the
+            reference did.
         warnings: suspicious settings, one per line.
     """
 
@@ -93,8 +94,8 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     vocabulary = check_sources(train.sources, config.data, views)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
-            f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has "
-            f"{vocabulary.size}"
+            f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), "
+            f"the datasets' vocabulary has {vocabulary.size}"
         )
     warnings = [*uneven_proportions(config.data), *other_codes(train.sources)]
     warnings += _check_origins(config, sizes, vocabulary)
@@ -120,7 +121,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
 
 
 def uses_codec(config: StageConfig) -> bool:
-    """Return whether the stage itself uses the data's tokenizers, which must then be right before days of training."""
+    """Return whether the stage itself uses the tokenizers, so that they are checked before it trains."""
     return config.samples is not None or config.save.export is not None
 
 
@@ -146,7 +147,7 @@ def _check_writable(key: str, folder: Path) -> None:
 
 
 def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
-    """Check that the initial weights have this model's architecture and the data's vocabulary; return warnings."""
+    """Check architecture and vocabulary of the weights that the stage starts from; return warnings."""
     origins, warnings = {}, []
     saved = latest_checkpoint(Path(config.save.folder))
     if saved is not None:  # a resumed run needs no other weights
@@ -182,7 +183,8 @@ def _check_data(config: StageConfig, world_size: int) -> None:
         )
     if config.compat == "unitoken" and data.null_prompt_fraction:
         raise ConfigError(
-            f"data.null_prompt_fraction: compat 'unitoken' leaves every prompt, found {data.null_prompt_fraction}"
+            "data.null_prompt_fraction: compat 'unitoken' leaves every prompt, "
+            f"found {data.null_prompt_fraction}"
         )
 
 
@@ -194,7 +196,8 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
         )
     if replicas > 1 and replicas == world_size:
         raise ConfigError(
-            f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; nothing would be sharded"
+            f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; "
+            "nothing would be sharded"
         )
     if config.fsdp.reduce == "bf16" and config.precision == "fp32":
         raise ConfigError("fsdp.reduce: bf16 is for `precision: bf16`; gradients of fp32 are summed in fp32")
@@ -202,7 +205,8 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
     if selective and config.model.attention == "flex" and not config.model.compile:
         # Flex attention must be compiled, and torch ignores compiled functions inside a selective region.
         raise ConfigError(
-            "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; or take 'full', or 'sdpa'"
+            "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; "
+            "or take 'full', or 'sdpa'"
         )
 
 
@@ -220,9 +224,7 @@ def _check_trainable(config: StageConfig) -> None:
             f"trainable: {shown} would train nothing: with data.continuous 'none' no image reaches them"
         )
     if not any(_has_learning_rate(name, config.optimizer.lr_scales) for name in trainable):
-        raise ConfigError(
-            f"trainable: {shown} would train nothing: optimizer.lr_scales gives all of it 0"
-        )
+        raise ConfigError(f"trainable: {shown} would train nothing: optimizer.lr_scales gives all of it 0")
     for entry in config.optimizer.lr_scales:
         if not any(_is_within(name, entry) or _is_within(entry, name) for name in trainable):
             raise ConfigError(
@@ -238,7 +240,8 @@ def _is_within(name: str, module: str) -> bool:
 def _has_learning_rate(name: str, scales: dict[str, float]) -> bool:
     """Return whether any parameter in `name` has a learning rate above 0.
 
-    The longest entry of `lr_scales` that contains `name` decides for all of it, except for entries inside `name`.
+    The longest entry of `lr_scales` that contains `name` decides for all of it, except for entries inside
+    `name`.
     """
     containing = [entry for entry in scales if _is_within(name, entry)]
     if not containing or scales[max(containing, key=len)] > 0:
@@ -250,19 +253,21 @@ def _check_loggers(log: LogConfig) -> None:
     settings = {"tensorboard": log.tensorboard, "wandb": log.wandb, "mlflow": log.mlflow}
     for package, setting in settings.items():
         spec = importlib.util.find_spec(package) if setting else None
-        # A spec without an origin is a plain folder of that name, such as the one in which wandb keeps its logs.
+        # A spec without an origin is a plain folder of that name, such as the one in which wandb keeps its
+        # logs.
         if setting and (spec is None or spec.origin is None):
             raise ConfigError(
-                f"log.{package}: the package {package} is not installed; pip install {package}, or leave it out"
+                f"log.{package}: the package {package} is not installed; "
+                f"pip install {package}, or leave it out"
             )
 
 
 def _evaluation_config(config: StageConfig) -> DataConfig | None:
     """Return the settings of the data to evaluate on, or None without `eval`.
 
-    These are the samples of `eval.streams`, held-out ones where those streams have `held_out`; or else all held-out samples of
-    the training streams. Packs and global batches are as large as in training; a rest that fills no global batch is left out,
-    whatever the number of ranks.
+    These are the samples of `eval.streams`, held-out ones where those streams have `held_out`; or else all
+    held-out samples of the training streams. Packs and global batches are as large as in training; a rest
+    that fills no global batch is left out, whatever the number of ranks.
     """
     if config.eval is None:
         return None
@@ -279,7 +284,8 @@ def _evaluation_config(config: StageConfig) -> DataConfig | None:
         held_out = True
         if not streams:
             raise ConfigError(
-                "eval: no stream of data.streams has `held_out`, the share to evaluate on; or name eval.streams"
+                "eval: no stream of data.streams has `held_out`, the share to evaluate on; "
+                "or name eval.streams"
             )
     settings = config.data.model_dump() | {
         "streams": {name: stream.model_dump() for name, stream in streams.items()},
@@ -296,8 +302,10 @@ def _evaluation_config(config: StageConfig) -> DataConfig | None:
         raise ConfigError(f"eval.streams: {first_problem(error)}") from None
 
 
-def _evaluation_sources(config: StageConfig, evaluation: DataConfig, train: ResolvedData) -> list[StreamSource]:
-    """Open the datasets of `eval.streams`; held-out samples are in the training datasets, which are open already."""
+def _evaluation_sources(
+    config: StageConfig, evaluation: DataConfig, train: ResolvedData
+) -> list[StreamSource]:
+    """Open the datasets of `eval.streams`, or take the training datasets, which hold the held-out samples."""
     if config.eval is not None and config.eval.streams is not None:
         return open_sources(evaluation)
     return [

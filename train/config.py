@@ -133,7 +133,7 @@ class ModelConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr` at the run's end."""
+    """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr`."""
 
     lr: Annotated[float, Field(gt=0, le=1e30)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -148,7 +148,7 @@ class OptimizerConfig(Config):
     clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0
     """Maximum L2 norm of all gradients together."""
     max_skipped: Count = 10
-    """Most consecutive steps that may be skipped because their loss or gradient is not finite; one more ends the run."""
+    """Most steps in a row that are skipped because loss or gradient is not finite; one more ends the run."""
 
     @pydantic.model_validator(mode="after")
     def _min_lr_is_below_lr(self) -> OptimizerConfig:
@@ -165,8 +165,8 @@ class FSDPConfig(Config):
     reshard: bool = True
     """Free gathered parameters after the forward pass; false: more memory, less traffic."""
     replicas: Count = 1
-    """Number of copies of the model (HSDP), each sharded over a group of ranks; as many as nodes keeps gathering
-    inside a node."""
+    """Number of copies of the model (HSDP), each sharded over a group of ranks; one per node keeps
+    the gathering inside a node."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Data type in which gradients are summed under bf16."""
 
@@ -222,7 +222,7 @@ class EvalConfig(Config):
 
 
 class SamplesConfig(Config):
-    """Images generated and questions answered during training, saved to save.folder/samples and sent to the loggers.
+    """Images generated and questions answered during training, for save.folder/samples and the loggers.
 
     Needs `codec`.
     """
@@ -250,8 +250,8 @@ class StageConfig(Config):
     name: Name
     model: ModelConfig
     init_from: Name | None = None
-    """Weights to start from, without optimizer state: a run's save.folder, a checkpoint file, an exported folder, or a
-    hub id."""
+    """Weights to start from, without optimizer state: a run's save.folder, a checkpoint file, an exported
+    folder, or a hub id."""
     trainable: Annotated[list[str], Field(min_length=1)]
     """Names of modules or parameters, e.g. [vit, adapter]."""
     optimizer: OptimizerConfig
@@ -262,9 +262,9 @@ class StageConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     fsdp: FSDPConfig = FSDPConfig()
     activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
-    """What the backward pass recomputes instead of keeping: nothing; all of every layer, of the vision tower, too;
-    all of every k-th layer; or all but what is expensive, the matrix products and attention (`selective`; with
-    flex it needs model.compile)."""
+    """What the backward pass recomputes instead of keeping: nothing; all of every layer, the vision tower's
+    too; all of every k-th layer; or all but matrix products and attention, which are expensive (`selective`;
+    with flex it needs model.compile)."""
     compat: Literal["unitoken"] | None = None
     """Behave as the reference (UniToken) wherever this program corrects it."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -279,12 +279,13 @@ class StageConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _compat_gives_features_to_all_images(self) -> StageConfig:
-        """With `compat: unitoken` and a vision tower, `data.continuous` is "all": the default, and nothing else is allowed."""
+        """With `compat: unitoken` and a vision tower `data.continuous` is "all", and nothing else."""
         if self.compat is None or self.model.vision is None or self.data.continuous == "all":
             return self
         if "continuous" in self.data.model_fields_set:
             raise ValueError(
-                f"data.continuous: compat 'unitoken' gives features to all images, found '{self.data.continuous}'"
+                "data.continuous: compat 'unitoken' gives features to all images, "
+                f"found '{self.data.continuous}'"
             )
         # The model is frozen.
         object.__setattr__(self, "data", self.data.model_copy(update={"continuous": "all"}))

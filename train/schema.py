@@ -1,8 +1,8 @@
 """The JSON Schema of a stage's YAML file, for editors.
 
-    unitoken-schema yamls/stage.schema.json         without an argument it is printed
+    unitoken-schema yamls/stage.schema.json         without an argument, print it
 
-A YAML file names it in its first line: `# yaml-language-server: $schema=stage.schema.json`.
+A YAML file names its schema in the first line: `# yaml-language-server: $schema=stage.schema.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ TITLE = "A stage of training"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the program; `arguments` default to those of the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)

@@ -249,8 +249,8 @@ def test_streams_of_different_vocabularies_are_refused(folder: Path) -> None:
 def test_checking_settings_imports_neither_torch_nor_composer(folder: Path) -> None:
     code = (
         "import sys; from unitoken.common.config import load_config; from unitoken.train.config import StageConfig; "
-        "from unitoken.train.check import check; "
-        f"check(load_config(StageConfig, {str(write_stage(folder))!r}), 1); "
+        "from unitoken.train.check import check_stage; "
+        f"check_stage(load_config(StageConfig, {str(write_stage(folder))!r}), 1); "
         "assert not {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -305,7 +305,7 @@ def test_the_sizes_are_read_from_old_and_new_config_files(tmp_path: Path) -> Non
     [
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaled rotary embeddings"),
         ({"attention_bias": True}, "`attention_bias` is True; only False is supported"),
-        ({"vocab_size": "many"}, "`vocab_size`"),
+        ({"vocab_size": "many"}, r"config\.json: vocab_size: Input should be a valid integer"),
     ],
 )
 def test_a_decoder_of_another_kind_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_what_an_export_needs_is_looked_for_with_the_settings(
 
 
 def test_other_weights_of_the_image_tokenizer_are_warned_of(folder: Path, tmp_path: Path) -> None:
-    (note,) = check_stage(with_codec(folder, tmp_path), 1).notes
+    (note,) = check_stage(with_codec(folder, tmp_path), 1).warnings
     assert re.fullmatch(
         r"codec\.vision\.weights: .*/vqgan has fingerprint \w{16}, .* of the data are of 0{16}", note
     )

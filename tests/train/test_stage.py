@@ -204,13 +204,13 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
         folder, f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "optimizer.clip_norm=0.3",
         "optimizer.lr_scales={vit: 0.5}", "optimizer.min_lr=1e-3", "microbatch=2",
     )  # fmt: skip
-    checked = check_stage(config, 1)
+    resolved = check_stage(config, 1)
     trained = weights(train(config))
 
     loader = build_loader(
-        config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=False
-    )  # fmt: skip
-    model = build_model(checked.decoder, checked.vision, config.model)
+        config.data, views=Views(8, 4), vocabulary=resolved.vocabulary, batch_packs=4, compat=False
+    )
+    model = build_model(resolved.sizes.decoder, resolved.sizes.vision, config.model)
     freeze(model, config.trainable)
     load_weights(model, {}, config.seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -265,14 +265,15 @@ def test_a_stage_that_begins_with_an_unfinished_one_says_so(
 ) -> None:
     changes = ["name=next", "max_duration=1ba", "model.decoder.rope_theta=500"]
     shutil.copy(uninterrupted / "model.json", tmp_path)
-    for step, said in ((16, "step 16 of 18 of that stage"), (18, None)):
+    for step, unfinished in ((16, "step 16 of 18 of that stage"), (18, None)):
         origin = Path(shutil.copy(uninterrupted / f"step-000000{step}.pt", tmp_path / f"after-{step}.pt"))
         train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
-        lines = [line for line in capsys.readouterr().out.splitlines() if f"init_from: {origin}" in line]
-        constants = (
-            f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        output = capsys.readouterr()
+        assert output.err == (
+            f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0\n"
         )
-        assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
+        lines = [line for line in output.out.splitlines() if f"init_from: {origin}" in line]
+        assert lines == ([f"init_from: {origin}: {unfinished}"] if unfinished else [])
 
 
 def test_a_resumed_stage_never_starts_its_trained_tower_anew(
@@ -367,12 +368,12 @@ def test_a_chain_of_stages_never_loses_trained_weights(
 def test_what_may_be_another_mixture_than_was_meant_is_a_line(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
+    monkeypatch.setattr("unitoken.train.check.other_codes", lambda sources: ["two tokenizers"])
     monkeypatch.setattr(
         "unitoken.streaming_data.plan.report.PlanReport.warnings", lambda report: ["too long"]
     )
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
-    assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
+    assert capsys.readouterr().err == "warning: two tokenizers\nwarning: too long\n"
 
 
 def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
@@ -536,7 +537,7 @@ def test_another_runs_export_of_the_same_step_is_replaced(
     first = head(seed=0)
     assert not torch.equal(first, head(seed=1))
     with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
-        patch.setattr("unitoken.train.stage.export_at_end", lambda _: None)
+        patch.setattr("unitoken.train.stage.export_at_end", lambda *_: None)
         train(config)
     assert torch.equal(first, head(seed=0))
 

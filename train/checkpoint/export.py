@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
 from unitoken.common.files import AsideFolder
-from unitoken.dataset.manifest import VOCABULARY
+from unitoken.dataset.manifest import VOCABULARY, Manifest
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
 from unitoken.train.check_tokenizers import check_image_tokenizer, checked_tokenizer, manifests_here
 from unitoken.train.checkpoint import run_folder
@@ -47,7 +47,7 @@ IMAGE_NAMES = (
 )  # what transformers writes where an image will be: its name there, and Chameleon's
 
 
-def export_at_end(config: StageConfig) -> None:
+def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
     """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it.
 
     Nothing where that very checkpoint is exported already: another run may have ended at the same step.
@@ -59,7 +59,7 @@ def export_at_end(config: StageConfig) -> None:
     out = Path(config.save.export)
     wanted = run_folder.id_of(checkpoint)
     if wanted is None or (mark_of(out) or {}).get("checkpoint") != wanted:
-        export_model(str(checkpoint), out, stage=config)
+        export_model(str(checkpoint), out, stage=config, manifests=manifests)
         print(f"{config.name}: exported to {out}", flush=True)
 
 
@@ -71,11 +71,16 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
 
 
 def export_model(
-    source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None
+    source: str,
+    out: Path,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    stage: StageConfig | None = None,
+    manifests: Sequence[Manifest] | None = None,
 ) -> None:
     """Write the model in `source` (anything that `init_from` takes) to the folder `out`, or in the place of an exported one there.
 
-    `stage` says what the source's folder does not say itself, and where the tokenizers are.
+    `stage` says what the source's folder does not say itself, and where the tokenizers are; `manifests` are those of the datasets
+    it was trained on, where they are open already.
 
     Raises:
         ConfigError: no checkpoint, one that does not fit its own settings, or `out` is or holds something else.
@@ -94,9 +99,9 @@ def export_model(
         find_image_tokenizer(codec.vision) if codec and codec.vision.kind == "chameleon" else None
     )
     if codec is not None and whole.stage is not None and image_tokenizer is not None:
-        for odd in check_image_tokenizer(
-            codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)
-        ):
+        if manifests is None:
+            manifests = manifests_here(whole.stage.data)
+        for odd in check_image_tokenizer(codec, image_tokenizer, whole.vocabulary, manifests):
             print(f"warning: {odd}", flush=True)
         weights = _with_image_tokenizer(weights, image_tokenizer)
 

@@ -37,8 +37,8 @@ def latent_size(pixels: tuple[int, int], downsampling: int, key: str = "size") -
     for side in pixels:
         if side % unit or not unit <= side <= unit * MAX_GRID:
             raise ConfigError(
-                f"{key}: {pixels[1]} x {pixels[0]} pixels: each side must be a multiple of {unit}, the image tokenizer's "
-                f"unit, up to {unit * MAX_GRID}"
+                f"{key}: {pixels[1]} x {pixels[0]} pixels: each side must be a multiple of {unit}, "
+                f"the image tokenizer's unit, up to {unit * MAX_GRID}"
             )
     return pixels[0] // downsampling, pixels[1] // downsampling
 
@@ -58,7 +58,8 @@ def guidance_or_default(guidance: float | None, default: float, trained: bool) -
     Args:
         guidance: the setting; None for the default.
         default: for a model that was trained on null prompts.
-        trained: whether it was. Without a null prompt there is nothing to guide away from: 1, which is no guidance.
+        trained: whether it was. Without a null prompt there is nothing to guide away from: 1, which is no
+            guidance.
     """
     if guidance is not None:
         return guidance
@@ -70,12 +71,13 @@ def untrained_guidance(guidance: float, trained: bool) -> str | None:
     if guidance == 1 or trained:
         return None
     return (
-        f"guidance {guidance:g} is away from a prompt that training never showed: data.null_prompt_fraction is 0"
+        f"guidance {guidance:g} is away from a prompt that training never showed: "
+        "data.null_prompt_fraction is 0"
     )
 
 
 def image_sizes(size: tuple[int, int] | None, pictures: PictureCrops | None) -> list[tuple[int, int]]:
-    """Return the (height, width) in pixels that a generated image may have: `size`, or those of the data's images."""
+    """Return the (height, width) in pixels of images to generate: `size`, or those of the data's images."""
     if size is not None:
         return [size]
     crops = pictures.crops if pictures is not None else []
@@ -88,17 +90,21 @@ def check_samples(
     """Check what a stage generates during training, and return warnings.
 
     Args:
+        samples: the settings; None: nothing is generated.
+        codec: the tokenizers.
         pictures: sizes of the training data's images.
         guidance_trained: whether the data has null prompts.
 
     Raises:
-        ConfigError: tokenizers or prompts are missing, a size does not suit the image tokenizer, or an image can not be read.
+        ConfigError: tokenizers or prompts are missing, a size does not suit the image tokenizer, or an image
+            can not be read.
     """
     if samples is None:
         return []
     if codec is None:
         raise ConfigError(
-            "samples: drawing and answering take the data's tokenizers: set codec.tokenizer and codec.vision.weights"
+            "samples: drawing and answering take the data's tokenizers: "
+            "set codec.tokenizer and codec.vision.weights"
         )
     if not samples.draw and not samples.answer:
         raise ConfigError(

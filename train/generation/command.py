@@ -46,7 +46,8 @@ class CheckedRequest(NamedTuple):
         origin: the checkpoint file, or the folder of an exported model.
         decoder: sizes of the decoder.
         vision: sizes of the vision tower; None without one.
-        trained_vocabulary: the vocabulary that the model was trained in; None if the checkpoint's folder does not have it.
+        trained_vocabulary: the vocabulary that the model was trained in; None if the checkpoint's folder does
+            not have it.
         sizes: the (height, width) in pixels that a generated image may have.
         crops: the (width, height) in pixels to which images of prompts are cropped for the image tokenizer.
     """
@@ -90,7 +91,8 @@ def check_request(
     guidance_trained = config.data.null_prompt_fraction > 0
     _warn_about(sizes, about.pictures, guidance, guidance_trained)
     decoder, vision = sizes_of(origin, config.model)
-    # Runs of older versions have no pictures.json: images of prompts are then as large as those that are generated.
+    # Runs of older versions have no pictures.json: images of prompts are then as large as those that are
+    # generated.
     crops = about.pictures.crops if about.pictures is not None else []
     crops = crops or [(width, height) for height, width in sizes]
     return CheckedRequest(origin, decoder, vision, about.vocabulary, sizes, crops)
@@ -112,8 +114,8 @@ def reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> None
     """Load the model, then generate, write and print the replies, batch by batch.
 
     Raises:
-        ConfigError: another `generate` writes to the same folder, tokenizers and model do not fit, a prompt is too long, or
-            the GPU has too little memory.
+        ConfigError: another `generate` writes to the same folder, tokenizers and model do not fit, a prompt
+            is too long, or the GPU has too little memory.
     """
     lock = request.out / f"{ASIDE}lock"
     with held(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
@@ -182,7 +184,7 @@ def _print_results(results: Sequence[JsonObject], drawing: bool, finished: int, 
 
 
 def _print(text: str) -> None:
-    """Print on stdout in UTF-8, whatever the locale; a closed pipe does not keep replies from being written to files."""
+    """Print in UTF-8, whatever the locale; ignore a closed pipe, as the files are still wanted."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(encoding="utf-8")
     try:
@@ -194,7 +196,8 @@ def _print(text: str) -> None:
 def _check_vocabulary(vocabulary: Vocabulary, checkpoint: Path, checked: CheckedRequest) -> None:
     if vocabulary.size > checked.decoder.vocab_size:
         raise ConfigError(
-            f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {checked.decoder.vocab_size}"
+            f"codec: its vocabulary has {vocabulary.size} ids, "
+            f"model.decoder has room for {checked.decoder.vocab_size}"
         )
     if checked.trained_vocabulary is not None:
         check_trained_vocabulary(vocabulary, checked.trained_vocabulary, str(checkpoint))
@@ -203,7 +206,7 @@ def _check_vocabulary(vocabulary: Vocabulary, checkpoint: Path, checked: Checked
 def _check_lengths(
     request: Request, checked: CheckedRequest, dialogue: Dialogue, collate: PromptCollate
 ) -> list[int]:
-    """Return the positions of each prompt. Raises ConfigError for one that leaves too little room for a reply."""
+    """Return the length of each prompt. Raises ConfigError if one leaves too little room for a reply."""
     sizes = [dialogue.latents(size) for size in checked.sizes] if request.drawing else []
     shortest_reply = max((len(list(dialogue.vocabulary.image_grammar(*size))) for size in sizes), default=1)
     limit = request.config.data.packed_length
@@ -212,8 +215,9 @@ def _check_lengths(
         length = collate.length(dialogue.encode_layout(conversation, checked.crops))
         if length + shortest_reply > limit:
             raise ConfigError(
-                f"{conversation.id}: the prompt takes {length} tokens, features included, and the reply {shortest_reply} at "
-                f"least; together they exceed data.packed_length ({limit}), the longest sequence seen in training"
+                f"{conversation.id}: the prompt takes {length} tokens, features included, and the reply "
+                f"{shortest_reply} at least; together they exceed data.packed_length ({limit}), "
+                "the longest sequence seen in training"
             )
         lengths[conversation] = length
     return [lengths[conversation] for conversation in request.conversations]

@@ -57,15 +57,13 @@ class Dialogue:
         """Convert (height, width) in pixels to latents. Raises ConfigError."""
         return latent_size(pixels, self.vision.downsampling)
 
-    def encode(
-        self, conversations: Sequence[Conversation], crops: Sequence[tuple[int, int]]
-    ) -> list[Record]:
+    def encode(self, conversations: Sequence[Conversation], crops: Sequence[tuple[int, int]]) -> list[Record]:
         """Encode prompts: conversations that end with a human turn.
 
         Args:
             conversations: the prompts; an image in several of them is encoded once.
-            crops: (width, height) in pixels to which the training data's images were cropped; each image is cropped to the
-                one that keeps most of it.
+            crops: (width, height) in pixels to which the training data's images were cropped; each image is
+                cropped to the one that keeps most of it.
 
         Raises:
             ConfigError: an image can not be read or decoded, or a prompt can not be tokenized.

@@ -3,9 +3,9 @@
 model = load_model(config.model, config.save.folder)                     # the run's last checkpoint
 replies = generate(model, vocabulary, prompts, Sampling(guidance=4.0), sizes=[(32, 32)])
 
-Prompts are records (`Dialogue.encode`), so their images are laid out as in training. Prompts of different lengths
-go through the model together, padded at the left. With guidance each prompt has a second row, which gets its null prompt
-and, of the reply, only the images, from the first image on.
+Prompts are records (`Dialogue.encode`), so their images are laid out as in training. Prompts of different
+lengths go through the model together, padded at the left. With guidance each prompt has a second row, which
+gets its null prompt and, of the reply, only the images, from the first image on.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class PromptCollate:
         """Collate one prompt per row, padded at the left so that all rows end together.
 
         Args:
+            prompts: one per row.
             lengths: the `length` of each prompt.
+            vocabulary: names the separator and the newline.
         """
         longest = max(lengths)
         collate = Collate(
@@ -120,7 +122,7 @@ class PromptCollate:
 
 
 def _merge_equal_views(batch: Batch) -> None:
-    """Keep one copy of equal views, so that the tower computes an image once for all replies to one prompt."""
+    """Keep one copy of equal views, so that an image is computed once for all replies to a prompt."""
     number_of: dict[bytes, int] = {}  # of distinct views, by their pixels
     first_views = []
     distinct = []  # for each view the number of the distinct view that it is equal to
@@ -149,6 +151,10 @@ class _Model(NamedTuple):
         return _Context(self.network, self.collate(prompts, lengths, self.vocabulary), room)
 
 
+def _views_of(model: UniToken) -> Views | None:
+    return Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
+
+
 @torch.no_grad()
 def generate(
     model: UniToken,
@@ -166,26 +172,27 @@ def generate(
 ) -> list[list[int]]:
     """Return the reply to each prompt, as ids without the end of the turn.
 
-    A reply depends on its prompt, the seed and its number, and not on the other prompts.
+    A reply depends on its prompt, the seed and its number, but not on the other prompts.
 
     Args:
+        model: the network.
+        vocabulary: of the model.
+        prompts: conversations that end with a human turn, as records.
+        sampling: temperature, top-k, guidance and seed.
         sizes: the (height, width) in latents that an image may have; empty: replies are text only.
         drawing: a reply is one image and nothing else. Otherwise the model begins images itself.
-        max_tokens: the most tokens of a reply that is not a drawing, for all prompts or for each; an image that has begun
-            is finished.
+        max_tokens: the most tokens of a reply with text, for all or for each; an image is finished.
         numbers: the number of each prompt, which seeds its random numbers; default: 0, 1, ...
         collate: how prompts are laid out; default: as in a stage with default settings.
-        batch: prompts at a time. With guidance a prompt of a drawing takes a second row. A row's cache takes 0.5 MB per token
-            of the 7B model in bf16.
+        batch: prompts at a time. With guidance a prompt of a drawing takes a second row. A row's cache takes
+            0.5 MB per token of the 7B model in bf16.
         broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together.
     """
     assert sizes or not drawing
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     assert min(limits, default=1) > 0
     numbers = range(len(prompts)) if numbers is None else numbers
-    if collate is None:
-        vision = model.vision
-        collate = PromptCollate(Views(vision.image_size, vision.patch_size) if vision else None)
+    collate = collate or PromptCollate(_views_of(model))
     shared = _Model(model, vocabulary, collate, sampling, broadcast)
     grammar = Grammar(vocabulary, sizes, model.lm_head.weight.device)
     order = sorted(range(len(prompts)), key=[collate.length(prompt) for prompt in prompts].__getitem__)
@@ -208,7 +215,7 @@ def _generate_batch(
     generators: Sequence[torch.Generator],
     room: int,
 ) -> list[list[int]]:
-    """Generate replies side by side; each prompt has a turn of the grammar and a random generator of its own."""
+    """Generate replies side by side; each prompt has its own turn of the grammar and random generator."""
     context = model.open(prompts, room)
     guidance = None
     if model.sampling.guidance != 1:
@@ -262,7 +269,7 @@ class _GuidanceContext:
 
 
 class _Context:
-    """The tokens that the model has read in each row (its cache), and `logits` (R, vocabulary) of the next token."""
+    """The cache of the tokens read so far in each row, and `logits` (R, vocabulary) of the next token."""
 
     def __init__(self, model: UniToken, batch: Batch, room: int) -> None:
         self._model, device = model, model.lm_head.weight.device

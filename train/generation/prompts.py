@@ -53,8 +53,8 @@ def read_prompts(path: Path) -> list[Conversation]:
     """Read the prompts of a file.
 
     Args:
-        path: a .txt with one prompt per line; or a .json list or a .jsonl of `{"prompt": ..., "image": [...]}` or of items of
-            the input format. Paths of images are relative to the file's folder.
+        path: a .txt with one prompt per line; or a .json list or a .jsonl of `{"prompt": ..., "image":
+            [...]}` or of items of the input format. Paths of images are relative to the file's folder.
 
     Raises:
         ConfigError: the file can not be read, has no prompt, or a prompt is not valid.
@@ -86,7 +86,7 @@ def read_prompts(path: Path) -> list[Conversation]:
 
 
 def _named_lines(path: Path, text: str) -> list[tuple[str, str]]:
-    r"""Return the non-empty lines with names for messages. Split at \n only, as JSON may hold U+2028 and the like."""
+    r"""Split at \n only, as JSON may hold U+2028; return non-empty lines with names for messages."""
     lines = enumerate(text.split("\n"), start=1)
     return [(f"{path}:{number}", line.removesuffix("\r")) for number, line in lines if line.strip()]
 
@@ -149,7 +149,7 @@ def read_image(image: str | bytes) -> bytes:
 
 
 def image_files(conversations: Sequence[Conversation]) -> list[Path]:
-    """Return the distinct image files of prompts. Raises ConfigError for a missing file, a URL, or bad inline data."""
+    """Return the image files of prompts. Raises ConfigError for a missing file, a URL, or bad inline data."""
     names = [
         image for conversation in conversations for image in conversation.images if isinstance(image, str)
     ]
@@ -159,7 +159,8 @@ def image_files(conversations: Sequence[Conversation]) -> list[Path]:
             read_image(image)
         elif _is_url(image):
             raise ConfigError(
-                f"{shown(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine"
+                f"{shown(image)}: pictures of prompts are not fetched from anywhere: "
+                "name a file of this machine"
             )
         elif not Path(image).is_file():
             raise ConfigError(f"{shown(image)}: no such image")

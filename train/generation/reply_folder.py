@@ -1,9 +1,9 @@
-"""The folder of replies: written as they are generated, so that a killed run loses nothing and can be continued.
+"""The folder of replies: written as they are generated, so that a killed command can be continued.
 
 out/0000.png, 0000-1.png, ...   the images of reply 0, in order
 out/0000.txt                    its text, with `<|image|>` in the place of each image
 out/results.jsonl               one line per reply, written after its files, in the order of generation
-out/request.json                the checkpoint, the prompts and the sampling; replies to another request are replaced
+out/request.json                checkpoint, prompts and sampling; replies to another request are replaced
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ReplyFolder:
         self._folder, self._request = folder, request
 
     def begin(self) -> set[int]:
-        """Return the numbers of the finished replies. Replies to another request are removed, and no other files."""
+        """Return the numbers of the finished replies; remove those to another request."""
         results = _read_results(self._folder) or []
         if _read_request(self._folder) == self._request:
             finished = [result for result in results if self._has_pictures(result)]
@@ -72,8 +72,8 @@ class ReplyFolder:
             finished = []
             for name in (name for result in results for name in _reply_files(result)):
                 (self._folder / name).unlink(missing_ok=True)
-        # Rewritten without the incomplete line that a kill may have left. The results are written before the request, which
-        # names what they belong to.
+        # Rewritten without the incomplete line that a kill may have left. The results are written before the
+        # request, which names what they belong to.
         write_aside(self._folder / RESULTS, b"".join(map(_json_line, finished)))
         write_aside(self._folder / REQUEST, _json_line(self._request))
         return {result["number"] for result in finished}

@@ -1,6 +1,7 @@
-"""The grammar of replies, and sampling: which tokens may come next, and which of them is chosen by the model's logits.
+"""The grammar of replies, which allows the next tokens, and the sampling of one by the model's logits.
 
-A turn is text and images, up to the token that ends it. The block of an image follows its grammar to the last newline:
+A turn is text and images, up to the token that ends it. The block of an image follows its grammar to the last
+newline:
 
     text ... image_start  height  width  codes, newline, ... image_end  text ... end_of_turn
 """
@@ -83,7 +84,7 @@ class Grammar:
         yield from self._image()
 
     def turn(self, max_tokens: int) -> GrammarSteps:
-        """Generate text and images until the end of the turn or `max_tokens`; an image that has begun is finished."""
+        """Generate text and images up to the end of the turn or `max_tokens`; images are finished."""
         count = 0
         while count < max_tokens:
             token = yield self.text
@@ -113,7 +114,7 @@ class Grammar:
 
 
 def guided(logits: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """Apply classifier-free guidance (Ho and Salimans, arXiv:2207.12598): 1 is no guidance, 0 ignores the prompt.
+    """Apply classifier-free guidance (Ho and Salimans, arXiv:2207.12598): 1 is none, 0 ignores the prompt.
 
     Args:
         logits: with the prompt.

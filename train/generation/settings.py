@@ -72,6 +72,6 @@ def check_trained_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where:
     """
     if vocabulary.fingerprint != trained.fingerprint:
         raise ConfigError(
-            f"codec: its vocabulary has fingerprint {vocabulary.fingerprint} ({vocabulary.size} ids), {where} has "
-            f"{trained.fingerprint} ({trained.size} ids)"
+            f"codec: its vocabulary has fingerprint {vocabulary.fingerprint} ({vocabulary.size} ids), "
+            f"{where} has {trained.fingerprint} ({trained.size} ids)"
         )

@@ -9,17 +9,15 @@ from support.paths import ROOT
 from support.ranks import finish, start
 from support.stages import curve, evaluations, metrics, stage, write_data, write_stage
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import _is_held_out
 from unitoken.streaming_data.reading.loader import PackedLoader
-from unitoken.train.callbacks.evaluation import evaluation_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import build_model
-from unitoken.train.stage import run_stage
+from unitoken.train.stage import build_evaluation_loader, run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 TRAIN = ROOT / "train.py"
@@ -39,7 +37,7 @@ def train(config: StageConfig) -> Path:
 
 
 def loader_of(config: StageConfig) -> PackedLoader:
-    loader = evaluation_loader(config, check_stage(config, 1), Views(8, 4))
+    loader = build_evaluation_loader(check_stage(config, 1))
     assert loader is not None
     return loader
 
@@ -83,8 +81,8 @@ def test_it_is_done_at_the_interval_and_at_the_end_and_always_on_the_same(evalua
 
 def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: Path, evaluated: Path) -> None:
     config = stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba")
-    checked = check_stage(config, 1)
-    model = build_model(checked.decoder, checked.vision, config.model)
+    sizes = check_stage(config, 1).sizes
+    model = build_model(sizes.decoder, sizes.vision, config.model)
     source = run_folder.source_of(find_origin(str(evaluated)))
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     total = targets = 0.0

@@ -16,7 +16,7 @@ from support.stages import evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics, read_metrics
-from unitoken.train.callbacks.progress import Lines
+from unitoken.train.callbacks.progress import ProgressLines
 from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
@@ -137,9 +137,8 @@ def test_flops_and_seconds_are_the_utilization_where_the_peak_is_known(
 ) -> None:
     real = Metrics.__init__
 
-    def init(self: Metrics, *arguments: Any) -> None:
-        real(self, *arguments)
-        self.peak = 1e9
+    def init(self: Metrics, *arguments: Any, **settings: Any) -> None:
+        real(self, *arguments, **{**settings, "peak_flops": 1e9})
 
     monkeypatch.setattr(Metrics, "__init__", init)
     for line in metrics(train(stage(folder, f"save.folder={tmp_path}", "max_duration=3ba"))):
@@ -232,7 +231,7 @@ def test_weights_and_biases_gets_only_what_is_ours(
     fake.log = lambda values, step: logged.append((values, step))  # type: ignore[attr-defined]
     fake.init = lambda **settings: begun.append(settings)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (wandb,) = build_loggers(stage(folder, f"save.folder={tmp_path}", "log.wandb=mine"), resumes=False)
+    (wandb,) = build_loggers(stage(folder, "log.wandb=mine").log, tmp_path, resumes=False)
     wandb.init(types.SimpleNamespace(run_name="stage1"), None)
     assert begun == [
         {"project": "mine", "name": "stage1", "dir": str(tmp_path), "resume": "auto", "allow_val_change": True}
@@ -256,12 +255,12 @@ def test_lines_are_printed_where_there_is_no_terminal(
 def test_the_time_left_is_by_the_pace_since_the_run_started(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    lines = Lines("stage", 1000, 10)
+    lines = ProgressLines("stage", 1000, 10)
     lines.start(200)
     now = 150.0  # 50 steps in 50 seconds, after those that an earlier run did
-    assert str(lines.left(250)) == "0:12:30"
+    assert str(lines.time_left(250)) == "0:12:30"
     line = {"step": 250, "loss": None, "grad_norm": 2.0, "skipped": 1}  # a loss that is not finite is null
-    assert lines.words(line, "loss", "grad_norm", "mfu", "skipped") == "grad 2.000  1 skipped  0:12:30 left"
+    assert lines.status(line, "loss", "grad_norm", "mfu", "skipped") == "grad 2.000  1 skipped  0:12:30 left"
 
 
 @pytest.mark.slow
@@ -315,5 +314,5 @@ def test_a_broken_line_costs_itself_alone_and_is_said(
     ]
     path.write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().err.splitlines()
     assert [line.partition("jsonl: line ")[2][:1] for line in said] == ["2", "3", "4", "5", "6", "8"]

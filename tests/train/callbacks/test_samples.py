@@ -15,6 +15,7 @@ from PIL import Image
 from support.drawn import CODEC, ROOT, drawing_stage, write_data
 from support.stages import curve
 from unitoken.common.errors import ConfigError
+from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.samples import sheet
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.metadata import PictureCrops, read_about
@@ -81,11 +82,11 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     """Also where a tokenizer is loaded, which draws new weights before it reads its own."""
     from types import SimpleNamespace
 
-    from unitoken.train.callbacks.samples import samples_of
     from unitoken.train.checkpoint.layouts import model_configs
     from unitoken.train.checkpoint.loading import load_weights
     from unitoken.train.distributed import composer_trainer
     from unitoken.train.model.unitoken import build_model
+    from unitoken.train.stage import _build_samples
 
     shown: list[np.ndarray] = []
     tables: list[Any] = []
@@ -98,17 +99,17 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     load_weights(network, {}, 0)
     network.train()
     network.vit.eval()
-    count = SimpleNamespace(value=3)
+    step = SimpleNamespace(value=2)
     state: Any = SimpleNamespace(
         model=composer_trainer.TrainingModel(network),
         precision="fp32",
         precision_config=None,
-        timestamp=SimpleNamespace(batch=count, epoch=SimpleNamespace(value=1)),
+        timestamp=SimpleNamespace(batch=step),
     )
     before, modes = torch.get_rng_state(), [module.training for module in network.modules()]
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    checked = check_stage(config, 1)
-    (samples,) = samples_of(config, checked.vocabulary, checked.pictures)
+    samples = _build_samples(config, check_stage(config, 1), EpochLength(steps=3, tokens=1.0))
+    assert samples is not None
     old = folder / "alone" / "samples" / "step-00000003"
     old.mkdir(parents=True)
     (old / "old.png").write_bytes(b"of a run that went on from an older checkpoint and does the step again")
@@ -117,7 +118,8 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     with composer_trainer.paused(state):
         torch.rand(1)
     assert not shown
-    samples.epoch_end(state, logger)
+    step.value = 3  # the end of the epoch
+    samples.batch_end(state, logger)
     assert [picture.shape for picture in shown] == [(32, 48, 3)]
     (columns, ((picture, question, answer),), names) = tables[0]
     assert (columns, picture, question) == (
@@ -176,24 +178,24 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
 
     from unitoken.train.generation.dialogue import Dialogue
     from unitoken.train.generation.engine import generate, load_model
-    from unitoken.train.generation.prompts import asked
+    from unitoken.train.generation.prompts import build_prompt
     from unitoken.train.generation.sampling import Sampling
 
     config = settings(folder, "two", samples=asking(folder))
     assert config.codec is not None
     assert config.samples is not None
     dialogue = Dialogue(config.codec)
-    prompts = dialogue.prompts([asked(text) for text in config.samples.draw], [(24, 16)])
+    prompts = dialogue.encode([build_prompt(text) for text in config.samples.draw], [(24, 16)])
     alone = generate(
-        load_model(config),
+        load_model(config.model, config.save.folder),
         dialogue.vocabulary,
         prompts,
         Sampling(guidance=3.0),
         sizes=[dialogue.latents((16, 24))],
         drawing=True,
     )
-    for said, path in zip(dialogue.said(alone), drawn, strict=True):
-        assert np.array_equal(said.pictures[0], np.asarray(Image.open(path)))
+    for reply, path in zip(dialogue.decode(alone), drawn, strict=True):
+        assert np.array_equal(reply.pictures[0], np.asarray(Image.open(path)))
 
 
 @pytest.mark.parametrize(

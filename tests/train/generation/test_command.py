@@ -148,11 +148,11 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
         (["--prompt", "x", "--temperature", "inf"], "--temperature inf: expected a finite number"),
         (
             ["--prompt", "x " * 200, "--size", "8x8"],
-            "longer than data.packed_length, 128, is nothing that the model ever read",
+            "together they exceed data.packed_length (128), the longest sequence seen in training",
         ),
         (
             ["--prompt", "x", "--draw", "--size", "64x64"],
-            "and the reply 276 at least; longer than data.packed_length, 128",
+            "and the reply 276 at least; together they exceed data.packed_length (128)",
         ),
         (
             ["--prompt", "x", "--image", "{run}/stage.yaml", "--out", "{run}"],
@@ -250,13 +250,13 @@ def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
 ) -> None:
     """Each to the crop that keeps most of it, and not to --size."""
     seen: list[tuple[int, ...]] = []
-    real = dialogue._by_shape
+    real = dialogue._map_by_shape
 
-    def watched(arrays: Any, *rest: Any) -> Any:
+    def watched(function: Any, arrays: Any, batch: int) -> Any:
         seen.extend(array.shape for array in arrays)
-        return real(arrays, *rest)
+        return real(function, arrays, batch)
 
-    monkeypatch.setattr("unitoken.train.generation.dialogue._by_shape", watched)
+    monkeypatch.setattr("unitoken.train.generation.dialogue._map_by_shape", watched)
     folder = tmp_path / "run"
     shutil.copytree(run, folder, symlinks=True)
     (folder / "pictures.json").write_text('{"crops": [[16, 8], [8, 16]]}')
