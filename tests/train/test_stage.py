@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from support.stages import curve, metrics, stage, write_data
+from support import drawn
+from support.stages import curve, evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import Manifest, load_manifest
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.callbacks.metrics import Metrics
@@ -118,6 +120,34 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
     )  # not 9 of 9: the rest of an epoch that is over
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
+
+
+@pytest.mark.parametrize("evaluated_on", ["held-out", "other"])
+def test_a_stage_opens_each_dataset_once(
+    evaluated_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an evaluation, samples and an export, each of which needs something of the datasets."""
+    opened: list[Path] = []
+
+    def counted(folder: Path) -> Manifest:
+        opened.append(folder)
+        return load_manifest(folder)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unitoken.") and getattr(module, "load_manifest", None) is load_manifest:
+            monkeypatch.setattr(module, "load_manifest", counted)
+    datasets = [drawn.write_data(tmp_path / "data")]
+    overrides = ["data.streams.all.held_out=0.4", "eval.interval=2ba"]
+    if evaluated_on == "other":
+        datasets.append(drawn.write_data(tmp_path / "other"))
+        overrides = [f"eval={{interval: 2ba, streams: {{other: {{local: {tmp_path}/other}}}}}}"]
+    samples = "samples={interval: 2ba, draw: [Draw a two.], size: [16, 16]}"
+    export = f"save.export={tmp_path}/model"
+    train(drawn.drawing_stage(tmp_path, "max_duration=2ba", samples, export, *overrides))
+    assert (tmp_path / "run" / "samples" / "step-00000002" / "0.png").is_file()
+    assert list(evaluations(tmp_path / "run")) == [2]
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert sorted(opened) == sorted(datasets)
 
 
 @pytest.mark.parametrize("compat", [None, "unitoken"])
