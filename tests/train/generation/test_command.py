@@ -1,4 +1,4 @@
-"""`python -m unitoken.train generate`, from a checkpoint to files; and what it says to those who ask wrongly."""
+"""`python -m unitoken.train generate`: from a checkpoint to files, and its error messages."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def results(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> None:
+def test_images_for_several_prompts_and_sizes(run: Path, tmp_path: Path) -> None:
     common = [
         run,
         "--prompt",
@@ -83,7 +83,7 @@ def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> Non
     )
 
 
-def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path, tmp_path: Path) -> None:
+def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path) -> None:
     folder = run.parent
     lines = [
         {"prompt": "What digit is this? <|image|>", "image": "b.jpg"},
@@ -164,7 +164,7 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
         ),
     ],
 )
-def test_what_is_asked_wrongly_is_one_line(
+def test_a_wrong_request_is_a_one_line_error(
     run: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     given = [argument.replace("{run}", str(run)) for argument in arguments]
@@ -182,7 +182,7 @@ def numbered(folder: Path) -> list[dict[str, object]]:
 def test_a_killed_command_loses_nothing_and_goes_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batch by batch: what a batch gave is there before the next one begins, and is not made again."""
+    """The replies of a batch are written before the next batch begins, and are not generated again."""
     command = [
         run,
         "--prompt",
@@ -221,7 +221,7 @@ def test_a_killed_command_loses_nothing_and_goes_on(
     assert len(asked) == 7, "other sampling begins anew"
 
 
-def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
+def test_too_little_gpu_memory_is_a_one_line_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
@@ -235,8 +235,8 @@ def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
     )
 
 
-def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> None:
-    """No reply leads to where no pack of the training had a token: 128 here."""
+def test_a_result_says_whether_the_model_ended_the_reply(run: Path, tmp_path: Path) -> None:
+    """No reply goes beyond the packed length of the training, 128 here."""
     command = [run, "--prompt", "x", "--top-k-text", 0, "--size", "8x8", "--count", 8]
     assert ask(*command, "--out", tmp_path / "short", "--max-tokens", 1)[0] == 0
     assert not all(line["ended"] for line in results(tmp_path / "short"))
@@ -245,10 +245,10 @@ def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> N
     assert {bool(line["ended"]) for line in lines} == {True, False}
 
 
-def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
+def test_images_of_prompts_are_cropped_as_the_data(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each to the crop that keeps most of it, and not to --size."""
+    """Each image to the crop that keeps most of it, and not to --size."""
     seen: list[tuple[int, ...]] = []
     real = dialogue._map_by_shape
 
@@ -275,9 +275,7 @@ def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
     assert {Image.open(path).size for path in (tmp_path / "c").glob("*.png")} == {(16, 8), (8, 16)}
 
 
-def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_files(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_closed_pipe_or_an_ascii_locale_loses_no_reply(run: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -312,7 +310,7 @@ def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_fil
     assert numbered(tmp_path / "b") == numbered(tmp_path / "a")
 
 
-def test_guidance_that_training_never_showed_is_off_or_warned_of(run: Path, tmp_path: Path) -> None:
+def test_untrained_guidance_is_off_or_warned_of(run: Path, tmp_path: Path) -> None:
     command = [run, "--prompt", "x", "--draw", "--size", "8x8", "--out", tmp_path / "out"]
     assert "warning" not in ask(*command)[1]
     assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 1.0
@@ -323,7 +321,7 @@ def test_guidance_that_training_never_showed_is_off_or_warned_of(run: Path, tmp_
     assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 4.0
 
 
-def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_settings_needs_a_config(run: Path, tmp_path: Path) -> None:
     assert "no such checkpoint" in ask(tmp_path / "nothing", "--prompt", "x", "--out", tmp_path / "o")[1]
     (tmp_path / "run").mkdir()
     assert (
@@ -344,10 +342,10 @@ def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp
     assert (status, "no checkpoint in it" in output) == (2, True)
 
 
-def test_an_exported_folder_draws_as_its_run_does(
+def test_an_exported_folder_generates_as_its_run_does(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From any folder, though the run named its tokenizers as seen from where it was started, and without the text tokenizer."""
+    """From any folder, though the run used relative paths, and without the text tokenizer's own folder."""
     exported = tmp_path / "exported"
     shutil.copytree(CODEC["tokenizer"], tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
@@ -372,7 +370,7 @@ def test_an_exported_folder_draws_as_its_run_does(
     assert (tmp_path / "one" / "0000.png").read_bytes() == (tmp_path / "two" / "0000.png").read_bytes()
 
 
-def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     other = Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, codebook_size=8)
     checkpoint = tmp_path / "step-00000001.pt"
     checkpoint.write_bytes((run / "step-00000001.pt").read_bytes())
@@ -384,16 +382,17 @@ def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path:
     assert "583 ids" in output
 
 
-def test_help_takes_no_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     heavy = "{'torch', 'composer', 'transformers'}"
-    code = f"import sys, unitoken.train.__main__, unitoken.train.generation.command; print({heavy} & set(sys.modules))"
+    program = "unitoken.train.__main__, unitoken.train.generation.command"
+    code = f"import sys, {program}; print({heavy} & set(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert out == "set()\n"
 
 
-def test_two_generate_into_one_folder_are_not_both_at_work(run: Path, tmp_path: Path) -> None:
+def test_two_commands_can_not_write_to_one_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     holder = (
         "import sys, time; from pathlib import Path; from unitoken.common.files import held\n"

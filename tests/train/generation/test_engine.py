@@ -1,4 +1,4 @@
-"""Replies follow the grammar, read prompts as training does, and equal those without cache, batch or padding."""
+"""Replies follow the grammar, and equal those without cache, batch or padding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def prompt_of(record: Record) -> Record:
 
 
 def prompts(vocabulary: Vocabulary, *lengths: int) -> list[Record]:
-    """Of several lengths, each a whole turn; every third has a picture, every third two."""
+    """Prompts of several lengths, each a complete turn; every third has one image, every third two."""
     records = [
         prompt_of(make_record(f"p{n}", vocabulary, length, question_images=n % 3))
         for n, length in enumerate(lengths)
@@ -88,7 +88,7 @@ def codes_of(vocabulary: Vocabulary, reply: Sequence[int]) -> np.ndarray:
 def logits_of(
     model: UniToken, vocabulary: Vocabulary, prompt: Record, said: Sequence[int], views: Views | None
 ) -> torch.Tensor:
-    """What comes after a prompt and a reply, all read anew as training lays it out."""
+    """Logits of the next token after a prompt and a reply, read without a cache as training lays them out."""
     longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, said]).astype(np.uint16))
     collate = Collate(
         400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False
@@ -110,7 +110,7 @@ def plainly(
     guidance: float = 1.0,
     max_tokens: int = 64,
 ) -> list[int]:
-    """The likeliest reply, by hand: two whole forwards a token."""
+    """The greedy reply in the plainest way: two complete forward passes per token."""
     views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
     said: list[int] = []
     heard: list[int] = []  # of the reply, by the branch without the prompt's text
@@ -189,7 +189,7 @@ def test_a_reply_depends_on_prompt_and_seed_not_on_other_prompts(
 def test_greedy_images_equal_those_without_cache_or_batch(
     model: UniToken, vocabulary: Vocabulary, guidance: float
 ) -> None:
-    """The cache, the padding of several lengths, the forced tokens, and guidance by its formula from two forwards."""
+    """The cache, the padding, the forced tokens, and guidance by its formula from two forward passes."""
     several = prompts(vocabulary, 4, 9, 7)
     sampling = Sampling(temperature=0.0, guidance=guidance)
     found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], drawing=True)
@@ -221,7 +221,7 @@ def test_guidance_changes_images(model: UniToken, vocabulary: Vocabulary) -> Non
 def test_greedy_mixed_replies_equal_those_without_cache_or_batch(
     model: UniToken, vocabulary: Vocabulary, guidance: float
 ) -> None:
-    """Words until the model begins an image by itself; its block; words again; the end of the turn. With guidance."""
+    """Text until the model begins an image; its block; text again; the end of the turn. With guidance."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
     begins, ends = words[0][2], None
@@ -246,7 +246,7 @@ def test_greedy_mixed_replies_equal_those_without_cache_or_batch(
 def test_text_replies_read_no_null_prompts(
     model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They had doubled compute and cache; and from the first image on the null rows read images alone."""
+    """They once doubled compute and cache. From the first image on, the null rows read images only."""
     rows: list[int] = []
     real = UniToken.predict
 
@@ -278,7 +278,7 @@ def test_the_tower_sees_an_image_once_for_several_replies(model: UniToken, vocab
 
 
 def test_the_cache_allocates_few_tokens_more_than_it_holds() -> None:
-    """Doubling took twice what a long prompt needs."""
+    """Doubling its size took twice the memory that a long prompt needs."""
     cache = KVCache(1, 10_000)
     for new in (4000, 1, 300):
         key = torch.zeros(1, 1, new, 2)
@@ -289,7 +289,7 @@ def test_the_cache_allocates_few_tokens_more_than_it_holds() -> None:
 
 
 def test_each_prompt_may_have_its_own_number_and_limit(model: UniToken, vocabulary: Vocabulary) -> None:
-    """So that some of many prompts get the replies that they get among all."""
+    """So that a part of many prompts gets the same replies as among all."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     limits = [3, 9, 5, 2]
     found = generate(model, vocabulary, several, Sampling(seed=1), max_tokens=limits)
@@ -310,7 +310,7 @@ def test_an_image_that_has_begun_is_finished(model: UniToken, vocabulary: Vocabu
 def test_greedy_answers_end_with_the_turn_or_the_limit(
     vocabulary: Vocabulary, vision: VisionTowerConfig | None
 ) -> None:
-    """Prompts of several lengths, with 0 to 2 images, and without a tower: these are then image tokens alone."""
+    """Prompts of several lengths with 0 to 2 images; without a tower these are image tokens only."""
     model = build(vocabulary, vision)
     several = prompts(vocabulary, 6, 7, 6, 9, 6)
     found = generate(model, vocabulary, several, LIKELIEST, max_tokens=5)
@@ -333,7 +333,7 @@ def test_a_text_reply_has_no_image_token(model: UniToken, vocabulary: Vocabulary
 
 
 def test_images_of_prompts_may_have_tiles(model: UniToken, vocabulary: Vocabulary) -> None:
-    """AnyRes: more features, and the newline's embedding behind each row of them."""
+    """AnyRes: more features, with the newline's embedding after each row of them."""
     views = Views(8, 4, anyres=True)
     several = prompts(vocabulary, 6, 7, 6)
     found = generate(model, vocabulary, several, LIKELIEST, max_tokens=1, collate=PromptCollate(views))
@@ -347,7 +347,7 @@ def test_images_of_prompts_may_have_tiles(model: UniToken, vocabulary: Vocabular
 
 
 def test_an_image_in_an_earlier_answer_brings_no_features(vocabulary: Vocabulary) -> None:
-    """In a conversation of several turns: as in training, where the features of what is drawn are not there either."""
+    """In a conversation of several turns, as in training, where generated images have no features either."""
     record = make_record("r", vocabulary, 4, question_images=1, answer_images=1)
     longer = dataclasses.replace(
         record, tokens=np.concatenate([record.tokens, [3, vocabulary.end_of_turn]]).astype(np.uint16)

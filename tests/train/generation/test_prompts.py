@@ -20,7 +20,7 @@ from unitoken.train.generation.check_samples import (
     untrained_guidance,
     unusual_size,
 )
-from unitoken.train.generation.prompts import parse_prompt, image_files, read_images, read_prompts
+from unitoken.train.generation.prompts import image_files, parse_prompt, read_images, read_prompts
 
 ITEM = {
     "conversations": [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "A cat."}],
