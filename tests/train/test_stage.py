@@ -51,6 +51,12 @@ def uninterrupted(folder: Path) -> Path:
     return train(stage(folder, f"save.folder={folder}/uninterrupted", "max_duration=2ep"))
 
 
+def newest(run_folder: Path) -> Path:
+    checkpoint = latest_checkpoint(run_folder)
+    assert checkpoint is not None
+    return checkpoint
+
+
 class KilledError(Exception):
     pass
 
@@ -95,7 +101,7 @@ def test_a_killed_run_resumes_with_the_same_losses_bit_for_bit(
         with pytest.raises(KilledError):
             train(config)
     assert len(curve(tmp_path)) == step
-    assert checkpoints.step_of(latest_checkpoint(tmp_path)) < step
+    assert checkpoints.step_of(newest(tmp_path)) < step
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
     resumed = weights(tmp_path)
@@ -112,8 +118,8 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
         kill_at(11, patch)
         with pytest.raises(KilledError):
             train(config)
-    assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
-    state = checkpoints.read_checkpoint(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
+    assert checkpoints.step_of(newest(tmp_path)) == 9
+    state = checkpoints.read_checkpoint(newest(tmp_path))["timestamp"]["Timestamp"]
     assert (state["epoch"], state["batch_in_epoch"]) == (
         1,
         0,
@@ -169,7 +175,7 @@ def test_a_stage_with_anyres_learns(compat: str | None, folder: Path, tmp_path: 
 
 def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> None:
     """The reference resumed from weights rounded to bfloat16 under float32 moments (bug 24)."""
-    state = checkpoints.read_checkpoint(latest_checkpoint(uninterrupted))
+    state = checkpoints.read_checkpoint(newest(uninterrupted))
     tensors = {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
     moments = [
         tensor
@@ -528,9 +534,7 @@ def test_a_resumed_run_uses_the_current_optimizer_settings(
     }.items():
         run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
         train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
-        found[name] = next(
-            iter(checkpoints.read_checkpoint(latest_checkpoint(run_folder))["optimizers"].values())
-        )
+        found[name] = next(iter(checkpoints.read_checkpoint(newest(run_folder))["optimizers"].values()))
     groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
     assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
     assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}

@@ -109,7 +109,9 @@ def test_a_run_ends_after_too_many_skipped_steps_in_a_row(
     ):
         train(config)
     assert len(metrics(tmp_path)) == 6
-    assert run_folder.step_of(latest_checkpoint(tmp_path)) == 4
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert run_folder.step_of(checkpoint) == 4
 
 
 def test_a_run_that_diverges_ends(folder: Path, tmp_path: Path) -> None:

@@ -276,30 +276,19 @@ def test_images_of_prompts_are_cropped_as_the_data(
 
 
 def test_a_closed_pipe_or_an_ascii_locale_loses_no_reply(run: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "unitoken.train",
-        "generate",
-        run,
-        "--prompt",
-        "\u6f22",
-        "--size",
-        "8x8",
-        "--batch",
-        "1",
-    ]
+    prompt = ["--prompt", "\u6f22", "--size", "8x8", "--batch", "1"]
+    command = [sys.executable, "-m", "unitoken.train", "generate", str(run), *prompt]
     old = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
     limits = ["--count", "3", "--max-tokens", "3"]
     done = subprocess.run(
-        [*command, *limits, "--out", tmp_path / "a"], env=old, capture_output=True, check=False
+        [*command, *limits, "--out", str(tmp_path / "a")], env=old, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert "\u6f22" in done.stdout.decode("utf-8")
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [*command, *limits, "--out", tmp_path / "b"],
+        [*command, *limits, "--out", str(tmp_path / "b")],
         env=old,
         stdout=writing,
         stderr=subprocess.PIPE,
@@ -347,7 +336,7 @@ def test_an_exported_folder_generates_as_its_run_does(
 ) -> None:
     """From any folder, though the run used relative paths, and without the text tokenizer's own folder."""
     exported = tmp_path / "exported"
-    shutil.copytree(CODEC["tokenizer"], tmp_path / "tokenizer")
+    shutil.copytree(str(CODEC["tokenizer"]), tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     (run / "vqgan").symlink_to(CODEC["vision"]["weights"])  # type: ignore[index]
     weights = os.path.relpath(run / "vqgan")

@@ -114,24 +114,25 @@ def plainly(
     views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
     said: list[int] = []
     heard: list[int] = []  # of the reply, by the branch without the prompt's text
-    forced: list[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
+    forced: Sequence[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
     text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [
         vocabulary.end_of_turn
     ]
     while forced or (not drawing and len(said) < max_tokens):
         inside = bool(forced)
-        allowed = list(forced.pop(0)) if forced else text + ([vocabulary.image_start] if sizes else [])
+        allowed = list(forced[0]) if forced else text + ([vocabulary.image_start] if sizes else [])
         logits = logits_of(model, vocabulary, prompt, said, views)
         if inside:
             null = logits_of(model, vocabulary, null_prompt(prompt), heard, views)
             logits = null + guidance * (logits - null)
+        forced = forced[1:]
         token = max(allowed, key=lambda token: logits[token].item())
         if token == vocabulary.end_of_turn:
             break
         said.append(token)
         if token == vocabulary.image_start:
             (size,) = sizes
-            forced = list(vocabulary.image_grammar(*size))[1:]
+            forced = [*vocabulary.image_grammar(*size)][1:]
         if inside or token == vocabulary.image_start:
             heard.append(token)
     return said
