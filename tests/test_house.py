@@ -1,34 +1,73 @@
-"""What the README and the project's files say of themselves is true."""
+"""What the map of the tree and the project's files say is true."""
 
 import re
 import tomllib
+from collections.abc import Iterator
 
 from support.paths import ROOT
 
-ROOMS = ("streaming_data", "codec", "tokenize", "train")
+ARCHITECTURE = ROOT / "docs" / "ARCHITECTURE.md"
 
 
-def test_the_readme_names_every_module_of_the_house() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [
-        f"{room}/{module.name}"
-        for room in ROOMS
-        for module in (ROOT / room).glob("*.py")
-        if module.name not in ("__init__.py", "__main__.py") and module.name not in readme
-    ]
-    assert not missing
+def packaged_folders() -> list[str]:
+    """The folders that the wheel holds, such as `codec/image_tokenizer`."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    return [name.removeprefix("unitoken.").replace(".", "/") for name in listed]
 
 
-def test_every_make_target_of_the_readme_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(
-        re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    assert named
-    assert named <= targets
+def paths_of_the_tree(text: str) -> Iterator[str]:
+    """Every path of an indented tree; a folder's name ends with a slash, and a clause follows two spaces."""
+    folders: list[str] = []
+    for line in text.splitlines():
+        name = line.lstrip().split("  ")[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name] if name.endswith("/") else []
+        yield "".join(folders[:depth]) + name
 
 
-def test_every_direct_dependency_is_bounded_on_both_sides_and_pinned() -> None:
+def tree() -> set[str]:
+    """The paths that docs/ARCHITECTURE.md names in its tree."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    found = re.search(r"^## The tree\n\n```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert found
+    return set(paths_of_the_tree(found[1]))
+
+
+def test_the_tree_is_read_by_its_indentation() -> None:
+    text = "a/       x\n  b.py   y  z\n  c/     x\n    d.py  x\n  e.py   x\nf.py  x"
+    assert list(paths_of_the_tree(text)) == ["a/", "a/b.py", "a/c/", "a/c/d.py", "a/e.py", "f.py"]
+
+
+def test_the_tree_names_every_module_under_its_folder() -> None:
+    modules = [path for folder in packaged_folders() for path in (ROOT / folder).glob("*.py")]
+    expected = {str(path.relative_to(ROOT)) for path in modules}
+    missing = sorted(expected - tree())
+    assert not missing, f"add a line for each to {ARCHITECTURE.name}: {', '.join(missing)}"
+
+
+def test_every_path_of_the_tree_exists() -> None:
+    stale = sorted(path for path in tree() if not is_there(path))
+    assert not stale, f"{ARCHITECTURE.name} names what is not there: {', '.join(stale)}"
+
+
+def is_there(path: str) -> bool:
+    """Whether a path of the tree is a file, or a folder if it ends with a slash."""
+    return (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()
+
+
+def test_every_folder_of_the_wheel_is_in_the_tree() -> None:
+    missing = sorted({f"{folder}/" for folder in packaged_folders()} - tree())
+    assert not missing, f"add a line for each to {ARCHITECTURE.name}: {', '.join(missing)}"
+
+
+def test_the_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_every_direct_dependency_is_bounded_and_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = project["dependencies"] + [
         r for extra in project["optional-dependencies"].values() for r in extra

@@ -13,7 +13,7 @@ from composer.core import Time, TimeUnit
 
 from unitoken.common import cli
 from unitoken.common.errors import ConfigError
-from unitoken.common.files import held
+from unitoken.common.files import exclusive_lock
 from unitoken.common.interruption import end_on_signals, remember_signals
 from unitoken.dataset.vision_views import CANVASES
 from unitoken.streaming_data.plan.report import PlanReport
@@ -73,7 +73,7 @@ def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
                 at_work = f"save.folder: {folder}: another run is at work in it and holds {run_folder.LOCK}"
-                stack.enter_context(held(folder / run_folder.LOCK, at_work))
+                stack.enter_context(exclusive_lock(folder / run_folder.LOCK, at_work))
                 for line in run_folder.set_aside_damaged(folder):
                     cli.warn(line)
         _train(config, resolved)

@@ -16,7 +16,7 @@ from unitoken.codec.conversations import Conversation, shown
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.cli import report, warn
 from unitoken.common.errors import ConfigError
-from unitoken.common.files import ASIDE, held
+from unitoken.common.files import ASIDE, exclusive_lock
 from unitoken.dataset.vision_views import Pixels, Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.checkpoint.layouts import find_origin
@@ -118,7 +118,9 @@ def reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> None
             is too long, or the GPU has too little memory.
     """
     lock = request.out / f"{ASIDE}lock"
-    with held(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
+    with exclusive_lock(
+        lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"
+    ):
         _reply(request, checked, sampling)
     lock.unlink(missing_ok=True)
 

@@ -353,8 +353,8 @@ def test_the_readmes_example_is_an_adapter() -> None:
         adapted(f"{EXAMPLE}:my_format", {"file": "cat.jpg"})
 
 
-def test_the_readme_shows_the_example_that_is_run() -> None:
-    assert EXAMPLE.read_text(encoding="utf-8") in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_the_example_that_is_run() -> None:
+    assert EXAMPLE.read_text(encoding="utf-8") in (ROOT / "docs/tokenize.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

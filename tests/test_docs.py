@@ -1,0 +1,270 @@
+"""The pages are true: their commands, settings, links and paths exist, and the quickstart runs as printed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from typer.main import get_command
+
+from support.paths import ROOT
+from unitoken.common.config import load_config
+from unitoken.tokenize.config import TokenizeConfig
+from unitoken.train.config import StageConfig
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+QUICKSTART = ROOT / "docs" / "quickstart.md"
+PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train")
+# Their paths, and those of these folders, are checked wherever a page names them in backticks.
+FOLDERS = (*PACKAGES, "benchmarks", "docs", "examples", "tests", "yamls")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands in a page's bash blocks, as words, without the content of here-documents."""
+    found = []
+    for block in blocks(text, "bash"):
+        block = re.sub(
+            r"<<'(\w+)'\n.*?^\1\n", "\n", block.replace("\\\n", " "), flags=re.MULTILINE | re.DOTALL
+        )
+        found += [shlex.split(line, comments=True) for line in block.splitlines()]
+    return [words for words in found if words]
+
+
+COMMANDS = {
+    f"{page.stem}: {shlex.join(words)}": words
+    for page in PAGES
+    for words in commands(page.read_text(encoding="utf-8"))
+}
+EACH_COMMAND = pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
+
+
+def make_targets() -> set[str]:
+    """The targets of the Makefile."""
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def one_command() -> Any:
+    """The application `unitoken`, or None before there is one."""
+    if importlib.util.find_spec("unitoken.commands") is None:
+        return None
+    return get_command(importlib.import_module("unitoken.commands.main").app)
+
+
+def older_programs() -> dict[str, Any]:
+    """The same commands as the three programs have them; None where only `unitoken` has the command."""
+    found: dict[str, Any] = dict.fromkeys(("train", "init", "schema"))
+    for program in ("tokenize", "streaming_data", "train"):
+        app: Any = get_command(importlib.import_module(f"unitoken.{program}.__main__").app)
+        found = {
+            "tokenize" if name == "run" else name: command for name, command in app.commands.items()
+        } | found
+    return found
+
+
+def parse(words: list[str]) -> None:
+    """Parse the words behind `unitoken` without running anything.
+
+    Raises:
+        click.UsageError: an unknown command or option, a missing or impossible value.
+    """
+    app = one_command()
+    known = older_programs() if app is None else app.commands
+    assert words[0] in known, f"no such command: {words[0]}"
+    command, arguments = known[words[0]], words[1:]
+    if command is None:
+        return
+    options = {option for parameter in command.params for option in parameter.opts}
+    arguments = [word if word in options else underscored(word, options) for word in arguments]
+    command.make_context(f"unitoken {words[0]}", arguments)
+
+
+def underscored(word: str, options: set[str]) -> str:
+    """An option of the older programs, which write `--out_dir`; any other word as it is."""
+    older = f"--{word[2:].replace('-', '_')}"
+    return older if word.startswith("--") and older in options else word
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def test_commands_are_found_in_a_page() -> None:
+    page = (
+        "```bash\na --b c \\\n    'd e' # f\n\ncat > x <<'END'\nnot a command\nEND\ng\n```\n```json\nh\n```\n"
+    )
+    assert commands(page) == [["a", "--b", "c", "d e"], ["cat", ">", "x"], ["g"]]
+    assert len(COMMANDS) > 40
+
+
+@EACH_COMMAND
+def test_every_command_of_the_pages_exists(words: list[str]) -> None:
+    match words:
+        case ["make", *targets]:
+            assert {word for word in targets if "=" not in word} <= make_targets()
+        case ["unitoken", *arguments]:
+            parse(arguments)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense data/cats",
+        "verify data/cats --nonsense",
+        "verify",
+        "plan a.yaml --epoch x",
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str) -> None:
+    with pytest.raises(Exception, match=r"(?i)no such|missing|valid integer"):
+        parse(line.split())
+
+
+@EACH_COMMAND
+def test_the_settings_of_every_command_are_valid(words: list[str]) -> None:
+    files = [word for word in words if word.startswith(("yamls/", "examples/"))]
+    overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+    for file in files:
+        assert (ROOT / file).is_file(), file
+        if file.endswith(".yaml"):
+            model = TokenizeConfig if file.startswith("yamls/tokenize/") else StageConfig
+            load_config(model, ROOT / file, overrides)
+
+
+@EACH_PAGE
+def test_every_command_named_in_a_sentence_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = older_programs() if one_command() is None else one_command().commands
+    assert set(re.findall(r"`unitoken ([a-z][a-z-]*)", text)) <= set(known)
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= make_targets()
+
+
+# --- links, paths and settings ------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@EACH_PAGE
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, new = set[Path](), {ROOT / "README.md"}
+    while new:
+        reached |= new
+        found = {
+            (page.parent / target).resolve()
+            for page in new
+            for target in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+            if not target.startswith("https://")
+        }
+        new = found - reached
+    assert not {page.name for page in set(PAGES) - reached}
+
+
+@EACH_PAGE
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text)
+    missing = sorted({path for path in named if not (ROOT / path).exists()})
+    assert not missing, f"{page.name} names what is not there: {', '.join(missing)}"
+
+
+def test_the_readme_names_every_package_and_real_modules() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in PACKAGES if f"| `{name}/` |" not in text] == []
+    road = re.findall(r"^ \w+ +(\S+\.py) ", text, re.MULTILINE)
+    assert len(road) == 10
+    assert [path for path in road if not (ROOT / path).is_file()] == []
+
+
+@EACH_PAGE
+def test_every_yaml_example_is_valid(page: Path) -> None:
+    """An example is a whole file, or some keys of a stage's."""
+    for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
+        content = yaml.safe_load(block)
+        if "tokenizer" in content:
+            TokenizeConfig.model_validate(content)
+        elif "model" in content:
+            StageConfig.model_validate(content)
+        else:
+            for key, value in content.items():
+                pydantic.TypeAdapter(StageConfig.model_fields[key].annotation).validate_python(value)
+
+
+# --- the quickstart -----------------------------------------------------------------------------------------
+
+# What `unitoken` is while only the three programs exist, whose options have underscores.
+OLDER = """\
+arguments=("${@/#--in-filename/--in_filename}")
+arguments=("${arguments[@]/#--out-dir/--out_dir}")
+case $1 in
+    tokenize) exec python -m unitoken.tokenize run "${arguments[@]:1}" ;;
+    verify | preview) exec python -m unitoken.tokenize "$@" ;;
+    plan | simulate | export-webdataset) exec python -m unitoken.streaming_data "$@" ;;
+    train) exec composer -n 1 train.py "$2" ;;
+    *) exec python -m unitoken.train "$@" ;;
+esac
+"""
+
+
+def write_program(folder: Path) -> None:
+    """Write `unitoken` into a folder, so that the one that is tested is this repository's."""
+    lines = OLDER if one_command() is None else 'exec python -m unitoken.commands.main "$@"\n'
+    folder.mkdir()
+    program = folder / "unitoken"
+    program.write_text(f"#!/usr/bin/env bash\n{lines}")
+    program.chmod(0o755)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_quickstart_runs_as_it_is_printed(tmp_path: Path) -> None:
+    for name in ("demo", "docs", "yamls", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_program(tmp_path / "bin")
+    script = "".join(blocks(QUICKSTART.read_text(encoding="utf-8"), "bash"))
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "runs/quick/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    for file in ("data/quick/manifest.json", "data/quick-tars/webdataset.json", "drawings/0000.png"):
+        assert (tmp_path / file).is_file(), done.stdout + done.stderr
+    assert (tmp_path / "out/model/config.json").is_file()
