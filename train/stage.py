@@ -18,8 +18,8 @@ from unitoken.common.interruption import end_on_signals, remember_signals
 from unitoken.dataset.vision_views import CANVASES
 from unitoken.streaming_data.plan.report import PlanReport
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
-from unitoken.train.accounting.flops import peak, step_flops
-from unitoken.train.accounting.memory import needs
+from unitoken.train.accounting.flops import peak_flops, step_flops
+from unitoken.train.accounting.memory import estimate_memory
 from unitoken.train.callbacks.evaluation import Evaluation
 from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.loggers import build_loggers
@@ -239,7 +239,7 @@ def _report_size(
         if config.data.anyres:
             views_per_image += max(across * down for across, down in CANVASES)
         most_images = int(loader.dataset.plan.images.max())  # in a pack
-        memory = needs(
+        memory = estimate_memory(
             config,
             resolved.sizes.decoder,
             resolved.sizes.vision,
@@ -247,7 +247,7 @@ def _report_size(
             trained=parameters,
             views=views_per_image * config.microbatch * most_images,
         )
-        _report(f"{config.name}: needs {memory.line()}")
+        _report(f"{config.name}: needs {memory.summary()}")
 
 
 def _stage_identity(config: StageConfig) -> dict[str, object]:
@@ -316,7 +316,7 @@ def _peak_flops(precision: str) -> float | None:
     """Return the peak FLOP/s of this rank's GPU; None without one, and where they are unknown."""
     if precision != "bf16" or not torch.cuda.is_available():
         return None
-    return peak(torch.cuda.get_device_name())
+    return peak_flops(torch.cuda.get_device_name())
 
 
 def _build_samples(config: StageConfig, resolved: ResolvedStage, epoch: EpochLength) -> Samples | None:

@@ -1,9 +1,11 @@
-"""Runs stages one after the other, as one rank of several: what a rank imports takes longer than what these tests train.
+"""Runs stages one after the other, as one rank of several.
+
+One process runs many stages because importing takes a rank longer than these tests train.
 
 python tests/support/rank_program.py '[{"yaml": "stage.yaml", "overrides": ["seed=1"], "stop": 5}, ...]'
 
-`stop`: the run is cut off after the metrics of that step and before its checkpoint. Layers that are compiled are so by a backend
-that starts no C++ compiler.
+`stop`: the run is cut off after the metrics of that step and before its checkpoint. Layers that are compiled
+are so by a backend that starts no C++ compiler.
 """
 
 import functools

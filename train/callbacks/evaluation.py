@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitoken.streaming_data.reading.collate import Batch, split_batch
 from unitoken.streaming_data.reading.loader import PackedLoader
-from unitoken.train.accounting.step_sums import Measured, Measures
+from unitoken.train.accounting.step_sums import StepResult, StepSums
 from unitoken.train.callbacks.intervals import is_due
 from unitoken.train.callbacks.metrics import Metrics, logger_metrics, losses
 
@@ -79,9 +79,9 @@ class Evaluation(Callback):  # type: ignore[misc]
         )
         self.metrics.print_line(f"evaluation at step {step}: {shown}  ({time.monotonic() - start:.0f} s)")
 
-    def measure(self, state: State) -> Measured:
+    def measure(self, state: State) -> StepResult:
         """Compute the losses on the held-out batches, over all ranks."""
-        measures = Measures()
+        measures = StepSums()
         self.loader.dataset.load_state_dict(self.first_epoch)  # the same packs each time
         state.model.eval()
         with torch.no_grad():

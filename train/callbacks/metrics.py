@@ -31,8 +31,8 @@ from composer import Callback, Logger, State
 from unitoken.common.cli import warn
 from unitoken.common.files import write_aside
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.train.accounting.flops import Flops
-from unitoken.train.accounting.step_sums import Measured
+from unitoken.train.accounting.flops import FlopsPerUnit
+from unitoken.train.accounting.step_sums import StepResult
 from unitoken.train.callbacks.intervals import is_due
 from unitoken.train.callbacks.optimisation import Optimisation
 from unitoken.train.callbacks.progress import ProgressLines
@@ -66,7 +66,7 @@ class Metrics(Callback):  # type: ignore[misc]
         *,
         every: int,
         total_steps: int,
-        flops: Flops,
+        flops: FlopsPerUnit,
         peak_flops: float | None,
     ) -> None:
         self.path = folder / METRICS
@@ -126,7 +126,7 @@ class Metrics(Callback):  # type: ignore[misc]
         if measured.memory:
             line["memory_gib"] = measured.memory / 2**30
         if self.peak_flops is not None:
-            flops = self.flops.of(measured.tokens, measured.squares, measured.views, measured.targets)
+            flops = self.flops.total(measured.tokens, measured.squares, measured.views, measured.targets)
             line["mfu"] = flops / (seconds * ranks.world_size() * self.peak_flops)
         return {key: None if _is_not_finite(value) else value for key, value in line.items()}
 
@@ -161,7 +161,7 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def losses(measured: Measured) -> dict[str, float]:
+def losses(measured: StepResult) -> dict[str, float]:
     """Return all losses of a step or an evaluation by name."""
     return {"loss": measured.loss, "ce": measured.ce, "z": measured.z, **measured.losses()}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.train.accounting.step_sums import Measured, Measures
+from unitoken.train.accounting.step_sums import StepResult, StepSums
 from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.config import OptimizerConfig
 from unitoken.train.distributed import composer_trainer
@@ -24,7 +24,7 @@ class Optimisation(Callback):  # type: ignore[misc]
         config: learning rate, schedule, clipping and the limit of skipped steps.
         epoch: the length of an epoch, for the warmup and the schedule.
         total_steps: steps of the stage.
-        by_packs: how the loss is averaged over microbatches, see `Measures`.
+        by_packs: how the loss is averaged over microbatches, see `StepSums`.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Optimisation(Callback):  # type: ignore[misc]
         self.warmup_epochs = epoch.steps_of_warmup(config.warmup) / epoch.steps
         self.epochs = total_steps / epoch.steps
         self.rate = 0.0
-        self.measures = Measures(by_packs)
-        self.measured: Measured  # of the last step
+        self.measures = StepSums(by_packs)
+        self.measured: StepResult  # of the last step
         self.skipped = self.in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:

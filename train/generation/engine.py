@@ -35,7 +35,7 @@ from unitoken.train.checkpoint.metadata import sizes_of
 from unitoken.train.checkpoint.tensors import check_shapes, fit_norms
 from unitoken.train.config import ModelConfig
 from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, choose_tokens, generator_of
-from unitoken.train.model.decoder import KVCache, causal_mask
+from unitoken.train.model.decoder import KVCache, dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 
 DEFAULT_SAMPLING = Sampling()
@@ -280,7 +280,7 @@ class _Context:
         self._filled[:, :length] = documents >= 0
         self._cache = KVCache(len(model.model.layers), length + room)
         self._no_pixels = batch["pixel_values"][:0].to(device)
-        mask = None if bool((documents >= 0).all()) else causal_mask(documents.to(device))
+        mask = None if bool((documents >= 0).all()) else dense_document_mask(documents.to(device))
         inputs = {name: batch[name].to(device) for name in MODEL_INPUTS}
         self.logits = model.predict(inputs, mask, self._cache)
 
