@@ -427,8 +427,9 @@ def test_a_stage_exports_at_its_end_even_after_a_kill(
             train(config)
     assert not (tmp_path / "run/model").exists()
     train(config)
-    assert "finished" in (said := capsys.readouterr().out)
-    assert "exported to" in said
+    output = capsys.readouterr().out
+    assert "finished" in output
+    assert "exported to" in output
     source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
     assert torch.equal(
         source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float()

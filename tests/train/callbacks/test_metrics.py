@@ -313,5 +313,5 @@ def test_a_broken_line_is_left_out_with_a_warning(tmp_path: Path, capsys: pytest
     ]
     path.write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition("jsonl: line ")[2][:1] for line in said] == ["2", "3", "4", "5", "6", "8"]
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition("jsonl: line ")[2][:1] for line in warnings] == ["2", "3", "4", "5", "6", "8"]

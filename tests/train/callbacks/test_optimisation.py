@@ -182,9 +182,9 @@ def test_both_ranks_end_if_one_has_only_nan_losses(folder: Path, tmp_path: Path)
         "optimizer.max_skipped=1",
     ]
     ranks = start(2, command, stderr=subprocess.PIPE)
-    said = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
+    errors = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
     assert all(rank.returncode not in (0, None) for rank in ranks)
     assert all(
-        "FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in words
-        for words in said
+        "FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in error
+        for error in errors
     )

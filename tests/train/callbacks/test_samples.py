@@ -159,7 +159,7 @@ def test_two_ranks_generate_from_their_shards_together(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"codec": None}, "samples: drawing and answering take the data's tokenizers"),
         (
@@ -175,14 +175,14 @@ def test_two_ranks_generate_from_their_shards_together(folder: Path) -> None:
     ],
 )
 def test_wrong_samples_are_found_before_weights_are_loaded(
-    folder: Path, changes: dict[str, Any], said: str
+    folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     from support.stages import stage
 
     config = stage(
         folder, "model.decoder.vocab_size=583", **{"codec": CODEC, "samples": asking(folder), **changes}
     )
-    with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in said)):
+    with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in message)):
         check_stage(config, 1)
 
 

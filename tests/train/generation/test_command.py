@@ -102,7 +102,7 @@ def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path
             "image": ["x.png"],
         },
     ]
-    (folder / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     question = [
         "--prompt",
         "<|image|> or <|image|>?",
@@ -113,7 +113,7 @@ def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path
     ]
     limits = ["--max-tokens", 5, "--size", "16x16", "--temperature", 0]
     status, output = ask(
-        run / "latest", *question, "--prompts", folder / "asked.jsonl", "--out", tmp_path / "out", *limits
+        run / "latest", *question, "--prompts", folder / "prompts.jsonl", "--out", tmp_path / "out", *limits
     )
     assert status == 0, output
     found = numbered(tmp_path / "out")
@@ -125,7 +125,7 @@ def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--prompt", "x", "--size", "20x16"], "size: 20 x 16 pixels: each side must be a multiple of 8"),
         (["--prompt", "x", "--size", "big"], "size: 'big': expected pixels across x down"),
@@ -165,12 +165,12 @@ def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path
     ],
 )
 def test_a_wrong_request_is_a_one_line_error(
-    run: Path, tmp_path: Path, arguments: list[str], said: str
+    run: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     given = [argument.replace("{run}", str(run)) for argument in arguments]
     status, output = ask(run, "--out", tmp_path / "out", *given)
     assert status == 2
-    assert said in output
+    assert message in output
     assert output.startswith("error: ")
     assert output.count("\n") == 1
 
@@ -199,26 +199,26 @@ def test_a_killed_command_loses_nothing_and_goes_on(
         4,
     ]
     assert ask(*command, "--out", tmp_path / "whole")[0] == 0
-    asked, real = [], generating.generate
+    calls, real = [], generating.generate
 
     def killed(*arguments: Any, **settings: Any) -> Any:
-        asked.append(settings["numbers"])
-        if len(asked) == 3:
+        calls.append(settings["numbers"])
+        if len(calls) == 3:
             raise RuntimeError("died")
         return real(*arguments, **settings)
 
     monkeypatch.setattr("unitoken.train.generation.engine.generate", killed)
     with pytest.raises(RuntimeError, match="died"):
         ask(*command, "--out", tmp_path / "out")
-    assert [line["number"] for line in numbered(tmp_path / "out")] == sorted(asked[0] + asked[1])
+    assert [line["number"] for line in numbered(tmp_path / "out")] == sorted(calls[0] + calls[1])
     status, output = ask(*command, "--out", tmp_path / "out")
     assert status == 0
     assert "goes on behind 4 of 6 replies" in output
     assert output.endswith("6 of 6 replies\n")
-    assert asked[3:] == [asked[2]]
+    assert calls[3:] == [calls[2]]
     assert numbered(tmp_path / "out") == numbered(tmp_path / "whole")
     assert ask(*command, "--out", tmp_path / "out", "--seed", 1)[0] == 0
-    assert len(asked) == 7, "other sampling begins anew"
+    assert len(calls) == 7, "other sampling begins anew"
 
 
 def test_too_little_gpu_memory_is_a_one_line_error(

@@ -86,10 +86,10 @@ def codes_of(vocabulary: Vocabulary, reply: Sequence[int]) -> np.ndarray:
 
 
 def logits_of(
-    model: UniToken, vocabulary: Vocabulary, prompt: Record, said: Sequence[int], views: Views | None
+    model: UniToken, vocabulary: Vocabulary, prompt: Record, reply: Sequence[int], views: Views | None
 ) -> torch.Tensor:
     """Logits of the next token after a prompt and a reply, read without a cache as training lays them out."""
-    longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, said]).astype(np.uint16))
+    longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, reply]).astype(np.uint16))
     collate = Collate(
         400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False
     )
@@ -112,30 +112,30 @@ def plainly(
 ) -> list[int]:
     """The greedy reply in the plainest way: two complete forward passes per token."""
     views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
-    said: list[int] = []
-    heard: list[int] = []  # of the reply, by the branch without the prompt's text
+    reply: list[int] = []
+    image_tokens: list[int] = []  # of the reply, by the branch without the prompt's text
     forced: Sequence[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
     text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [
         vocabulary.end_of_turn
     ]
-    while forced or (not drawing and len(said) < max_tokens):
+    while forced or (not drawing and len(reply) < max_tokens):
         inside = bool(forced)
         allowed = list(forced[0]) if forced else text + ([vocabulary.image_start] if sizes else [])
-        logits = logits_of(model, vocabulary, prompt, said, views)
+        logits = logits_of(model, vocabulary, prompt, reply, views)
         if inside:
-            null = logits_of(model, vocabulary, null_prompt(prompt), heard, views)
+            null = logits_of(model, vocabulary, null_prompt(prompt), image_tokens, views)
             logits = null + guidance * (logits - null)
         forced = forced[1:]
         token = max(allowed, key=lambda token: logits[token].item())
         if token == vocabulary.end_of_turn:
             break
-        said.append(token)
+        reply.append(token)
         if token == vocabulary.image_start:
             (size,) = sizes
             forced = [*vocabulary.image_grammar(*size)][1:]
         if inside or token == vocabulary.image_start:
-            heard.append(token)
-    return said
+            image_tokens.append(token)
+    return reply
 
 
 def test_every_generated_image_is_complete(model: UniToken, vocabulary: Vocabulary) -> None:
@@ -320,10 +320,10 @@ def test_greedy_answers_end_with_the_turn_or_the_limit(
 
 
 def test_an_answer_ends_with_the_turn(model: UniToken, vocabulary: Vocabulary) -> None:
-    asked = prompts(vocabulary, 6)
-    first = generate(model, vocabulary, asked, LIKELIEST, max_tokens=1)[0][0]
+    several = prompts(vocabulary, 6)
+    first = generate(model, vocabulary, several, LIKELIEST, max_tokens=1)[0][0]
     ends_there = dataclasses.replace(vocabulary, end_of_turn=first)
-    assert generate(model, ends_there, asked, LIKELIEST, max_tokens=9) == [[]]
+    assert generate(model, ends_there, several, LIKELIEST, max_tokens=9) == [[]]
 
 
 def test_a_text_reply_has_no_image_token(model: UniToken, vocabulary: Vocabulary) -> None:
