@@ -269,7 +269,7 @@ def test_help_is_the_docstring(arguments: list[str]) -> None:
         [sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, check=False
     )
     assert result.returncode == (0 if arguments else 2)
-    assert "composer -n 2 train.py yamls/demo/stage1.yaml" in result.stdout
+    assert "composer -n 8 train.py yamls/stage1.yaml" in result.stdout
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Path:
