@@ -130,10 +130,16 @@ def _parse(data: bytes, where: str) -> Manifest:
         raise ConfigError(f"{where}: {first_problem(error)}") from None
 
 
-def load_vocabulary(folder: Path) -> Vocabulary:
-    """Read a local dataset's vocabulary, and check it against the fingerprint in its manifest."""
+def load_vocabulary(folder: Path, expected: str | None = None) -> Vocabulary:
+    """Read a local dataset's vocabulary, and check it against the fingerprint in its manifest.
+
+    Args:
+        folder: of the dataset.
+        expected: the fingerprint in the manifest; None reads the manifest.
+    """
     vocabulary = Vocabulary.load(folder / VOCABULARY)
-    expected = load_manifest(folder).vocabulary
+    if expected is None:
+        expected = load_manifest(folder).vocabulary
     if vocabulary.fingerprint != expected:
         raise ConfigError(
             f"{folder / VOCABULARY}: its fingerprint is {vocabulary.fingerprint}, "

@@ -20,8 +20,8 @@ from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.metadata import STAGE
 from unitoken.train.config import StageConfig
 from unitoken.train.generation.dialogue import Dialogue
-from unitoken.train.generation.engine import Reading, generate, load_model
-from unitoken.train.generation.prompts import asked, beside, conversation_of
+from unitoken.train.generation.engine import PromptCollate, generate, load_model
+from unitoken.train.generation.prompts import build_prompt, parse_prompt, resolve_image_paths
 from unitoken.train.generation.sampling import Sampling
 
 DRAWINGS_PER_DIGIT = 10
@@ -38,27 +38,30 @@ class Evaluation:
     def __init__(self, run: Path) -> None:
         self.config = load_config(StageConfig, run / STAGE)
         assert self.config.codec is not None
-        self.model = load_model(self.config, run)
+        self.model = load_model(self.config.model, run)
         self.dialogue = Dialogue(self.config.codec)
 
     def read(self, file: Path) -> list[Answer]:
         """Let the model answer the question of each item in `file`, without seeing the item's own answer."""
         items = json.loads(file.read_text(encoding="utf-8"))
         conversations = [
-            conversation_of(beside(item, file.parent), str(number)) for number, item in enumerate(items)
+            parse_prompt(resolve_image_paths(item, file.parent), str(number))
+            for number, item in enumerate(items)
         ]
-        prompts = self.dialogue.prompts(conversations, [SIZE])
+        prompts = self.dialogue.encode(conversations, [SIZE])
+        vision, data = self.model.vision, self.config.data
+        views = Views(vision.image_size, vision.patch_size, data.anyres) if vision else None
         replies = generate(
             self.model,
             self.dialogue.vocabulary,
             prompts,
             READING,
             max_tokens=8,
-            reading=Reading.of(self.config, self.model.vision),
+            collate=PromptCollate(views, data.continuous),
             batch=64,
         )
         answers = []
-        for prompt, item, reply in zip(prompts, items, self.dialogue.said(replies), strict=True):
+        for prompt, item, reply in zip(prompts, items, self.dialogue.decode(replies), strict=True):
             digit = item["conversations"][1]["value"]
             answers.append(Answer(np.asarray(decode(prompt.images[0])), digit, reply.text))
         return answers
@@ -66,12 +69,12 @@ class Evaluation:
     def draw(self, sampling: Sampling = DRAWING) -> list[Drawing]:
         """Draw every digit ten times, and read the drawings with a classifier trained on real digits."""
         words = [word for word in WORDS for _ in range(DRAWINGS_PER_DIGIT)]
-        prompts = self.dialogue.prompts([asked(REQUESTS[0].format(word)) for word in words], [SIZE])
+        prompts = self.dialogue.encode([build_prompt(REQUESTS[0].format(word)) for word in words], [SIZE])
         sizes = [self.dialogue.latents(SIZE)]
         replies = generate(
             self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64
         )
-        pictures = [reply.pictures[0] for reply in self.dialogue.said(replies)]
+        pictures = [reply.pictures[0] for reply in self.dialogue.decode(replies)]
         digits, train = load_digits(), split()[0]
         classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
         labels = classifier.predict(np.stack([small(picture) for picture in pictures]))
@@ -82,14 +85,13 @@ class Evaluation:
 
     def plan(self) -> PlanReport:
         """Load the report of the plan that the stage was trained with."""
-        checked = check_stage(self.config, world_size=1)
-        vision = checked.vision
-        assert vision is not None, "the demo's last stage has a vision tower"
+        resolved = check_stage(self.config, world_size=1)
         loader = build_loader(
             self.config.data,
-            views=Views(vision.image_size, vision.patch_size, self.config.data.anyres),
-            vocabulary=checked.vocabulary,
+            views=resolved.views,
+            vocabulary=resolved.vocabulary,
             batch_packs=self.config.data.global_batch,
-            compat=False,
+            compat=resolved.compat,
+            sources=resolved.train.sources,
         )
         return loader.dataset.plan.report

@@ -29,7 +29,7 @@ def check_sources(sources: Sequence[StreamSource], config: DataConfig, views: Vi
     """
     for source in sources:
         check_images_fit(source, config, views)
-    return load_vocabulary(sources[0].folder)
+    return load_vocabulary(sources[0].folder, sources[0].manifest.vocabulary)
 
 
 def check_streams_vocabulary(sources: Sequence[StreamSource], vocabulary: Vocabulary, owner: str) -> None:

@@ -130,8 +130,8 @@ def generate(
     """
     with one_line_errors():
         from unitoken.train.generation import command
-        from unitoken.train.generation.check_samples import guidance_of
-        from unitoken.train.generation.prompts import asked, read_prompts
+        from unitoken.train.generation.check_samples import guidance_or_default
+        from unitoken.train.generation.prompts import build_prompt, read_prompts
         from unitoken.train.generation.settings import Request, settings
 
         for name, value in (("--guidance", guidance), ("--temperature", temperature)):
@@ -139,13 +139,13 @@ def generate(
                 raise ConfigError(f"{name} {value}: expected a finite number")
         if image and not prompt:
             raise ConfigError("--image: it belongs to a --prompt, and there is none")
-        conversations = [asked(text, image or []) for text in prompt or []]
+        conversations = [build_prompt(text, image or []) for text in prompt or []]
         conversations += read_prompts(prompts) if prompts else []
         if not conversations:
             raise ConfigError("nothing to generate from: give --prompt or --prompts")
         repeated = [conversation for conversation in conversations for _ in range(count)]
         stage = settings(checkpoint, config, overrides or [])
-        guided = guidance_of(guidance, stage, DEFAULT_GUIDANCE)
+        guided = guidance_or_default(guidance, DEFAULT_GUIDANCE, stage.data.null_prompt_fraction > 0)
         request = Request(stage, checkpoint, repeated, out, draw, max_tokens, batch)
         checked = command.check_request(request, size, guided, prompts)
         from unitoken.train.generation.sampling import Sampling

@@ -1,74 +1,128 @@
-"""Everything that can be found wrong with a stage before anything large is loaded; torch and Composer are not needed.
+"""Checks and resolves a stage's settings before anything large is loaded; needs neither torch nor Composer.
 
 config = load_config(StageConfig, "yamls/stage1.yaml", ["optimizer.lr=5e-4"])
-checked = check(config, world_size=8)
+resolved = check_stage(config, world_size=8)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pydantic
 
 from unitoken.common.config import first_problem
 from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import Manifest
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.check import check_sources, check_streams_vocabulary
+from unitoken.streaming_data.check import (
+    check_sources,
+    check_streams_vocabulary,
+    other_codes,
+    uneven_proportions,
+)
 from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import crops_of, open_sources
+from unitoken.streaming_data.sources import StreamSource, crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
 from unitoken.train.checkpoint.compatibility import check_fits, compare_constants
 from unitoken.train.checkpoint.export_mark import check_export_target
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_metadata
-from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import LogConfig, SaveConfig, StageConfig
 from unitoken.train.generation.check_samples import check_samples
 
 
-class ResolvedStage(NamedTuple):
-    decoder: DecoderConfig
-    vision: VisionTowerConfig | None
+@dataclasses.dataclass(frozen=True)
+class ResolvedData:
+    """Settings of a mixture with its open datasets."""
+
+    config: DataConfig
+    sources: list[StreamSource]
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """The manifests of all datasets."""
+        return [source.manifest for source in self.sources]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedStage:
+    """What the settings of a stage stand for: files and datasets are opened and read once, here.
+
+    Attributes:
+        sizes: of decoder and vision tower, from the settings or from the checkpoints that they name.
+        views: how the vision tower sees an image; None without a vision tower.
+        train: the data to train on.
+        evaluation: the data to evaluate on; None without `eval`.
+        vocabulary: the one vocabulary of all datasets.
+        pictures: the sizes to which the images of the training data were cropped.
+        compat: behave as the reference. This weights the loss by microbatches instead of by tokens, applies
+            weight decay to all parameters, trains on separators, and shows the vision tower images as the
+            reference did.
+        warnings: suspicious settings, one per line.
+    """
+
+    sizes: ModelSizes
+    views: Views | None
+    train: ResolvedData
+    evaluation: ResolvedData | None
     vocabulary: Vocabulary
-    pictures: PictureCrops  # how the data's were cut
-    evaluation: DataConfig | None = None  # what is evaluated on
-    notes: Sequence[str] = ()  # what may be meant and may be not, a line each
+    pictures: PictureCrops
+    compat: bool
+    warnings: tuple[str, ...]
 
 
 def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
-    """Everything that can be found wrong before anything large is loaded, what is cheap to find first. Raises ConfigError."""
+    """Resolve a stage's settings; checks that are cheap come first.
+
+    Raises:
+        ConfigError: a setting is wrong, or does not fit the data, the checkpoints or the machine.
+    """
     _check_data(config, world_size)
     _check_ranks(config, world_size)
     _check_trainable(config)
-    _check_loggers(config)
-    sources = open_sources(config.data)
-    manifests = [source.manifest for source in sources]
-    evaluation = _evaluation_data(config)
+    _check_loggers(config.log)
+    train = ResolvedData(config.data, open_sources(config.data))
+    evaluation_config = _evaluation_config(config)
     _check_save(config.save)
-    decoder, vision = model_configs(config.model)  # of a hub id: downloaded
+    decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
+    sizes = ModelSizes(decoder=decoder, vision=vision)
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
-    vocabulary = check_sources(sources, config.data, views)
+    vocabulary = check_sources(train.sources, config.data, views)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
-            f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), the datasets' vocabulary has {vocabulary.size}"
+            f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), "
+            f"the datasets' vocabulary has {vocabulary.size}"
         )
-    notes = _check_origins(config, ModelSizes(decoder=decoder, vision=vision), vocabulary)
-    if config.codec is not None and needs_codec(config):
-        notes += check_codec(config.codec, vocabulary, manifests)
-    pictures = PictureCrops(crops=crops_of(manifests))
-    notes += check_samples(config, pictures)
-    if evaluation is not None:
-        check_streams_vocabulary(open_sources(evaluation), vocabulary, "the data that is trained on")
-    return ResolvedStage(decoder, vision, vocabulary, pictures, evaluation, notes)
+    warnings = [*uneven_proportions(config.data), *other_codes(train.sources)]
+    warnings += _check_origins(config, sizes, vocabulary)
+    if config.codec is not None and uses_codec(config):
+        warnings += check_codec(config.codec, vocabulary, train.manifests)
+    pictures = PictureCrops(crops=crops_of(train.manifests))
+    guidance_trained = config.data.null_prompt_fraction > 0
+    warnings += check_samples(config.samples, config.codec, pictures, guidance_trained)
+    evaluation = None
+    if evaluation_config is not None:
+        evaluation = ResolvedData(evaluation_config, _evaluation_sources(config, evaluation_config, train))
+        check_streams_vocabulary(evaluation.sources, vocabulary, "the data that is trained on")
+    return ResolvedStage(
+        sizes=sizes,
+        views=views,
+        train=train,
+        evaluation=evaluation,
+        vocabulary=vocabulary,
+        pictures=pictures,
+        compat=config.compat == "unitoken",
+        warnings=tuple(warnings),
+    )
 
 
-def needs_codec(config: StageConfig) -> bool:
-    """Whether the stage itself uses the data's tokenizers, which then must be right before days of training."""
+def uses_codec(config: StageConfig) -> bool:
+    """Return whether the stage itself uses the tokenizers, so that they are checked before it trains."""
     return config.samples is not None or config.save.export is not None
 
 
@@ -85,20 +139,19 @@ def _check_save(save: SaveConfig) -> None:
 
 
 def _check_writable(key: str, folder: Path) -> None:
-    """Makes nothing: what else is wrong with the settings should not leave a folder behind."""
+    """Check the first existing parent, and create no folder, as a later check may still fail."""
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise ConfigError(f"{key}: {folder}: cannot write there: {error.strerror or error}") from None
 
 
 def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
-    """That the weights this stage begins with are this model's, and of the data's vocabulary; gives back what may be meant."""
-    origins, notes = {}, []
-    if (
-        saved := latest_checkpoint(Path(config.save.folder))
-    ) is not None:  # a run that resumes needs nothing else any more
+    """Check architecture and vocabulary of the weights that the stage starts from; return warnings."""
+    origins, warnings = {}, []
+    saved = latest_checkpoint(Path(config.save.folder))
+    if saved is not None:  # a resumed run needs no other weights
         origins[f"save.folder: {config.save.folder}"] = saved
     else:
         if config.init_from is not None:
@@ -107,33 +160,32 @@ def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabular
             origins[f"model.decoder: {config.model.decoder}"] = checkpoint_folder(config.model.decoder)
     for where, origin in origins.items():
         about = read_metadata(origin)
-        if where.startswith("model.decoder"):  # its sizes are the model's, and its tower need not be used
+        if where.startswith("model.decoder"):
+            # The model's own sizes were read from this folder, and the vision tower in it need not be used.
             about = about._replace(sizes=None)
         check_fits(about, sizes, vocabulary, where)
-        if (difference := compare_constants(about, sizes)) is not None:
-            if saved is not None:
-                raise ConfigError(f"{where}: {difference}; a run goes on with those it began with")
-            notes.append(f"{where}: {difference}")
-    return notes
+        difference = compare_constants(about, sizes)
+        if difference is not None and saved is not None:
+            raise ConfigError(f"{where}: {difference}; a run goes on with those it began with")
+        if difference is not None:
+            warnings.append(f"{where}: {difference}")
+    return warnings
 
 
 def _check_data(config: StageConfig, world_size: int) -> None:
-    data, vision = config.data, config.model.vision
+    data = config.data
     if data.global_batch % world_size:
         raise ConfigError(
             f"data.global_batch: {data.global_batch} packs can not be shared evenly by {world_size} ranks"
         )
-    if vision is None and data.continuous != "none":
+    if config.model.vision is None and data.continuous != "none":
         raise ConfigError(
             f"data.continuous: '{data.continuous}' needs model.vision; without a vision tower it is 'none'"
         )
-    if config.compat == "unitoken" and vision is not None and data.continuous != "all":
-        raise ConfigError(
-            f"data.continuous: compat 'unitoken' gives features to all images, found '{data.continuous}'"
-        )
     if config.compat == "unitoken" and data.null_prompt_fraction:
         raise ConfigError(
-            f"data.null_prompt_fraction: compat 'unitoken' leaves every prompt, found {data.null_prompt_fraction}"
+            "data.null_prompt_fraction: compat 'unitoken' leaves every prompt, "
+            f"found {data.null_prompt_fraction}"
         )
 
 
@@ -145,70 +197,80 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
         )
     if replicas > 1 and replicas == world_size:
         raise ConfigError(
-            f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; nothing would be sharded"
+            f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; "
+            "nothing would be sharded"
         )
     if config.fsdp.reduce == "bf16" and config.precision == "fp32":
         raise ConfigError("fsdp.reduce: bf16 is for `precision: bf16`; gradients of fp32 are summed in fp32")
-    if (
-        config.activation_checkpointing == "selective"
-        and config.model.attention == "flex"
-        and not config.model.compile
-    ):
-        raise ConfigError(  # torch ignores what is compiled inside of a selective region, and flex attention must be
-            "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; or take 'full', or 'sdpa'"
+    selective = config.activation_checkpointing == "selective"
+    if selective and config.model.attention == "flex" and not config.model.compile:
+        # Flex attention must be compiled, and torch ignores compiled functions inside a selective region.
+        raise ConfigError(
+            "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; "
+            "or take 'full', or 'sdpa'"
         )
 
 
 def _check_trainable(config: StageConfig) -> None:
+    trainable, short_name = config.trainable, f"[{', '.join(config.trainable)}]"
     parts = ["model", "lm_head"] + (["vit", "adapter"] if config.model.vision is not None else [])
-    for name in config.trainable:
+    for name in trainable:
         if name.split(".")[0] not in parts:
             raise ConfigError(
                 f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}"
             )
-    sees = {name.split(".")[0] for name in config.trainable}
-    if config.data.continuous == "none" and sees <= {"vit", "adapter"}:
+    trained_parts = {name.split(".")[0] for name in trainable}
+    if config.data.continuous == "none" and trained_parts <= {"vit", "adapter"}:
         raise ConfigError(
-            f"trainable: [{', '.join(config.trainable)}] would train nothing: with data.continuous 'none' no image reaches them"
+            f"trainable: {short_name} would train nothing: with data.continuous 'none' no image reaches them"
         )
-    if not any(_learns(name, config.optimizer.lr_scales) for name in config.trainable):
+    if not any(_has_learning_rate(name, config.optimizer.lr_scales) for name in trainable):
         raise ConfigError(
-            f"trainable: [{', '.join(config.trainable)}] would train nothing: optimizer.lr_scales gives all of it 0"
+            f"trainable: {short_name} would train nothing: optimizer.lr_scales gives all of it 0"
         )
-
     for entry in config.optimizer.lr_scales:
-        if not any(
-            f"{name}.".startswith(f"{entry}.") or entry.startswith(f"{name}.") for name in config.trainable
-        ):
+        if not any(_is_within(name, entry) or _is_within(entry, name) for name in trainable):
             raise ConfigError(
-                f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: [{', '.join(config.trainable)}]"
+                f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: {short_name}"
             )
 
 
-def _learns(name: str, scales: dict[str, float]) -> bool:
-    """Whether something of that name has a learning rate over 0: the longest entry that names it decides, or one below it."""
-    above = [entry for entry in scales if name == entry or name.startswith(f"{entry}.")]
-    if not above or scales[max(above, key=len)] > 0:
+def _is_within(name: str, module: str) -> bool:
+    """Return whether a dotted name is the module's own, or that of something inside it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def _has_learning_rate(name: str, scales: dict[str, float]) -> bool:
+    """Return whether any parameter in `name` has a learning rate above 0.
+
+    The longest entry of `lr_scales` that contains `name` decides for all of it, except for entries inside
+    `name`.
+    """
+    containing = [entry for entry in scales if _is_within(name, entry)]
+    if not containing or scales[max(containing, key=len)] > 0:
         return True
-    return any(scale > 0 for entry, scale in scales.items() if entry.startswith(f"{name}."))
+    return any(scale > 0 for entry, scale in scales.items() if _is_within(entry, name))
 
 
-def _check_loggers(config: StageConfig) -> None:
-    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb, "mlflow": config.log.mlflow}
-    for package, setting in wanted.items():
+def _check_loggers(log: LogConfig) -> None:
+    settings = {"tensorboard": log.tensorboard, "wandb": log.wandb, "mlflow": log.mlflow}
+    for package, setting in settings.items():
         spec = importlib.util.find_spec(package) if setting else None
-        if setting and (
-            spec is None or spec.origin is None
-        ):  # without an origin it is a mere folder, such as wandb's of logs
+        # A spec without an origin is a plain folder of that name, such as the one in which wandb keeps its
+        # logs.
+        if setting and (spec is None or spec.origin is None):
             raise ConfigError(
-                f"log.{package}: the package {package} is not installed; pip install {package}, or leave it out"
+                f"log.{package}: the package {package} is not installed; "
+                f"pip install {package}, or leave it out"
             )
 
 
-def _evaluation_data(config: StageConfig) -> DataConfig | None:
-    """`eval.streams`, with what `held_out` keeps back where they say so; or what it keeps back of the training streams, all of it.
+def _evaluation_config(config: StageConfig) -> DataConfig | None:
+    """Return the settings of the data to evaluate on, or None without `eval`.
 
-    Packed as in training and into the same global batches: those that fill none are left out, for any number of ranks.
+    These are the samples of `eval.streams`, held-out ones where those streams have `held_out`; or else all
+    held-out samples of the training streams. Packs and global batches are as large as in training; a rest
+    that fills no global batch is left out, whatever the number of ranks.
     """
     if config.eval is None:
         return None
@@ -216,12 +278,17 @@ def _evaluation_data(config: StageConfig) -> DataConfig | None:
         streams = config.eval.streams
         held_out = any(stream.held_out for stream in streams.values())
     else:
-        whole = {"proportion": None, "repeat": None, "choose": None}
-        streams = {name: s.model_copy(update=whole) for name, s in config.data.streams.items() if s.held_out}
+        all_samples = {"proportion": None, "repeat": None, "choose": None}
+        streams = {
+            name: stream.model_copy(update=all_samples)
+            for name, stream in config.data.streams.items()
+            if stream.held_out
+        }
         held_out = True
         if not streams:
             raise ConfigError(
-                "eval: no stream of data.streams has `held_out`, the share to evaluate on; or name eval.streams"
+                "eval: no stream of data.streams has `held_out`, the share to evaluate on; "
+                "or name eval.streams"
             )
     settings = config.data.model_dump() | {
         "streams": {name: stream.model_dump() for name, stream in streams.items()},
@@ -236,3 +303,16 @@ def _evaluation_data(config: StageConfig) -> DataConfig | None:
         return DataConfig.model_validate(settings)
     except pydantic.ValidationError as error:
         raise ConfigError(f"eval.streams: {first_problem(error)}") from None
+
+
+def _evaluation_sources(
+    config: StageConfig, evaluation: DataConfig, train: ResolvedData
+) -> list[StreamSource]:
+    """Open the datasets of `eval.streams`, or take the training datasets, which hold the held-out samples."""
+    if config.eval is not None and config.eval.streams is not None:
+        return open_sources(evaluation)
+    return [
+        dataclasses.replace(source, config=evaluation.streams[source.name])
+        for source in train.sources
+        if source.name in evaluation.streams
+    ]

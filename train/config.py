@@ -1,4 +1,4 @@
-"""What a training stage is made of: the keys of its YAML file.
+"""The settings of a training stage: the keys of its YAML file.
 
 config = load_config(StageConfig, "yamls/stage1.yaml", ["optimizer.lr=5e-4"])
 """
@@ -18,8 +18,8 @@ from unitoken.streaming_data.settings import DataConfig, StreamConfig
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _written_as(examples: str) -> WrapValidator:
-    """What a wrong value is told in place of the pattern."""
+def _error_with_examples(examples: str) -> WrapValidator:
+    """Replace pydantic's message about a pattern by one with examples."""
 
     def check(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -30,19 +30,19 @@ def _written_as(examples: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-# ep: epochs, ba: batches, tok: tokens
+# Composer's units: ep for epochs, ba for batches, tok for tokens.
 Duration = Annotated[
     str,
     Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$|^[1-9][0-9]{0,15}tok$"),
-    _written_as("10ep, 1000ba or 1000000tok"),
+    _error_with_examples("10ep, 1000ba or 1000000tok"),
 ]
 Interval = Annotated[
-    str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$"), _written_as("1ep or 1000ba")
+    str, Field(pattern=r"^[1-9][0-9]{0,5}ep$|^[1-9][0-9]{0,8}ba$"), _error_with_examples("1ep or 1000ba")
 ]
 Warmup = Annotated[
     str,
     Field(pattern=r"^[0-9]{1,16}(\.[0-9]{1,16})?(ep|ba|tok)$"),
-    _written_as("0.01ep, 100ba or 1000000tok"),
+    _error_with_examples("0.01ep, 100ba or 1000000tok"),
 ]
 
 
@@ -59,12 +59,13 @@ class DecoderConfig(Config):
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
     swin_norm: bool = False
-    """True in the 34B model."""
+    """Normalise after attention and MLP instead of before; true in the 34B model."""
     qk_norm: Literal["shared", "per_head"] = "shared"
-    """One gain for all heads (UniToken, Lumina-mGPT) or one a head (transformers)."""
+    """One gain for all heads (UniToken, Lumina-mGPT) or one per head (transformers)."""
 
     @property
     def kv_heads(self) -> int:
+        """Number of key-value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @pydantic.model_validator(mode="after")
@@ -93,7 +94,7 @@ class VisionTowerConfig(Config):
 
     @property
     def features(self) -> int:
-        """Features an image: 729 for so400m-patch14-384."""
+        """Number of features per image: 729 for so400m-patch14-384."""
         return int((self.image_size // self.patch_size) ** 2)
 
     @pydantic.model_validator(mode="after")
@@ -105,50 +106,52 @@ class VisionTowerConfig(Config):
         return self
 
 
-def _sizes(model: type[Config]) -> pydantic.BeforeValidator:
-    """So that what is wrong inside the sizes is reported as such, and not as "expected a string"."""
+def _validate_as(model: type[Config]) -> pydantic.BeforeValidator:
+    """Validate a mapping as `model` first, so that a wrong size is reported, and not "expected a string"."""
     return pydantic.BeforeValidator(
         lambda value: model.model_validate(value) if isinstance(value, dict) else value
     )
 
 
 class ModelConfig(Config):
-    decoder: Annotated[Name | DecoderConfig, _sizes(DecoderConfig)]
-    """Folder or hub id of a checkpoint; or the sizes of a new one."""
-    vision: Annotated[Name | VisionTowerConfig | None, _sizes(VisionTowerConfig)] = None
+    """The model: where its sizes and pretrained weights come from, and how it computes."""
+
+    decoder: Annotated[Name | DecoderConfig, _validate_as(DecoderConfig)]
+    """Folder or hub id of a checkpoint; or the sizes of a new decoder."""
+    vision: Annotated[Name | VisionTowerConfig | None, _validate_as(VisionTowerConfig)] = None
     """The same for SigLIP; null: no vision tower and no adapter."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """On both residual branches of the decoder."""
     z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5
     """Weight of the mean of logsumexp squared."""
     mask_image_logits: bool = False
-    """Image codes get no probability: only for data in which no image is drawn."""
+    """Give image codes no probability; only for data in which no image is generated."""
     attention: Literal["sdpa", "flex"] = "sdpa"
-    """Flex skips the blocks between documents; compiled, so for GPUs."""
+    """Flex skips the blocks between documents; it is compiled, so it is meant for GPUs."""
     compile: bool = False
-    """Torch.compile of each decoder layer: some minutes at the start."""
+    """Apply torch.compile to each decoder layer; this takes some minutes at the start."""
 
 
 class OptimizerConfig(Config):
-    """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr` at the run's end."""
+    """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr`."""
 
     lr: Annotated[float, Field(gt=0, le=1e30)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Warmup = "0.01ep"
     lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default={})
-    """Times `lr`, by the names of modules or parameters: {vit: 1e-2}."""
+    """Factors of `lr` by the names of modules or parameters: {vit: 1e-2}."""
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
-    """Not on norms and biases; with compat on everything, as the reference."""
+    """Not applied to norms and biases; with `compat` to all parameters, as in the reference."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0
-    """L2 norm of all gradients together."""
+    """Maximum L2 norm of all gradients together."""
     max_skipped: Count = 10
-    """Steps in a row that a gradient or loss that is not finite may skip; one more ends the run."""
+    """Most steps in a row that are skipped because loss or gradient is not finite; one more ends the run."""
 
     @pydantic.model_validator(mode="after")
-    def _falls(self) -> OptimizerConfig:
+    def _min_lr_is_below_lr(self) -> OptimizerConfig:
         if self.min_lr > self.lr:
             raise ValueError(
                 f"min_lr {self.min_lr:g} is above lr {self.lr:g}, from which the schedule falls to it"
@@ -157,18 +160,18 @@ class OptimizerConfig(Config):
 
 
 class FSDPConfig(Config):
-    """How the model is shared by the ranks (FSDP2)."""
+    """How the ranks shard the model (FSDP2)."""
 
     reshard: bool = True
     """Free gathered parameters after the forward pass; false: more memory, less traffic."""
     replicas: Count = 1
-    """Groups of ranks that each hold the whole model (HSDP); as many as nodes keeps gathering inside a
-    node."""
+    """Number of copies of the model (HSDP), each sharded over a group of ranks; one per node keeps
+    the gathering inside a node."""
     reduce: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are summed in under bf16."""
+    """Data type in which gradients are summed under bf16."""
 
 
-def _local(value: str) -> str:
+def _check_local_folder(value: str) -> str:
     if "://" in value:
         raise ValueError("it is written to a folder, of this machine or shared, and not to a URL")
     try:
@@ -177,96 +180,113 @@ def _local(value: str) -> str:
         raise ValueError(str(error)) from None
 
 
-LocalFolder = Annotated[Name, pydantic.AfterValidator(_local)]
+LocalFolder = Annotated[Name, pydantic.AfterValidator(_check_local_folder)]
 
 
 class SaveConfig(Config):
+    """Where and when checkpoints are saved."""
+
     folder: LocalFolder
     """The run's folder: step-*.pt, latest, metrics.jsonl."""
     interval: Interval = "1000ba"
     keep: Count = 2
+    """Number of newest checkpoints to keep."""
     export: LocalFolder | None = None
-    """At the end of the stage: a folder for Hugging Face's layout."""
+    """Folder for the trained model in Hugging Face's layout, written at the end of the stage."""
 
 
 class LogConfig(Config):
+    """Which metrics go where, besides metrics.jsonl, which has every batch."""
+
     every: Count = 10
     """Batches between two points of the loggers; metrics.jsonl has every batch."""
     progress: bool = True
-    """A bar on a terminal, lines elsewhere."""
+    """Show a progress bar on a terminal; elsewhere lines are printed."""
     tensorboard: bool = True
-    """Into save.folder/tensorboard."""
+    """Write event files to save.folder/tensorboard."""
     wandb: str | None = None
-    """A Weights & Biases project, where wandb is installed."""
+    """A Weights & Biases project; needs the package wandb."""
     mlflow: str | None = None
-    """An MLflow experiment, where mlflow is installed."""
+    """An MLflow experiment; needs the package mlflow."""
 
 
 class EvalConfig(Config):
-    """The loss by kind on samples that are not trained on."""
+    """The loss by kind on held-out samples."""
 
     interval: Interval = "1000ba"
-    """And after the last step."""
+    """Steps or epochs between two evaluations; there is one after the last step, too."""
     streams: dict[str, StreamConfig] | None = None
-    """Default: what `held_out` keeps back of the training streams, all of it."""
+    """Default: all held-out samples of the training streams (`held_out`)."""
     batches: Count | None = None
-    """Global batches an evaluation; default all."""
+    """Global batches per evaluation; default all."""
 
 
 class SamplesConfig(Config):
-    """Pictures drawn and questions answered while training, into save.folder/samples and TensorBoard. Needs `codec`."""
+    """Images generated and questions answered during training, for save.folder/samples and the loggers.
+
+    Needs `codec`.
+    """
 
     interval: Interval = "1000ba"
     draw: list[str] = Field(default=[])
-    """What to draw."""
+    """Prompts to generate an image from."""
     size: tuple[Count, Count] | None = None
-    """Pixels, height and width, of drawings; default: those of the data's pictures."""
+    """Height and width in pixels of generated images; default: the sizes of the data's images."""
     answer: dict[str, str] = Field(default={})
-    """Picture file -> question; `<|image|>` is put before it where it has none."""
+    """Image file -> question; `<|image|>` is put before a question that has none."""
     max_tokens: Count = 64
+    """Most tokens in an answer."""
     temperature: Annotated[float, Field(ge=0, le=1e3)] = 1.0
-    """Of drawings; answers are the likeliest."""
+    """For images; answers are greedy."""
     top_k: Count | None = None
-    """Image codes that drawings are made of at each place."""
+    """For images: sample each code from this many of the likeliest; default: from all."""
     guidance: Annotated[float, Field(ge=0, le=1e3)] | None = None
-    """Away from the null prompt; 1: none; default 3, or 1 without data.null_prompt_fraction."""
+    """Classifier-free guidance of images; 1: none; default 3, or 1 without data.null_prompt_fraction."""
 
 
 class StageConfig(Config):
+    """All settings of a training stage."""
+
     name: Name
     model: ModelConfig
     init_from: Name | None = None
-    """Weights only: a run's save.folder, a checkpoint file, an exported folder, or a hub id."""
+    """Weights to start from, without optimizer state: a run's save.folder, a checkpoint file, an exported
+    folder, or a hub id."""
     trainable: Annotated[list[str], Field(min_length=1)]
     """Names of modules or parameters, e.g. [vit, adapter]."""
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig
     microbatch: Count = 1
-    """Packs a rank computes at once."""
+    """Packs per rank in one forward and backward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
     fsdp: FSDPConfig = FSDPConfig()
     activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
-    """What the backward pass computes again instead of keeping: nothing; all of every layer, the tower's too;
-    all of every k-th layer; or all but what is dear, the matrix products and attention (`selective`; with
-    flex it needs model.compile)."""
+    """What the backward pass recomputes instead of keeping: nothing; all of every layer, the vision tower's
+    too; all of every k-th layer; or all but matrix products and attention, which are expensive (`selective`;
+    with flex it needs model.compile)."""
     compat: Literal["unitoken"] | None = None
-    """The reference's behaviour wherever ours is a fix."""
+    """Behave as the reference (UniToken) wherever this program corrects it."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     deterministic: bool = False
-    """The same losses bit for bit each time on a GPU, too, where attention's gradient is slower then."""
+    """Give the same losses bit for bit on GPUs, too, where the gradient of attention is then slower."""
     save: SaveConfig
     log: LogConfig = LogConfig()
     eval: EvalConfig | None = None
     samples: SamplesConfig | None = None
     codec: CodecConfig | None = None
-    """The tokenizers the data was made with: for `samples`, `generate` and `export`."""
+    """The tokenizers that made the data; `samples`, `generate` and `export` use them."""
 
     @pydantic.model_validator(mode="after")
-    def _compat_switches_everything(self) -> StageConfig:
-        """`compat: unitoken` alone is the reference: where nothing else is said, all images bring their features."""
-        if self.compat and self.model.vision is not None and "continuous" not in self.data.model_fields_set:
-            object.__setattr__(
-                self, "data", self.data.model_copy(update={"continuous": "all"})
-            )  # the model is frozen
+    def _compat_gives_features_to_all_images(self) -> StageConfig:
+        """With `compat: unitoken` and a vision tower `data.continuous` is "all", and nothing else."""
+        if self.compat is None or self.model.vision is None or self.data.continuous == "all":
+            return self
+        if "continuous" in self.data.model_fields_set:
+            raise ValueError(
+                "data.continuous: compat 'unitoken' gives features to all images, "
+                f"found '{self.data.continuous}'"
+            )
+        # The model is frozen.
+        object.__setattr__(self, "data", self.data.model_copy(update={"continuous": "all"}))
         return self

@@ -1,29 +1,34 @@
-"""One stage of training, from settings to the last checkpoint: a straight list of builds, then fit."""
+"""One stage of training, from its settings to the last checkpoint: a list of builds, then `fit`."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-from composer import Callback
+import torch
+from composer import Callback, Trainer
+from composer.core import Time, TimeUnit
 
+from unitoken.common import cli
+from unitoken.common.errors import ConfigError
 from unitoken.common.files import exclusive_lock
 from unitoken.common.interruption import end_on_signals, remember_signals
-from unitoken.dataset.vision_views import CANVASES, Views
-from unitoken.streaming_data.check import other_codes, uneven_proportions
-from unitoken.streaming_data.reading.loader import build_loader
-from unitoken.train.accounting.flops import step_flops
-from unitoken.train.accounting.memory import MemoryEstimate, estimate_memory
-from unitoken.train.callbacks.evaluation import Evaluation, evaluation_loader
+from unitoken.dataset.vision_views import CANVASES
+from unitoken.streaming_data.plan.report import PlanReport
+from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.train.accounting.flops import peak_flops, step_flops
+from unitoken.train.accounting.memory import estimate_memory
+from unitoken.train.callbacks.evaluation import Evaluation
+from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.callbacks.optimisation import Optimisation
-from unitoken.train.callbacks.samples import samples_of
+from unitoken.train.callbacks.progress import build_progress
+from unitoken.train.callbacks.samples import Samples
 from unitoken.train.callbacks.saver import Interruption, Saver
-from unitoken.train.check import ResolvedStage, needs_codec
+from unitoken.train.check import ResolvedData, ResolvedStage, uses_codec
 from unitoken.train.check_tokenizers import load_checked_tokenizer
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
@@ -31,23 +36,36 @@ from unitoken.train.checkpoint.export import export_at_end
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_weights
 from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
-from unitoken.train.checkpoint.metadata import ModelSizes, write_metadata
+from unitoken.train.checkpoint.metadata import write_metadata
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
+from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
+from unitoken.train.generation.engine import PromptCollate
+from unitoken.train.generation.sampling import Sampling
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze
 
 
-def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
-    """Train, or go on training: a checkpoint in `save.folder` comes before `init_from` and all pretrained weights."""
+def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
+    """Train a stage, or continue it.
+
+    A checkpoint in `save.folder` takes precedence over `init_from` and all pretrained weights.
+
+    Args:
+        config: the settings.
+        resolved: what `check_stage` returned for them.
+
+    Raises:
+        ConfigError: what `check_stage` can not find out without torch is wrong.
+        SystemExit: a signal ended the run, after it saved.
+    """
     composer_trainer.check_precision(config)
     ranks.connect()
-    with (
-        ranks.share_errors()
-    ):  # the first word that ranks exchange: here they hear that `check` failed on another machine
-        if config.codec is not None and needs_codec(config):
-            load_checked_tokenizer(config.codec, checked.vocabulary)
+    # The first exchange between ranks: here they learn that `check_stage` failed on another machine.
+    with ranks.share_errors():
+        if config.codec is not None and uses_codec(config):
+            load_checked_tokenizer(config.codec, resolved.vocabulary)
     ranks.check_same_settings(settings_of_all_machines(config))
     folder = Path(config.save.folder)
     with contextlib.ExitStack() as stack:
@@ -57,175 +75,296 @@ def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
                 at_work = f"save.folder: {folder}: another run is at work in it and holds {run_folder.LOCK}"
                 stack.enter_context(exclusive_lock(folder / run_folder.LOCK, at_work))
                 for line in run_folder.set_aside_damaged(folder):
-                    say(f"warning: {line}")
-        _run(config, checked)
+                    cli.warn(line)
+        _train(config, resolved)
 
 
-def _run(config: StageConfig, checked: ResolvedStage) -> None:
+def _train(config: StageConfig, resolved: ResolvedStage) -> None:
     folder = Path(config.save.folder)
-    compat = config.compat == "unitoken"
-    views = (
-        Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres)
-        if checked.vision
-        else None
-    )
     with ranks.share_errors():
-        held_out = evaluation_loader(config, checked, views)
-        share = config.data.global_batch // ranks.world_size()
-        loader = build_loader(
-            config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat
-        )
-        resume = latest_checkpoint(folder)
-    ranks.check_same("save.folder", "no checkpoint" if resume is None else resume.name)
-    ranks.check_same("data", f"order {loader.dataset.plan.report.order}")
-    report = loader.dataset.plan.report
-    length = Lengths(
-        report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length
-    )
-    total_steps = math.ceil(length.steps(config.max_duration))
-    say(report.table())
-    for line in [
-        *uneven_proportions(config.data),
-        *other_codes(loader.dataset.sources),
-        *report.warnings(),
-        *checked.notes,
-    ]:
-        say(f"warning: {line}")
+        evaluation_loader = build_evaluation_loader(resolved)
+        loader = _build_loader(resolved.train, resolved)
+        checkpoint = latest_checkpoint(folder)
+    plan = loader.dataset.plan.report
+    ranks.check_same("save.folder", "no checkpoint" if checkpoint is None else checkpoint.name)
+    ranks.check_same("data", f"order {plan.order}")
+    epoch = _epoch_length(plan, resolved.train)
+    duration = Time.from_timestring(config.max_duration)
+    total_steps = math.ceil(epoch.steps_in(duration))
+    _report_plan(plan, resolved)
 
-    network = build_model(
-        checked.decoder,
-        checked.vision,
-        config.model,
-        config.activation_checkpointing,
-        checked.vocabulary.image_ids,
-    )
-    trained = freeze(network, config.trainable)
-    build_optimizer(
-        network, config.optimizer, compat=compat
-    )  # a name that is wrong is found before weights are loaded
-    if config.model.compile:
-        for layer in network.model.layers:
-            layer.compile()
-    if not _fill(network, config, resume, total_steps):
-        check_finished(folder, config)
-        say(f"{config.name}: finished, {resume} is its last checkpoint")
-        if ranks.is_first_rank():
-            export_at_end(config)
+    network, trained = _build_network(config, resolved)
+    if checkpoint is None:
+        _load_initial_weights(network, config)
+    elif _is_finished(network, config, checkpoint, total_steps):
+        _report(f"{config.name}: finished, {checkpoint} is its last checkpoint")
+        _export(config, resolved)
         return
-    count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.describe_devices()}"
-    say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
-    if composer_trainer.has_gpu():
-        say(
-            f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).summary()}"
-        )
+    else:
+        _allocate_weights(network, config, checkpoint)
+    _report_size(config, resolved, network, loader, len(trained), total_steps)
 
-    warmup = length.steps(config.optimizer.warmup)
-    optimisation = Optimisation(config.optimizer, warmup, total_steps, length.epoch_steps, by_packs=compat)
-    metrics = Metrics(config, optimisation, total_steps, step_flops(checked.decoder, checked.vision, trained))
-    saver = Saver(config.save, stage_identity(config), total_steps)
-    interruption = Interruption(optimisation, saver)
-    callbacks: list[Callback] = [optimisation, saver, interruption, metrics]
-    if held_out is not None:
-        callbacks.append(Evaluation(config, held_out, metrics, length.epoch_steps))
+    callbacks = _build_callbacks(config, resolved, epoch, total_steps, trained, evaluation_loader)
     trainer = composer_trainer.build_trainer(
         config,
         network,
-        build_optimizer(network, config.optimizer, compat=compat),
+        build_optimizer(network, config.optimizer, compat=resolved.compat),
         loader,
-        [*callbacks, *samples_of(config, checked.vocabulary, checked.pictures)],
-        build_loggers(config, resume is not None),
-        resume,
-        # Composer counts tokens as they come, and would end between two batches of an epoch that no plan names.
-        f"{total_steps}ba" if config.max_duration.endswith("tok") else config.max_duration,
+        callbacks.in_order(),
+        build_loggers(config.log, folder, resumes=checkpoint is not None),
+        checkpoint,
+        # Composer counts tokens as they come, and would end between two global batches of the plan.
+        f"{total_steps}ba" if duration.unit == TimeUnit.TOKEN else config.max_duration,
     )
-    if (
-        ranks.is_first_rank()
-    ):  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
-        write_metadata(
-            folder,
+    # Not earlier: if the checkpoint was refused, the folder and its description belong to another stage.
+    if ranks.is_first_rank():
+        write_metadata(folder, config, resolved.sizes, resolved.vocabulary, resolved.pictures)
+    _fit(trainer)
+    _finish(config, resolved, callbacks)
+
+
+def _report(text: str) -> None:
+    if ranks.is_first_rank():
+        cli.report(text)
+
+
+def _build_loader(data: ResolvedData, resolved: ResolvedStage) -> PackedLoader:
+    return build_loader(
+        data.config,
+        views=resolved.views,
+        vocabulary=resolved.vocabulary,
+        batch_packs=data.config.global_batch // ranks.world_size(),
+        compat=resolved.compat,
+        sources=data.sources,
+    )
+
+
+def build_evaluation_loader(resolved: ResolvedStage) -> PackedLoader | None:
+    """Build this rank's loader of the data to evaluate on; None without `eval`. Raises ConfigError."""
+    if resolved.evaluation is None:
+        return None
+    try:
+        return _build_loader(resolved.evaluation, resolved)
+    except ConfigError as error:
+        raise ConfigError(f"eval: {error}") from None
+
+
+def _epoch_length(plan: PlanReport, data: ResolvedData) -> EpochLength:
+    tokens = plan.fill * plan.packs * data.config.packed_length
+    return EpochLength(steps=plan.packs // data.config.global_batch, tokens=tokens)
+
+
+def _report_plan(plan: PlanReport, resolved: ResolvedStage) -> None:
+    if ranks.is_first_rank():
+        cli.report(plan.table())
+        for warning in [*resolved.warnings, *plan.warnings()]:
+            cli.warn(warning)
+
+
+def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniToken, list[str]]:
+    """Build the model without memory; return it with the names of its trained parameters."""
+    network = build_model(
+        resolved.sizes.decoder,
+        resolved.sizes.vision,
+        config.model,
+        config.activation_checkpointing,
+        resolved.vocabulary.image_ids,
+    )
+    trained = freeze(network, config.trainable)
+    # Only to check the names of `lr_scales` before weights are loaded; the real one needs parameters with
+    # memory.
+    build_optimizer(network, config.optimizer, compat=resolved.compat)
+    if config.model.compile:
+        for layer in network.model.layers:
+            layer.compile()
+    return network, trained
+
+
+def _load_initial_weights(network: UniToken, config: StageConfig) -> None:
+    """Load the weights of a new run on the first rank; the other ranks get their shards from it."""
+    with ranks.share_errors():
+        trained = _open_init_from(config.init_from) if config.init_from is not None else None
+        parts = find_weights(network, config.model, trained)
+        if ranks.is_first_rank():
+            cli.report("\n".join(load_weights(network, parts, config.seed)))
+
+
+def _open_init_from(init_from: str) -> TensorSource:
+    """Open the weights to start from; warn if their stage is unfinished."""
+    origin = find_origin(init_from)
+    if origin.is_file():
+        if ranks.is_first_rank():  # the only one that reads the weights
+            check_checkpoint(origin)
+        unfinished = run_folder.describe_unfinished(origin)
+        if unfinished is not None:
+            _report(f"init_from: {origin}: {unfinished}")
+    return run_folder.open_weights(origin)
+
+
+def _is_finished(network: UniToken, config: StageConfig, checkpoint: Path, total_steps: int) -> bool:
+    """Return whether a checkpoint is the last of the stage.
+
+    Raises:
+        ConfigError: the checkpoint is of another stage, or the finished run had other settings.
+    """
+    with ranks.share_errors():
+        run_folder.check_resumable(checkpoint, parameter_shapes(network), _stage_identity(config))
+    if run_folder.step_of(checkpoint) < total_steps:
+        return False
+    check_finished(Path(config.save.folder), config)
+    return True
+
+
+def _allocate_weights(network: UniToken, config: StageConfig, checkpoint: Path) -> None:
+    """Give the first rank's model memory, which Composer fills from the checkpoint."""
+    _report(f"{config.name}: goes on from {checkpoint}")
+    if ranks.is_first_rank():
+        fill_with_nan(network)
+
+
+def _report_size(
+    config: StageConfig,
+    resolved: ResolvedStage,
+    network: UniToken,
+    loader: PackedLoader,
+    tensors: int,
+    total_steps: int,
+) -> None:
+    """Print the number of trained parameters, and an estimate of the GPU memory."""
+    parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.describe_devices()}"
+    _report(f"{config.name}: trains {parameters:,} parameters in {tensors} tensors for {where}")
+    if composer_trainer.has_gpu():
+        views_per_image = 1
+        if config.data.anyres:
+            views_per_image += max(across * down for across, down in CANVASES)
+        most_images = int(loader.dataset.plan.images.max())  # in a pack
+        memory = estimate_memory(
             config,
-            ModelSizes(decoder=checked.decoder, vision=checked.vision),
-            checked.vocabulary,
-            checked.pictures,
+            resolved.sizes.decoder,
+            resolved.sizes.vision,
+            ranks=ranks.world_size(),
+            trained=parameters,
+            views=views_per_image * config.microbatch * most_images,
         )
+        _report(f"{config.name}: needs {memory.summary()}")
+
+
+def _stage_identity(config: StageConfig) -> dict[str, object]:
+    """Return the settings that must be the same when a run is resumed: a folder belongs to one stage."""
+    return {"name": config.name, "trainable": sorted(config.trainable)}
+
+
+class _Callbacks(NamedTuple):
+    """The callbacks of a stage, in the order in which Composer calls them at each event.
+
+    Optimisation comes before Saver, so that a run that gives up after skipped steps does not save them.
+    Interruption comes after Saver, and saves only a step that Saver did not save.
+    Metrics comes after both: the clock of a step starts when the step before is saved.
+    Evaluation comes after Metrics, and Samples after both: the line of a step precedes that of its evaluation
+    in metrics.jsonl, and neither takes part in the step's time.
+    """
+
+    optimisation: Optimisation
+    saver: Saver
+    interruption: Interruption
+    metrics: Metrics
+    evaluation: Evaluation | None
+    samples: Samples | None
+
+    def in_order(self) -> list[Callback]:
+        return [callback for callback in self if callback is not None]
+
+
+def _build_callbacks(
+    config: StageConfig,
+    resolved: ResolvedStage,
+    epoch: EpochLength,
+    total_steps: int,
+    trained: list[str],
+    evaluation_loader: PackedLoader | None,
+) -> _Callbacks:
+    folder, log = Path(config.save.folder), config.log
+    optimisation = Optimisation(config.optimizer, epoch, total_steps, by_packs=resolved.compat)
+    save_every = epoch.steps_between(config.save.interval)
+    saver = Saver(config.save, save_every, _stage_identity(config), total_steps)
+    metrics = Metrics(
+        folder,
+        config.data,
+        optimisation,
+        build_progress(config.name, total_steps, log.every, log.progress),
+        every=log.every,
+        total_steps=total_steps,
+        flops=step_flops(resolved.sizes.decoder, resolved.sizes.vision, trained),
+        peak_flops=_peak_flops(config.precision),
+    )
+    evaluation = None
+    if config.eval is not None and evaluation_loader is not None:
+        evaluation = Evaluation(
+            evaluation_loader,
+            metrics,
+            every=epoch.steps_between(config.eval.interval),
+            batches=config.eval.batches,
+            microbatch=config.microbatch,
+            has_vision=resolved.sizes.vision is not None,
+        )
+    samples = _build_samples(config, resolved, epoch)
+    return _Callbacks(optimisation, saver, Interruption(optimisation, saver), metrics, evaluation, samples)
+
+
+def _peak_flops(precision: str) -> float | None:
+    """Return the peak FLOP/s of this rank's GPU; None without one, and where they are unknown."""
+    if precision != "bf16" or not torch.cuda.is_available():
+        return None
+    return peak_flops(torch.cuda.get_device_name())
+
+
+def _build_samples(config: StageConfig, resolved: ResolvedStage, epoch: EpochLength) -> Samples | None:
+    if config.samples is None:
+        return None
+    assert config.codec is not None, "check_stage"
+    guidance_trained = config.data.null_prompt_fraction > 0
+    guidance = guidance_or_default(config.samples.guidance, SAMPLES_GUIDANCE, guidance_trained)
+    return Samples(
+        config.samples,
+        config.codec,
+        vocabulary=resolved.vocabulary,
+        pictures=resolved.pictures,
+        collate=PromptCollate(resolved.views, config.data.continuous, resolved.compat),
+        sampling=Sampling(
+            config.samples.temperature, top_k_image=config.samples.top_k, guidance=guidance, seed=config.seed
+        ),
+        folder=Path(config.save.folder),
+        every=epoch.steps_between(config.samples.interval),
+    )
+
+
+def _fit(trainer: Trainer) -> None:
     remember_signals()
     try:
         trainer.fit()
     except BaseException:
-        trainer.engine.close()  # files and loggers; Trainer.close waits for all ranks, and the others wait for this one's shards
+        # Closes files and loggers. Trainer.close would wait for all ranks, which wait for this one's shards.
+        trainer.engine.close()
         raise
     trainer.close()
-    if interruption.signal:
-        say(f"{config.name}: interrupted at step {saver.saved_at}, saved; the same command goes on")
-        raise SystemExit(128 + interruption.signal)
-    say(
+
+
+def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks) -> None:
+    """Report how the run ended, and export the model. Raises SystemExit after a signal."""
+    folder, signal = Path(config.save.folder), callbacks.interruption.signal
+    if signal:
+        saved_at = callbacks.saver.saved_at
+        _report(f"{config.name}: interrupted at step {saved_at}, saved; the same command goes on")
+        raise SystemExit(128 + signal)
+    _report(
         f"{config.name}: finished, saved in {folder}; next: init_from={folder} in another stage, or "
         f'python -m unitoken.train generate {folder} --prompt "..." --out FOLDER'
     )
     end_on_signals("interrupted after the last step, which is saved; the same command goes on")
+    _export(config, resolved)
+
+
+def _export(config: StageConfig, resolved: ResolvedStage) -> None:
     if ranks.is_first_rank():
-        export_at_end(config)
-
-
-def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_steps: int) -> bool:
-    """Give the `meta` model its memory, and on the first rank its weights; the other ranks get their shards from it.
-
-    False where there is nothing left to train.
-    """
-    with ranks.share_errors():
-        if resume is None:
-            earlier = _earlier(config.init_from) if config.init_from else None
-            parts = find_weights(network, config.model, earlier)
-            if ranks.is_first_rank():
-                say("\n".join(load_weights(network, parts, config.seed)))
-            return True
-        run_folder.check_resumable(resume, parameter_shapes(network), stage_identity(config))
-    if run_folder.step_of(resume) >= total_steps:
-        return False
-    say(f"{config.name}: goes on from {resume}")
-    if ranks.is_first_rank():
-        fill_with_nan(network)
-    return True
-
-
-def _earlier(init_from: str) -> TensorSource:
-    origin = find_origin(init_from)
-    if origin.is_file() and ranks.is_first_rank():  # which alone reads the weights
-        check_checkpoint(origin)
-    if origin.is_file() and (where := run_folder.describe_unfinished(origin)) is not None:
-        say(f"init_from: {origin}: {where}")
-    return run_folder.open_weights(origin)
-
-
-def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images: int) -> MemoryEstimate:
-    """What it takes of a GPU; `most_images` is the most that a pack of the plan has."""
-    views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
-    views *= config.microbatch * most_images
-    return estimate_memory(
-        config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained, views=views
-    )
-
-
-class Lengths(NamedTuple):
-    """What an epoch of the plan holds, so that epochs, batches and tokens can be told in steps."""
-
-    epoch_steps: int
-    epoch_tokens: float
-
-    def steps(self, duration: str) -> float:
-        """`2ep`, `500ba` or `1000000tok`, these by the plan's mean of tokens a batch."""
-        match = re.fullmatch(r"([\d.]+)(ep|ba|tok)", duration)
-        assert match is not None, "checked by the settings"
-        of_one = {"ba": 1.0, "ep": self.epoch_steps, "tok": self.epoch_steps / self.epoch_tokens}
-        return float(match[1]) * of_one[match[2]]
-
-
-def stage_identity(config: StageConfig) -> dict[str, object]:
-    """What must not change when a run is resumed: a folder of another stage is not this one's."""
-    return {"name": config.name, "trainable": sorted(config.trainable)}
-
-
-def say(text: str) -> None:
-    if ranks.is_first_rank():
-        print(text, flush=True)
+        export_at_end(config, resolved.train.manifests)

@@ -167,7 +167,7 @@ def test_bug_22_in_compat_alone_a_step_is_the_mean_of_means(tmp_path: Path) -> N
     loader = build_loader(
         config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=True
     )
-    model = build_model(checked.decoder, checked.vision, config.model)
+    model = build_model(checked.sizes.decoder, checked.sizes.vision, config.model)
     freeze(model, config.trainable)
     load_weights(model, {}, config.seed)
     optimizer = build_optimizer(model.train(), config.optimizer, compat=True)

@@ -20,13 +20,18 @@ DECODER = {
     "num_attention_heads": 2,
 }
 VISION = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
 ALL = ["vit", "adapter", "model", "lm_head"]
 
 
 def write_data(folder: Path) -> Path:
-    """90 samples of text with 0 to 2 images asked about, or one drawn. Some batches of a rank have no image at all."""
+    """Write 90 samples with 0 to 2 input images or one drawn image. Some batches of a rank have no image."""
     vocabulary = small_vocabulary()
     records = [make_record(f"q{n}", vocabulary, 8 + n % 5, question_images=n % 3) for n in range(60)]
     records += [make_record(f"a{n}", vocabulary, 6, answer_images=1) for n in range(30)]
@@ -34,7 +39,7 @@ def write_data(folder: Path) -> Path:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """9 batches an epoch of 4 packs; `folder` holds data/ and gets run/ and cache/."""
+    """Settings with 9 batches of 4 packs per epoch; `folder` holds data/ and gets run/ and cache/."""
     return {
         "name": "tiny",
         "model": {"decoder": DECODER, "vision": VISION, "dropout": 0.2},
@@ -66,7 +71,7 @@ def stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The steps."""
+    """The lines of steps in metrics.jsonl."""
     return [
         line
         for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

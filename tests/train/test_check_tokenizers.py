@@ -74,7 +74,7 @@ def test_the_tokenizers_of_an_export_are_checked_with_settings(
 
 
 def test_other_image_tokenizer_weights_give_a_warning(folder: Path, tmp_path: Path) -> None:
-    (note,) = check_stage(with_codec(folder, tmp_path), 1).notes
+    (note,) = check_stage(with_codec(folder, tmp_path), 1).warnings
     assert re.fullmatch(
         r"codec\.vision\.weights: .*/vqgan has fingerprint \w{16}, .* of the data are of 0{16}", note
     )

@@ -1,4 +1,4 @@
-"""Stages of training in this process, with one rank; test_ranks.py has several."""
+"""Stages of training in this process, on one rank; test_ranks.py has several ranks."""
 
 import errno
 import shutil
@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from support.stages import curve, metrics, stage, write_data
+from support import drawn
+from support.stages import curve, evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
+from unitoken.dataset.manifest import Manifest, load_manifest
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.callbacks.metrics import Metrics
@@ -49,12 +51,18 @@ def uninterrupted(folder: Path) -> Path:
     return train(stage(folder, f"save.folder={folder}/uninterrupted", "max_duration=2ep"))
 
 
+def newest(run_folder: Path) -> Path:
+    checkpoint = latest_checkpoint(run_folder)
+    assert checkpoint is not None
+    return checkpoint
+
+
 class KilledError(Exception):
     pass
 
 
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run stops without a chance to tidy up, after the metrics of `step` are written and before its checkpoint."""
+    """End the run after the metrics of `step` and before its checkpoint, without any cleaning up."""
     real = Metrics.batch_end
 
     def batch_end(self: Any, state: Any, logger: Any) -> None:
@@ -65,7 +73,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Metrics, "batch_end", batch_end)
 
 
-def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
+def test_a_stage_learns_and_writes_a_line_per_step(uninterrupted: Path) -> None:
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, 19))
     assert lines[0]["lr"] == 0.0
@@ -83,17 +91,17 @@ def test_a_stage_learns_and_says_so_line_by_line(uninterrupted: Path) -> None:
 @pytest.mark.parametrize(
     "step", [5, 9, 10, 11]
 )  # resumed after step 4 and 8; 9 is the end of the epoch, 10 in the second
-def test_a_run_killed_anywhere_resumes_with_the_same_losses_bit_for_bit(
+def test_a_killed_run_resumes_with_the_same_losses_bit_for_bit(
     step: int, folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout on: data position, random state, optimizer and learning rate are all restored."""
+    """With dropout: data position, random state, optimizer and learning rate are restored."""
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=2ep")
     with monkeypatch.context() as patch:
         kill_at(step, patch)
         with pytest.raises(KilledError):
             train(config)
     assert len(curve(tmp_path)) == step
-    assert checkpoints.step_of(latest_checkpoint(tmp_path)) < step
+    assert checkpoints.step_of(newest(tmp_path)) < step
     train(config)
     assert curve(tmp_path) == curve(uninterrupted)
     resumed = weights(tmp_path)
@@ -110,8 +118,8 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
         kill_at(11, patch)
         with pytest.raises(KilledError):
             train(config)
-    assert checkpoints.step_of(latest_checkpoint(tmp_path)) == 9
-    state = checkpoints.read_checkpoint(latest_checkpoint(tmp_path))["timestamp"]["Timestamp"]
+    assert checkpoints.step_of(newest(tmp_path)) == 9
+    state = checkpoints.read_checkpoint(newest(tmp_path))["timestamp"]["Timestamp"]
     assert (state["epoch"], state["batch_in_epoch"]) == (
         1,
         0,
@@ -120,13 +128,45 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_in_the_next(
     assert curve(tmp_path) == curve(uninterrupted)
 
 
+@pytest.mark.parametrize("evaluated_on", ["held-out", "other"])
+def test_a_stage_opens_each_dataset_once(
+    evaluated_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an evaluation, samples and an export, each of which needs something of the datasets."""
+    opened: list[Path] = []
+
+    def counted(folder: Path) -> Manifest:
+        opened.append(folder)
+        return load_manifest(folder)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unitoken.") and getattr(module, "load_manifest", None) is load_manifest:
+            monkeypatch.setattr(module, "load_manifest", counted)
+    datasets = [drawn.write_data(tmp_path / "data")]
+    overrides = ["data.streams.all.held_out=0.4", "eval.interval=2ba"]
+    if evaluated_on == "other":
+        datasets.append(drawn.write_data(tmp_path / "other"))
+        overrides = [f"eval={{interval: 2ba, streams: {{other: {{local: {tmp_path}/other}}}}}}"]
+    samples = "samples={interval: 2ba, draw: [Draw a two.], size: [16, 16]}"
+    export = f"save.export={tmp_path}/model"
+    train(drawn.drawing_stage(tmp_path, "max_duration=2ba", samples, export, *overrides))
+    assert (tmp_path / "run" / "samples" / "step-00000002" / "0.png").is_file()
+    assert list(evaluations(tmp_path / "run")) == [2]
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert sorted(opened) == sorted(datasets)
+
+
 @pytest.mark.parametrize("compat", [None, "unitoken"])
 def test_a_stage_with_anyres_learns(compat: str | None, folder: Path, tmp_path: Path) -> None:
     """A picture of 4 x 4 pixels has 4 features as one view, and 10 with its tiles."""
     lines = {}
     for anyres in (False, True):
         config = stage(
-            folder, f"save.folder={tmp_path}/{anyres}", f"data.anyres={anyres}", "data.packed_length=80", compat=compat
+            folder,
+            f"save.folder={tmp_path}/{anyres}",
+            f"data.anyres={anyres}",
+            "data.packed_length=80",
+            compat=compat,
         )  # fmt: skip
         lines[anyres] = metrics(train(config))
     assert lines[True][-1]["loss"] < lines[True][0]["loss"] - 0.1
@@ -135,7 +175,7 @@ def test_a_stage_with_anyres_learns(compat: str | None, folder: Path, tmp_path: 
 
 def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> None:
     """The reference resumed from weights rounded to bfloat16 under float32 moments (bug 24)."""
-    state = checkpoints.read_checkpoint(latest_checkpoint(uninterrupted))
+    state = checkpoints.read_checkpoint(newest(uninterrupted))
     tensors = {name: tensor for name, tensor in state["model"].items() if isinstance(tensor, torch.Tensor)}
     moments = [
         tensor
@@ -147,7 +187,7 @@ def test_a_checkpoint_holds_float32_weights_and_moments(uninterrupted: Path) -> 
     assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained)
 
 
-def test_a_finished_stage_is_left_as_it_is(
+def test_a_finished_stage_is_not_changed(
     folder: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
@@ -156,10 +196,10 @@ def test_a_finished_stage_is_left_as_it_is(
     assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
 
 
-def test_a_run_may_last_so_many_tokens_and_is_as_long_wherever_it_is_resumed(
+def test_a_duration_in_tokens_is_the_same_when_resumed(
     folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told in whole steps by the plan's tokens, so that it ends at the same batch on any number of ranks."""
+    """The plan's tokens give the number of steps, which is the same for any number of ranks."""
     tokens = sum(line["tokens"] for line in metrics(uninterrupted)[:9])  # of an epoch
     config = stage(
         folder,
@@ -179,7 +219,7 @@ def test_a_run_may_last_so_many_tokens_and_is_as_long_wherever_it_is_resumed(
     assert lines[9]["lr"] == max(line["lr"] for line in lines) == pytest.approx(3e-3)
 
 
-def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: Path, tmp_path: Path) -> None:
+def test_the_loss_does_not_depend_on_the_microbatch(folder: Path, tmp_path: Path) -> None:
     """Microbatches hold different numbers of supervised tokens: a mean of their means would differ."""
     overrides = ["model.dropout=0", "max_duration=4ba"]
     curves = [
@@ -198,19 +238,20 @@ def test_the_loss_is_the_same_mean_over_tokens_however_the_batch_is_cut(folder: 
     )  # compat: the mean of the microbatches' means (and separators trained on)
 
 
-def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> None:
-    """Learning rates of both groups, clipping, microbatches: against a loop written out."""
+def test_a_stage_equals_a_plain_training_loop(folder: Path, tmp_path: Path) -> None:
+    """Learning rates of two groups, clipping and microbatches, against a loop that is written out here."""
     config = stage(
-        folder, f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "optimizer.clip_norm=0.3",
-        "optimizer.lr_scales={vit: 0.5}", "optimizer.min_lr=1e-3", "microbatch=2",
-    )  # fmt: skip
-    checked = check_stage(config, 1)
+        folder,
+        *(f"save.folder={tmp_path}/run", "model.dropout=0", "max_duration=6ba", "microbatch=2"),
+        *("optimizer.clip_norm=0.3", "optimizer.lr_scales={vit: 0.5}", "optimizer.min_lr=1e-3"),
+    )
+    resolved = check_stage(config, 1)
     trained = weights(train(config))
 
     loader = build_loader(
-        config.data, views=Views(8, 4), vocabulary=checked.vocabulary, batch_packs=4, compat=False
-    )  # fmt: skip
-    model = build_model(checked.decoder, checked.vision, config.model)
+        config.data, views=Views(8, 4), vocabulary=resolved.vocabulary, batch_packs=4, compat=False
+    )
+    model = build_model(resolved.sizes.decoder, resolved.sizes.vision, config.model)
     freeze(model, config.trainable)
     load_weights(model, {}, config.seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -231,13 +272,12 @@ def test_a_stage_is_nothing_but_the_plain_loop(folder: Path, tmp_path: Path) -> 
         torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_each_stage_starts_from_the_weights_of_the_one_before(folder: Path, tmp_path: Path) -> None:
     base = stage(
-        folder, f"save.folder={tmp_path}/base", "name=base", "model.vision=null", "data.continuous=none", "max_duration=3ba",
-        "trainable=[model, lm_head]",
-    )  # fmt: skip
+        folder,
+        *(f"save.folder={tmp_path}/base", "name=base", "max_duration=3ba", "trainable=[model, lm_head]"),
+        *("model.vision=null", "data.continuous=none"),
+    )
     one = stage(
         folder,
         f"save.folder={tmp_path}/one",
@@ -260,22 +300,23 @@ def test_stage_one_starts_from_the_base_stage_and_stage_two_from_stage_one(
     assert not torch.equal(after[1]["lm_head.weight"], after[2]["lm_head.weight"])
 
 
-def test_a_stage_that_begins_with_an_unfinished_one_says_so(
+def test_starting_from_an_unfinished_stage_is_reported(
     folder: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = ["name=next", "max_duration=1ba", "model.decoder.rope_theta=500"]
     shutil.copy(uninterrupted / "model.json", tmp_path)
-    for step, said in ((16, "step 16 of 18 of that stage"), (18, None)):
+    for step, unfinished in ((16, "step 16 of 18 of that stage"), (18, None)):
         origin = Path(shutil.copy(uninterrupted / f"step-000000{step}.pt", tmp_path / f"after-{step}.pt"))
         train(stage(folder, *changes, f"save.folder={tmp_path}/{step}", f"init_from={origin}"))
-        lines = [line for line in capsys.readouterr().out.splitlines() if f"init_from: {origin}" in line]
-        constants = (
-            f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0"
+        output = capsys.readouterr()
+        assert output.err == (
+            f"warning: init_from: {origin}: its model and this stage's have rope_theta 10000.0 and 500.0\n"
         )
-        assert lines == [constants, *([f"init_from: {origin}: {said}"] if said else [])]
+        lines = [line for line in output.out.splitlines() if f"init_from: {origin}" in line]
+        assert lines == ([f"init_from: {origin}: {unfinished}"] if unfinished else [])
 
 
-def test_a_resumed_stage_never_starts_its_trained_tower_anew(
+def test_a_resumed_stage_keeps_its_trained_tower(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference's Stage I put the pretrained SigLIP back whenever it resumed (bug 23)."""
@@ -309,9 +350,9 @@ def test_a_resumed_stage_never_starts_its_trained_tower_anew(
 def test_a_chain_of_stages_never_loses_trained_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stage I -> export -> init_from -> Stage II -> export, each stage killed and resumed; the reference's bug 23 lost the tower.
+    """Stage I, export, init_from, Stage II, export; both are killed and resumed. Bug 23 lost the tower.
 
-    Each stage begins with exactly what the one before it ended with, also where the run that began was killed and another ends it.
+    Each stage starts with the exact weights at the end of the one before, also if it was killed and resumed.
     """
     starts: list[dict[str, torch.Tensor]] = []  # the weights at the first forward pass of each
 
@@ -338,18 +379,11 @@ def test_a_chain_of_stages_never_loses_trained_weights(
         return trained
 
     monkeypatch.setattr(UniToken, "forward", forward)
-    one = stage(
-        folder, f"save.folder={tmp_path}/one", "name=one", "max_duration=6ba", "trainable=[vit, adapter]"
-    )
+    common = (folder, "max_duration=6ba")
+    one = stage(*common, f"save.folder={tmp_path}/one", "name=one", "trainable=[vit, adapter]")
     after_one = killed_then_resumed(one)
     export_model(str(tmp_path / "one"), tmp_path / "exported", "fp32")
-    two = stage(
-        folder,
-        f"save.folder={tmp_path}/two",
-        "name=two",
-        "max_duration=6ba",
-        f"init_from={tmp_path}/exported",
-    )
+    two = stage(*common, f"save.folder={tmp_path}/two", "name=two", f"init_from={tmp_path}/exported")
     after_two = killed_then_resumed(two)
     began = starts[-2]
     for name, tensor in after_one.items():
@@ -364,18 +398,18 @@ def test_a_chain_of_stages_never_loses_trained_weights(
         ), name
 
 
-def test_what_may_be_another_mixture_than_was_meant_is_a_line(
+def test_warnings_about_the_mixture_are_printed(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("unitoken.train.stage.other_codes", lambda sources: ["two tokenizers"])
+    monkeypatch.setattr("unitoken.train.check.other_codes", lambda sources: ["two tokenizers"])
     monkeypatch.setattr(
         "unitoken.streaming_data.plan.report.PlanReport.warnings", lambda report: ["too long"]
     )
     train(stage(folder, f"save.folder={uninterrupted}", "max_duration=2ep"))
-    assert "\nwarning: two tokenizers\nwarning: too long\n" in capsys.readouterr().out
+    assert capsys.readouterr().err == "warning: two tokenizers\nwarning: too long\n"
 
 
-def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
+def test_a_stage_exports_at_its_end_even_after_a_kill(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = stage(
@@ -393,9 +427,10 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
             train(config)
     assert not (tmp_path / "run/model").exists()
     train(config)
-    assert "finished" in (said := capsys.readouterr().out)
-    assert "exported to" in said
-    source = checkpoints.open_weights(find_origin(str(tmp_path / "run/model")))
+    output = capsys.readouterr().out
+    assert "finished" in output
+    assert "exported to" in output
+    source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
     assert torch.equal(
         source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float()
     )
@@ -409,8 +444,8 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     )
 
 
-def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
-    """Tried small, then with the real data: it would say that it is finished, and Stage II would begin with the trial's weights."""
+def test_a_finished_run_of_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
+    """After a small trial the real run would end, and Stage II would start from the trial's weights."""
     settings = [f"save.folder={tmp_path}/run", "max_duration=1ba"]
     run_folder = train(stage(folder, *settings))
     train(
@@ -425,7 +460,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(folder: Path
     assert "lr: 0.003" in (run_folder / "stage.yaml").read_text()
 
 
-def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_path: Path) -> None:
+def test_a_deterministic_stage_uses_deterministic_kernels_only(folder: Path, tmp_path: Path) -> None:
     try:
         fixed = train(
             stage(folder, f"save.folder={tmp_path}/fixed", "max_duration=3ba", "deterministic=true")
@@ -437,7 +472,7 @@ def test_a_deterministic_stage_takes_no_kernel_that_is_not(folder: Path, tmp_pat
     assert curve(fixed) == curve(train(stage(folder, f"save.folder={tmp_path}/plain", "max_duration=3ba")))
 
 
-def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
+def test_a_wrong_name_is_found_before_weights_are_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unitoken.train.stage.load_weights", lambda *_: pytest.fail("it loaded weights"))
@@ -457,7 +492,7 @@ with exclusive_lock(Path(sys.argv[1], ".lock"), "never"):
 """
 
 
-def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
+def test_a_folder_is_locked_by_a_live_run_only(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = stage(folder, f"save.folder={tmp_path}", "max_duration=1ba")
@@ -481,19 +516,17 @@ def test_a_folder_is_one_runs_at_a_time_and_a_dead_one_does_not_hold_it(
     assert len(curve(tmp_path)) == 2
 
 
-def test_a_copy_of_a_run_that_lost_its_link_goes_on(
-    folder: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_a_copied_run_without_its_link_goes_on(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")  # follows links
     train(stage(folder, f"save.folder={tmp_path}/run", "max_duration=19ba"))
     assert curve(tmp_path / "run")[:18] == curve(uninterrupted)
     assert len(curve(tmp_path / "run")) == 19
 
 
-def test_a_resumed_run_takes_the_optimizers_settings_of_today(
+def test_a_resumed_run_uses_the_current_optimizer_settings(
     folder: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """It went on with those in the checkpoint, without a word, and a new entry of `lr_scales` was a KeyError."""
+    """It once used those in the checkpoint silently, and a new entry of `lr_scales` was a KeyError."""
     changed = ["optimizer.weight_decay=0.5", "optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-3"]
     found = {}
     for name, overrides in {
@@ -502,9 +535,7 @@ def test_a_resumed_run_takes_the_optimizers_settings_of_today(
     }.items():
         run_folder = shutil.copytree(uninterrupted, tmp_path / name, symlinks=True)
         train(stage(folder, f"save.folder={run_folder}", "max_duration=19ba", *overrides))
-        found[name] = next(
-            iter(checkpoints.read_checkpoint(latest_checkpoint(run_folder))["optimizers"].values())
-        )
+        found[name] = next(iter(checkpoints.read_checkpoint(newest(run_folder))["optimizers"].values()))
     groups = {(group["name"], group["weight_decay"]): group for group in found["changed"]["param_groups"]}
     assert set(groups) == {(name, decay) for name in ("vit", "adapter", "rest") for decay in (0.5, 0.0)}
     assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.9), 1e-3)}
@@ -523,7 +554,7 @@ def test_a_resumed_run_takes_the_optimizers_settings_of_today(
 def test_another_runs_export_of_the_same_step_is_replaced(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained again with another seed: the folder had kept the model of before, without a word."""
+    """After training again with another seed the folder once kept the earlier model silently."""
     config = stage(folder, f"save.folder={tmp_path}/run", "max_duration=2ba", f"save.export={tmp_path}/model")
 
     def head(seed: int) -> torch.Tensor:
@@ -536,7 +567,7 @@ def test_another_runs_export_of_the_same_step_is_replaced(
     first = head(seed=0)
     assert not torch.equal(first, head(seed=1))
     with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
-        patch.setattr("unitoken.train.stage.export_at_end", lambda _: None)
+        patch.setattr("unitoken.train.stage.export_at_end", lambda *_: None)
         train(config)
     assert torch.equal(first, head(seed=0))
 
@@ -557,7 +588,7 @@ def test_a_folder_of_another_stage_is_refused(folder: Path, uninterrupted: Path)
     (uninterrupted / "away").rename(uninterrupted / "model.json")
 
 
-def test_another_plan_of_the_data_is_refused(folder: Path, uninterrupted: Path) -> None:
+def test_resuming_with_another_plan_is_refused(folder: Path, uninterrupted: Path) -> None:
     about = (uninterrupted / "stage.yaml").read_bytes()
     with pytest.raises(ConfigError, match="seed: 0, now 1"):
         train(stage(folder, f"save.folder={uninterrupted}", "max_duration=3ep", "data.seed=1"))

@@ -1,7 +1,7 @@
-"""The loss by kind on samples that are not trained on, while training.
+"""The loss by kind on held-out samples, during training.
 
-The same whole global batches each time and for any number of ranks, every token weighing the same. Training does not notice:
-nothing is drawn from its random state, and its data, its clock and its counts stay where they are.
+Each evaluation takes the same whole global batches, for any number of ranks, and every token has the same
+weight. Training is not affected: its random state, data, clock and counts stay as they are.
 """
 
 from __future__ import annotations
@@ -14,94 +14,95 @@ from composer import Callback, Logger, State
 from composer.core.precision import get_precision_context
 from torch import Tensor
 
-from unitoken.common.errors import ConfigError
-from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.collate import Batch, split_batch
-from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.accounting.step_sums import StepResult, StepSums
-from unitoken.train.callbacks.metrics import Metrics, losses, named
-from unitoken.train.check import ResolvedStage
-from unitoken.train.config import StageConfig
-from unitoken.train.distributed import ranks
-
-
-def evaluation_loader(
-    config: StageConfig, checked: ResolvedStage, views: Views | None
-) -> PackedLoader | None:
-    """This rank's share of what is evaluated on; None where nothing is. Raises ConfigError."""
-    if checked.evaluation is None:
-        return None
-    try:
-        return build_loader(
-            checked.evaluation,
-            views=views,
-            vocabulary=checked.vocabulary,
-            batch_packs=config.data.global_batch // ranks.world_size(),
-            compat=config.compat == "unitoken",
-        )
-    except ConfigError as error:
-        raise ConfigError(f"eval: {error}") from None
+from unitoken.train.callbacks.intervals import is_due
+from unitoken.train.callbacks.metrics import Metrics, logger_metrics, losses
 
 
 class Evaluation(Callback):  # type: ignore[misc]
-    """Evaluates at the interval and after the last step. Comes after `Metrics` in the list of callbacks."""
+    """Evaluates at an interval and after the last step.
 
-    def __init__(self, config: StageConfig, loader: PackedLoader, metrics: Metrics, epoch_steps: int) -> None:
-        assert config.eval is not None
-        number, unit = int(config.eval.interval[:-2]), config.eval.interval[-2:]
-        self.every = number * (epoch_steps if unit == "ep" else 1)
-        self.loader, self.metrics, self.microbatch, self.limit = (
-            loader,
-            metrics,
-            config.microbatch,
-            config.eval.batches,
-        )
-        self.looks = config.model.vision is not None
+    Args:
+        loader: this rank's batches of the data to evaluate on.
+        metrics: writes the results.
+        every: steps between two evaluations.
+        batches: global batches per evaluation; None: all.
+        microbatch: packs in one forward pass.
+        has_vision: whether the model has a vision tower.
+    """
+
+    def __init__(
+        self,
+        loader: PackedLoader,
+        metrics: Metrics,
+        *,
+        every: int,
+        batches: int | None,
+        microbatch: int,
+        has_vision: bool,
+    ) -> None:
+        self.loader, self.metrics = loader, metrics
+        self.every, self.batches, self.microbatch = every, batches, microbatch
+        self.has_vision = has_vision
         self.first_epoch = loader.dataset.state_dict(0, from_beginning=True)
 
     @property
     def summary(self) -> str:
+        """One line about the interval and the held-out batches."""
         report = self.loader.dataset.plan.report
         batches = report.packs // self.loader.dataset.recipe.global_batch
-        seen = f"{self.limit} of them" if self.limit and self.limit < batches else "all of them"
-        left = f"{report.dropped_packs} packs ({report.dropped_samples} samples) are left out, which fill no global batch"
-        return f"evaluation every {self.every} steps: {batches} global batches held out, {seen} each time; {left}"
+        used = f"{self.batches} of them" if self.batches and self.batches < batches else "all of them"
+        return (
+            f"evaluation every {self.every} steps: {batches} global batches held out, {used} each time; "
+            f"{report.dropped_packs} packs ({report.dropped_samples} samples) are left out, "
+            "which fill no global batch"
+        )
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        self.metrics.say(self.summary)
+        """Print the summary."""
+        self.metrics.print_line(self.summary)
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        """Evaluate if it is due, then write, log and print the losses."""
         step = state.timestamp.batch.value
-        if step % self.every and step != self.metrics.total_steps:
+        if not is_due(step, self.every, self.metrics.total_steps):
             return
-        begun = time.monotonic()
+        start = time.monotonic()
         measured = self.measure(state)
-        found = {**losses(measured), "targets": measured.targets}
-        self.metrics.write({"step": step, "eval": found})
-        logger.log_metrics(named(found, "eval"))
-        words = "  ".join(
+        results = {**losses(measured), "targets": measured.targets}
+        self.metrics.write({"step": step, "eval": results})
+        logger.log_metrics(logger_metrics(results, "eval"))
+        short_name = "  ".join(
             f"{name} {value:.4f}" for name, value in losses(measured).items() if name.startswith("loss")
         )
-        self.metrics.say(f"evaluation at step {step}: {words}  ({time.monotonic() - begun:.0f} s)")
+        self.metrics.print_line(
+            f"evaluation at step {step}: {short_name}  ({time.monotonic() - start:.0f} s)"
+        )
 
     def measure(self, state: State) -> StepResult:
+        """Compute the losses on the held-out batches, over all ranks."""
         measures = StepSums()
         self.loader.dataset.load_state_dict(self.first_epoch)  # the same packs each time
         state.model.eval()
         with torch.no_grad():
-            for batch in itertools.islice(self.loader, self.limit):
-                for part in split_batch(batch, self.microbatch):
-                    part = state.device.batch_to_device(part)
-                    if self.looks and not len(part["pixel_values"]):
-                        part = with_a_view(part)
+            for batch in itertools.islice(self.loader, self.batches):
+                for microbatch in split_batch(batch, self.microbatch):
+                    microbatch = state.device.batch_to_device(microbatch)
+                    if self.has_vision and not len(microbatch["pixel_values"]):
+                        microbatch = with_unused_view(microbatch)
                     with get_precision_context(state.precision, state.precision_config):
-                        outputs = state.model(part)
-                    measures.add(outputs, part)
+                        outputs = state.model(microbatch)
+                    measures.add(outputs, microbatch)
         state.model.train()
         return measures.take()
 
 
-def with_a_view(batch: Batch) -> dict[str, Tensor]:
-    """Under FSDP2 all ranks gather the tower at once: one that has no image looks at a black one, and uses nothing of it."""
+def with_unused_view(batch: Batch) -> dict[str, Tensor]:
+    """Add one black view, whose features are used nowhere, to a batch without images.
+
+    Under FSDP2 all ranks gather the vision tower together, so a rank without images must run it, too.
+    """
     pixels = batch["pixel_values"]
     return {**batch, "pixel_values": pixels.new_zeros(1, *pixels.shape[1:])}

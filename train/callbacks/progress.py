@@ -1,4 +1,4 @@
-"""How far a run is, for whoever looks at its terminal or reads what it printed: a bar, or a line every so many steps."""
+"""Progress of a run on the terminal: a bar, or a line every so many steps where there is no terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-FORMS = {
+from unitoken.common.cli import report
+from unitoken.train.callbacks.intervals import is_due
+
+# How metrics are short_name, by their keys in metrics.jsonl.
+FORMATS = {
     "loss": "loss {:.4f}",
     "grad_norm": "grad {:.3f}",
     "lr": "lr {:.2e}",
@@ -17,80 +21,86 @@ FORMS = {
     "mfu": "{:.0%} MFU",
     "skipped": "{} skipped",
 }
-BESIDE = ("loss", "tokens_per_second", "useful", "skipped")  # a bar, where there is room
-SPARED = (
-    "useful",
-    "tokens_per_second",
-    "skipped",
+BAR_METRICS = (
     "loss",
-)  # first to last, where there is none: step and time left stay
-BAR = 12  # columns of it at least, with the spaces around it
+    "tokens_per_second",
+    "useful",
+    "skipped",
+)  # short_name beside a bar, where there is room
+DROP_ORDER = ("useful", "tokens_per_second", "skipped", "loss")  # dropped one by one where there is no room
+MIN_BAR_WIDTH = 12  # columns, with the spaces around the bar
 
 
-class Lines:
-    """A line every `every` steps and at the end."""
+class ProgressLines:
+    """Prints a line every `every` steps and at the end."""
 
     def __init__(self, name: str, total_steps: int, every: int) -> None:
-        self.name, self.total, self.every = name, total_steps, every
+        self.name, self.total_steps, self.every = name, total_steps, every
 
     def start(self, done: int) -> None:
-        self.done, self.begun = done, time.monotonic()
+        """Start the clock; `done` steps were done before."""
+        self.done, self.start_time = done, time.monotonic()
 
-    def step(self, line: Mapping[str, Any]) -> None:
-        """`line` is one of metrics.jsonl."""
-        if line["step"] % self.every == 0 or line["step"] == self.total:
-            print(f"step {line['step']}/{self.total}  {self.words(line, *FORMS)}", flush=True)
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show a step, given its line of metrics.jsonl."""
+        step = metrics["step"]
+        if is_due(step, self.every, self.total_steps):
+            report(f"step {step}/{self.total_steps}  {self.status(metrics, *FORMATS)}")
 
-    def words(self, line: Mapping[str, Any], *keys: str) -> str:
-        """What is known and not 0 of `keys`, and the time left."""
-        shown = [FORMS[key].format(line[key]) for key in keys if line.get(key)]
-        return "  ".join([*shown, f"{self.left(line['step'])} left"])
+    def status(self, metrics: Mapping[str, Any], *keys: str) -> str:
+        """Format those metrics of `keys` that are known and not 0, and the time left."""
+        short_name = [FORMATS[key].format(metrics[key]) for key in keys if metrics.get(key)]
+        return "  ".join([*short_name, f"{self.time_left(metrics['step'])} left"])
 
-    def left(self, step: int) -> datetime.timedelta:
-        """Time to the end at the pace since the run started, with all that it paused for."""
-        pace = (time.monotonic() - self.begun) / max(step - self.done, 1)
-        return datetime.timedelta(seconds=round(pace * (self.total - step)))
+    def time_left(self, step: int) -> datetime.timedelta:
+        """Estimate the time to the end from the mean time per step since the run started, pauses included."""
+        seconds_per_step = (time.monotonic() - self.start_time) / max(step - self.done, 1)
+        return datetime.timedelta(seconds=round(seconds_per_step * (self.total_steps - step)))
 
-    def say(self, text: str) -> None:
-        print(text, flush=True)
+    def print_line(self, text: str) -> None:
+        """Print a line of text; a bar moves below it."""
+        report(text)
 
     def close(self) -> None:
-        pass
+        """Stop drawing."""
 
 
-class Bar(Lines):
-    """A bar that is redrawn each step; whatever is printed meanwhile appears above it."""
+class ProgressBar(ProgressLines):
+    """A bar that is redrawn each step; text that is printed meanwhile appears above it."""
 
     def start(self, done: int) -> None:
+        """Start the clock and draw the bar."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
 
         super().start(done)
-        name, words = TextColumn("{task.description}"), TextColumn("{task.fields[words]}")
-        bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # it takes what the others leave
-        self.bar = Progress(name, bar, MofNCompleteColumn(), words, expand=True, refresh_per_second=4)
-        self.task = self.bar.add_task(self.name, total=self.total, completed=done, words="")
+        name, status = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
+        bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # takes the width that the others leave
+        self.bar = Progress(name, bar, MofNCompleteColumn(), status, expand=True, refresh_per_second=4)
+        self.task = self.bar.add_task(self.name, total=self.total_steps, completed=done, status="")
         self.bar.start()
 
-    def step(self, line: Mapping[str, Any]) -> None:
-        words = self.fitting(
-            line, self.bar.console.width - len(f"{self.name}{self.total}/{self.total}") - BAR
-        )
-        self.bar.update(self.task, completed=line["step"], words=words)
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Redraw the bar."""
+        counter = f"{self.name}{self.total_steps}/{self.total_steps}"
+        columns = self.bar.console.width - len(counter) - MIN_BAR_WIDTH
+        status = self.status_within(metrics, columns)
+        self.bar.update(self.task, completed=metrics["step"], status=status)
 
-    def fitting(self, line: Mapping[str, Any], columns: int) -> str:
-        """Rich would cut the counter and the time left."""
-        spared = (
-            self.words(line, *(key for key in BESIDE if key not in SPARED[:most]))
-            for most in range(len(SPARED) + 1)
-        )
-        words = next((words for words in spared if len(words) <= columns), None)
-        return f"{self.left(line['step'])} left" if words is None else words
+    def status_within(self, metrics: Mapping[str, Any], columns: int) -> str:
+        """Format as many metrics as fit into the columns; rich would cut the counter and the time left."""
+        for count in range(len(DROP_ORDER) + 1):
+            keys = [key for key in BAR_METRICS if key not in DROP_ORDER[:count]]
+            status = self.status(metrics, *keys)
+            if len(status) <= columns:
+                break
+        return status
 
     def close(self) -> None:
+        """Stop redrawing, and leave the bar as it is."""
         self.bar.stop()
 
 
-def progress_of(name: str, total_steps: int, every: int, bar: bool) -> Lines:
-    """A bar where one is wanted and there is a terminal to draw it on."""
-    return (Bar if bar and sys.stdout.isatty() else Lines)(name, total_steps, every)
+def build_progress(name: str, total_steps: int, every: int, bar: bool) -> ProgressLines:
+    """Build a bar if `bar` is set and stdout is a terminal, and lines otherwise."""
+    return (ProgressBar if bar and sys.stdout.isatty() else ProgressLines)(name, total_steps, every)

@@ -1,149 +1,169 @@
-"""What the model can do so far: at an interval it draws pictures and answers questions (`samples:` of a stage).
+"""Samples of a model in training: images and answers, generated at an interval (`samples:` of a stage).
 
-    save.folder/samples/step-00001000/0.png, 1.png, ...   a drawing for each text in `draw`
-    save.folder/samples/step-00001000/drawings.txt        a line for each: its file, and what was asked for
-    save.folder/samples/step-00001000/answers.txt         a line for each picture in `answer`
+    save.folder/samples/step-00001000/0.png, 1.png, ...   an image for each prompt in `draw`
+    save.folder/samples/step-00001000/drawings.txt        a line for each: file and prompt
+    save.folder/samples/step-00001000/answers.txt         a line for each image in `answer`, with the answer
 
-A sheet of the drawings goes to the loggers that take images, a table of the answers to those that take tables. The
-random numbers are the same each time, so that what changes is the model. Training goes on as if nothing had been asked.
+The images go to loggers in one sheet, the answers in one table. The random numbers are the same each time, so
+that differences are the model's. Training is not affected.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from composer import Callback, Logger, State
 
+from unitoken.codec.config import CodecConfig
 from unitoken.common.files import AsideFolder
+from unitoken.dataset.vision_views import Pixels
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.train.callbacks.intervals import is_due
 from unitoken.train.checkpoint.metadata import PictureCrops
-from unitoken.train.config import SamplesConfig, StageConfig
+from unitoken.train.config import SamplesConfig
 from unitoken.train.distributed import composer_trainer, ranks
-from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, drawn_sizes, guidance_of
+from unitoken.train.generation.check_samples import image_sizes
 from unitoken.train.generation.command import png
-from unitoken.train.generation.dialogue import Dialogue, Picture
-from unitoken.train.generation.engine import Reading, generate
-from unitoken.train.generation.prompts import asked
+from unitoken.train.generation.dialogue import Dialogue
+from unitoken.train.generation.engine import PromptCollate, generate
+from unitoken.train.generation.prompts import build_prompt
 from unitoken.train.generation.sampling import Sampling
 from unitoken.train.generation.settings import check_trained_vocabulary
+from unitoken.train.model.unitoken import UniToken
 
 SAMPLES = "samples"
 
 
+class _Answer(NamedTuple):
+    """A row of the table of answers."""
+
+    picture: str
+    question: str
+    answer: str
+
+
 class Samples(Callback):  # type: ignore[misc]
-    """All ranks go through the model together, whose shards they gather; the first one writes."""
+    """Generates samples; all ranks go through the sharded model together, and the first one writes.
+
+    Args:
+        config: prompts and sizes.
+        codec: the tokenizers.
+        vocabulary: of the training data; the tokenizers must have the same.
+        pictures: sizes of the training data's images.
+        collate: how prompts are laid out.
+        sampling: of images; answers are greedy.
+        folder: the run's folder.
+        every: steps between two times.
+    """
 
     def __init__(
-        self, config: StageConfig, samples: SamplesConfig, vocabulary: Vocabulary, pictures: PictureCrops
+        self,
+        config: SamplesConfig,
+        codec: CodecConfig,
+        *,
+        vocabulary: Vocabulary,
+        pictures: PictureCrops,
+        collate: PromptCollate,
+        sampling: Sampling,
+        folder: Path,
+        every: int,
     ) -> None:
-        assert config.codec is not None, "checked with the settings"
-        self._vocabulary = vocabulary
-        self._sizes = drawn_sizes(config, pictures)
-        self._crops = pictures.crops or [
-            (width, height) for height, width in self._sizes
-        ]  # also where only prompts have pictures
-        self._config, self._samples, self._codec = config, samples, config.codec
-        self._folder = Path(config.save.folder) / SAMPLES
-        self._number, self._unit = int(samples.interval[:-2]), samples.interval[-2:]
+        self._config, self._codec, self._vocabulary = config, codec, vocabulary
+        self._collate, self._sampling, self._every = collate, sampling, every
+        self._folder = folder / SAMPLES
+        self._sizes = image_sizes(config.size, pictures)
+        # Data without images has no crops, but prompts may have images.
+        self._crops = pictures.crops or [(width, height) for height, width in self._sizes]
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        """Load the tokenizers, and tokenize what will be asked, which is always the same."""
-        samples = self._samples
+        """Load the tokenizers and encode the prompts, which are the same each time."""
         with ranks.share_errors(), composer_trainer.evaluation_mode(state) as network:
             self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
             check_trained_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
-            self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], self._crops)
-            questions = [asked(text, [picture]) for picture, text in samples.answer.items()]
-            self._questions = self._dialogue.prompts(questions, self._crops)
+            requests = [build_prompt(text) for text in self._config.draw]
+            self._requests = self._dialogue.encode(requests, self._crops)
+            questions = [build_prompt(text, [picture]) for picture, text in self._config.answer.items()]
+            self._questions = self._dialogue.encode(questions, self._crops)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._unit == "ba" and state.timestamp.batch.value % self._number == 0:
-            self._take(state, logger)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        if self._unit == "ep" and state.timestamp.epoch.value % self._number == 0:
-            self._take(state, logger)
-
-    def _take(self, state: State, logger: Logger) -> None:
-        drawings, answers = self._ask(state)
-        if not ranks.is_first_rank():
-            return
+        """Generate samples if they are due; write and log them."""
         step = state.timestamp.batch.value
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with AsideFolder(self._folder / f"step-{step:08d}") as folder:
-            for number, picture in enumerate(drawings):
-                (folder.path / f"{number}.png").write_bytes(png(picture))
-            asked_for = [[f"{number}.png", text] for number, text in enumerate(self._samples.draw)]
-            _write_rows(folder.path / "drawings.txt", asked_for)
-            _write_rows(folder.path / "answers.txt", answers)
-            # A run that goes on from an older checkpoint does steps again: what is there then is not of this model.
-            shutil.rmtree(self._folder / f"step-{step:08d}", ignore_errors=True)
-            folder.publish()
-        if drawings:
-            logger.log_images(sheet(drawings), name="samples", channels_last=True, step=step)
-        if answers:
-            logger.log_table(["picture", "question", "answer"], answers, name="samples/answers", step=step)
-
-    def _ask(self, state: State) -> tuple[list[Picture], list[list[str]]]:
-        """The drawings, and of each answer picture, question and answer."""
-        samples, dialogue = self._samples, self._dialogue
-        guidance = guidance_of(samples.guidance, self._config, SAMPLES_GUIDANCE)
-        drawn, likeliest = (
-            Sampling(samples.temperature, None, samples.top_k, guidance, self._config.seed),
-            Sampling(temperature=0.0),
-        )
+        if not is_due(step, self._every):
+            return
         with composer_trainer.evaluation_mode(state) as network, torch.no_grad():
-            reading, agree = Reading.of(self._config, network.vision), ranks.broadcast_from_first_rank
-            sizes = [dialogue.latents(size) for size in self._sizes]
-            drawings = generate(
-                network,
-                dialogue.vocabulary,
-                self._requests,
-                drawn,
-                sizes=sizes,
-                drawing=True,
-                reading=reading,
-                agree=agree,
-            )
-            answers = generate(
-                network,
-                dialogue.vocabulary,
-                self._questions,
-                likeliest,
-                max_tokens=samples.max_tokens,
-                reading=reading,
-                agree=agree,
-            )
-            pictures = [said.pictures[0] for said in dialogue.said(drawings)]
-            said = [one.text for one in dialogue.said(answers)]
-            return pictures, [
-                [*asked, text] for asked, text in zip(samples.answer.items(), said, strict=True)
-            ]
+            images = self._generate_images(network)
+            answers = self._generate_answers(network)
+        if ranks.is_first_rank():
+            self._write(self._folder / f"step-{step:08d}", images, answers)
+            if images:
+                logger.log_images(sheet(images), name="samples", channels_last=True, step=step)
+            if answers:
+                table = [list(answer) for answer in answers]
+                logger.log_table(list(_Answer._fields), table, name="samples/answers", step=step)
+
+    def _generate_images(self, network: UniToken) -> list[Pixels]:
+        replies = generate(
+            network,
+            self._dialogue.vocabulary,
+            self._requests,
+            self._sampling,
+            sizes=[self._dialogue.latents(size) for size in self._sizes],
+            drawing=True,
+            collate=self._collate,
+            broadcast=ranks.broadcast_from_first_rank,
+        )
+        return [reply.pictures[0] for reply in self._dialogue.decode(replies)]
+
+    def _generate_answers(self, network: UniToken) -> list[_Answer]:
+        replies = generate(
+            network,
+            self._dialogue.vocabulary,
+            self._questions,
+            Sampling(temperature=0.0),
+            max_tokens=self._config.max_tokens,
+            collate=self._collate,
+            broadcast=ranks.broadcast_from_first_rank,
+        )
+        texts = [reply.text for reply in self._dialogue.decode(replies)]
+        questions = self._config.answer.items()
+        return [
+            _Answer(picture, question, text)
+            for (picture, question), text in zip(questions, texts, strict=True)
+        ]
+
+    def _write(self, target: Path, images: list[Pixels], answers: list[_Answer]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with AsideFolder(target) as folder:
+            for number, image in enumerate(images):
+                (folder.path / f"{number}.png").write_bytes(png(image))
+            drawings = [(f"{number}.png", text) for number, text in enumerate(self._config.draw)]
+            _write_rows(folder.path / "drawings.txt", drawings)
+            _write_rows(folder.path / "answers.txt", answers)
+            # A run that goes on from an older checkpoint repeats steps; a folder of that step is of the
+            # earlier model.
+            shutil.rmtree(target, ignore_errors=True)
+            folder.publish()
 
 
-def samples_of(config: StageConfig, vocabulary: Vocabulary, pictures: PictureCrops) -> list[Samples]:
-    """The callback where a stage asks for it. `vocabulary` and `pictures` are the data's."""
-    return [Samples(config, config.samples, vocabulary, pictures)] if config.samples else []
-
-
-def _write_rows(path: Path, rows: list[list[str]]) -> None:
+def _write_rows(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
+    """Write one line per row, its cells separated by tabs; line breaks in cells become spaces."""
     path.write_text("".join(" ".join("\t".join(row).splitlines()) + "\n" for row in rows), "utf-8")
 
 
-def sheet(pictures: list[Picture]) -> Picture:
-    """Pictures side by side in a square, the rest of it black."""
-    side = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / side)
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
-    padded = np.zeros((rows * side, height, width, 3), np.uint8)
+def sheet(pictures: list[Pixels]) -> Pixels:
+    """Arrange images (H, W, 3), row by row, in a square whose unused part is black."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
+    cells = np.zeros((rows, columns, height, width, 3), np.uint8)
     for number, picture in enumerate(pictures):
-        padded[number, : picture.shape[0], : picture.shape[1]] = picture
-    return (
-        padded.reshape(rows, side, height, width, 3)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * height, side * width, 3)
-    )
+        row, column = divmod(number, columns)
+        cells[row, column, : picture.shape[0], : picture.shape[1]] = picture
+    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
 from unitoken.common.cli import report, warn
 from unitoken.common.files import AsideFolder
-from unitoken.dataset.manifest import VOCABULARY
+from unitoken.dataset.manifest import VOCABULARY, Manifest
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
 from unitoken.train.check_tokenizers import (
     check_image_tokenizer,
@@ -59,7 +59,7 @@ TOWER = "tower"
 IMAGE_NAMES = ("<image>", "<reserved08707>")
 
 
-def export_at_end(config: StageConfig) -> None:
+def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
     """Export the last checkpoint of a finished stage to `save.export`, on the first rank.
 
     Nothing is done if that very checkpoint is exported already, so the same command completes an export that
@@ -72,7 +72,7 @@ def export_at_end(config: StageConfig) -> None:
     out = Path(config.save.export)
     identity = run_folder.id_of(checkpoint)
     if identity is None or (read_mark(out) or {}).get("checkpoint") != identity:
-        export_model(str(checkpoint), out, stage=config)
+        export_model(str(checkpoint), out, stage=config, manifests=manifests)
         report(f"{config.name}: exported to {out}")
 
 
@@ -81,6 +81,7 @@ def export_model(
     out: Path,
     dtype: Literal["bf16", "fp32"] = "bf16",
     stage: StageConfig | None = None,
+    manifests: Sequence[Manifest] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Export a model to a folder, which may hold an earlier export.
@@ -91,6 +92,7 @@ def export_model(
         dtype: of the tensors.
         stage: supplies the metadata that is missing beside the source, and the tokenizers; None reads it from
             there.
+        manifests: of the datasets that the model was trained on; None reads those that are on this machine.
         max_shard_bytes: the largest size of a safetensors file with more than one tensor.
 
     Raises:
@@ -107,7 +109,7 @@ def export_model(
     weights = _in_transformers_layout(run_folder.open_weights(origin), metadata.sizes)
     codec = metadata.stage.codec if metadata.stage else None
     tokenizer = load_checked_tokenizer(codec, metadata.vocabulary) if codec else None
-    image_tokenizer = _find_image_tokenizer(metadata)
+    image_tokenizer = _find_image_tokenizer(metadata, manifests)
     if image_tokenizer is not None:
         weights = _add_image_tokenizer(weights, image_tokenizer)
 
@@ -132,13 +134,14 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
     return {"step": run_folder.step_of(origin), "checkpoint": run_folder.id_of(origin)}
 
 
-def _find_image_tokenizer(metadata: CompleteMetadata) -> Weights | None:
+def _find_image_tokenizer(metadata: CompleteMetadata, manifests: Sequence[Manifest] | None) -> Weights | None:
     """Return the stage's image tokenizer if it is Chameleon's VQGAN, which the folder can hold."""
     stage = metadata.stage
     if stage is None or stage.codec is None or stage.codec.vision.kind != "chameleon":
         return None
     weights = find_image_tokenizer(stage.codec.vision)
-    manifests = read_local_manifests(stage.data)
+    if manifests is None:
+        manifests = read_local_manifests(stage.data)
     for warning in check_image_tokenizer(stage.codec, weights, metadata.vocabulary, manifests):
         warn(warning)
     return weights

@@ -1,18 +1,16 @@
-"""Prompts and replies as people see them: text and pictures, by way of a stage's tokenizers (`codec`).
+"""Prompts and replies as people see them, text and images, through a stage's tokenizers (`codec`).
 
 dialogue = Dialogue(config.codec)
-prompts = dialogue.prompts([asked("What is it?", ["cat.jpg"])], crops=[(512, 512)])
-said = dialogue.said(generate(model, dialogue.vocabulary, prompts))
+prompts = dialogue.encode([build_prompt("What is it?", ["cat.jpg"])], crops=[(512, 512)])
+replies = dialogue.decode(generate(model, dialogue.vocabulary, prompts))
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.conversations import Conversation, ItemError, short_name
@@ -23,23 +21,30 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import choose_crop, decoded, tokenizer_pixels
 from unitoken.dataset.record import Record
+from unitoken.dataset.vision_views import Ids, Pixels
 from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
-from unitoken.train.generation.check_samples import latents
-from unitoken.train.generation.engine import parts_of
-from unitoken.train.generation.prompts import originals_of
-
-Picture = npt.NDArray[np.uint8]  # (H, W, 3)
-Codes = npt.NDArray[np.int64]  # (h, w)
-Crops = Sequence[tuple[int, int]]  # (width, height) in pixels
+from unitoken.train.generation.check_samples import latent_size
+from unitoken.train.generation.engine import split_reply
+from unitoken.train.generation.prompts import read_images
 
 
-class Said(NamedTuple):
-    text: str  # `<|image|>` where a picture stands
-    pictures: list[Picture]
+class Reply(NamedTuple):
+    """A decoded reply: its text, with `<|image|>` in the place of each image, and the images (H, W, 3)."""
+
+    text: str
+    pictures: list[Pixels]
 
 
 class Dialogue:
-    """Raises ConfigError where a tokenizer can not be had."""
+    """Encodes prompts and decodes replies.
+
+    Args:
+        config: the text tokenizer and the image tokenizer.
+        device: of the image tokenizer.
+
+    Raises:
+        ConfigError: one of them can not be loaded.
+    """
 
     def __init__(self, config: CodecConfig, device: str = "cpu") -> None:
         self.tokenizer: Any = load_tokenizer(config.tokenizer)
@@ -49,72 +54,80 @@ class Dialogue:
         self._batch = config.vision.batch_size
 
     def latents(self, pixels: tuple[int, int]) -> tuple[int, int]:
-        return latents(pixels, self.vision.downsampling)
+        """Convert (height, width) in pixels to latents. Raises ConfigError."""
+        return latent_size(pixels, self.vision.downsampling)
 
-    def prompts(self, conversations: Sequence[Conversation], crops: Crops) -> list[Record]:
-        """Conversations that end with a question, their pictures cut for the image tokenizer as the data's, to one of `crops`."""
-        originals = [originals_of(conversation) for conversation in conversations]
-        named = zip(
-            itertools.chain(*(c.images for c in conversations)), itertools.chain(*originals), strict=True
-        )
-        distinct = {
-            data: _cut(name, data, crops) for data, name in {data: name for name, data in named}.items()
-        }
-        codes = dict(
-            zip(distinct, _by_shape(list(distinct.values()), self._batch, self.vision.encode), strict=True)
-        )
+    def encode(self, conversations: Sequence[Conversation], crops: Sequence[tuple[int, int]]) -> list[Record]:
+        """Encode prompts: conversations that end with a human turn.
+
+        Args:
+            conversations: the prompts; an image in several of them is encoded once.
+            crops: (width, height) in pixels to which the training data's images were cropped; each image is
+                cropped to the one that keeps most of it.
+
+        Raises:
+            ConfigError: an image can not be read or decoded, or a prompt can not be tokenized.
+        """
+        images_of = [read_images(conversation) for conversation in conversations]
+        pixels: dict[bytes, Pixels] = {}  # by the encoded image
+        for conversation, images in zip(conversations, images_of, strict=True):
+            for name, image in zip(conversation.images, images, strict=True):
+                if image not in pixels:
+                    pixels[image] = _cropped(name, image, crops)
+        encoded = _map_by_shape(self.vision.encode, list(pixels.values()), self._batch)
+        codes = dict(zip(pixels, encoded, strict=True))
         return [
-            self._laid_out(conversation, [codes[image] for image in images], images)
-            for conversation, images in zip(conversations, originals, strict=True)
+            self._record(conversation, [codes[image] for image in images], images)
+            for conversation, images in zip(conversations, images_of, strict=True)
         ]
 
-    def outline(self, conversation: Conversation, crops: Crops) -> Record:
-        """A prompt as long as it will be: all codes are 0, and nothing goes through the image tokenizer."""
-        images = originals_of(conversation)
-        shapes = [_cut(*image, crops).shape[:2] for image in zip(conversation.images, images, strict=True)]
-        return self._laid_out(
-            conversation, [np.zeros(self.latents(shape), np.int64) for shape in shapes], images
-        )
+    def encode_layout(self, conversation: Conversation, crops: Sequence[tuple[int, int]]) -> Record:
+        """Encode a prompt with codes of 0: as long as the real one, without running the image tokenizer."""
+        images = read_images(conversation)
+        codes = []
+        for name, image in zip(conversation.images, images, strict=True):
+            height, width = _cropped(name, image, crops).shape[:2]
+            codes.append(np.zeros(self.latents((height, width)), np.int64))
+        return self._record(conversation, codes, images)
 
-    def _laid_out(
-        self, conversation: Conversation, codes: Sequence[Codes], images: Sequence[bytes]
-    ) -> Record:
+    def _record(self, conversation: Conversation, codes: Sequence[Ids], images: Sequence[bytes]) -> Record:
         try:
             return lay_out(conversation, codes, images, self._text, self.vocabulary)
         except ItemError as error:
             raise ConfigError(f"{conversation.id}: can not be tokenized: {error}") from None
 
-    def said(self, replies: Sequence[Sequence[int]]) -> list[Said]:
-        parts = [parts_of(self.vocabulary, reply) for reply in replies]
-        codes = [part for reply in parts for part in reply if isinstance(part, np.ndarray)]
-        pictures = iter(_by_shape(codes, self._batch, self.vision.decode))
-        result = []
-        for reply in parts:
-            drawn = [next(pictures) for part in reply if isinstance(part, np.ndarray)]
-            texts = [
-                IMAGE_PLACEHOLDER
-                if isinstance(part, np.ndarray)
-                else self.tokenizer.decode(part, skip_special_tokens=True)
-                for part in reply
-            ]
-            result.append(Said("".join(texts), drawn))
-        return result
+    def decode(self, replies: Sequence[Sequence[int]]) -> list[Reply]:
+        """Decode replies to text and images."""
+        parts_of = [split_reply(self.vocabulary, reply) for reply in replies]
+        codes = [part for parts in parts_of for part in parts if isinstance(part, np.ndarray)]
+        images = iter(_map_by_shape(self.vision.decode, codes, self._batch))
+        decoded_replies = []
+        for parts in parts_of:
+            texts, pictures = [], []
+            for part in parts:
+                if isinstance(part, np.ndarray):
+                    texts.append(IMAGE_PLACEHOLDER)
+                    pictures.append(next(images))
+                else:
+                    texts.append(self.tokenizer.decode(part, skip_special_tokens=True))
+            decoded_replies.append(Reply("".join(texts), pictures))
+        return decoded_replies
 
 
-def _cut(name: str | bytes, data: bytes, crops: Crops) -> Picture:
+def _cropped(name: str | bytes, image: bytes, crops: Sequence[tuple[int, int]]) -> Pixels:
     try:
-        with decoded(data) as image:
-            return tokenizer_pixels(image, choose_crop(image.size, list(crops)))
+        with decoded(image) as picture:
+            return tokenizer_pixels(picture, choose_crop(picture.size, list(crops)))
     except ImageError as error:
         raise ConfigError(f"{short_name(name)}: {error}") from None
 
 
-def _by_shape(arrays: Sequence[Any], batch: int, function: Callable[[Any], Any]) -> list[Any]:
-    """What `function` makes of each array; it takes a stack of one shape, `batch` at most."""
-    found: dict[int, Any] = {}
+def _map_by_shape(function: Callable[[Any], Any], arrays: Sequence[Any], batch: int) -> list[Any]:
+    """Apply a function of a stack of equal shapes to arrays of any shapes, at most `batch` at a time."""
+    results: dict[int, Any] = {}
     for shape in dict.fromkeys(array.shape for array in arrays):
-        same = [number for number, array in enumerate(arrays) if array.shape == shape]
-        for first in range(0, len(same), batch):
-            some = same[first : first + batch]
-            found.update(zip(some, function(np.stack([arrays[number] for number in some])), strict=True))
-    return [found[number] for number in range(len(arrays))]
+        places = [place for place, array in enumerate(arrays) if array.shape == shape]
+        for first in range(0, len(places), batch):
+            some = places[first : first + batch]
+            results.update(zip(some, function(np.stack([arrays[place] for place in some])), strict=True))
+    return [results[place] for place in range(len(arrays))]

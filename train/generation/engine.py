@@ -1,11 +1,11 @@
 """Replies of a trained model: text and images, token by token, for many prompts at once.
 
-model = load_model(config)                                               # of a stage: its last checkpoint
+model = load_model(config.model, config.save.folder)                     # the run's last checkpoint
 replies = generate(model, vocabulary, prompts, Sampling(guidance=4.0), sizes=[(32, 32)])
 
-Prompts are records (`prompt_of`, `Dialogue.prompts`), so their pictures are read as in training. Those of several lengths
-go through the model side by side, padded at their left; with guidance each has a second row that reads its null prompt
-and, of the reply, the images alone, from the first image on.
+Prompts are records (`Dialogue.encode`), so their images are laid out as in training. Prompts of different
+lengths go through the model together, padded at the left. With guidance each prompt has a second row, which
+gets its null prompt and, of the reply, only the images, from the first image on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +33,13 @@ from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.checkpoint.metadata import read_sizes
 from unitoken.train.checkpoint.tensors import check_shapes, fit_norms, parameter_shapes
-from unitoken.train.config import StageConfig, VisionTowerConfig
-from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, draw, generator_of
+from unitoken.train.config import ModelConfig
+from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, choose_tokens, generator_of
 from unitoken.train.model.decoder import KVCache, dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 
-PLAIN = Sampling()
-NO_TARGETS = np.zeros((0, 2), np.uint32)
-READ = (
+DEFAULT_SAMPLING = Sampling()
+MODEL_INPUTS = (
     "input_ids",
     "position_ids",
     "pixel_values",
@@ -50,10 +50,18 @@ READ = (
 )
 
 
-def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
-    """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
-    origin = find_origin(str(checkpoint or config.save.folder))
-    model = build_model(*read_sizes(origin, config.model), config.model)
+def load_model(config: ModelConfig, checkpoint: str | Path) -> UniToken:
+    """Load a model for inference.
+
+    Args:
+        config: the stage's `model`; it gives the sizes if the checkpoint's folder does not.
+        checkpoint: anything that `init_from` takes.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it is damaged, or its tensors do not fit the model.
+    """
+    origin = find_origin(str(checkpoint))
+    model = build_model(*read_sizes(origin, config), config)
     if origin.is_file():
         check_checkpoint(origin)
     source = fit_norms(run_folder.open_weights(origin), parameter_shapes(model))
@@ -62,68 +70,89 @@ def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> Uni
     return model.eval()
 
 
-def prompt_of(record: Record) -> Record:
-    """A record up to the first token that is trained on: what a model is asked."""
-    end = int(record.target_spans[0][0])
-    images = int((record.image_spans[:, 1] <= end).sum())
-    return Record(
-        record.id, record.tokens[:end], NO_TARGETS, record.image_spans[:images], record.images[:images]
-    )
-
-
 def null_prompt(prompt: Record) -> Record:
+    """Return the prompt without its text, from which images are guided away."""
     return without_text(prompt, len(prompt.tokens))
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the pictures of a prompt are read: as in training."""
+class PromptCollate:
+    """Collates prompts as training collates packs, so that their images are read in the same way.
 
-    views: Views | None = None  # None: no features
+    Attributes:
+        views: how the vision tower sees an image; None: no image brings features.
+        continuous: which images bring features, as in `data.continuous`.
+        compat: read images as the reference does.
+    """
+
+    views: Views | None = None
     continuous: str = "questions"
     compat: bool = False
 
-    @classmethod
-    def of(cls, config: StageConfig, vision: VisionTowerConfig | None) -> Reading:
-        compat = config.compat == "unitoken"
-        views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
-        return cls(views, config.data.continuous, compat)
-
-    @property
-    def _continuous(self) -> str:
-        """Which images have features: `continuous`, or all where the reference is reproduced."""
-        return "all" if self.compat and self.continuous == "questions" else self.continuous
-
     def length(self, prompt: Record) -> int:
-        """Positions of a prompt, features included."""
+        """Return the number of positions of a prompt, features included."""
         if self.views is None or self.continuous == "none":
             return len(prompt.tokens)
-        images = featured_images(prompt.labels(), prompt.image_spans, self._continuous)
-        sizes = {
-            image: decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1)
-            for image in images
-        }
-        return len(
-            insert_features(prompt, {image: self.views.count(*size) for image, size in sizes.items()}, 0).ids
-        )
+        counts = {}
+        for image in featured_images(prompt.labels(), prompt.image_spans, self.continuous):
+            size = decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1)
+            counts[image] = self.views.count(*size)
+        return len(insert_features(prompt, counts, separator=0).ids)
 
-    def batch(self, prompts: Sequence[Record], lengths: Sequence[int], vocabulary: Vocabulary) -> Batch:
-        """A prompt a row, of `lengths` positions each, and all end together: what is missing is at the left."""
+    def __call__(self, prompts: Sequence[Record], lengths: Sequence[int], vocabulary: Vocabulary) -> Batch:
+        """Collate one prompt per row, padded at the left so that all rows end together.
+
+        Args:
+            prompts: one per row.
+            lengths: the `length` of each prompt.
+            vocabulary: names the separator and the newline.
+        """
         longest = max(lengths)
         collate = Collate(
-            longest, self.views, self._continuous, vocabulary.separator, vocabulary.newline, self.compat
+            longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
         )
         batch = collate([[prompt] for prompt in prompts])
-        shift = longest - torch.tensor(lengths)
-        places = (torch.arange(longest) - shift[:, None]) % longest  # the padding comes round to the left
+        shift = longest - torch.tensor(lengths)  # (R,)
+        columns = (torch.arange(longest) - shift[:, None]) % longest  # moves the padding from right to left
         for name in ("input_ids", "position_ids", "document_ids"):
-            batch[name] = batch[name].gather(1, places)
+            batch[name] = batch[name].gather(1, columns)
         batch["feature_columns"] = batch["feature_columns"] + shift[batch["feature_rows"]]
-        distinct: dict[bytes, int] = {}  # several replies to one prompt show the tower one picture
-        which = [distinct.setdefault(view.numpy().tobytes(), len(distinct)) for view in batch["pixel_values"]]
-        batch["pixel_values"] = batch["pixel_values"][[which.index(view) for view in range(len(distinct))]]
-        batch["feature_views"] = torch.tensor(which, dtype=torch.int64)[batch["feature_views"]]
+        _merge_equal_views(batch)
         return batch
+
+
+def _merge_equal_views(batch: Batch) -> None:
+    """Keep one copy of equal views, so that an image is computed once for all replies to a prompt."""
+    number_of: dict[bytes, int] = {}  # of distinct views, by their pixels
+    first_views = []
+    distinct = []  # for each view the number of the distinct view that it is equal to
+    for place, view in enumerate(batch["pixel_values"]):
+        pixels = view.numpy().tobytes()
+        if pixels not in number_of:
+            number_of[pixels] = len(number_of)
+            first_views.append(place)
+        distinct.append(number_of[pixels])
+    batch["pixel_values"] = batch["pixel_values"][first_views]
+    batch["feature_views"] = torch.tensor(distinct, dtype=torch.int64)[batch["feature_views"]]
+
+
+class _Model(NamedTuple):
+    """What all batches of one call of `generate` have in common."""
+
+    network: UniToken
+    vocabulary: Vocabulary
+    collate: PromptCollate
+    sampling: Sampling
+    broadcast: Callable[[Tensor], Tensor]
+
+    def open(self, prompts: Sequence[Record], room: int) -> _Context:
+        """Read the prompts, with room for so many more tokens."""
+        lengths = [self.collate.length(prompt) for prompt in prompts]
+        return _Context(self.network, self.collate(prompts, lengths, self.vocabulary), room)
+
+
+def _views_of(model: UniToken) -> Views | None:
+    return Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
 
 
 @torch.no_grad()
@@ -131,101 +160,97 @@ def generate(
     model: UniToken,
     vocabulary: Vocabulary,
     prompts: Sequence[Record],
-    sampling: Sampling = PLAIN,
+    sampling: Sampling = DEFAULT_SAMPLING,
     *,
     sizes: Sequence[tuple[int, int]] = (),
     drawing: bool = False,
     max_tokens: int | Sequence[int] = 64,
     numbers: Sequence[int] | None = None,
-    reading: Reading | None = None,
+    collate: PromptCollate | None = None,
     batch: int = 8,
-    agree: Callable[[Tensor], Tensor] = lambda chosen: chosen,
+    broadcast: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> list[list[int]]:
-    """The reply to each prompt, as ids without the end of the turn.
+    """Return the reply to each prompt, as ids without the end of the turn.
 
-    What is drawn for a prompt depends on (seed, its number), not on the prompts beside it.
+    A reply depends on its prompt, the seed and its number, but not on the other prompts.
 
     Args:
-        sizes: the (height, width) in latents that an image may have; without any, a reply is text alone.
-        drawing: a reply is one image and nothing else. Otherwise the model says what it likes, and begins images itself.
-        max_tokens: a reply that is no drawing ends with the turn or after so many, each prompt's or all; an image that has begun
-            is finished.
-        numbers: the prompts' own, where they are some of many; else 0, 1, ...
-        batch: prompts at a time; one that is drawn for with guidance takes a second row. A row's cache takes 0.5 MB a token of
-            the 7B model in bf16.
-        agree: gives the first rank's choice to all, where several go through the same sharded model together.
+        model: the network.
+        vocabulary: of the model.
+        prompts: conversations that end with a human turn, as records.
+        sampling: temperature, top-k, guidance and seed.
+        sizes: the (height, width) in latents that an image may have; empty: replies are text only.
+        drawing: a reply is one image and nothing else. Otherwise the model begins images itself.
+        max_tokens: the most tokens of a reply with text, for all or for each; an image is finished.
+        numbers: the number of each prompt, which seeds its random numbers; default: 0, 1, ...
+        collate: how prompts are laid out; default: as in a stage with default settings.
+        batch: prompts at a time. With guidance a prompt of a drawing takes a second row. A row's cache takes
+            0.5 MB per token of the 7B model in bf16.
+        broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together.
     """
     assert sizes or not drawing
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     assert min(limits, default=1) > 0
     numbers = range(len(prompts)) if numbers is None else numbers
-    if reading is None:
-        reading = Reading(Views(model.vision.image_size, model.vision.patch_size) if model.vision else None)
+    collate = collate or PromptCollate(_views_of(model))
+    shared = _Model(model, vocabulary, collate, sampling, broadcast)
     grammar = Grammar(vocabulary, sizes, model.lm_head.weight.device)
-    lengths = [reading.length(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    order = sorted(range(len(prompts)), key=[collate.length(prompt) for prompt in prompts].__getitem__)
     replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch):
         places = order[first : first + batch]
-        rows = [prompts[place] for place in places]
         turns = [grammar.drawing() if drawing else grammar.turn(limits[place]) for place in places]
-        generators = [generator_of(sampling.seed, numbers[place]) for place in places]
         room = grammar.longest + (0 if drawing else max(limits[place] for place in places))
-        opened = functools.partial(_open, model, reading, vocabulary, room)
-        guide = (
-            Guide(functools.partial(opened, [null_prompt(row) for row in rows]))
-            if sampling.guidance != 1
-            else None
-        )
-        found = _replies(opened(rows), guide, vocabulary, turns, sampling, generators, agree)
-        for place, reply in zip(places, found, strict=True):
+        generators = [generator_of(sampling.seed, numbers[place]) for place in places]
+        generated = _generate_batch(shared, [prompts[place] for place in places], turns, generators, room)
+        for place, reply in zip(places, generated, strict=True):
             replies[place] = reply
     return replies
 
 
-def _open(
-    model: UniToken, reading: Reading, vocabulary: Vocabulary, room: int, rows: Sequence[Record]
-) -> _Context:
-    return _Context(model, reading.batch(rows, [reading.length(row) for row in rows], vocabulary), room)
-
-
-def _replies(
-    context: _Context,
-    guide: Guide | None,
-    vocabulary: Vocabulary,
+def _generate_batch(
+    model: _Model,
+    prompts: Sequence[Record],
     turns: Sequence[GrammarSteps],
-    sampling: Sampling,
     generators: Sequence[torch.Generator],
-    agree: Callable[[Tensor], Tensor],
+    room: int,
 ) -> list[list[int]]:
-    """A reply for each turn, which has a row in the context and in the guide."""
+    """Generate replies side by side; each prompt has its own turn of the grammar and random generator."""
+    context = model.open(prompts, room)
+    guidance = None
+    if model.sampling.guidance != 1:
+        null_prompts = [null_prompt(prompt) for prompt in prompts]
+        guidance = _GuidanceContext(functools.partial(model.open, null_prompts, room))
     replies: list[list[int]] = [[] for _ in turns]
     choices, running = [next(turn) for turn in turns], set(range(len(turns)))
     while True:
-        chosen = agree(draw(choices, context.logits, guide.logits if guide else None, sampling, generators))
-        tokens = chosen.tolist()
-        of_image = [
-            kind.of_image or token == vocabulary.image_start
-            for kind, token in zip(choices, tokens, strict=True)
+        null_logits = guidance.logits if guidance else None
+        tokens = model.broadcast(
+            choose_tokens(choices, context.logits, null_logits, model.sampling, generators)
+        )
+        ids = tokens.tolist()
+        in_image = [
+            choice.of_image or token == model.vocabulary.image_start
+            for choice, token in zip(choices, ids, strict=True)
         ]
         for row in sorted(running):
-            if tokens[row] != vocabulary.end_of_turn:
-                replies[row].append(tokens[row])
+            if ids[row] != model.vocabulary.end_of_turn:
+                replies[row].append(ids[row])
             try:
-                choices[row] = turns[row].send(tokens[row])
+                choices[row] = turns[row].send(ids[row])
             except StopIteration:
                 running.remove(row)
         if not running:
             return replies
-        context.read(chosen, [True] * len(turns))
-        if guide:
-            guide.read(chosen, [row in running and heard for row, heard in enumerate(of_image)])
+        context.append(tokens, [True] * len(turns))
+        if guidance:
+            guidance.append(tokens, [row in running and in_image[row] for row in range(len(turns))])
 
 
-class Guide:
-    """What images are guided away from: rows that read the null prompts and, of the replies, the images alone.
+class _GuidanceContext:
+    """Rows that read the null prompts and, of the replies, only the images: images are guided away from them.
 
-    They are opened with the first image: replies in words cost nothing more.
+    They are opened with the first image, so that replies in text cost nothing more.
     """
 
     def __init__(self, open_context: Callable[[], _Context]) -> None:
@@ -236,46 +261,46 @@ class Guide:
     def logits(self) -> Tensor | None:
         return self._context.logits if self._context else None
 
-    def read(self, tokens: Tensor, of_image: Sequence[bool]) -> None:
-        """One more token in the rows where it is of an image."""
-        if any(of_image):
+    def append(self, tokens: Tensor, in_image: Sequence[bool]) -> None:
+        """Read one more token in the rows where it belongs to an image."""
+        if any(in_image):
             self._context = self._context or self._open()
-            self._context.read(tokens, of_image)
+            self._context.append(tokens, in_image)
 
 
 class _Context:
-    """What the model has read in each row, and what it expects next: `logits` (R, vocabulary)."""
+    """The cache of the tokens read so far in each row, and `logits` (R, vocabulary) of the next token."""
 
     def __init__(self, model: UniToken, batch: Batch, room: int) -> None:
         self._model, device = model, model.lm_head.weight.device
         documents = batch["document_ids"]
         rows, length = documents.shape
-        self._read = torch.zeros(
-            rows, length + room, dtype=torch.bool
-        )  # which places of the cache hold something
-        self._read[:, :length] = documents >= 0
+        # (R, length + room): which places of the cache hold a token.
+        self._filled = torch.zeros(rows, length + room, dtype=torch.bool)
+        self._filled[:, :length] = documents >= 0
         self._cache = KVCache(len(model.model.layers), length + room)
         self._no_pixels = batch["pixel_values"][:0].to(device)
         mask = None if bool((documents >= 0).all()) else dense_document_mask(documents.to(device))
-        self.logits = model.predict({name: batch[name].to(device) for name in READ}, mask, self._cache)
+        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS}
+        self.logits = model.predict(inputs, mask, self._cache)
 
-    def read(self, tokens: Tensor, heard: Sequence[bool]) -> None:
-        """One more token (R,) in each row; where it is not `heard`, the row stays as it is."""
+    def append(self, tokens: Tensor, included: Sequence[bool]) -> None:
+        """Read one more token (R,) in each row; a row that is not `included` stays as it is."""
         end = self._cache.seen + 1
-        positions = self._read[:, : end - 1].sum(1)
-        self._read[:, end - 1] = torch.tensor(heard)
-        read, device = self._read[:, :end], tokens.device
-        mask = None if bool(read.all()) else read[:, None, None].to(device)
-        batch = {
+        positions = self._filled[:, : end - 1].sum(1)
+        self._filled[:, end - 1] = torch.tensor(included)
+        filled, device = self._filled[:, :end], tokens.device
+        mask = None if bool(filled.all()) else filled[:, None, None].to(device)
+        inputs = {
             "input_ids": tokens[:, None],
             "position_ids": positions[:, None].to(device),
             "pixel_values": self._no_pixels,
         }
-        self.logits = self._model.predict(batch, mask, self._cache)
+        self.logits = self._model.predict(inputs, mask, self._cache)
 
 
-def parts_of(vocabulary: Vocabulary, reply: Sequence[int]) -> list[list[int] | npt.NDArray[np.int64]]:
-    """A reply in parts: text as ids, images as codes (h, w), in their order."""
+def split_reply(vocabulary: Vocabulary, reply: Sequence[int]) -> list[list[int] | npt.NDArray[np.int64]]:
+    """Split a reply into its parts, in order: text as ids, images as codes (h, w)."""
     parts: list[list[int] | npt.NDArray[np.int64]] = []
     ids = list(reply)
     while ids:

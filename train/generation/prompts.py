@@ -1,4 +1,4 @@
-"""What a model is asked, as the command line and a stage's `samples` say it; checked without torch."""
+"""Prompts from the command line, from files and from a stage's `samples`; read and checked without torch."""
 
 from __future__ import annotations
 
@@ -20,97 +20,114 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
 
-def asked(text: str, images: Sequence[str] = (), name: str = "prompt") -> Conversation:
-    """One question; its images stand where it says `<|image|>`, or before it. Raises ConfigError."""
-    return conversation_of({"conversations": [{"from": "human", "value": text}], "image": list(images)}, name)
+def build_prompt(text: str, images: Sequence[str] = (), name: str = "prompt") -> Conversation:
+    """Build a prompt of one human turn.
+
+    Args:
+        text: the turn; images take the places of its `<|image|>`, or come before a text that has none.
+        images: paths, or data as `data:` URLs.
+        name: how messages name the prompt.
+
+    Raises:
+        ConfigError: the number of images is not that of the placeholders, or the text is not valid.
+    """
+    return parse_prompt({"conversations": [{"from": "human", "value": text}], "image": list(images)}, name)
 
 
-def conversation_of(item: Any, name: str) -> Conversation:
-    """An item of the input format, without its last answer. Raises ConfigError."""
+def parse_prompt(item: Any, name: str) -> Conversation:
+    """Parse an item of the input format as a prompt: without its last answer. Raises ConfigError."""
     try:
-        return parse(_unanswered(item), name)
+        return parse(_without_answer(item), name)
     except ItemError as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _unanswered(item: Any) -> Any:
-    """What was answered is kept from the model, and so are the images in it."""
+def _without_answer(item: Any) -> Any:
+    """Remove the last turn of an item that ends with an answer, and the images in it."""
     turns = item.get("conversations") if isinstance(item, dict) else None
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         return item
     item = {**item, "conversations": turns[:-1]}
     answer = turns[-1].get("value") if isinstance(turns[-1], dict) else None
-    drawn = answer.count(IMAGE_PLACEHOLDER) if isinstance(answer, str) else 0
+    answer_images = answer.count(IMAGE_PLACEHOLDER) if isinstance(answer, str) else 0
     for key in ("image", IMAGE_PLACEHOLDER):
-        if drawn and item.get(key) is not None:
+        if answer_images and item.get(key) is not None:
             images = item[key] if isinstance(item[key], list) else [item[key]]
-            item[key] = images[: max(0, len(images) - drawn)]
+            item[key] = images[: max(0, len(images) - answer_images)]
     return item
 
 
 def read_prompts(path: Path) -> list[Conversation]:
-    """A .txt with a prompt a line; or a .json list or .jsonl of `{"prompt": ..., "image": [...]}` or items of the input format.
+    """Read the prompts of a file.
 
-    Images are looked for beside the file. Raises ConfigError.
+    Args:
+        path: a .txt with one prompt per line; or a .json list or a .jsonl of `{"prompt": ..., "image":
+            [...]}` or of items of the input format. Paths of images are relative to the file's folder.
+
+    Raises:
+        ConfigError: the file can not be read, has no prompt, or a prompt is not valid.
     """
-    kind = path.suffix.lower()
-    if kind not in (".txt", ".json", ".jsonl"):
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".json", ".jsonl"):
         raise ConfigError(f"{path}: prompts come from a .txt, a .json or a .jsonl, found '{path.suffix}'")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
+        text = path.read_text(encoding="utf-8-sig")  # with or without the byte order mark of Windows
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot read the prompts: {getattr(error, 'strerror', None) or error}"
         ) from None
-    if kind == ".txt":
-        found = [asked(line, (), name) for name, line in _lines(path, text)]
-    elif kind == ".jsonl":
-        found = [_prompt(_json(line, name), path.parent, name) for name, line in _lines(path, text)]
+    if suffix == ".txt":
+        prompts = [build_prompt(line, (), name) for name, line in _named_lines(path, text)]
+    elif suffix == ".jsonl":
+        lines = [(name, _parse_json(line, name)) for name, line in _named_lines(path, text)]
+        prompts = [_prompt_of_item(item, path.parent, name) for name, item in lines]
     else:
-        items = _json(text, str(path))
+        items = _parse_json(text, str(path))
         if not isinstance(items, list):
             raise ConfigError(f"{path}: expected a list of items, found {brief(items)}")
-        found = [_prompt(item, path.parent, f"{path}: item {number}") for number, item in enumerate(items)]
-    if not found:
+        prompts = [
+            _prompt_of_item(item, path.parent, f"{path}: item {number}") for number, item in enumerate(items)
+        ]
+    if not prompts:
         raise ConfigError(f"{path}: it holds no prompt")
-    return found
+    return prompts
 
 
-def _lines(path: Path, text: str) -> list[tuple[str, str]]:
-    """Those that say something, by name. JSON may hold what splitlines() takes for the end of a line, as U+2028."""
+def _named_lines(path: Path, text: str) -> list[tuple[str, str]]:
+    r"""Split at \n only, as JSON may hold U+2028; return non-empty lines with names for messages."""
     lines = enumerate(text.split("\n"), start=1)
     return [(f"{path}:{number}", line.removesuffix("\r")) for number, line in lines if line.strip()]
 
 
-def _json(text: str, name: str) -> Any:
+def _parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: not JSON: {error}") from None
 
 
-def _prompt(item: Any, folder: Path, name: str) -> Conversation:
+def _prompt_of_item(item: Any, folder: Path, name: str) -> Conversation:
     if isinstance(item, dict) and isinstance(prompt := item.get("prompt"), str):
         item = {"conversations": [{"from": "human", "value": prompt}], "image": item.get("image")}
-    return conversation_of(beside(item, folder), name)
+    return parse_prompt(resolve_image_paths(item, folder), name)
 
 
-def beside(item: Any, folder: Path) -> Any:
-    """An item whose images are named as seen from `folder`."""
+def resolve_image_paths(item: Any, folder: Path) -> Any:
+    """Return an item with the paths of its images taken relative to `folder`."""
     if not isinstance(item, dict):
         return item
-    found = {}
+    resolved = {}
     for key in {"image", IMAGE_PLACEHOLDER} & set(item):
         images = item[key] if isinstance(item[key], list) else [item[key]]
-        found[key] = [_beside(image, folder) for image in images if image is not None]
-    return {**item, **found}
+        resolved[key] = [_resolve_path(image, folder) for image in images if image is not None]
+    return {**item, **resolved}
 
 
-def _beside(image: Any, folder: Path) -> Any:
+def _resolve_path(image: Any, folder: Path) -> Any:
     if isinstance(image, dict) and isinstance(image.get("path"), str):
-        return {**image, "path": _beside(image["path"], folder)}
-    plain = isinstance(image, str) and image and not is_data_url(image) and not _is_url(image)
-    return str(folder / image) if plain else image
+        return {**image, "path": _resolve_path(image["path"], folder)}
+    is_path = isinstance(image, str) and image and not is_data_url(image) and not _is_url(image)
+    return str(folder / image) if is_path else image
 
 
 def _is_url(name: str) -> bool:
@@ -118,16 +135,17 @@ def _is_url(name: str) -> bool:
 
 
 def prompt_text(conversation: Conversation) -> str:
-    """The last question."""
+    """Return the text of the last human turn."""
     return IMAGE_PLACEHOLDER.join(conversation.turns[-1].segments)
 
 
-def originals_of(conversation: Conversation) -> list[bytes]:
-    """The encoded images. Raises ConfigError."""
-    return [_original(image) for image in conversation.images]
+def read_images(conversation: Conversation) -> list[bytes]:
+    """Return the encoded images of a prompt. Raises ConfigError."""
+    return [read_image(image) for image in conversation.images]
 
 
-def _original(image: str | bytes) -> bytes:
+def read_image(image: str | bytes) -> bytes:
+    """Return an encoded image, from its path, its inline data, or as it is. Raises ConfigError."""
     if isinstance(image, bytes):
         return image
     try:
@@ -138,18 +156,19 @@ def _original(image: str | bytes) -> bytes:
         raise ConfigError(f"{short_name(image)}: cannot read the image: {error.strerror or error}") from None
 
 
-def files_of(conversations: Sequence[Conversation]) -> list[Path]:
-    """The images that are files, all of which are there. Raises ConfigError."""
-    named = [
+def image_files(conversations: Sequence[Conversation]) -> list[Path]:
+    """Return the image files of prompts. Raises ConfigError for a missing file, a URL, or bad inline data."""
+    names = [
         image for conversation in conversations for image in conversation.images if isinstance(image, str)
     ]
     files = []
-    for image in dict.fromkeys(named):
+    for image in dict.fromkeys(names):
         if is_data_url(image):
-            _original(image)
+            read_image(image)
         elif _is_url(image):
             raise ConfigError(
-                f"{short_name(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine"
+                f"{short_name(image)}: pictures of prompts are not fetched from anywhere: "
+                "name a file of this machine"
             )
         elif not Path(image).is_file():
             raise ConfigError(f"{short_name(image)}: no such image")

@@ -1,9 +1,9 @@
-"""The folder of replies: written as they come, so that a run that is killed loses nothing, and the same command goes on.
+"""The folder of replies: written as they are generated, so that a killed command can be continued.
 
-out/0000.png, 0000-1.png, ...   what was drawn for prompt 0, in order
-out/0000.txt                    what was said, with `<|image|>` where a picture stands
-out/results.jsonl               a line a reply, behind its files; in the order in which they were made
-out/request.json                what was asked of which checkpoint: replies to anything else are replaced
+out/0000.png, 0000-1.png, ...   the images of reply 0, in order
+out/0000.txt                    its text, with `<|image|>` in the place of each image
+out/results.jsonl               one line per reply, written after its files, in the order of generation
+out/request.json                checkpoint, prompts and sampling; replies to another request are replaced
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from unitoken.common.files import ASIDE, write_aside
 
 RESULTS = "results.jsonl"
 REQUEST = "request.json"
-OURS = re.compile(r"[0-9]{4,}(-[0-9]+)?\.(png|txt)")
+REPLY_FILE = re.compile(r"[0-9]{4,}(-[0-9]+)?\.(png|txt)")
 
-Line = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 def check_reply_folder(folder: Path, inputs: Sequence[Path]) -> None:
-    """Nothing of anybody else's is overwritten or removed. Raises ConfigError."""
+    """Check that replies can be written to a folder without touching other files.
+
+    Args:
+        folder: created if it is missing.
+        inputs: files that are read and must not be replaced.
+
+    Raises:
+        ConfigError: it is not writable, holds other files than replies, or one of the inputs.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(folder / f"{ASIDE}writable", b"")
@@ -37,65 +45,73 @@ def check_reply_folder(folder: Path, inputs: Sequence[Path]) -> None:
             raise ConfigError(
                 f"{path}: it is inside --out {folder}, where replies are written: name another folder"
             )
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)]
-    if others and _read(folder) is None:
+    files = [path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)]
+    if files and _read_results(folder) is None:
         raise ConfigError(
-            f"{folder}: it holds {min(others)} and no {RESULTS} of replies: name an empty folder"
+            f"{folder}: it holds {min(files)} and no {RESULTS} of replies: name an empty folder"
         )
 
 
-class Replies:
-    """`request` is all that replies depend on, as JSON has it."""
+class ReplyFolder:
+    """Writes replies to a folder.
 
-    def __init__(self, folder: Path, request: Line) -> None:
+    Args:
+        folder: one that passed `check_reply_folder`.
+        request: everything that the replies depend on, as JSON.
+    """
+
+    def __init__(self, folder: Path, request: JsonObject) -> None:
         self._folder, self._request = folder, request
 
     def begin(self) -> set[int]:
-        """The numbers of the replies that are there already. Those to another request are removed, and nothing else."""
-        lines = _read(self._folder) or []
-        if _request(self._folder) == self._request:
-            lines = [
-                line for line in lines if all((self._folder / name).is_file() for name in line["pictures"])
-            ]
+        """Return the numbers of the finished replies; remove those to another request."""
+        results = _read_results(self._folder) or []
+        if _read_request(self._folder) == self._request:
+            finished = [result for result in results if self._has_pictures(result)]
         else:
-            for name in (name for line in lines for name in _files(line)):
+            finished = []
+            for name in (name for result in results for name in _reply_files(result)):
                 (self._folder / name).unlink(missing_ok=True)
-            lines = []
-        # Without the part of a line that a kill may have left; and before the request, which says whose they are.
-        write_aside(self._folder / RESULTS, b"".join(map(_dump, lines)))
-        write_aside(self._folder / REQUEST, _dump(self._request))
-        return {line["number"] for line in lines}
+        # Rewritten without the incomplete line that a kill may have left. The results are written before the
+        # request, which names what they belong to.
+        write_aside(self._folder / RESULTS, b"".join(map(_json_line, finished)))
+        write_aside(self._folder / REQUEST, _json_line(self._request))
+        return {result["number"] for result in finished}
 
-    def add(self, replies: Sequence[tuple[Line, Mapping[str, bytes]]]) -> None:
-        """A line each, and its files by name."""
+    def _has_pictures(self, result: JsonObject) -> bool:
+        return all((self._folder / name).is_file() for name in result["pictures"])
+
+    def add(self, replies: Sequence[tuple[JsonObject, Mapping[str, bytes]]]) -> None:
+        """Write replies: for each its line of results.jsonl, and its files by name."""
         for _, files in replies:
             for name, data in files.items():
                 write_aside(self._folder / name, data)
         with open(self._folder / RESULTS, "ab") as file:
-            file.write(b"".join(_dump(line) for line, _ in replies))
+            file.write(b"".join(_json_line(result) for result, _ in replies))
 
 
-def _dump(line: Line) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+def _json_line(content: JsonObject) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
 
-def _read(folder: Path) -> list[Line] | None:
-    """Its whole lines; None where it is no folder of replies."""
+def _read_results(folder: Path) -> list[JsonObject] | None:
+    """Return the complete lines of results.jsonl; None if the folder is not one of replies."""
     try:
-        *whole, _ = (folder / RESULTS).read_bytes().split(b"\n")
-        lines = [json.loads(line) for line in whole]
+        *complete, _ = (folder / RESULTS).read_bytes().split(b"\n")
+        results = [json.loads(line) for line in complete]
     except (OSError, ValueError):
         return None
-    ours = all(isinstance(line, dict) and {"number", "prompt", "pictures"} <= set(line) for line in lines)
-    return lines if ours else None
+    keys = {"number", "prompt", "pictures"}
+    return results if all(isinstance(result, dict) and keys <= set(result) for result in results) else None
 
 
-def _request(folder: Path) -> Any:
+def _read_request(folder: Path) -> Any:
     try:
         return json.loads((folder / REQUEST).read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def _files(line: Line) -> list[str]:
-    return [name for name in (*line["pictures"], f"{line['number']:04d}.txt") if OURS.fullmatch(name)]
+def _reply_files(result: JsonObject) -> list[str]:
+    names = [*result["pictures"], f"{result['number']:04d}.txt"]
+    return [name for name in names if REPLY_FILE.fullmatch(name)]

@@ -1,13 +1,13 @@
-"""What may come next in a reply, and what of it is drawn from the model's logits.
+"""The grammar of replies, which allows the next tokens, and the sampling of one by the model's logits.
 
-A turn is text, up to the token that ends it, and images whose blocks follow their grammar to the last newline:
+A turn is text and images, up to the token that ends it. The block of an image follows its grammar to the last
+newline:
 
     text ... image_start  height  width  codes, newline, ... image_end  text ... end_of_turn
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -20,40 +20,51 @@ from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the defaults are plain sampling from what the model believes."""
+    """How tokens are sampled; by default from the model's distribution as it is.
 
-    temperature: float = 1.0  # 0: always the likeliest
-    top_k_text: int | None = None  # None: from all
+    Attributes:
+        temperature: 0: greedy.
+        top_k_text: sample text from this many of the likeliest tokens; None: from all.
+        top_k_image: the same for image codes.
+        guidance: of images: null + guidance * (logits - null); 1: none, and nothing is computed for it.
+        seed: of the random numbers of all prompts.
+    """
+
+    temperature: float = 1.0
+    top_k_text: int | None = None
     top_k_image: int | None = None
-    guidance: float = (
-        1.0  # of the images: null + guidance * (logits - null); 1: none, and nothing is computed for it
-    )
+    guidance: float = 1.0
     seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The ids (K,) that may come at a place."""
+    """The ids (K,) of which one comes next, and whether they belong to an image."""
 
     ids: Tensor
     of_image: bool
 
 
-GrammarSteps = Generator[Choices, int, None]  # yields what may come, is sent what came
+GrammarSteps = Generator[Choices, int, None]  # yields the choices, is sent the chosen id
 
 
 class Grammar:
-    """`sizes` are the (height, width) in latents that an image may have; with none, a reply is text alone."""
+    """Which tokens may come next in a reply.
+
+    Args:
+        sizes: the (height, width) in latents that an image may have; empty: a reply is text only.
+        device: of the ids.
+    """
 
     def __init__(
         self, vocabulary: Vocabulary, sizes: Sequence[tuple[int, int]], device: torch.device
     ) -> None:
         self.vocabulary, self.device = vocabulary, device
-        shut = (
-            vocabulary.special_ids - {vocabulary.end_of_turn} - ({vocabulary.image_start} if sizes else set())
-        )
+        excluded = vocabulary.special_ids - {vocabulary.end_of_turn}
+        if sizes:
+            excluded = excluded - {vocabulary.image_start}
         self.text = self._choices(
-            [token for token in range(vocabulary.size) if token not in shut], of_image=False
+            [token for token in range(vocabulary.size) if token not in excluded], of_image=False
         )
         self.codes = self._choices(vocabulary.image_ids)
         self.longest = max((len(list(vocabulary.image_grammar(*size))) for size in sizes), default=0)
@@ -68,23 +79,23 @@ class Grammar:
         }
 
     def drawing(self) -> GrammarSteps:
-        """One image and nothing else."""
+        """Generate one image and nothing else."""
         yield self.single[self.vocabulary.image_start]
         yield from self._image()
 
     def turn(self, max_tokens: int) -> GrammarSteps:
-        """Text and images until the end of the turn, or until there are `max_tokens`; an image that has begun is finished."""
-        said = 0
-        while said < max_tokens:
+        """Generate text and images up to the end of the turn or `max_tokens`; images are finished."""
+        count = 0
+        while count < max_tokens:
             token = yield self.text
             if token == self.vocabulary.end_of_turn:
                 return
-            said += 1
+            count += 1
             if token == self.vocabulary.image_start:
-                said += yield from self._image()
+                count += yield from self._image()
 
     def _image(self) -> Generator[Choices, int, int]:
-        """What follows the start of an image. Returns how many tokens that was."""
+        """Generate an image after its start token; return the number of tokens."""
         height = yield self.heights
         width = yield self.widths[height]
         block = list(self.vocabulary.image_grammar(self._latents(height), self._latents(width)))[3:]
@@ -103,54 +114,71 @@ class Grammar:
 
 
 def guided(logits: Tensor, null: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: away from what is drawn without the prompt's text. 1 is no guidance, 0 no prompt."""
+    """Apply classifier-free guidance (Ho and Salimans, arXiv:2207.12598): 1 is none, 0 ignores the prompt.
+
+    Args:
+        logits: with the prompt.
+        null: without the prompt's text.
+        guidance: the factor of their difference.
+    """
     return null + guidance * (logits - null)
 
 
-def draw(
+def choose_tokens(
     choices: Sequence[Choices],
     logits: Tensor,
     null: Tensor | None,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """The next token of each row, (B,): from its choices, by its logits (B, vocabulary) and its own random numbers.
+    """Choose the next token of each row, (B,).
 
     Args:
-        null: logits (B, vocabulary) without the prompt's text, by which images are guided.
+        choices: the ids that each row allows.
+        logits: (B, vocabulary).
+        null: logits (B, vocabulary) without the prompt's text, for the guidance of images.
+        sampling: temperature, top-k and guidance.
+        generators: the random numbers of each row.
     """
     chosen = torch.empty(len(choices), dtype=torch.int64, device=logits.device)
-    by_kind = sorted(range(len(choices)), key=lambda row: id(choices[row]))
-    for _, some in itertools.groupby(by_kind, key=lambda row: id(choices[row])):
-        rows = list(some)
-        kind = choices[rows[0]]
-        if len(kind.ids) == 1:
-            chosen[rows] = kind.ids
+    # Rows with the same choices are sampled together; a grammar yields the same object for the same choices.
+    rows_of: dict[int, list[int]] = {}
+    for row, choice in enumerate(choices):
+        rows_of.setdefault(id(choice), []).append(row)
+    for rows in rows_of.values():
+        choice = choices[rows[0]]
+        if len(choice.ids) == 1:
+            chosen[rows] = choice.ids
             continue
-        scores = logits[rows][:, kind.ids]
-        if kind.of_image and null is not None:
-            scores = guided(scores, null[rows][:, kind.ids], sampling.guidance)
-        top_k = sampling.top_k_image if kind.of_image else sampling.top_k_text
-        chosen[rows] = kind.ids[
-            sample(scores, sampling.temperature, top_k, [generators[row] for row in rows])
-        ]
+        scores = logits[rows][:, choice.ids]
+        if choice.of_image and null is not None:
+            scores = guided(scores, null[rows][:, choice.ids], sampling.guidance)
+        top_k = sampling.top_k_image if choice.of_image else sampling.top_k_text
+        row_generators = [generators[row] for row in rows]
+        chosen[rows] = choice.ids[sample(scores, sampling.temperature, top_k, row_generators)]
     return chosen
 
 
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Indices (B,) into logits (B, K), each from one random number that is drawn on the CPU: the same on every device."""
+    """Sample indices (B,) into logits (B, K).
+
+    Each takes one random number, drawn on the CPU, so that every device samples the same.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    below = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    chance = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(below)
-    return torch.searchsorted(below, chance * below[:, -1:], right=True)[:, 0]
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(cumulative)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:
-    """The random numbers of a prompt. Mixed into 32 bits, because torch's generator on the CPU looks at no more of its seed."""
+    """Return the random generator of a prompt.
+
+    Seed and number are mixed into 32 bits, as torch's CPU generator uses no more of its seed.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))

@@ -1,10 +1,10 @@
-"""The settings that a generation runs with: from the command line, and from what lies beside the checkpoint."""
+"""The settings of `generate`: from the command line, and from the files beside the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from unitoken.codec.conversations import Conversation
 from unitoken.common.config import load_config
@@ -14,16 +14,23 @@ from unitoken.train.checkpoint.export_mark import is_export
 from unitoken.train.checkpoint.metadata import STAGE
 from unitoken.train.config import StageConfig
 
-if TYPE_CHECKING:  # torch
-    pass
-
 
 class Request(NamedTuple):
-    """What is asked for."""
+    """What `generate` is asked to do.
+
+    Attributes:
+        config: the settings of the stage that trained the model.
+        checkpoint: anything that `init_from` takes.
+        conversations: the prompts; there is one reply to each, so repeated prompts get several.
+        out: the folder for the replies.
+        drawing: a reply is one image and nothing else.
+        max_tokens: the most tokens of a reply that is not a drawing.
+        batch: replies at a time.
+    """
 
     config: StageConfig
     checkpoint: Path
-    conversations: list[Conversation]  # a reply each
+    conversations: list[Conversation]
     out: Path
     drawing: bool
     max_tokens: int
@@ -31,24 +38,40 @@ class Request(NamedTuple):
 
 
 def settings(checkpoint: Path, config: Path | None, overrides: Sequence[str]) -> StageConfig:
-    """A stage's settings, from `config` or from beside the checkpoint. Raises ConfigError."""
+    """Load the settings of the stage that trained a model.
+
+    Args:
+        checkpoint: a checkpoint file, or a folder of a run or an exported model.
+        config: the stage's YAML file; None: the one beside the checkpoint.
+        overrides: `key=value`, as in training.
+
+    Raises:
+        ConfigError: there is no such file, or the settings are wrong.
+    """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not checkpoint.exists():
         raise ConfigError(f"{checkpoint}: no such checkpoint, and no folder of a run or of an exported model")
     if config is None and not (folder / STAGE).is_file():
         raise ConfigError(f"{folder}: it has no {STAGE}: name the stage's YAML file with --config")
     stage = load_config(StageConfig, config or folder / STAGE, overrides)
-    # An exported model brings its tokenizer; where that came from may be gone.
-    own = stage.codec is not None and is_export(folder) and (folder / "tokenizer_config.json").is_file()
-    if stage.codec is None or not own or any(override.startswith("codec") for override in overrides):
+    if stage.codec is None or any(override.startswith("codec") for override in overrides):
+        return stage
+    # An exported model contains its tokenizer; the folder that the settings name may no longer exist.
+    if not is_export(folder) or not (folder / "tokenizer_config.json").is_file():
         return stage
     return stage.model_copy(update={"codec": stage.codec.model_copy(update={"tokenizer": str(folder)})})
 
 
 def check_trained_vocabulary(vocabulary: Vocabulary, trained: Vocabulary, where: str) -> None:
-    """The tokenizers must be those that the model was trained with. Raises ConfigError."""
+    """Raise ConfigError unless `vocabulary`, of the tokenizers, is the one that the model was trained with.
+
+    Args:
+        vocabulary: of the tokenizers in `codec`.
+        trained: of the model.
+        where: how the message names the model.
+    """
     if vocabulary.fingerprint != trained.fingerprint:
         raise ConfigError(
-            f"codec: its vocabulary has fingerprint {vocabulary.fingerprint} ({vocabulary.size} ids), {where} has "
-            f"{trained.fingerprint} ({trained.size} ids)"
+            f"codec: its vocabulary has fingerprint {vocabulary.fingerprint} ({vocabulary.size} ids), "
+            f"{where} has {trained.fingerprint} ({trained.size} ids)"
         )

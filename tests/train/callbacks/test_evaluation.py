@@ -1,4 +1,4 @@
-"""The loss on held-out samples, and that training does not notice."""
+"""The loss on held-out samples, which does not affect training."""
 
 from pathlib import Path
 
@@ -9,17 +9,15 @@ from support.paths import ROOT
 from support.ranks import finish, start
 from support.stages import curve, evaluations, metrics, stage, write_data, write_stage
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import is_held_out
 from unitoken.streaming_data.reading.loader import PackedLoader
-from unitoken.train.callbacks.evaluation import evaluation_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import build_model
-from unitoken.train.stage import run_stage
+from unitoken.train.stage import build_evaluation_loader, run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 TRAIN = ROOT / "train.py"
@@ -39,7 +37,7 @@ def train(config: StageConfig) -> Path:
 
 
 def loader_of(config: StageConfig) -> PackedLoader:
-    loader = evaluation_loader(config, check_stage(config, 1), Views(8, 4))
+    loader = build_evaluation_loader(check_stage(config, 1))
     assert loader is not None
     return loader
 
@@ -51,10 +49,8 @@ def evaluated(folder: Path) -> Path:
     )
 
 
-def test_training_is_the_same_bit_for_bit_with_evaluation_and_without(
-    folder: Path, evaluated: Path, tmp_path: Path
-) -> None:
-    """With dropout: random state, data, counts, and the weights."""
+def test_evaluation_does_not_change_training(folder: Path, evaluated: Path, tmp_path: Path) -> None:
+    """With dropout: random state, data, counts, and weights are the same bit for bit."""
     plain = train(stage(folder, f"save.folder={tmp_path}", HELD_OUT, "max_duration=2ep"))
     assert curve(evaluated) == curve(plain)
     timeless = [
@@ -74,17 +70,17 @@ def test_training_is_the_same_bit_for_bit_with_evaluation_and_without(
         assert states[0]["timestamp"]["Timestamp"][key] == states[1]["timestamp"]["Timestamp"][key]
 
 
-def test_it_is_done_at_the_interval_and_at_the_end_and_always_on_the_same(evaluated: Path) -> None:
+def test_it_runs_at_the_interval_and_at_the_end_on_the_same_data(evaluated: Path) -> None:
     found, last = evaluations(evaluated), len(metrics(evaluated))
     assert list(found) == sorted({*range(2, last + 1, 2), last})
     assert len({values["targets"] for values in found.values()}) == 1
     assert len({values["loss"] for values in found.values()}) == len(found)
 
 
-def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: Path, evaluated: Path) -> None:
+def test_its_losses_are_those_on_all_held_out_batches(folder: Path, evaluated: Path) -> None:
     config = stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba")
-    checked = check_stage(config, 1)
-    model = build_model(checked.decoder, checked.vision, config.model)
+    sizes = check_stage(config, 1).sizes
+    model = build_model(sizes.decoder, sizes.vision, config.model)
     source = run_folder.open_checkpoint(find_origin(str(evaluated)))
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     total = targets = 0.0
@@ -97,7 +93,7 @@ def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: P
 
 
 def test_every_held_out_sample_is_seen_once_and_never_trained_on(folder: Path) -> None:
-    """Whatever the training streams' proportions; except what fills no global batch, and that is said."""
+    """For any proportions of the training streams; the rest that fills no global batch is left out."""
     config = stage(
         folder, HELD_OUT, "data.streams.all.proportion=1", "data.epoch_samples=20", "eval.interval=2ba"
     )
@@ -116,10 +112,10 @@ def test_every_held_out_sample_is_seen_once_and_never_trained_on(folder: Path) -
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_so_many_batches_are_enough_where_it_says_so(
+def test_an_evaluation_may_be_limited_to_some_batches(
     workers: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also from a worker that has read ahead."""
+    """Also if a worker has read ahead."""
     overrides = [
         "eval={interval: 2ba, batches: 1}",
         "max_duration=5ba",
@@ -147,7 +143,7 @@ def test_other_streams_can_be_evaluated_on(folder: Path, tmp_path: Path) -> None
     assert {"loss_understanding", "loss_text_only"}.isdisjoint(found)
 
 
-def test_what_can_not_be_evaluated_on_is_an_error_before_anything_is_loaded(folder: Path) -> None:
+def test_missing_or_too_little_data_is_an_early_error(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval: no stream of data.streams has `held_out`"):
         check_stage(stage(folder, "eval.interval=2ba"), 1)
     streams = f"{{a: {{local: {folder}/data, held_out: 0.1}}, b: {{local: {folder}/data}}}}"
@@ -165,8 +161,8 @@ def test_what_can_not_be_evaluated_on_is_an_error_before_anything_is_loaded(fold
 
 
 @pytest.mark.slow
-def test_two_ranks_evaluate_as_one_and_do_not_notice_either(folder: Path, tmp_path: Path) -> None:
-    """One rank has batches without an image in which the other has some; checkpoints are saved right after an evaluation."""
+def test_two_ranks_evaluate_and_train_as_one(folder: Path, tmp_path: Path) -> None:
+    """One rank has batches without images where the other has some. Checkpoints follow evaluations."""
     shape = [HELD_OUT, "model.dropout=0", "max_duration=4ba", "eval.interval=2ba", "microbatch=1"]
     assert finish(start(2, [TRAIN, write_stage(folder), f"save.folder={tmp_path}/two", *shape])) == [0, 0]
     one = train(stage(folder, f"save.folder={tmp_path}/one", *shape))

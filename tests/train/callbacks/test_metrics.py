@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, the terminal."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, the terminal."""
 
 import os
 import pty
@@ -16,7 +16,7 @@ from support.stages import evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics, read_metrics
-from unitoken.train.callbacks.progress import Lines
+from unitoken.train.callbacks.progress import ProgressLines
 from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_streams(folder: Path) -> dict[str, Any]:
-    """One of them is of 30 % held back."""
+    """Two streams, each with 30 % held out."""
     local = {"local": str(folder / "data")}
     return {
         "streams": {
@@ -81,7 +81,7 @@ def whole(folder: Path) -> Path:
     return train(stage(folder, *overrides, "optimizer.lr_scales={vit: 0.5}", data=two_streams(folder)))
 
 
-def test_a_line_has_losses_by_kind_rates_by_group_and_tokens_by_stream(whole: Path) -> None:
+def test_a_line_has_losses_rates_and_tokens_by_name(whole: Path) -> None:
     lines, seen = metrics(whole), 0
     for line in lines:
         assert line["lr_vit"] == line["lr"] / 2
@@ -98,8 +98,8 @@ def test_a_line_has_losses_by_kind_rates_by_group_and_tokens_by_stream(whole: Pa
     }  # fmt: skip
 
 
-def test_a_killed_run_goes_on_counting_what_it_saw(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """And writes the same lines and evaluations, bit for bit, but for the time they took."""
+def test_a_killed_run_goes_on_counting_tokens(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """It writes the same lines and evaluations, bit for bit, except for times."""
     overrides = (f"save.folder={tmp_path}", "max_duration=2ep", "eval.interval=4ba", "name=whole")
     config = stage(folder, *overrides, "optimizer.lr_scales={vit: 0.5}", data=two_streams(folder))
     killed_at(9, config)
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_counting_what_it_saw(folder: Path, whole: Path, tm
 def test_all_metrics_of_a_step_are_one_reduction_bug_27(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference waited for the GPU three times a step, and had a reduction for each metric."""
+    """The reference waited for the GPU three times per step, and reduced each metric by itself."""
     sizes, entries = [], []
     real, batch_end = ranks.sum_over_ranks, Metrics.batch_end
 
@@ -125,25 +125,28 @@ def test_all_metrics_of_a_step_are_one_reduction_bug_27(
         entries.append(list(state.total_loss_dict))  # what Composer reduces, each by itself
         batch_end(self, state, logger)
 
-    monkeypatch.setattr(ranks, "sum_over_ranks", lambda values: sizes.append(len(values)) or real(values))
+    def counted(values: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(values))
+        return real(values)
+
+    monkeypatch.setattr(ranks, "sum_over_ranks", counted)
     monkeypatch.setattr(Metrics, "batch_end", watched)
     train(stage(folder, f"save.folder={tmp_path}", "max_duration=3ba"))
     assert len(sizes) == 3
     assert entries == [["loss/train/total"]] * 3
 
 
-def test_flops_and_seconds_are_the_utilization_where_the_peak_is_known(
+def test_mfu_follows_from_flops_and_seconds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Metrics.__init__
 
-    def init(self: Metrics, *arguments: Any) -> None:
-        real(self, *arguments)
-        self.peak = 1e9
+    def init(self: Metrics, *arguments: Any, **settings: Any) -> None:
+        real(self, *arguments, **{**settings, "peak_flops": 1e9})
 
     monkeypatch.setattr(Metrics, "__init__", init)
     for line in metrics(train(stage(folder, f"save.folder={tmp_path}", "max_duration=3ba"))):
-        # All of it is trained, so 6 FLOPs a weight and token, and a little for attention, tower and output layer.
+        # All weights are trained: 6 FLOPs per weight and token; some for attention, tower and output layer.
         weights = 2 * (4 * 32**2 + 3 * 32 * 48)
         assert 1 < line["mfu"] * line["seconds"] * 1e9 / (6 * weights * line["tokens"]) < 3
 
@@ -156,7 +159,7 @@ def points(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_tensorboard_has_what_the_lines_have_every_so_many_steps(whole: Path) -> None:
+def test_tensorboard_gets_the_metrics_at_the_interval(whole: Path) -> None:
     lines = {line["step"]: line for line in metrics(whole)}
     shown = sorted({step for step in lines if step % 2 == 0} | {len(lines)})
     for key in ("loss", "grad_norm", "lr_vit", "useful"):
@@ -178,7 +181,7 @@ def test_tensorboard_shows_each_step_of_a_killed_run_once(folder: Path, tmp_path
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # a file a start
 
 
-def test_tensorboard_takes_pictures_and_tables(folder: Path, tmp_path: Path) -> None:
+def test_tensorboard_takes_images_and_tables(folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     real = Metrics.batch_end
@@ -224,19 +227,16 @@ def test_a_logger_that_is_not_installed_is_named_at_once(
         check_stage(stage(folder, f"log.{package}={setting}"), 1)
 
 
-def test_weights_and_biases_gets_only_what_is_ours(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_only_our_metrics(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged, begun = [], []
     fake = types.ModuleType("wandb")
     fake.log = lambda values, step: logged.append((values, step))  # type: ignore[attr-defined]
     fake.init = lambda **settings: begun.append(settings)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (wandb,) = build_loggers(stage(folder, f"save.folder={tmp_path}", "log.wandb=mine"), resumes=False)
+    (wandb,) = build_loggers(stage(folder, "log.wandb=mine").log, tmp_path, resumes=False)
     wandb.init(types.SimpleNamespace(run_name="stage1"), None)
-    assert begun == [
-        {"project": "mine", "name": "stage1", "dir": str(tmp_path), "resume": "auto", "allow_val_change": True}
-    ]  # fmt: skip
+    settings = {"dir": str(tmp_path), "resume": "auto", "allow_val_change": True}
+    assert begun == [{"project": "mine", "name": "stage1", **settings}]
     wandb.log_metrics({"time/batch": 3.0, "trainer/device_train_microbatch_size": 1.0}, 4)
     wandb.log_metrics({"time/batch": 3.0, "train/loss": 2.0}, 4)
     assert logged == [({"train/loss": 2.0}, 4)]
@@ -253,15 +253,15 @@ def test_lines_are_printed_where_there_is_no_terminal(
     assert printed[-1].endswith("0:00:00 left")
 
 
-def test_the_time_left_is_by_the_pace_since_the_run_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_follows_from_the_time_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    lines = Lines("stage", 1000, 10)
+    lines = ProgressLines("stage", 1000, 10)
     lines.start(200)
     now = 150.0  # 50 steps in 50 seconds, after those that an earlier run did
-    assert str(lines.left(250)) == "0:12:30"
+    assert str(lines.time_left(250)) == "0:12:30"
     line = {"step": 250, "loss": None, "grad_norm": 2.0, "skipped": 1}  # a loss that is not finite is null
-    assert lines.words(line, "loss", "grad_norm", "mfu", "skipped") == "grad 2.000  1 skipped  0:12:30 left"
+    assert lines.status(line, "loss", "grad_norm", "mfu", "skipped") == "grad 2.000  1 skipped  0:12:30 left"
 
 
 @pytest.mark.slow
@@ -299,9 +299,7 @@ def test_a_bar_is_drawn_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is there again
 
 
-def test_a_broken_line_costs_itself_alone_and_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_line_is_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
         b'{"step": 1, "loss": 2.0}',
@@ -315,5 +313,5 @@ def test_a_broken_line_costs_itself_alone_and_is_said(
     ]
     path.write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition("jsonl: line ")[2][:1] for line in said] == ["2", "3", "4", "5", "6", "8"]
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition("jsonl: line ")[2][:1] for line in warnings] == ["2", "3", "4", "5", "6", "8"]

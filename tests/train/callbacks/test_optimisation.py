@@ -63,7 +63,7 @@ def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_loss_that_is_not_a_number_skips_its_step_and_is_counted_bug_26(
+def test_a_nan_loss_skips_its_step_and_is_counted_bug_26(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference ended one rank with `sys.exit(1)`, and the others waited for it."""
@@ -99,7 +99,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step(
     assert equal(after[2], after[3])
 
 
-def test_a_run_ends_after_so_many_skipped_steps_in_a_row(
+def test_a_run_ends_after_too_many_skipped_steps_in_a_row(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(UniToken, "forward", poisoned([2, 4, 5, 6, 7], microbatches=4))
@@ -109,13 +109,14 @@ def test_a_run_ends_after_so_many_skipped_steps_in_a_row(
     ):
         train(config)
     assert len(metrics(tmp_path)) == 6
-    assert run_folder.step_of(latest_checkpoint(tmp_path)) == 4
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert run_folder.step_of(checkpoint) == 4
 
 
 def test_a_run_that_diverges_ends(folder: Path, tmp_path: Path) -> None:
-    config = stage(
-        folder, f"save.folder={tmp_path}", "optimizer.lr=1e30", "optimizer.clip_norm=1e30", "optimizer.max_skipped=1"
-    )  # fmt: skip
+    huge = ("optimizer.lr=1e30", "optimizer.clip_norm=1e30")
+    config = stage(folder, f"save.folder={tmp_path}", *huge, "optimizer.max_skipped=1")
     with pytest.raises(FloatingPointError, match="not finite and skipped"):
         train(config)
 
@@ -123,7 +124,7 @@ def test_a_run_that_diverges_ends(folder: Path, tmp_path: Path) -> None:
 def test_a_run_that_resumes_goes_on_counting(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also how many there were in a row: killing a run does not give it more of them."""
+    """Also skipped steps in a row: killing a run does not allow it more of them."""
     config = stage(
         folder,
         f"save.folder={tmp_path}",
@@ -135,8 +136,12 @@ def test_a_run_that_resumes_goes_on_counting(
         patch.setattr(UniToken, "forward", poisoned([1, 3, 4], microbatches=4))
         train(config)
     longer = stage(
-        folder, f"save.folder={tmp_path}", "optimizer.max_skipped=2", "max_duration=9ba", "optimizer.schedule=constant"
-    )  # fmt: skip
+        folder,
+        f"save.folder={tmp_path}",
+        "optimizer.max_skipped=2",
+        "max_duration=9ba",
+        "optimizer.schedule=constant",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(UniToken, "forward", poisoned([1], microbatches=4))
         with pytest.raises(FloatingPointError, match="at step 5: the last 3 steps"):
@@ -148,10 +153,10 @@ POISONED = TESTS / "support" / "poisoned.py"
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_a_number_on_one_of_two_ranks_skips_the_step_on_both_bug_26(
+def test_a_nan_loss_on_one_rank_skips_the_step_on_both_bug_26(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All other steps are those of one rank that skipped the same ones."""
+    """All other steps equal those of one rank that skipped the same steps."""
     overrides = ["model.dropout=0", "max_duration=6ba", "optimizer.max_skipped=2"]
     command = [POISONED, "3,4", "1", write_stage(folder), f"save.folder={tmp_path}/two", *overrides]
     assert finish(start(2, command)) == [0, 0]
@@ -167,7 +172,7 @@ def test_a_loss_that_is_not_a_number_on_one_of_two_ranks_skips_the_step_on_both_
 
 
 @pytest.mark.slow
-def test_both_ranks_end_where_one_of_them_has_no_loss_any_more(folder: Path, tmp_path: Path) -> None:
+def test_both_ranks_end_if_one_has_only_nan_losses(folder: Path, tmp_path: Path) -> None:
     command = [
         POISONED,
         "2,3,4,5",
@@ -177,9 +182,9 @@ def test_both_ranks_end_where_one_of_them_has_no_loss_any_more(folder: Path, tmp
         "optimizer.max_skipped=1",
     ]
     ranks = start(2, command, stderr=subprocess.PIPE)
-    said = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
+    errors = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
     assert all(rank.returncode not in (0, None) for rank in ranks)
     assert all(
-        "FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in words
-        for words in said
+        "FloatingPointError: loss nan and gradient norm nan at step 3: the last 2 steps" in error
+        for error in errors
     )

@@ -5,18 +5,18 @@ import io
 import pytest
 from rich.console import Console
 
-from unitoken.train.callbacks.progress import Bar
+from unitoken.train.callbacks.progress import ProgressBar
 
 LINE = {"step": 156_249, "loss": 12.3456, "tokens_per_second": 1_234_567.0, "useful": 0.931, "skipped": 12}
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
 def test_counter_and_time_left_fit_every_terminal_width(columns: int) -> None:
-    bar = Bar("stage2-anyres", 156_250, 10)
+    bar = ProgressBar("stage2-anyres", 156_250, 10)
     bar.start(0)
     try:
         bar.bar.console.width = columns
-        bar.begun -= 2_000_000  # 23 days
+        bar.start_time -= 2_000_000  # 23 days
         bar.step({**LINE, "step": 100_000})
         screen = Console(width=columns, file=io.StringIO(), force_terminal=True, color_system=None)
         screen.print(bar.bar.get_renderable())

@@ -1,10 +1,7 @@
-"""While it trains a model draws and answers, and trains on as if nobody had asked."""
+"""A model generates images and answers while it trains, and training is not affected."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from support.drawn import CODEC, ROOT, drawing_stage, write_data
+from support.drawn import CODEC, ROOM, ROOT, drawing_stage, write_data
+from support.ranks import finish, start
 from support.stages import curve
 from unitoken.common.errors import ConfigError
+from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.samples import sheet
 from unitoken.train.check import check_stage
+from unitoken.train.checkpoint.layouts import model_configs
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.metadata import PictureCrops, read_metadata
 from unitoken.train.config import StageConfig
+from unitoken.train.distributed import composer_trainer
+from unitoken.train.generation.dialogue import Dialogue
+from unitoken.train.generation.engine import generate, load_model
+from unitoken.train.generation.prompts import build_prompt
+from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.unitoken import build_model
+from unitoken.train.stage import _build_samples, run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -44,15 +52,13 @@ def asking(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def settings(folder: Path, name: str, *overrides: str, **changes: Any) -> StageConfig:
-    """Four batches with dropout; a run named `name`."""
+    """A run named `name` of four batches, with dropout."""
     return drawing_stage(
         folder, f"save.folder={folder / name}", "max_duration=4ba", *overrides, name=name, **changes
     )
 
 
-def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
-    from unitoken.train.stage import run_stage
-
+def test_samples_do_not_change_training(folder: Path) -> None:
     for name, samples in (("without", None), ("with", asking(folder))):
         config = settings(folder, name, samples=samples)
         run_stage(config, check_stage(config, 1))
@@ -77,16 +83,8 @@ def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
         assert (written / "answers.txt").read_text().startswith(f"{folder / 'a.png'}\tWhat is it?\t")
 
 
-def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
-    """Also where a tokenizer is loaded, which draws new weights before it reads its own."""
-    from types import SimpleNamespace
-
-    from unitoken.train.callbacks.samples import samples_of
-    from unitoken.train.checkpoint.layouts import model_configs
-    from unitoken.train.checkpoint.loading import load_weights
-    from unitoken.train.distributed import composer_trainer
-    from unitoken.train.model.unitoken import build_model
-
+def test_samples_leave_random_state_modes_and_weights(folder: Path) -> None:
+    """Also if a tokenizer is loaded, which draws random weights before it reads its own."""
     shown: list[np.ndarray] = []
     tables: list[Any] = []
     logger: Any = SimpleNamespace(
@@ -98,17 +96,17 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     load_weights(network, {}, 0)
     network.train()
     network.vit.eval()
-    count = SimpleNamespace(value=3)
+    step = SimpleNamespace(value=2)
     state: Any = SimpleNamespace(
         model=composer_trainer.TrainingModel(network),
         precision="fp32",
         precision_config=None,
-        timestamp=SimpleNamespace(batch=count, epoch=SimpleNamespace(value=1)),
+        timestamp=SimpleNamespace(batch=step),
     )
     before, modes = torch.get_rng_state(), [module.training for module in network.modules()]
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    checked = check_stage(config, 1)
-    (samples,) = samples_of(config, checked.vocabulary, checked.pictures)
+    samples = _build_samples(config, check_stage(config, 1), EpochLength(steps=3, tokens=1.0))
+    assert samples is not None
     old = folder / "alone" / "samples" / "step-00000003"
     old.mkdir(parents=True)
     (old / "old.png").write_bytes(b"of a run that went on from an older checkpoint and does the step again")
@@ -117,18 +115,15 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     with composer_trainer.evaluation_mode(state):
         torch.rand(1)
     assert not shown
-    samples.epoch_end(state, logger)
+    step.value = 3  # the end of the epoch
+    samples.batch_end(state, logger)
     assert [picture.shape for picture in shown] == [(32, 48, 3)]
     (columns, ((picture, question, answer),), names) = tables[0]
-    assert (columns, picture, question) == (
-        ["picture", "question", "answer"],
-        str(folder / "a.png"),
-        "What is it?",
-    )
+    assert columns == ["picture", "question", "answer"]
+    assert (picture, question) == (str(folder / "a.png"), "What is it?")
     assert names == {"name": "samples/answers", "step": 3}
-    assert (old / "answers.txt").read_text(
-        "utf-8"
-    ) == f"{picture}\t{question}\t{' '.join(answer.splitlines())}\n"
+    line = f"{picture}\t{question}\t{' '.join(answer.splitlines())}\n"
+    assert (old / "answers.txt").read_text("utf-8") == line
     assert not (old / "old.png").exists()
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in network.modules()] == modes
@@ -136,68 +131,35 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
-    """FSDP2: the losses are those of two ranks that ask nothing, and the drawings those that one process makes."""
+def test_two_ranks_generate_from_their_shards_together(folder: Path) -> None:
+    """FSDP2: losses are those of two ranks without samples, and images are those of one process."""
     for name, samples in (("two-without", None), ("two", asking(folder))):
         settings(folder, name, samples=samples)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "NODE_RANK": "0",
-        }
-        yaml = [
-            folder / f"{name}.yaml",
-            f"save.folder={folder / name}",
-            "max_duration=4ba",
-            "model.decoder.vocab_size=583",
-        ]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, ROOT / "train.py", *yaml],
-                env={
-                    **common,
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                },
-            )
-            for rank in "01"
-        ]
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+        overrides = [f"save.folder={folder / name}", "max_duration=4ba", f"model.decoder.vocab_size={ROOM}"]
+        assert finish(start(2, [ROOT / "train.py", folder / f"{name}.yaml", *overrides])) == [0, 0]
     assert curve(folder / "two") == curve(folder / "two-without")
     drawn = sorted((folder / "two" / "samples" / "step-00000004").glob("*.png"))
     assert [path.name for path in drawn] == ["0.png", "1.png", "2.png"]
-
-    from unitoken.train.generation.dialogue import Dialogue
-    from unitoken.train.generation.engine import generate, load_model
-    from unitoken.train.generation.prompts import asked
-    from unitoken.train.generation.sampling import Sampling
 
     config = settings(folder, "two", samples=asking(folder))
     assert config.codec is not None
     assert config.samples is not None
     dialogue = Dialogue(config.codec)
-    prompts = dialogue.prompts([asked(text) for text in config.samples.draw], [(24, 16)])
+    prompts = dialogue.encode([build_prompt(text) for text in config.samples.draw], [(24, 16)])
     alone = generate(
-        load_model(config),
+        load_model(config.model, config.save.folder),
         dialogue.vocabulary,
         prompts,
         Sampling(guidance=3.0),
         sizes=[dialogue.latents((16, 24))],
         drawing=True,
     )
-    for said, path in zip(dialogue.said(alone), drawn, strict=True):
-        assert np.array_equal(said.pictures[0], np.asarray(Image.open(path)))
+    for reply, path in zip(dialogue.decode(alone), drawn, strict=True):
+        assert np.array_equal(reply.pictures[0], np.asarray(Image.open(path)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"codec": None}, "samples: drawing and answering take the data's tokenizers"),
         (
@@ -212,21 +174,20 @@ def test_two_ranks_ask_their_shards_together(folder: Path) -> None:
         ({"samples": {"size": [16, 16]}}, "nothing to draw and nothing to answer"),
     ],
 )
-def test_what_can_not_be_asked_is_found_before_anything_is_loaded(
-    folder: Path, changes: dict[str, Any], said: str
+def test_wrong_samples_are_found_before_weights_are_loaded(
+    folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     from support.stages import stage
 
     config = stage(
         folder, "model.decoder.vocab_size=583", **{"codec": CODEC, "samples": asking(folder), **changes}
     )
-    with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in said)):
+    with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in message)):
         check_stage(config, 1)
 
 
-def test_data_of_other_tokenizers_is_refused_with_both(tmp_path: Path) -> None:
+def test_data_of_other_tokenizers_is_refused(tmp_path: Path) -> None:
     from support import stages
-    from unitoken.train.stage import run_stage
 
     stages.write_data(tmp_path / "data")
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
@@ -235,7 +196,7 @@ def test_data_of_other_tokenizers_is_refused_with_both(tmp_path: Path) -> None:
         run_stage(config, check_stage(config, 1))
 
 
-def test_a_sheet_holds_all_pictures_in_order() -> None:
+def test_a_sheet_holds_all_images_in_order() -> None:
     pictures = [np.full((2, 3, 3), value, np.uint8) for value in range(1, 6)]
     found = sheet(pictures)
     assert found.shape == (4, 9, 3)

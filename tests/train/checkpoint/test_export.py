@@ -498,8 +498,8 @@ def test_constants_that_no_shape_shows_are_compared(folder: Path, model: UniToke
         checked = check_stage(
             stage(folder, *changes, f"init_from={folder / form}", f"save.folder={folder}/new"), 1
         )
-        assert checked.notes == [f"init_from: {folder / form}: {found}"]
-    assert not check_stage(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).notes
+        assert checked.warnings == (f"init_from: {folder / form}: {found}",)
+    assert not check_stage(stage(folder, f"init_from={exported}", f"save.folder={folder}/new"), 1).warnings
     with pytest.raises(
         ConfigError, match=rf"save\.folder: {folder}/run: {found}; a run goes on with those it began with"
     ):

@@ -1,4 +1,4 @@
-"""`python -m unitoken.train generate`, from a checkpoint to files; and what it says to those who ask wrongly."""
+"""`python -m unitoken.train generate`: from a checkpoint to files, and its error messages."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def results(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> None:
+def test_images_for_several_prompts_and_sizes(run: Path, tmp_path: Path) -> None:
     common = [
         run,
         "--prompt",
@@ -83,7 +83,7 @@ def test_drawings_of_several_prompts_and_sizes(run: Path, tmp_path: Path) -> Non
     )
 
 
-def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path, tmp_path: Path) -> None:
+def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path) -> None:
     folder = run.parent
     lines = [
         {"prompt": "What digit is this? <|image|>", "image": "b.jpg"},
@@ -102,7 +102,7 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
             "image": ["x.png"],
         },
     ]
-    (folder / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     question = [
         "--prompt",
         "<|image|> or <|image|>?",
@@ -113,7 +113,7 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
     ]
     limits = ["--max-tokens", 5, "--size", "16x16", "--temperature", 0]
     status, output = ask(
-        run / "latest", *question, "--prompts", folder / "asked.jsonl", "--out", tmp_path / "out", *limits
+        run / "latest", *question, "--prompts", folder / "prompts.jsonl", "--out", tmp_path / "out", *limits
     )
     assert status == 0, output
     found = numbered(tmp_path / "out")
@@ -125,7 +125,7 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--prompt", "x", "--size", "20x16"], "size: 20 x 16 pixels: each side must be a multiple of 8"),
         (["--prompt", "x", "--size", "big"], "size: 'big': expected pixels across x down"),
@@ -148,11 +148,11 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
         (["--prompt", "x", "--temperature", "inf"], "--temperature inf: expected a finite number"),
         (
             ["--prompt", "x " * 200, "--size", "8x8"],
-            "longer than data.packed_length, 128, is nothing that the model ever read",
+            "together they exceed data.packed_length (128), the longest sequence seen in training",
         ),
         (
             ["--prompt", "x", "--draw", "--size", "64x64"],
-            "and the reply 276 at least; longer than data.packed_length, 128",
+            "and the reply 276 at least; together they exceed data.packed_length (128)",
         ),
         (
             ["--prompt", "x", "--image", "{run}/stage.yaml", "--out", "{run}"],
@@ -164,13 +164,13 @@ def test_answers_about_pictures_from_a_file_and_from_the_command_line(run: Path,
         ),
     ],
 )
-def test_what_is_asked_wrongly_is_one_line(
-    run: Path, tmp_path: Path, arguments: list[str], said: str
+def test_a_wrong_request_is_a_one_line_error(
+    run: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     given = [argument.replace("{run}", str(run)) for argument in arguments]
     status, output = ask(run, "--out", tmp_path / "out", *given)
     assert status == 2
-    assert said in output
+    assert message in output
     assert output.startswith("error: ")
     assert output.count("\n") == 1
 
@@ -182,7 +182,7 @@ def numbered(folder: Path) -> list[dict[str, object]]:
 def test_a_killed_command_loses_nothing_and_goes_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batch by batch: what a batch gave is there before the next one begins, and is not made again."""
+    """The replies of a batch are written before the next batch begins, and are not generated again."""
     command = [
         run,
         "--prompt",
@@ -199,29 +199,29 @@ def test_a_killed_command_loses_nothing_and_goes_on(
         4,
     ]
     assert ask(*command, "--out", tmp_path / "whole")[0] == 0
-    asked, real = [], generating.generate
+    calls, real = [], generating.generate
 
     def killed(*arguments: Any, **settings: Any) -> Any:
-        asked.append(settings["numbers"])
-        if len(asked) == 3:
+        calls.append(settings["numbers"])
+        if len(calls) == 3:
             raise RuntimeError("died")
         return real(*arguments, **settings)
 
     monkeypatch.setattr("unitoken.train.generation.engine.generate", killed)
     with pytest.raises(RuntimeError, match="died"):
         ask(*command, "--out", tmp_path / "out")
-    assert [line["number"] for line in numbered(tmp_path / "out")] == sorted(asked[0] + asked[1])
+    assert [line["number"] for line in numbered(tmp_path / "out")] == sorted(calls[0] + calls[1])
     status, output = ask(*command, "--out", tmp_path / "out")
     assert status == 0
     assert "goes on behind 4 of 6 replies" in output
     assert output.endswith("6 of 6 replies\n")
-    assert asked[3:] == [asked[2]]
+    assert calls[3:] == [calls[2]]
     assert numbered(tmp_path / "out") == numbered(tmp_path / "whole")
     assert ask(*command, "--out", tmp_path / "out", "--seed", 1)[0] == 0
-    assert len(asked) == 7, "other sampling begins anew"
+    assert len(calls) == 7, "other sampling begins anew"
 
 
-def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
+def test_too_little_gpu_memory_is_a_one_line_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
@@ -235,8 +235,8 @@ def test_a_gpu_without_room_for_a_batch_is_one_line_that_names_it(
     )
 
 
-def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> None:
-    """No reply leads to where no pack of the training had a token: 128 here."""
+def test_a_result_says_whether_the_model_ended_the_reply(run: Path, tmp_path: Path) -> None:
+    """No reply goes beyond the packed length of the training, 128 here."""
     command = [run, "--prompt", "x", "--top-k-text", 0, "--size", "8x8", "--count", 8]
     assert ask(*command, "--out", tmp_path / "short", "--max-tokens", 1)[0] == 0
     assert not all(line["ended"] for line in results(tmp_path / "short"))
@@ -245,18 +245,18 @@ def test_a_reply_says_whether_it_ended_by_itself(run: Path, tmp_path: Path) -> N
     assert {bool(line["ended"]) for line in lines} == {True, False}
 
 
-def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
+def test_images_of_prompts_are_cropped_as_the_data(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each to the crop that keeps most of it, and not to --size."""
+    """Each image to the crop that keeps most of it, and not to --size."""
     seen: list[tuple[int, ...]] = []
-    real = dialogue._by_shape
+    real = dialogue._map_by_shape
 
-    def watched(arrays: Any, *rest: Any) -> Any:
+    def watched(function: Any, arrays: Any, batch: int) -> Any:
         seen.extend(array.shape for array in arrays)
-        return real(arrays, *rest)
+        return real(function, arrays, batch)
 
-    monkeypatch.setattr("unitoken.train.generation.dialogue._by_shape", watched)
+    monkeypatch.setattr("unitoken.train.generation.dialogue._map_by_shape", watched)
     folder = tmp_path / "run"
     shutil.copytree(run, folder, symlinks=True)
     (folder / "pictures.json").write_text('{"crops": [[16, 8], [8, 16]]}')
@@ -275,33 +275,20 @@ def test_pictures_of_prompts_are_cut_as_the_data_whatever_is_drawn(
     assert {Image.open(path).size for path in (tmp_path / "c").glob("*.png")} == {(16, 8), (8, 16)}
 
 
-def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_files(
-    run: Path, tmp_path: Path
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "unitoken.train",
-        "generate",
-        run,
-        "--prompt",
-        "\u6f22",
-        "--size",
-        "8x8",
-        "--batch",
-        "1",
-    ]
+def test_a_closed_pipe_or_an_ascii_locale_loses_no_reply(run: Path, tmp_path: Path) -> None:
+    prompt = ["--prompt", "\u6f22", "--size", "8x8", "--batch", "1"]
+    command = [sys.executable, "-m", "unitoken.train", "generate", str(run), *prompt]
     old = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
     limits = ["--count", "3", "--max-tokens", "3"]
     done = subprocess.run(
-        [*command, *limits, "--out", tmp_path / "a"], env=old, capture_output=True, check=False
+        [*command, *limits, "--out", str(tmp_path / "a")], env=old, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert "\u6f22" in done.stdout.decode("utf-8")
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [*command, *limits, "--out", tmp_path / "b"],
+        [*command, *limits, "--out", str(tmp_path / "b")],
         env=old,
         stdout=writing,
         stderr=subprocess.PIPE,
@@ -312,7 +299,7 @@ def test_nobody_who_reads_and_an_old_locale_do_not_keep_the_replies_from_the_fil
     assert numbered(tmp_path / "b") == numbered(tmp_path / "a")
 
 
-def test_guidance_that_training_never_showed_is_off_or_warned_of(run: Path, tmp_path: Path) -> None:
+def test_untrained_guidance_is_off_or_warned_of(run: Path, tmp_path: Path) -> None:
     command = [run, "--prompt", "x", "--draw", "--size", "8x8", "--out", tmp_path / "out"]
     assert "warning" not in ask(*command)[1]
     assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 1.0
@@ -323,7 +310,7 @@ def test_guidance_that_training_never_showed_is_off_or_warned_of(run: Path, tmp_
     assert json.loads((tmp_path / "out" / "request.json").read_bytes())["sampling"]["guidance"] == 4.0
 
 
-def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_settings_needs_a_config(run: Path, tmp_path: Path) -> None:
     assert "no such checkpoint" in ask(tmp_path / "nothing", "--prompt", "x", "--out", tmp_path / "o")[1]
     (tmp_path / "run").mkdir()
     assert (
@@ -344,12 +331,12 @@ def test_a_folder_that_says_nothing_of_its_stage_needs_to_be_told(run: Path, tmp
     assert (status, "no checkpoint in it" in output) == (2, True)
 
 
-def test_an_exported_folder_draws_as_its_run_does(
+def test_an_exported_folder_generates_as_its_run_does(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From any folder, though the run named its tokenizers as seen from where it was started, and without the text tokenizer."""
+    """From any folder, though the run used relative paths, and without the text tokenizer's own folder."""
     exported = tmp_path / "exported"
-    shutil.copytree(CODEC["tokenizer"], tmp_path / "tokenizer")
+    shutil.copytree(str(CODEC["tokenizer"]), tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     (run / "vqgan").symlink_to(CODEC["vision"]["weights"])  # type: ignore[index]
     weights = os.path.relpath(run / "vqgan")
@@ -372,7 +359,7 @@ def test_an_exported_folder_draws_as_its_run_does(
     assert (tmp_path / "one" / "0000.png").read_bytes() == (tmp_path / "two" / "0000.png").read_bytes()
 
 
-def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     other = Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, codebook_size=8)
     checkpoint = tmp_path / "step-00000001.pt"
     checkpoint.write_bytes((run / "step-00000001.pt").read_bytes())
@@ -384,16 +371,17 @@ def test_a_model_of_another_vocabulary_is_refused_with_both(run: Path, tmp_path:
     assert "583 ids" in output
 
 
-def test_help_takes_no_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     heavy = "{'torch', 'composer', 'transformers'}"
-    code = f"import sys, unitoken.train.__main__, unitoken.train.generation.command; print({heavy} & set(sys.modules))"
+    program = "unitoken.train.__main__, unitoken.train.generation.command"
+    code = f"import sys, {program}; print({heavy} & set(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert out == "set()\n"
 
 
-def test_two_generate_into_one_folder_are_not_both_at_work(run: Path, tmp_path: Path) -> None:
+def test_two_commands_can_not_write_to_one_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     holder = (
         "import sys, time; from pathlib import Path; from unitoken.common.files import exclusive_lock\n"

@@ -1,4 +1,4 @@
-"""Replies keep to the grammar, read prompts as training does, and are what the plain way gives: no cache, no batch, no padding."""
+"""Replies follow the grammar, and equal those without cache, batch or padding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.reading.collate import Batch, Collate
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
-from unitoken.train.generation.engine import Reading, generate, null_prompt, parts_of, prompt_of
+from unitoken.train.generation.engine import PromptCollate, generate, null_prompt, split_reply
 from unitoken.train.generation.sampling import Sampling
 from unitoken.train.model.decoder import KVCache
 from unitoken.train.model.unitoken import UniToken, build_model
@@ -57,8 +57,18 @@ def model(vocabulary: Vocabulary) -> UniToken:
     return build(vocabulary, VISION)
 
 
+def prompt_of(record: Record) -> Record:
+    """A record up to the first token that is trained on."""
+    end = int(record.target_spans[0][0])
+    images = int((record.image_spans[:, 1] <= end).sum())
+    no_targets = np.zeros((0, 2), np.uint32)
+    return Record(
+        record.id, record.tokens[:end], no_targets, record.image_spans[:images], record.images[:images]
+    )
+
+
 def prompts(vocabulary: Vocabulary, *lengths: int) -> list[Record]:
-    """Of several lengths, each a whole turn; every third has a picture, every third two."""
+    """Prompts of several lengths, each a complete turn; every third has one image, every third two."""
     records = [
         prompt_of(make_record(f"p{n}", vocabulary, length, question_images=n % 3))
         for n, length in enumerate(lengths)
@@ -71,15 +81,15 @@ def prompts(vocabulary: Vocabulary, *lengths: int) -> list[Record]:
 
 
 def codes_of(vocabulary: Vocabulary, reply: Sequence[int]) -> np.ndarray:
-    (codes,) = parts_of(vocabulary, reply)
+    (codes,) = split_reply(vocabulary, reply)
     return np.asarray(codes)
 
 
 def logits_of(
-    model: UniToken, vocabulary: Vocabulary, prompt: Record, said: Sequence[int], views: Views | None
+    model: UniToken, vocabulary: Vocabulary, prompt: Record, reply: Sequence[int], views: Views | None
 ) -> torch.Tensor:
-    """What comes after a prompt and a reply, all read anew as training lays it out."""
-    longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, said]).astype(np.uint16))
+    """Logits of the next token after a prompt and a reply, read without a cache as training lays them out."""
+    longer = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, reply]).astype(np.uint16))
     collate = Collate(
         400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False
     )
@@ -100,36 +110,35 @@ def plainly(
     guidance: float = 1.0,
     max_tokens: int = 64,
 ) -> list[int]:
-    """The likeliest reply, by hand: two whole forwards a token."""
+    """The greedy reply in the plainest way: two complete forward passes per token."""
     views = Views(model.vision.image_size, model.vision.patch_size) if model.vision else None
-    said: list[int] = []
-    heard: list[int] = []  # of the reply, by the branch without the prompt's text
-    forced: list[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
+    reply: list[int] = []
+    image_tokens: list[int] = []  # of the reply, by the branch without the prompt's text
+    forced: Sequence[Sequence[int]] = [[vocabulary.image_start]] if drawing else []
     text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [
         vocabulary.end_of_turn
     ]
-    while forced or (not drawing and len(said) < max_tokens):
+    while forced or (not drawing and len(reply) < max_tokens):
         inside = bool(forced)
-        allowed = list(forced.pop(0)) if forced else text + ([vocabulary.image_start] if sizes else [])
-        logits = logits_of(model, vocabulary, prompt, said, views)
+        allowed = list(forced[0]) if forced else text + ([vocabulary.image_start] if sizes else [])
+        logits = logits_of(model, vocabulary, prompt, reply, views)
         if inside:
-            null = logits_of(model, vocabulary, null_prompt(prompt), heard, views)
+            null = logits_of(model, vocabulary, null_prompt(prompt), image_tokens, views)
             logits = null + guidance * (logits - null)
+        forced = forced[1:]
         token = max(allowed, key=lambda token: logits[token].item())
         if token == vocabulary.end_of_turn:
             break
-        said.append(token)
+        reply.append(token)
         if token == vocabulary.image_start:
             (size,) = sizes
-            forced = list(vocabulary.image_grammar(*size))[1:]
+            forced = [*vocabulary.image_grammar(*size)][1:]
         if inside or token == vocabulary.image_start:
-            heard.append(token)
-    return said
+            image_tokens.append(token)
+    return reply
 
 
-def test_every_drawn_image_is_whole_whatever_the_model_thinks(
-    model: UniToken, vocabulary: Vocabulary
-) -> None:
+def test_every_generated_image_is_complete(model: UniToken, vocabulary: Vocabulary) -> None:
     replies = generate(
         model, vocabulary, prompts(vocabulary, 3, 5, 3), Sampling(seed=1), sizes=[(4, 2)], drawing=True
     )
@@ -142,7 +151,7 @@ def test_every_drawn_image_is_whole_whatever_the_model_thinks(
 
 @pytest.mark.parametrize("drawing", [True, False])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_reply_depends_on_its_prompt_and_the_seed_not_on_its_neighbours(
+def test_a_reply_depends_on_prompt_and_seed_not_on_other_prompts(
     model: UniToken, vocabulary: Vocabulary, drawing: bool, guidance: float
 ) -> None:
     several = prompts(vocabulary, 3, 9, 3, 14, 6, 5, 5)
@@ -170,7 +179,7 @@ def test_a_reply_depends_on_its_prompt_and_the_seed_not_on_its_neighbours(
     shapes = {
         codes.shape
         for reply in together
-        for codes in parts_of(vocabulary, reply)
+        for codes in split_reply(vocabulary, reply)
         if isinstance(codes, np.ndarray)
     }
     assert shapes
@@ -178,10 +187,10 @@ def test_a_reply_depends_on_its_prompt_and_the_seed_not_on_its_neighbours(
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.0, 4.0])
-def test_the_likeliest_drawings_are_what_reading_everything_anew_gives(
+def test_greedy_images_equal_those_without_cache_or_batch(
     model: UniToken, vocabulary: Vocabulary, guidance: float
 ) -> None:
-    """The cache, the padding of several lengths, the forced tokens, and guidance by its formula from two forwards."""
+    """The cache, the padding, the forced tokens, and guidance by its formula from two forward passes."""
     several = prompts(vocabulary, 4, 9, 7)
     sampling = Sampling(temperature=0.0, guidance=guidance)
     found = generate(model, vocabulary, several, sampling, sizes=[(2, 2)], drawing=True)
@@ -193,7 +202,7 @@ def test_the_likeliest_drawings_are_what_reading_everything_anew_gives(
     assert found == generate(model, vocabulary, several, likeliest, sizes=[(2, 2)], drawing=True)
 
 
-def test_guidance_changes_drawings(model: UniToken, vocabulary: Vocabulary) -> None:
+def test_guidance_changes_images(model: UniToken, vocabulary: Vocabulary) -> None:
     several = prompts(vocabulary, *range(4, 12))
     found = [
         generate(
@@ -210,17 +219,17 @@ def test_guidance_changes_drawings(model: UniToken, vocabulary: Vocabulary) -> N
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
-def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(
+def test_greedy_mixed_replies_equal_those_without_cache_or_batch(
     model: UniToken, vocabulary: Vocabulary, guidance: float
 ) -> None:
-    """Words until the model begins an image by itself; its block; words again; the end of the turn. With guidance."""
+    """Text until the model begins an image; its block; text again; the end of the turn. With guidance."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
     begins, ends = words[0][2], None
     drawn = dataclasses.replace(vocabulary, image_start=begins)
     sampling = Sampling(temperature=0.0, guidance=guidance)
     open_ended = generate(model, drawn, several, sampling, sizes=[(2, 2)], max_tokens=30)
-    parts = parts_of(drawn, open_ended[0])
+    parts = split_reply(drawn, open_ended[0])
     assert isinstance(parts[0], list)
     assert isinstance(parts[1], np.ndarray)
     after = next(part for part in parts[2:] if isinstance(part, list))
@@ -232,13 +241,13 @@ def test_text_and_images_in_one_reply_are_what_reading_everything_anew_gives(
         plainly(model, vocabulary, p, sizes=[(2, 2)], guidance=guidance, max_tokens=30) for p in several
     ]
     assert len(found[0]) < len(open_ended[0])
-    assert any(isinstance(part, np.ndarray) for part in parts_of(vocabulary, found[0]))
+    assert any(isinstance(part, np.ndarray) for part in split_reply(vocabulary, found[0]))
 
 
-def test_replies_in_words_read_no_null_prompts(
+def test_text_replies_read_no_null_prompts(
     model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They had doubled compute and cache; and from the first image on the null rows read images alone."""
+    """They once doubled compute and cache. From the first image on, the null rows read images only."""
     rows: list[int] = []
     real = UniToken.predict
 
@@ -260,22 +269,17 @@ def test_replies_in_words_read_no_null_prompts(
     )
 
 
-def test_several_replies_to_a_picture_show_it_to_the_tower_once(
-    model: UniToken, vocabulary: Vocabulary
-) -> None:
+def test_the_tower_sees_an_image_once_for_several_replies(model: UniToken, vocabulary: Vocabulary) -> None:
     several = prompts(vocabulary, 6, 7, 8)
-    reading = Reading(Views(8, 4))
-    batch = reading.batch(
-        [several[1]] * 3 + [several[2]],
-        [reading.length(p) for p in [several[1]] * 3 + [several[2]]],
-        vocabulary,
-    )
+    collate = PromptCollate(Views(8, 4))
+    repeated = [several[1]] * 3 + [several[2]]
+    batch = collate(repeated, [collate.length(prompt) for prompt in repeated], vocabulary)
     assert len(batch["pixel_values"]) == len({*several[1].images, *several[2].images}) == 3
     assert batch["feature_views"].reshape(5, 4)[:, 0].tolist() == [0, 0, 0, 1, 2]
 
 
-def test_the_cache_takes_a_few_tokens_more_than_it_holds() -> None:
-    """Doubling took twice what a long prompt needs."""
+def test_the_cache_allocates_few_tokens_more_than_it_holds() -> None:
+    """Doubling its size took twice the memory that a long prompt needs."""
     cache = KVCache(1, 10_000)
     for new in (4000, 1, 300):
         key = torch.zeros(1, 1, new, 2)
@@ -285,10 +289,8 @@ def test_the_cache_takes_a_few_tokens_more_than_it_holds() -> None:
         assert cache.seen <= cache.stored[0][0].shape[2] <= cache.seen + KVCache.STEP
 
 
-def test_each_prompt_may_have_a_number_and_a_limit_of_its_own(
-    model: UniToken, vocabulary: Vocabulary
-) -> None:
-    """So that some of many prompts get the replies that they get among all."""
+def test_each_prompt_may_have_its_own_number_and_limit(model: UniToken, vocabulary: Vocabulary) -> None:
+    """So that a part of many prompts gets the same replies as among all."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     limits = [3, 9, 5, 2]
     found = generate(model, vocabulary, several, Sampling(seed=1), max_tokens=limits)
@@ -306,10 +308,10 @@ def test_an_image_that_has_begun_is_finished(model: UniToken, vocabulary: Vocabu
 
 
 @pytest.mark.parametrize("vision", [VISION, None])
-def test_answers_are_the_likeliest_tokens_up_to_the_end_of_the_turn(
+def test_greedy_answers_end_with_the_turn_or_the_limit(
     vocabulary: Vocabulary, vision: VisionTowerConfig | None
 ) -> None:
-    """Prompts of several lengths, with 0 to 2 images, and without a tower: these are then image tokens alone."""
+    """Prompts of several lengths with 0 to 2 images; without a tower these are image tokens only."""
     model = build(vocabulary, vision)
     several = prompts(vocabulary, 6, 7, 6, 9, 6)
     found = generate(model, vocabulary, several, LIKELIEST, max_tokens=5)
@@ -318,44 +320,44 @@ def test_answers_are_the_likeliest_tokens_up_to_the_end_of_the_turn(
 
 
 def test_an_answer_ends_with_the_turn(model: UniToken, vocabulary: Vocabulary) -> None:
-    asked = prompts(vocabulary, 6)
-    first = generate(model, vocabulary, asked, LIKELIEST, max_tokens=1)[0][0]
+    several = prompts(vocabulary, 6)
+    first = generate(model, vocabulary, several, LIKELIEST, max_tokens=1)[0][0]
     ends_there = dataclasses.replace(vocabulary, end_of_turn=first)
-    assert generate(model, ends_there, asked, LIKELIEST, max_tokens=9) == [[]]
+    assert generate(model, ends_there, several, LIKELIEST, max_tokens=9) == [[]]
 
 
-def test_a_reply_without_images_has_no_token_of_one(model: UniToken, vocabulary: Vocabulary) -> None:
+def test_a_text_reply_has_no_image_token(model: UniToken, vocabulary: Vocabulary) -> None:
     replies = generate(
         model, vocabulary, prompts(vocabulary, *range(3, 20)), Sampling(temperature=20.0), max_tokens=30
     )
     assert not {token for reply in replies for token in reply} & vocabulary.special_ids
 
 
-def test_pictures_of_prompts_may_bring_tiles(model: UniToken, vocabulary: Vocabulary) -> None:
-    """AnyRes: more features, and the newline's embedding behind each row of them."""
+def test_images_of_prompts_may_have_tiles(model: UniToken, vocabulary: Vocabulary) -> None:
+    """AnyRes: more features, with the newline's embedding after each row of them."""
     views = Views(8, 4, anyres=True)
     several = prompts(vocabulary, 6, 7, 6)
-    found = generate(model, vocabulary, several, LIKELIEST, max_tokens=1, reading=Reading(views))
+    found = generate(model, vocabulary, several, LIKELIEST, max_tokens=1, collate=PromptCollate(views))
     text = [token for token in range(vocabulary.size) if token not in vocabulary.special_ids] + [
         vocabulary.end_of_turn
     ]
     for prompt, reply in zip(several, found, strict=True):
         logits = logits_of(model, vocabulary, prompt, [], views)
         assert (reply or [vocabulary.end_of_turn]) == [max(text, key=lambda token: logits[token].item())]
-    assert Reading(views).length(several[1]) > Reading(Views(8, 4)).length(several[1])
+    assert PromptCollate(views).length(several[1]) > PromptCollate(Views(8, 4)).length(several[1])
 
 
-def test_an_image_that_the_model_said_itself_brings_no_features(vocabulary: Vocabulary) -> None:
-    """In a conversation of several turns: as in training, where the features of what is drawn are not there either."""
+def test_an_image_in_an_earlier_answer_brings_no_features(vocabulary: Vocabulary) -> None:
+    """In a conversation of several turns, as in training, where generated images have no features either."""
     record = make_record("r", vocabulary, 4, question_images=1, answer_images=1)
     longer = dataclasses.replace(
         record, tokens=np.concatenate([record.tokens, [3, vocabulary.end_of_turn]]).astype(np.uint16)
     )
-    assert Reading(Views(8, 4)).length(longer) == len(longer.tokens) + 1 + 4
-    assert Reading(Views(8, 4), compat=True).length(longer) == len(longer.tokens) + 2 * (1 + 4)
+    assert PromptCollate(Views(8, 4)).length(longer) == len(longer.tokens) + 1 + 4
+    assert PromptCollate(Views(8, 4), "all", compat=True).length(longer) == len(longer.tokens) + 2 * (1 + 4)
 
 
-def test_a_model_in_bfloat16_draws_and_answers(vocabulary: Vocabulary) -> None:
+def test_a_model_in_bfloat16_generates_images_and_text(vocabulary: Vocabulary) -> None:
     model = build(vocabulary, VISION).to(torch.bfloat16)
     several = prompts(vocabulary, 3, 5, 3)
     assert (
@@ -373,7 +375,7 @@ def test_a_prompt_ends_where_training_begins(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> None:
+def test_the_last_checkpoint_of_a_stage_is_loaded(tmp_path: Path) -> None:
     from support.stages import stage, write_data
     from unitoken.train.check import check_stage
     from unitoken.train.generation.engine import load_model
@@ -383,7 +385,7 @@ def test_a_stages_last_checkpoint_is_loaded_on_one_process(tmp_path: Path) -> No
     config = stage(tmp_path, "max_duration=2ba")
     checked = check_stage(config, 1)
     run_stage(config, checked)
-    model = load_model(config)
+    model = load_model(config.model, config.save.folder)
     assert not model.training
     replies = generate(
         model, checked.vocabulary, prompts(checked.vocabulary, 3), sizes=[(2, 2)], drawing=True

@@ -1,4 +1,4 @@
-"""Prompts as files and settings say them."""
+"""Prompts from files and from settings."""
 
 import base64
 import json
@@ -12,8 +12,15 @@ from support.small_datasets import png
 from unitoken.codec.conversations import Conversation
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.metadata import PictureCrops
-from unitoken.train.generation.check_samples import check_samples, drawn_sizes, guidance_of, unguided, unusual
-from unitoken.train.generation.prompts import conversation_of, files_of, originals_of, read_prompts
+from unitoken.train.config import StageConfig
+from unitoken.train.generation.check_samples import (
+    check_samples,
+    guidance_or_default,
+    image_sizes,
+    untrained_guidance,
+    unusual_size,
+)
+from unitoken.train.generation.prompts import image_files, parse_prompt, read_images, read_prompts
 
 ITEM = {
     "conversations": [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "A cat."}],
@@ -22,20 +29,20 @@ ITEM = {
 DRAW = {"prompt": "Draw a cat."}
 
 
-def said(conversations: list[Conversation]) -> list[tuple[str, ...]]:
+def segments(conversations: list[Conversation]) -> list[tuple[str, ...]]:
     return [conversation.turns[-1].segments for conversation in conversations]
 
 
-def test_the_answer_of_an_item_and_its_pictures_are_kept_from_the_model() -> None:
+def test_the_last_answer_and_its_images_are_removed() -> None:
     turns = [
         {"from": "human", "value": "<|image|> Now draw it."},
         {"from": "gpt", "value": "Here: <|image|>"},
     ]
-    conversation = conversation_of({"conversations": turns, "image": ["a.png", "b.png"]}, "x")
+    conversation = parse_prompt({"conversations": turns, "image": ["a.png", "b.png"]}, "x")
     assert conversation.images == ("a.png",)
     assert len(conversation.turns) == 1
     story = [*turns, {"from": "human", "value": "And again."}, {"from": "gpt", "value": None}]
-    assert conversation_of({"conversations": story, "image": ["a.png", "b.png"]}, "x").images == (
+    assert parse_prompt({"conversations": story, "image": ["a.png", "b.png"]}, "x").images == (
         "a.png",
         "b.png",
     )
@@ -50,21 +57,21 @@ def test_the_answer_of_an_item_and_its_pictures_are_kept_from_the_model() -> Non
         ("p.JSONL", f"\ufeff{json.dumps(ITEM)}\r\n{json.dumps(DRAW)}\r\n"),
     ],
 )
-def test_the_input_format_is_read_as_items_whatever_its_form(tmp_path: Path, name: str, text: str) -> None:
+def test_items_are_read_from_json_and_json_lines(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_bytes(text.encode())
-    found = read_prompts(tmp_path / name)
-    assert said(found) == [("What? ", ""), ("Draw a cat.",)]
-    assert found[0].images == (str(tmp_path / "a.png"),)
+    prompts = read_prompts(tmp_path / name)
+    assert segments(prompts) == [("What? ", ""), ("Draw a cat.",)]
+    assert prompts[0].images == (str(tmp_path / "a.png"),)
 
 
-def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
     (tmp_path / "p.TXT").write_bytes("\ufeffDraw a cat.\r\n\nWhat is\u2028love?\n".encode())
-    assert said(read_prompts(tmp_path / "p.TXT")) == [("Draw a cat.",), ("What is\u2028love?",)]
+    assert segments(read_prompts(tmp_path / "p.TXT")) == [("Draw a cat.",), ("What is\u2028love?",)]
 
 
-def test_json_lines_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path: Path) -> None:
+def test_json_lines_may_contain_unicode_line_separators(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one\u2028two\x85"}, ensure_ascii=False), "utf-8")
-    assert said(read_prompts(tmp_path / "p.jsonl")) == [("one\u2028two\x85",)]
+    assert segments(read_prompts(tmp_path / "p.jsonl")) == [("one\u2028two\x85",)]
 
 
 @pytest.mark.parametrize(
@@ -77,74 +84,74 @@ def test_json_lines_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path: Path
         ("p.json", "[]", "it holds no prompt"),
     ],
 )
-def test_what_is_no_file_of_prompts_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_bad_file_of_prompts_is_a_one_line_error(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_prompts(tmp_path / name)
 
 
 @pytest.mark.parametrize("form", ["data:image/png;base64,{}", {"base64": "{}"}])
-def test_pictures_may_be_inside_of_the_file(tmp_path: Path, form: Any) -> None:
+def test_images_may_be_inline(tmp_path: Path, form: Any) -> None:
     text = base64.b64encode(png(1)).decode()
     image = form.format(text) if isinstance(form, str) else {"base64": text}
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "What?", "image": image}))
-    found = read_prompts(tmp_path / "p.jsonl")
-    assert files_of(found) == []
-    assert originals_of(found[0]) == [png(1)]
+    prompts = read_prompts(tmp_path / "p.jsonl")
+    assert image_files(prompts) == []
+    assert read_images(prompts[0]) == [png(1)]
 
 
-def test_a_broken_picture_inside_of_the_file_is_one_short_line() -> None:
-    found = [
-        conversation_of({"conversations": ITEM["conversations"], "image": [{"base64": "?" * 9999}]}, "x")
-    ]
+def test_a_broken_inline_image_is_a_short_error() -> None:
+    prompts = [parse_prompt({"conversations": ITEM["conversations"], "image": [{"base64": "?" * 9999}]}, "x")]
     with pytest.raises(ConfigError, match="bad base64: data:image") as error:
-        files_of(found)
+        image_files(prompts)
     assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/a.png", "https://host/a.png", "gs://bucket/a.png"])
-def test_urls_are_said_not_to_be_fetched(tmp_path: Path, url: str) -> None:
+def test_urls_are_refused(tmp_path: Path, url: str) -> None:
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": "What?", "image": url}]))
     with pytest.raises(
         ConfigError, match=f"^{url}: pictures of prompts are not fetched from anywhere: name a file"
     ):
-        files_of(read_prompts(tmp_path / "p.json"))
+        image_files(read_prompts(tmp_path / "p.json"))
 
 
-def test_guidance_is_off_where_training_showed_no_null_prompt(tmp_path: Path) -> None:
-    without, shown = drawing_stage(tmp_path), drawing_stage(tmp_path, "data.null_prompt_fraction=0.1")
-    assert [guidance_of(None, config, 4.0) for config in (without, shown)] == [1.0, 4.0]
-    assert [guidance_of(2.5, config, 4.0) for config in (without, shown)] == [2.5, 2.5]
+def test_guidance_is_off_after_training_without_null_prompts() -> None:
+    assert [guidance_or_default(None, 4.0, trained) for trained in (False, True)] == [1.0, 4.0]
+    assert [guidance_or_default(2.5, 4.0, trained) for trained in (False, True)] == [2.5, 2.5]
     assert (
-        unguided(2.5, without)
+        untrained_guidance(2.5, trained=False)
         == "guidance 2.5 is away from a prompt that training never showed: data.null_prompt_fraction is 0"
     )
-    assert not unguided(1.0, without)
-    assert not unguided(2.5, shown)
+    assert not untrained_guidance(1.0, trained=False)
+    assert not untrained_guidance(2.5, trained=True)
 
 
-def test_drawings_have_the_sizes_of_the_data_where_nobody_says_another(tmp_path: Path) -> None:
+def test_images_have_the_sizes_of_the_data_by_default() -> None:
     pictures = PictureCrops(crops=[(16, 16), (24, 8)])
-    assert drawn_sizes(drawing_stage(tmp_path), pictures) == [(16, 16), (8, 24)]
-    assert drawn_sizes(drawing_stage(tmp_path, "samples={size: [8, 16]}"), pictures) == [(8, 16)]
-    assert (
-        drawn_sizes(drawing_stage(tmp_path), None)
-        == drawn_sizes(drawing_stage(tmp_path), PictureCrops(crops=[]))
-        == [(512, 512)]
-    )
-    assert unusual((8, 24), pictures) is None
-    assert unusual((24, 8), None) is None
-    assert unusual((24, 8), pictures) == "no picture of the data has 8x24 pixels, they have 16x16, 24x8"
+    assert image_sizes(None, pictures) == [(16, 16), (8, 24)]
+    assert image_sizes((8, 16), pictures) == [(8, 16)]
+    assert image_sizes(None, None) == image_sizes(None, PictureCrops(crops=[])) == [(512, 512)]
+    assert unusual_size((8, 24), pictures) is None
+    assert unusual_size((24, 8), None) is None
+    assert unusual_size((24, 8), pictures) == "no picture of the data has 8x24 pixels, they have 16x16, 24x8"
 
 
-def test_samples_that_are_odd_are_warned_of_and_broken_pictures_refused(tmp_path: Path) -> None:
+def check(config: StageConfig, pictures: PictureCrops) -> list[str]:
+    guidance_trained = config.data.null_prompt_fraction > 0
+    return check_samples(config.samples, config.codec, pictures, guidance_trained)
+
+
+def test_unusual_samples_are_warned_of_and_broken_images_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1)[:20])
     pictures = PictureCrops(crops=[(16, 16)])
     config = drawing_stage(tmp_path, "samples={draw: [x], size: [24, 16], guidance: 2}")
-    size, guidance = check_samples(config, pictures)
+    size, guidance = check(config, pictures)
     assert size == "samples: no picture of the data has 16x24 pixels, they have 16x16"
     assert guidance.startswith("samples: guidance 2 is away from a prompt that training never showed")
-    assert not check_samples(drawing_stage(tmp_path, "samples={draw: [x]}"), pictures)
+    assert not check(drawing_stage(tmp_path, "samples={draw: [x]}"), pictures)
     config = drawing_stage(tmp_path, f"samples={{answer: {{{tmp_path}/a.png: What}}}}")
     with pytest.raises(ConfigError, match=r"samples\.answer: .*a\.png: (not an image|cannot be decoded)"):
-        check_samples(config, pictures)
+        check(config, pictures)

@@ -1,4 +1,4 @@
-"""What is drawn from logits."""
+"""The sampling of tokens from logits, and the grammar."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ def draws(count: int, temperature: float, top_k: int | None = None) -> np.ndarra
     return sample(rows, temperature, top_k, [generator_of(0, number) for number in range(count)]).numpy()
 
 
-def test_tokens_come_as_often_as_their_probability_says() -> None:
+def test_tokens_are_sampled_by_their_probability() -> None:
     for temperature in (0.5, 1.0, 2.0):
         share = np.bincount(draws(20000, temperature), minlength=5) / 20000
         assert (
@@ -23,26 +23,26 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
         )  # three times the standard deviation
 
 
-def test_top_k_leaves_the_likeliest_and_temperature_0_the_one() -> None:
+def test_top_k_and_temperature_0_keep_the_likeliest_tokens() -> None:
     assert set(draws(2000, 1.0, top_k=2)) == {1, 4}
     assert set(draws(2000, 5.0, top_k=9)) == {0, 1, 2, 3, 4}
     assert set(draws(50, 0.0)) == {1}
 
 
-def test_nothing_impossible_is_drawn_by_the_smallest_or_largest_number() -> None:
+def test_no_token_of_probability_0_is_sampled() -> None:
 
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(4000, -1)
     assert set(sample(logits, 1.0, None, [generator_of(1, n) for n in range(4000)]).tolist()) == {1, 2}
 
 
-def test_guidance_leads_away_from_the_null_prompt() -> None:
+def test_guidance_moves_away_from_the_null_prompt() -> None:
     logits, null = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 1.0])
     assert guided(logits, null, 1.0).tolist() == [1.0, 3.0]
     assert guided(logits, null, 0.0).tolist() == [2.0, 1.0]
     assert guided(logits, null, 4.0).tolist() == [-2.0, 9.0]
 
 
-def test_the_random_numbers_of_a_prompt_are_its_own() -> None:
+def test_each_prompt_has_its_own_random_numbers() -> None:
     assert torch.rand(3, generator=generator_of(1, 2)).equal(torch.rand(3, generator=generator_of(1, 2)))
     distinct = {
         float(torch.rand(1, generator=generator_of(seed, number))) for seed in range(9) for number in range(9)
@@ -50,11 +50,11 @@ def test_the_random_numbers_of_a_prompt_are_its_own() -> None:
     assert len(distinct) == 81
 
 
-def walk(turn: GrammarSteps, *said: int) -> list[int]:
-    """What may come after what was said; empty where the turn is over."""
+def walk(turn: GrammarSteps, *tokens: int) -> list[int]:
+    """The ids that may follow the tokens; empty if the turn is over."""
     choices = next(turn)
     try:
-        for token in said:
+        for token in tokens:
             assert token in choices.ids
             choices = turn.send(token)
     except StopIteration:
@@ -62,7 +62,7 @@ def walk(turn: GrammarSteps, *said: int) -> list[int]:
     return choices.ids.tolist()
 
 
-def test_a_width_is_one_of_those_that_go_with_the_height() -> None:
+def test_the_widths_depend_on_the_height() -> None:
     vocabulary = small_vocabulary()
     grammar = Grammar(vocabulary, [(2, 4), (2, 6), (8, 2)], CPU)
     grid = vocabulary.grid_ids
@@ -72,7 +72,7 @@ def test_a_width_is_one_of_those_that_go_with_the_height() -> None:
     assert walk(grammar.drawing(), vocabulary.image_start, grid[3]) == [grid[0]]
 
 
-def test_a_block_is_followed_to_its_last_newline_and_then_there_is_text_again() -> None:
+def test_text_follows_a_complete_block_only() -> None:
     vocabulary = small_vocabulary()
     grammar = Grammar(vocabulary, [(2, 2)], CPU)
     block = vocabulary.image_block(np.array([[1, 2], [3, 4]])).tolist()
