@@ -212,7 +212,7 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
 
 
 def _check_trainable(config: StageConfig) -> None:
-    trainable, short_name = config.trainable, f"[{', '.join(config.trainable)}]"
+    trainable, shown = config.trainable, f"[{', '.join(config.trainable)}]"
     parts = ["model", "lm_head"] + (["vit", "adapter"] if config.model.vision is not None else [])
     for name in trainable:
         if name.split(".")[0] not in parts:
@@ -222,16 +222,14 @@ def _check_trainable(config: StageConfig) -> None:
     trained_parts = {name.split(".")[0] for name in trainable}
     if config.data.continuous == "none" and trained_parts <= {"vit", "adapter"}:
         raise ConfigError(
-            f"trainable: {short_name} would train nothing: with data.continuous 'none' no image reaches them"
+            f"trainable: {shown} would train nothing: with data.continuous 'none' no image reaches them"
         )
     if not any(_has_learning_rate(name, config.optimizer.lr_scales) for name in trainable):
-        raise ConfigError(
-            f"trainable: {short_name} would train nothing: optimizer.lr_scales gives all of it 0"
-        )
+        raise ConfigError(f"trainable: {shown} would train nothing: optimizer.lr_scales gives all of it 0")
     for entry in config.optimizer.lr_scales:
         if not any(_is_within(name, entry) or _is_within(entry, name) for name in trainable):
             raise ConfigError(
-                f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: {short_name}"
+                f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: {shown}"
             )
 
 

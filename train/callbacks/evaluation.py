@@ -74,12 +74,10 @@ class Evaluation(Callback):  # type: ignore[misc]
         results = {**losses(measured), "targets": measured.targets}
         self.metrics.write({"step": step, "eval": results})
         logger.log_metrics(logger_metrics(results, "eval"))
-        short_name = "  ".join(
+        shown = "  ".join(
             f"{name} {value:.4f}" for name, value in losses(measured).items() if name.startswith("loss")
         )
-        self.metrics.print_line(
-            f"evaluation at step {step}: {short_name}  ({time.monotonic() - start:.0f} s)"
-        )
+        self.metrics.print_line(f"evaluation at step {step}: {shown}  ({time.monotonic() - start:.0f} s)")
 
     def measure(self, state: State) -> StepResult:
         """Compute the losses on the held-out batches, over all ranks."""

@@ -1,4 +1,4 @@
-"""The metrics of a run: written to metrics.jsonl, given to the loggers, and short_name on the terminal.
+"""The metrics of a run: written to metrics.jsonl, given to the loggers, and shown on the terminal.
 
 There is one line per step, and one per evaluation: {"step": 1000, "eval": {"loss": ..., "loss_text": ...}}.
 

@@ -11,7 +11,7 @@ from typing import Any
 from unitoken.common.cli import report
 from unitoken.train.callbacks.intervals import is_due
 
-# How metrics are short_name, by their keys in metrics.jsonl.
+# How metrics are shown, by their keys in metrics.jsonl.
 FORMATS = {
     "loss": "loss {:.4f}",
     "grad_norm": "grad {:.3f}",
@@ -26,7 +26,7 @@ BAR_METRICS = (
     "tokens_per_second",
     "useful",
     "skipped",
-)  # short_name beside a bar, where there is room
+)  # shown beside a bar, where there is room
 DROP_ORDER = ("useful", "tokens_per_second", "skipped", "loss")  # dropped one by one where there is no room
 MIN_BAR_WIDTH = 12  # columns, with the spaces around the bar
 
@@ -49,8 +49,8 @@ class ProgressLines:
 
     def status(self, metrics: Mapping[str, Any], *keys: str) -> str:
         """Format those metrics of `keys` that are known and not 0, and the time left."""
-        short_name = [FORMATS[key].format(metrics[key]) for key in keys if metrics.get(key)]
-        return "  ".join([*short_name, f"{self.time_left(metrics['step'])} left"])
+        shown = [FORMATS[key].format(metrics[key]) for key in keys if metrics.get(key)]
+        return "  ".join([*shown, f"{self.time_left(metrics['step'])} left"])
 
     def time_left(self, step: int) -> datetime.timedelta:
         """Estimate the time to the end from the mean time per step since the run started, pauses included."""

@@ -3,9 +3,9 @@
 transformers' Chameleon and this program load it to the same logits.
 
 config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
-model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; model.vqmodel.* if `codec` names a Chameleon
-VQGAN tokenizer*.json        if `codec` names a tokenizer tower/                 preprocessor_config.json of
-the tower; beside config.json transformers would take it for
+model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; model.vqmodel.* if `codec` names a Chameleon VQGAN
+tokenizer*.json        if `codec` names a tokenizer
+tower/                 preprocessor_config.json of the tower; beside config.json transformers would take it for
                        Chameleon's
 vocabulary.json, pictures.json, stage.yaml
 
