@@ -16,7 +16,18 @@ FORBIDDEN = {("tokenize", "streaming_data"), ("train", "tokenize"), ("streaming_
 # The same inside a package: its sub-packages, and the modules that stand beside them.
 INSIDE = {
     "codec": ("config", "image_tokenizer", "conversations", "text", "sequence"),
-    "streaming_data": ("settings", "sources", "plan", "check", "reading", "tools", "__main__"),
+    "streaming_data": (
+        "arrays",
+        "kinds",
+        "tables",
+        "settings",
+        "sources",
+        "plan",
+        "check",
+        "reading",
+        "tools",
+        "__main__",
+    ),
     "tokenize": (
         *("config", "sources", "output", "rejects", "first_items", "job", "prepare", "retry"),
         *("finished_chunks", "merge", "summary", "pipeline", "executors", "checks"),
