@@ -21,8 +21,8 @@ from unitoken.codec.text import load_tokenizer
 from unitoken.dataset import images
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.job import prepare
 from unitoken.tokenize.pipeline.worker import keep_freed_memory, run_chunks
+from unitoken.tokenize.prepare import prepare
 
 
 @dataclass(frozen=True)

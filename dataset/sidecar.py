@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from unitoken.common.errors import ConfigError, one_line
+from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.record import Record
 
 if TYPE_CHECKING:
     import pyarrow
-from unitoken.dataset.manifest import SIDECAR
 
 
 @contextlib.contextmanager
@@ -50,3 +53,24 @@ def samples_schema() -> pyarrow.Schema:
             ("generated", pa.list_(pa.bool_())),  # of each image: is it trained on
         ]
     )
+
+
+def sidecar_row(record: Record, image_sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return a record's row of the sidecar.
+
+    Args:
+        record: the sample; its target spans are in order and do not overlap.
+        image_sizes: width and height of each original in pixels.
+    """
+    targets = record.target_spans.astype(np.int64)  # (S, 2)
+    starts = record.image_spans[:, :1]  # (N, 1): the first token of each image
+    generated = ((targets[:, 0] <= starts) & (starts < targets[:, 1])).any(1)  # (N,)
+    return {
+        "id": record.id,
+        "tokens": len(record.tokens),
+        "target_tokens": int((targets[:, 1] - targets[:, 0]).sum()),
+        "images": len(record.image_spans),
+        "question_images": int((~generated).sum()),
+        "image_sizes": [side for size in image_sizes for side in size],
+        "generated": generated.tolist(),
+    }

@@ -92,13 +92,13 @@ def run(
         if rank is not None and rank >= splits:
             raise ConfigError(f"--rank {rank}: expected a number below --splits {splits}")
 
-        from unitoken.tokenize.job import prepare
+        from unitoken.tokenize.prepare import prepare
 
         job = prepare(settings, in_filename, out_dir)
         if rank is not None:
-            from unitoken.tokenize.executors.local import run_here
+            from unitoken.tokenize.executors.local import run_rank_here
 
-            run_here(job, rank, splits)
+            run_rank_here(job, rank, splits)
             return
         _finish(out_dir, settings.max_reject_fraction, _launch(job, splits, engine))
 
@@ -129,9 +129,9 @@ def preview(
     With --out each image stands beside the picture that its codes give: what the image tokenizer kept of it.
     """
     with one_line_errors():
-        from unitoken.tokenize.job import settings_of
+        from unitoken.tokenize.prepare import load_settings
 
-        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
+        settings = load_settings(out_dir, config, DEFAULT_CONFIG, overrides or [])
         if out is None:
             from unitoken.tokenize.checks.preview import show_samples
 
@@ -182,16 +182,17 @@ def rejects(
     """Show what was rejected, grouped by reason, or try it again."""
     with one_line_errors(GOES_ON):
         if not retry:
-            from unitoken.tokenize.retry import show_rejects
+            from unitoken.tokenize.rejects import show_rejects
 
             show_rejects(out_dir)
             return
         from unitoken.storage.open import open_store
-        from unitoken.tokenize.job import load_work, prepare, settings_of
+        from unitoken.tokenize.job import load_work
+        from unitoken.tokenize.prepare import load_settings, prepare
         from unitoken.tokenize.retry import begin_retry
 
         store = open_store(out_dir)
-        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
+        settings = load_settings(out_dir, config, DEFAULT_CONFIG, overrides or [])
         sources = in_filename or [file.name for file in load_work(store).input.files]
         job = prepare(
             settings, sources, out_dir
@@ -266,8 +267,9 @@ def _launch(job: Job, splits: int, engine: str) -> list[str]:
 
 
 def _finish(out: str, max_reject_fraction: float, failures: list[str]) -> None:
-    from unitoken.tokenize.merge import UnfinishedError, problems, summary
+    from unitoken.tokenize.merge import UnfinishedError
     from unitoken.tokenize.merge import merge as merge_chunks
+    from unitoken.tokenize.summary import problems, summary
 
     for line in failures:
         print(f"error: {line}", file=sys.stderr)

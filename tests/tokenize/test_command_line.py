@@ -216,7 +216,7 @@ def test_later_commands_take_the_settings_of_the_run(vqgan: Path, tmp_path: Path
     status, _, stderr = call("rejects", out, "--retry", "target_size=24")
     assert status == 2
     assert (
-        "target_size is 16 there and 24 now. Go on with what it was begun with (settings.yaml there)"
+        "target_size is 16 there and 24 now. Go on with the settings that it was begun with (settings.yaml"
         in stderr
     )
 
