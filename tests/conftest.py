@@ -14,7 +14,7 @@ from support.paths import GOLDEN
 
 
 def pytest_sessionfinish() -> None:
-    """Kill processes that a failed test left hanging, for which the interpreter would wait for ever at its exit.
+    """Kill processes that a failed test left hanging, as the interpreter would wait for them at its exit.
 
     It ends daemons itself; if a loader's worker were killed here, an error would be raised somewhere else.
     """

@@ -100,7 +100,7 @@ def test_a_private_host_is_refused_under_every_name(served: Server, host: str) -
     served.files["/a.png"] = b"abc"
     with pytest.raises(ItemError, match=r"^image not allowed: .*allow_private=true"):
         PictureReader(True, False, 5.0).read(".", f"http://{host}:{served.server_port}/a.png", 1000)
-    assert not served.asked
+    assert not served.requests
 
 
 def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -114,7 +114,7 @@ def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: py
     served.files["/b.png"] = b"private"
     with pytest.raises(ItemError, match=r"^image not allowed: "):
         PictureReader(True, False, 5.0).read(".", f"{served.url}/a.png", 1000)
-    assert served.asked == ["/a.png"]
+    assert served.requests == ["/a.png"]
 
 
 def test_a_name_that_changes_its_address_is_refused(
@@ -126,7 +126,7 @@ def test_a_name_that_changes_its_address_is_refused(
     monkeypatch.setattr(web_session, "_check_name", lambda host: None)
     with pytest.raises(PrivateAddressError):
         WebSession(public_only=True).get(f"{served.url}/a.png", timeout=5)
-    assert not served.asked
+    assert not served.requests
 
 
 def test_credentials_are_never_taken_from_netrc(

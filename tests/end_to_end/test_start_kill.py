@@ -98,7 +98,7 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
     (root / "tmp").mkdir()
     write_dataset(root / "data", text_records(SAMPLES))
     shared_before = names(SHARED)
-    foreign = SHARED / f"somebody-elses-{os.getpid()}"
+    foreign = SHARED / f"another-programs-{os.getpid()}"
     foreign.write_bytes(b"1")
     try:
         all_jobs = [Job(root, number) for number in range(jobs)]
