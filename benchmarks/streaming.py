@@ -72,7 +72,7 @@ def text(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     stream_sides.write_all(folder, count)
     child("benchmarks.streaming", "--child", "litdata", str(folder), str(count))
     total = sum(len(tokens) for tokens, _ in stream_sides.samples(count))
-    found: dict[str, dict[str, list[float]]] = {}
+    rates: dict[str, dict[str, list[float]]] = {}
     # First all rounds in one process, then all with workers: memory that was shared with a forked process is
     # copied when it is written to, for as long as this process lives.
     for way, read in (("one_process", read_here), ("two_workers", read_by_workers)):
@@ -86,12 +86,12 @@ def text(folder: Path, count: int, rounds: int) -> dict[str, Any]:
                         f"{side}, {way}: {samples} samples of {count}, {tokens} tokens of {total}"
                     )
                 if number:
-                    figures = found.setdefault(side, {})
+                    figures = rates.setdefault(side, {})
                     figures.setdefault(f"{way}_samples_per_s", []).append(samples / seconds)
                     figures.setdefault(f"{way}_tokens_per_s", []).append(tokens / seconds)
     return {
-        side: {name: round(statistics.median(values)) for name, values in of.items()}
-        for side, of in found.items()
+        side: {name: round(statistics.median(values)) for name, values in figures.items()}
+        for side, figures in rates.items()
     }
 
 

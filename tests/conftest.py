@@ -4,8 +4,8 @@ import multiprocessing
 import os
 from pathlib import Path
 
-# Before torch is imported: tests run on CPUs, also where there are GPUs, so that they test the same everywhere.
-# CUDA_VISIBLE_DEVICES=0 pytest -m gpu runs those that are for GPUs.
+# Set before torch is imported. Tests run on CPUs even where there are GPUs, so that they test the same
+# everywhere. CUDA_VISIBLE_DEVICES=0 pytest -m gpu runs the tests for GPUs.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
@@ -14,9 +14,9 @@ from support.paths import GOLDEN
 
 
 def pytest_sessionfinish() -> None:
-    """A process that a failed test left hanging: at its exit the interpreter would wait for it for ever.
+    """Kill processes that a failed test left hanging, as the interpreter would wait for them at its exit.
 
-    Daemons it ends itself; killed here, a loader's worker would be an error in the middle of whatever comes next.
+    It ends daemons itself; if a loader's worker were killed here, an error would be raised somewhere else.
     """
     for child in multiprocessing.active_children():
         if not child.daemon:
@@ -25,7 +25,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The part of the outputs recorded from the reference that the suite needs (assets/ and dev/)."""
+    """The outputs recorded from the reference that the tests need (assets/ and dev/)."""
     return GOLDEN
 
 

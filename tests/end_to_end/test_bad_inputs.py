@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -47,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def outcomes(cases: Iterator[tuple[str, bytes]], path: Path, use: Callable[[], Any]) -> dict[str, int]:
-    """Write each case to `path` and call `use`, which may raise only our own errors, each in one line and in time.
+    """Write each case to `path` and call `use`, which may raise only our own errors, each of one line.
 
     Returns:
         How many cases were read, and how many were errors.
@@ -160,7 +161,7 @@ def test_datasets_with_right_hashes_and_wrong_numbers(name: str, dataset: Path, 
         shards = Shards("a", folder, None, folder / "cache", None)
         for number in range(len(shards.samples)):
             shard = shards.open(number)
-            for record in shard.records(range(int(shards.samples[number])), 0):
+            for record in shard.records(np.arange(shards.samples[number]), 0):
                 record.labels()
 
     def look() -> None:

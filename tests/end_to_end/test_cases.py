@@ -1,4 +1,4 @@
-"""Inputs that once failed (tests/data/cases) go through the whole tokenization, each to its expected result."""
+"""Inputs that once failed (tests/data/cases) go through the whole tokenization to the right result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.paths import DATA
@@ -24,13 +25,13 @@ CASES = DATA / "cases"
 def tokenized(
     source: Path, out: Path, vqgan: Path, **changes: Any
 ) -> tuple[list[tuple[str, int]], list[str]]:
-    """Tokenize a source. Returns the id and the number of pictures of each sample, and the reasons of rejects."""
+    """Tokenize a source. Returns each sample's id and number of pictures, and the reasons of the rejects."""
     run_here(settings(vqgan, **changes), source, out)
     manifest = merge(str(out))
     shards = Shards("cases", out, None, out / "stamps", None)
     samples = []
     for number, entry in enumerate(read_index(out)):
-        for record in shards.open(number).records(range(entry["samples"]), 0):
+        for record in shards.open(number).records(np.arange(entry["samples"]), 0):
             samples.append((record.id, len(record.images)))
     reasons = [json.loads(line)["reason"] for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert manifest.items == len(samples) + len(reasons)

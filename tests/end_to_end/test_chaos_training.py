@@ -26,7 +26,8 @@ from support.stages import curve
 def test_a_disturbed_run_has_the_curve_of_an_undisturbed_one(events: int, tmp_path: Path) -> None:
     program = [sys.executable, str(TESTS / "support" / "chaos_training.py"), str(tmp_path), str(events)]
     result = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr + (tmp_path / "run.log").read_text()[-3000:]
+    logs = "".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("*.log")))
+    assert result.returncode == 0, result.stderr + logs
     figures = json.loads(result.stdout.splitlines()[-1])
     print(figures)
     assert figures["left_in_shm"] == []

@@ -1,5 +1,8 @@
-"""What only a GPU can show: `CUDA_VISIBLE_DEVICES=0 pytest -m gpu`. The numbers of the reference on the device, flex attention
-compiled, and a real layer's memory. Nothing here runs where there is none.
+"""The reference's numbers, compiled flex attention and a real layer's memory, on a GPU.
+
+    CUDA_VISIBLE_DEVICES=0 pytest -m gpu
+
+Without a GPU all of these tests are skipped.
 """
 
 import json
@@ -59,19 +62,22 @@ LAYER = DecoderConfig(
     num_attention_heads=32,
     qk_norm="shared",
 )
-SIGLIP = {
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2, "num_attention_heads": 16, "image_size": 384,
-    "patch_size": 14,
-}  # fmt: skip
+SIGLIP = VisionTowerConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+)
 LENGTH = 4096
 
 
 @pytest.fixture(autouse=True)
 def _as_in_training() -> Iterator[None]:
-    """float32 is float32: TF32 keeps 10 bits of 23. It is off by default in matrix products and on in convolutions.
+    """Compute float32 exactly, without TF32, which keeps 10 of its 23 bits and is on for convolutions.
 
-    And sizes are constants of what is compiled: after another test's sizes torch would take them for
-    variables.
+    Also forget what was compiled: after another test's sizes torch would compile for variable sizes.
     """
     torch._dynamo.reset()
     decoder._compiled.cache_clear()
@@ -87,8 +93,8 @@ def records(golden: Path) -> dict[str, Any]:
 
 
 def case_of(golden: Path, variant: Variant, name: str) -> dict[str, Any]:
-    every = json.loads((golden / "dev/D_model.json").read_text())
-    return next(case for case in every if (case["variant"], case["batch"]) == (variant, name))
+    cases: list[dict[str, Any]] = json.loads((golden / "dev/D_model.json").read_text())
+    return next(case for case in cases if (case["variant"], case["batch"]) == (variant, name))
 
 
 def moved(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +104,11 @@ def moved(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def learn(
     model: UniToken, batch: dict[str, Tensor], precision: Literal["fp32", "bf16"] = "fp32"
 ) -> tuple[Loss, dict[str, float]]:
-    """The loss, and the norm of each part's gradient. bf16 is what Composer's `amp_bf16` is: autocast over float32 weights."""
+    """Run forward and backward; bf16 is autocast over float32 weights, as Composer's `amp_bf16`.
+
+    Returns:
+        The loss, and the norm of each part's gradient.
+    """
     model.zero_grad()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
         loss = model(moved(batch))
@@ -117,9 +127,10 @@ def learn(
 def test_losses_and_gradients_are_the_references(
     variant: Variant, name: str, golden: Path, records: dict[str, Any]
 ) -> None:
-    """In float32 near the recording's tolerances (a GPU adds in another order); in bf16 near what it recorded for information.
+    """In float32 close to the recording's tolerances, and in bf16 close to its bf16 numbers.
 
-    bf16 on a CPU: within 1.7e-3 of the recorded bf16 loss, 2.4e-3 of the float32 one, 0.8 % of the norms.
+    A GPU adds in another order. On a CPU bf16 is within 1.7e-3 of the recorded bf16 loss, 2.4e-3 of the
+    float32 loss, 0.8 % of the norms.
     """
     case = case_of(golden, variant, name)
     batch = reference_batch(samples_of(golden, records, case))
@@ -141,38 +152,36 @@ def test_losses_and_gradients_are_the_references(
 def test_compiled_flex_attention_equals_sdpa_in_packs(
     variant: Variant, name: str, golden: Path, records: dict[str, Any]
 ) -> None:
-    """And both are the reference's numbers, through our own packs of several documents with padding behind them."""
+    """Both give the reference's numbers for our packs of several documents with padding at the end."""
     case = case_of(golden, variant, name)
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
     batch = Collate(8192, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack])
-    found = {}
+    gradients: dict[str, dict[str, Any]] = {}
     for attention in ("sdpa", "flex"):
         model = read_model(golden).to(DEVICE)
         model.attention = attention  # type: ignore[assignment]
         loss, norms = learn(model, batch)
-        found[attention] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradients[attention] = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert loss.ce.item() == pytest.approx(case["c_loss"], abs=2e-5), attention
         assert norms == pytest.approx(case["grad_norm_groups"], rel=1e-3, abs=1e-6), attention
         loss, norms = learn(model, batch, "bf16")
         assert loss.ce.item() == pytest.approx(case["c_loss"], abs=5e-3), attention
         assert norms == pytest.approx(case["grad_norm_groups"], rel=3e-2, abs=1e-6), attention
-    for key, expected in found["sdpa"].items():
-        if not key.endswith("k_proj.bias"):  # zero but for rounding
-            assert (found["flex"][key] - expected).norm() <= 1e-4 * expected.norm(), key
+    for key, expected in gradients["sdpa"].items():
+        if not key.endswith("k_proj.bias"):  # zero except for rounding
+            assert (gradients["flex"][key] - expected).norm() <= 1e-4 * expected.norm(), key
 
 
 def test_compiled_flex_attention_keeps_documents_apart() -> None:
-    """32 heads of 128 in bf16: each document gets what plain causal attention gives it alone, and nothing of its neighbours.
+    """With 32 heads of 128 in bf16, each document gets what causal attention gives it alone.
 
-    Rounding: kernels that add in another order differ by 3e-3 of the whole, with single elements off by
-    three hundredths.
+    Kernels that add in another order differ by 3e-3 in norm, with single elements off by three hundredths.
     """
     torch.manual_seed(0)
     layer = real_layer(dropout=0.0)
     lengths = [1790, 7, 1201, 500]
-    documents = torch.cat(
-        [torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((LENGTH - sum(lengths),), -1)]
-    )
+    padding = torch.full((LENGTH - sum(lengths),), -1)
+    documents = torch.cat([*(torch.full((n,), i) for i, n in enumerate(lengths)), padding])
     positions = torch.cat([torch.arange(n) for n in [*lengths, LENGTH - sum(lengths)]])[None].to(DEVICE)
     mask = document_mask(documents[None].int().to(DEVICE), "flex")
     hidden = torch.randn(1, LENGTH, LAYER.hidden_size, device=DEVICE, dtype=torch.bfloat16)
@@ -191,7 +200,7 @@ def test_compiled_flex_attention_keeps_documents_apart() -> None:
 
 
 def real_layer(dropout: float) -> DecoderLayer:
-    """As in a unit of FSDP2 under mixed precision: its weights are bf16."""
+    """Make a layer with bf16 weights, as FSDP2 gathers it under mixed precision."""
     layer = DecoderLayer(LAYER, 0, dropout)
     for parameter in layer.parameters():
         if parameter.ndim == 2 and min(parameter.shape) > 1:
@@ -200,7 +209,7 @@ def real_layer(dropout: float) -> DecoderLayer:
 
 
 def test_a_real_layer_keeps_the_computed_amount_of_memory() -> None:
-    """Forward and backward of one layer of the 7B model over 4,096 tokens: about 1.07 GB of activations without recomputation."""
+    """A layer of the 7B model keeps about 1.07 GB of activations of 4,096 tokens, without recomputation."""
     from unitoken.train.accounting.memory import decoder_layer_bytes
 
     layer = real_layer(dropout=0.05)
@@ -211,63 +220,59 @@ def test_a_real_layer_keeps_the_computed_amount_of_memory() -> None:
 
     def step() -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
-            return layer(hidden, cos, sin, None)
+            out: Tensor = layer(hidden, cos, sin, None)
+            return out
 
-    step().float().square().mean().backward()  # gradients, and what the libraries take for themselves
+    step().float().square().mean().backward()  # allocates gradients and the libraries' workspaces
     before = torch.cuda.memory_allocated()
     out = step()
     kept = torch.cuda.memory_allocated() - before - out.nbytes
     assert kept == pytest.approx(LENGTH * decoder_layer_bytes(LAYER, "none", width=2, trains=True), rel=0.1)
     torch.cuda.reset_peak_memory_stats()
     out.float().square().mean().backward()
-    # The formula's working memory: gradients on the way back through the widest part, and those of the
-    # output in float32.
-    working = (
-        LENGTH * (3 * 2 * LAYER.intermediate_size + 12 * LAYER.hidden_size)
-        + 3 * 4 * LENGTH * LAYER.hidden_size
-    )
-    weights = (
-        2 * 2 * sum(parameter.numel() for parameter in layer.parameters())
-    )  # gradients before they are added up
+    # The formula's working memory: gradients in the backward pass of the widest part, and of the output in
+    # float32.
+    widest = LENGTH * (3 * 2 * LAYER.intermediate_size + 12 * LAYER.hidden_size)
+    working = widest + 3 * 4 * LENGTH * LAYER.hidden_size
+    weights = 2 * 2 * sum(parameter.numel() for parameter in layer.parameters())  # gradients before the sum
     assert torch.cuda.max_memory_allocated() < before + kept + working + weights
-    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
-    assert hidden.grad.isfinite().all()
+    for tensor in (hidden, *layer.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("recomputed", ["none", "full"])
 def test_a_step_needs_no_more_memory_than_the_stage_announces(recomputed: str) -> None:
-    """Two layers of 32 and two of the tower's 27, Stage II on one GPU: the formula behind the README's figure for 7B."""
+    """Two of 32 layers and two of the tower's 27 in Stage II check the formula for the README's 7B figure."""
     from unitoken.train.accounting.memory import RUNTIME, estimate_memory
 
     depth = LAYER.model_copy(update={"num_hidden_layers": 2})
     config = load_config(
         StageConfig, ROOT / "yamls/stage2.yaml", ["microbatch=1", f"activation_checkpointing={recomputed}"]
     )
-    vision = VisionTowerConfig(**SIGLIP)
-    model = build_model(depth, vision, config.model, config.activation_checkpointing)
+    model = build_model(depth, SIGLIP, config.model, config.activation_checkpointing)
     load_weights(model, {}, seed=0)
     trained = freeze(model.to(DEVICE).train(), config.trainable)
     number = sum(model.get_parameter(name).numel() for name in trained)
     optimizer = build_optimizer(model, config.optimizer)
     set_learning_rate(optimizer, 1e-5)
-    for _ in range(2):  # the second has Adam's moments
+    for _ in range(2):  # in the second step there are Adam's moments
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(moved(two_documents())).total
         loss.backward()
-        found = (
-            torch.cuda.max_memory_allocated()
-        )  # of the passes: on eight GPUs the optimizer's share is an eighth
+        # Of the passes alone: on eight GPUs the optimizer's step needs an eighth.
+        peak = torch.cuda.max_memory_allocated()
         optimizer.step()
         optimizer.zero_grad()
     assert loss.isfinite()
-    need = estimate_memory(config, depth, vision, ranks=1, trained=number, views=2)
-    said = need.total - RUNTIME
-    assert 0.6 * said < found < said, f"{found / 1e9:.1f} GB, said was {need.summary()}"
+    need = estimate_memory(config, depth, SIGLIP, ranks=1, trained=number, views=2)
+    announced = need.total - RUNTIME
+    assert 0.6 * announced < peak < announced, f"{peak / 1e9:.1f} GB, announced was {need.summary()}"
 
 
 def two_documents() -> dict[str, Tensor]:
-    """A pack of two documents, each with an image of 729 features that is asked about, and 300 trained tokens."""
+    """A pack of two documents, each a question about an image of 729 features, with 300 trained tokens."""
     half, features = LENGTH // 2, 729
     columns = torch.cat([torch.arange(features) + start for start in (1000, half + 1000)])
     labels = torch.full((1, LENGTH), -100)

@@ -1,9 +1,12 @@
-"""Whole stages on a GPU, as a user starts them: `CUDA_VISIBLE_DEVICES=0 pytest -m gpu`. Composer in bf16, compiled layers around
-flex attention, evaluation and samples, SIGKILL and resume, then generation and export.
+"""Whole stages on a GPU, as a user starts them.
+
+    CUDA_VISIBLE_DEVICES=0 pytest -m gpu
+
+Composer in bf16, compiled layers with flex attention, evaluation and samples, SIGKILL and resume, then
+generation and export.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,22 +25,12 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0 pytest -m gpu"
     ),
-    pytest.mark.timeout(900),  # each process compiles anew
+    pytest.mark.timeout(900),  # every process compiles again
 ]
+COMPILED = ["precision=bf16", "model.attention=flex", "model.compile=true"]
 SETTINGS = {
-    "full": [
-        "precision=bf16",
-        "model.attention=flex",
-        "model.compile=true",
-        "activation_checkpointing=full",
-        "deterministic=true",
-    ],
-    "selective": [
-        "precision=bf16",
-        "model.attention=flex",
-        "model.compile=true",
-        "activation_checkpointing=selective",
-    ],
+    "full": [*COMPILED, "activation_checkpointing=full", "deterministic=true"],
+    "selective": [*COMPILED, "activation_checkpointing=selective"],
     "plain": ["precision=bf16", "model.attention=sdpa", "deterministic=true"],
     "fp32": ["precision=fp32", "model.attention=flex"],
 }
@@ -60,15 +53,9 @@ def start(folder: Path, run: str, *overrides: str) -> subprocess.Popen[bytes]:
     }
     held_out = {"all": {"local": str(folder / "data"), "held_out": 0.2}}
     drawing_stage(folder, f"save.folder={folder / run}", name=run, samples=samples, eval={"interval": "5ba"})
-    given = [
-        "max_duration=3ep",
-        f"model.decoder.vocab_size={ROOM}",
-        f"data.streams={json.dumps(held_out)}",
-        *overrides,
-    ]
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", folder / f"{run}.yaml", f"save.folder={folder / run}", *given]
-    )
+    program = [sys.executable, str(ROOT / "train.py"), str(folder / f"{run}.yaml")]
+    settings = [f"save.folder={folder / run}", "max_duration=3ep", f"model.decoder.vocab_size={ROOM}"]
+    return subprocess.Popen([*program, *settings, f"data.streams={json.dumps(held_out)}", *overrides])
 
 
 def test_killed_deterministic_stages_on_a_gpu_resume_bit_for_bit(folder: Path) -> None:
@@ -95,33 +82,10 @@ def test_a_stage_on_a_gpu_learns_draws_and_logs_its_memory(folder: Path, name: s
     assert all(0 < line["memory_gib"] < 80 for line in steps)
     with Image.open(folder / name / "samples" / "step-00000005" / "0.png") as drawn:
         assert drawn.size == (24, 16)
-    command = [
-        sys.executable,
-        "-m",
-        "unitoken.train",
-        "generate",
-        folder / name,
-        "--out",
-        folder / f"{name}-out",
-    ]
-    drawing = [
-        *command,
-        "--prompt",
-        "Draw a two.",
-        "--draw",
-        "--size",
-        "16x24",
-        "--guidance",
-        "2",
-        "--count",
-        "2",
-    ]
-    subprocess.run(
-        drawing, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    )
-    assert len(list((folder / f"{name}-out").glob("*.png"))) == 2
-    subprocess.run(
-        [sys.executable, "-m", "unitoken.train", "export", folder / name, folder / f"{name}-exported"],
-        check=True,
-    )
+    program = [sys.executable, "-m", "unitoken.train"]
+    drawing = ["--prompt", "Draw a two.", "--draw", "--size", "16x24", "--guidance", "2", "--count", "2"]
+    out = folder / f"{name}-out"
+    subprocess.run([*program, "generate", folder / name, "--out", out, *drawing], check=True, cwd=ROOT)
+    assert len(list(out.glob("*.png"))) == 2
+    subprocess.run([*program, "export", folder / name, folder / f"{name}-exported"], check=True)
     assert (folder / f"{name}-exported" / "model.safetensors").exists()

@@ -1,6 +1,7 @@
-"""What the reference does wrong and this system does not, where no other test says so. Numbers are those of the list of its
-bugs that this project started from; `compat: unitoken` brings 16, 17, 22 and 29 back, and of 5 how the
-tower sees a picture.
+"""Bugs of the reference that this system does not have, where no other test shows it.
+
+The numbers are those of the list of bugs that this project started from. `compat: unitoken` brings 16, 17, 22
+and 29 back, and of 5 how the tower sees a picture.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def records(golden: Path) -> dict[str, Any]:
 def collate(
     *pack: Record, continuous: str = "questions", compat: bool = False, anyres: bool = False
 ) -> dict[str, Tensor]:
-    """One pack that just holds the records."""
+    """Collate one pack, just long enough for the records."""
     views = VIEWS["anyres" if anyres else "base"]
     room = 3700 if anyres else FEATURES + 1
     length = sum(len(record.tokens) + len(record.images) * room for record in pack)
@@ -42,7 +43,7 @@ def collate(
 
 
 def test_bug_1_any_number_of_images_in_questions_and_answers(golden: Path, records: dict[str, Any]) -> None:
-    """Two images in one sample were an AssertionError in the middle of training. Images in answers: test_packed.py."""
+    """Two images in a sample raised an error during training. test_packed.py has images in answers."""
     model = read_model(golden)
     for name, images in (("dev-16-img_implicit_two", 2), ("dev-17-img_three_one_turn", 3)):
         record = record_of(golden, records[name])
@@ -55,26 +56,24 @@ def test_bug_1_any_number_of_images_in_questions_and_answers(golden: Path, recor
             for number in range(images):
                 pixels = batch["pixel_values"].clone()
                 pixels[number] = 255 - pixels[number]
-                changed = (
-                    (model.embed({**batch, "pixel_values": pixels}) != clean).any(-1)[0].nonzero().flatten()
-                )
+                differs = (model.embed({**batch, "pixel_values": pixels}) != clean).any(-1)[0]
                 own = batch["feature_columns"][batch["feature_views"] == number]
-                assert changed.tolist() == own.tolist(), f"image {number} of {images} stands elsewhere"
+                assert differs.nonzero().flatten().tolist() == own.tolist(), f"image {number} of {images}"
     loss = model(batch).total
     loss.backward()
     assert loss.isfinite()
-    assert model.vit.post_layernorm.weight.grad.any()
+    gradient = model.vit.post_layernorm.weight.grad
+    assert gradient is not None
+    assert gradient.any()
 
 
 @pytest.mark.parametrize("variant", ["base", "anyres"])
 def test_bug_3_an_image_given_as_a_string_is_that_image(
     variant: str, golden: Path, records: dict[str, Any]
 ) -> None:
-    """Training opened the file that the path's first letter names, failed, and went on with a black picture without labels."""
-    item = {
-        "image": "images/d07_wide.jpg",
-        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}],
-    }
+    """Training opened the file named by the path's first letter, failed, and used a black picture."""
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    item = {"image": "images/d07_wide.jpg", "conversations": turns}
     assert parse(item, "name").images == ("images/d07_wide.jpg",)
     record = record_of(golden, records["dev-15-img_implicit_string"])
     assert isinstance(records["dev-15-img_implicit_string"]["record"]["image"], str)
@@ -91,7 +90,7 @@ def test_bug_4_a_conversation_without_the_key_image_is_a_sample() -> None:
 
 
 def test_bug_16_no_separator_is_a_target(golden: Path, records: dict[str, Any]) -> None:
-    """It stands in questions, too, and is never generated: a model that is trained to say it says it."""
+    """Separators are never generated, also those in questions; a model that is trained on them would."""
     asked, drawn = (
         record_of(golden, records[name]) for name in ("dev-11-img_human", "dev-14-img_gpt_with_text")
     )
@@ -105,7 +104,7 @@ def test_bug_16_no_separator_is_a_target(golden: Path, records: dict[str, Any]) 
 def test_bug_17_a_drawn_image_ends_alike_in_training_and_drawing(
     anyres: bool, golden: Path, records: dict[str, Any]
 ) -> None:
-    """After the last row comes the end of the image, and no feature of the picture that is to be drawn, nor its cost."""
+    """The last row is followed by the end of the image; a drawn picture's features are not computed."""
     record = record_of(golden, records["dev-13-img_gpt_generation"])
     batch = collate(record, anyres=anyres)
     assert len(batch["pixel_values"]) == len(batch["feature_rows"]) == 0
@@ -120,12 +119,15 @@ def test_bug_17_a_drawn_image_ends_alike_in_training_and_drawing(
 
 
 def test_bug_19_logits_exist_for_one_chunk_of_trained_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference made them for every position, in float32, and copied them twice: 8 GB at its batch of the base variant."""
+    """The reference computed float32 logits for every position and copied them twice: 8 GB a batch."""
     rows: list[int] = []
     real = loss_module.F.linear
-    monkeypatch.setattr(
-        loss_module.F, "linear", lambda states, weight: rows.append(len(states)) or real(states, weight)
-    )
+
+    def linear(states: Tensor, weight: Tensor) -> Tensor:
+        rows.append(len(states))
+        return real(states, weight)
+
+    monkeypatch.setattr(loss_module.F, "linear", linear)
     hidden, weight = torch.randn(4, 100, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (4, 100))
     labels[:, :50] = IGNORED
@@ -135,8 +137,9 @@ def test_bug_19_logits_exist_for_one_chunk_of_trained_rows_only(monkeypatch: pyt
 
 
 def test_bug_20_tower_and_embedding_run_once_per_microbatch(golden: Path, records: dict[str, Any]) -> None:
-    """With AnyRes the reference ran the tower for each sample, under FSDP with a gathering of its weights each, and the
-    embedding four times.
+    """With AnyRes the reference ran the tower once per sample, gathering its weights each time under FSDP.
+
+    It ran the embedding four times.
     """
     model = read_model(golden)
     calls: list[tuple[str, int]] = []
@@ -152,14 +155,14 @@ def test_bug_20_tower_and_embedding_run_once_per_microbatch(golden: Path, record
 
 @pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 def test_bug_22_in_compat_alone_a_step_is_the_mean_of_means(tmp_path: Path) -> None:
-    """And the whole step is the reference's: separators trained on, drawn images with features, weight decay on everything."""
+    """The whole step is the reference's: trained separators, features of drawn images, decay everywhere."""
     from support.stages import metrics
     from unitoken.train.stage import run_stage
 
     write_data(tmp_path / "data")
-    config = stage(tmp_path, "compat=unitoken", "model.dropout=0", "max_duration=4ba", "microbatch=1", "save.interval=100ba",
-                   "optimizer.weight_decay=0.9")  # fmt: skip
-    assert config.data.continuous == "all", "nothing else has to be said"
+    settings = ["model.dropout=0", "max_duration=4ba", "microbatch=1", "save.interval=100ba"]
+    config = stage(tmp_path, "compat=unitoken", *settings, "optimizer.weight_decay=0.9")
+    assert config.data.continuous == "all", "`compat` alone implies it"
     checked = check_stage(config, 1)
     run_stage(config, checked)
     lines = metrics(tmp_path / "run")

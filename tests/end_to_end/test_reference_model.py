@@ -1,5 +1,7 @@
-"""Both variants against numbers recorded from the reference: golden parts D (losses, gradients), E (learning rates) and F
-(ten optimisation steps). Tolerances are those of the recording's README.
+"""Both variants against numbers recorded from the reference.
+
+Golden parts D (losses, gradients), E (learning rates) and F (ten optimisation steps). Tolerances are those
+of the recording's README.
 """
 
 import json
@@ -53,9 +55,10 @@ BATCHES = [
 TRUNCATED = ["truncate_tail", "truncate_inside_image"]
 
 
-def cases(golden: Path, part: str, **wanted: str) -> list[dict[str, Any]]:
-    every = json.loads((golden / "dev" / part).read_text())
-    return [case for case in every if all(case[key] == value for key, value in wanted.items())]
+def cases(golden: Path, part: str, **fields: str) -> list[dict[str, Any]]:
+    """The recorded cases of a part that have these fields."""
+    recorded = json.loads((golden / "dev" / part).read_text())
+    return [case for case in recorded if all(case[key] == value for key, value in fields.items())]
 
 
 @pytest.mark.parametrize("name", BATCHES + TRUNCATED)
@@ -79,8 +82,8 @@ def test_losses_logits_and_gradients_are_the_references(
         hidden = model.model(embeddings, batch["position_ids"], None)
         strides = case["logits_stride"][0], case["logsumexp_stride"]
         logits, dense = (model.lm_head(hidden[:, ::stride]) for stride in strides)
-        for some in (logits, dense):
-            some[..., list(model.masked_ids)] = torch.finfo(torch.float32).min
+        for masked in (logits, dense):
+            masked[..., list(model.masked_ids)] = torch.finfo(torch.float32).min
     stride = case["embeds_stride"]
     np.testing.assert_allclose(
         embeddings[:, :: stride[0], :: stride[1]], expected["embeds_sub"], rtol=0, atol=3e-6
@@ -95,13 +98,12 @@ def test_losses_logits_and_gradients_are_the_references(
     loss.total.backward()
     for parameter, norm in case["grad_norm_per_tensor"].items():
         gradient = model.get_parameter(parameter).grad
-        found = 0.0 if gradient is None else gradient.double().norm().item()
-        if (
-            norm is None or norm < 1e-6
-        ):  # no image in the batch; or the key's bias, which is zero but for rounding
-            assert found < 1e-6, parameter
+        own = 0.0 if gradient is None else gradient.double().norm().item()
+        # Without an image in the batch; or the gradient of a key's bias, which is zero except for rounding.
+        if norm is None or norm < 1e-6:
+            assert own < 1e-6, parameter
         else:
-            assert found == pytest.approx(norm, rel=1e-4), parameter
+            assert own == pytest.approx(norm, rel=1e-4), parameter
 
 
 @pytest.mark.parametrize("name", [name for name in BATCHES if name != "failed_image"])
@@ -109,67 +111,58 @@ def test_losses_logits_and_gradients_are_the_references(
 def test_our_packs_in_compat_give_the_references_gradients(
     variant: Variant, name: str, golden: Path, records: dict[str, Any], model: UniToken
 ) -> None:
-    """All samples of a recorded batch in one pack, through the real collate function. What failed to decode is no sample of
-    ours; and nothing is cut in the middle, so the batches cut by the reference are left out.
+    """All samples of a recorded batch in one pack, through the real collate function.
+
+    The batches that the reference cut are left out, as we never cut in the middle; a sample whose image
+    failed to decode is a reject here.
     """
     (case,) = cases(golden, "D_model.json", variant=variant, batch=name)
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
-    length = sum(
-        len(record.tokens) + (731 if variant == "base" else 2300) * len(record.images) for record in pack
-    )
+    room = 731 if variant == "base" else 2300  # for an image's features
+    length = sum(len(record.tokens) + room * len(record.images) for record in pack)
     batch = Collate(length, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack])
-    trained = [
-        int((batch["labels"][batch["document_ids"] == number] >= 0).sum()) for number in range(len(pack))
-    ]
+    is_trained, documents = batch["labels"] >= 0, batch["document_ids"]
+    trained = [int(is_trained[documents == number].sum()) for number in range(len(pack))]
     assert trained == case["n_label_positions"]
     model.masked_ids = IMAGE_IDS if case["config"]["mask_image_logits"] else ()
     loss = model(batch)
     assert loss.ce.item() == pytest.approx(case["c_loss"], abs=5e-6)
     assert loss.z.item() == pytest.approx(case["z_loss"], abs=5e-5)
     loss.total.backward()
-    norms = {
-        part: torch.stack([p.grad.double().norm() for p in module.parameters() if p.grad is not None])
-        .norm()
-        .item()
-        for part, module in model.named_children()
-    }
+    norms = {}
+    for part, module in model.named_children():
+        gradients = [p.grad.double().norm() for p in module.parameters() if p.grad is not None]
+        norms[part] = torch.stack(gradients).norm().item()
     assert norms == pytest.approx(case["grad_norm_groups"], rel=1e-4, abs=1e-6)
 
 
 def item_cases(golden: Path, *names: str) -> list[dict[str, Any]]:
-    return [
-        case
-        for case in json.loads((golden / "dev/C_item_processor.json").read_text())
-        if case["case"] in names
-    ]
+    recorded = json.loads((golden / "dev/C_item_processor.json").read_text())
+    return [case for case in recorded if case["case"] in names]
 
 
 def test_pixels_are_those_of_the_references_item_processor(golden: Path) -> None:
-    """Of several images the reference took the first alone (bug 1)."""
-    found = item_cases(golden, "image", "image_transparent", "image_third", "two_images_first_is_used")
-    assert len(found) == 8
-    for case in found:
+    """Of several images the reference took only the first (bug 1)."""
+    recorded = item_cases(golden, "image", "image_transparent", "image_third", "two_images_first_is_used")
+    assert len(recorded) == 8
+    for case in recorded:
         assert (case["tokens_out"], case["labels_out"]) == (case["tokens_in"], case["labels_in"])
-        pixels, size = VIEWS[case["variant"]].pixels(
-            (golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True
-        )
+        encoded = (golden / "assets" / case["raw_image"][0]).read_bytes()
+        pixels, size = VIEWS[case["variant"]].pixels(encoded, compat=True)
         assert list(pixels.shape) == case["pixel_shape"]
         assert sha256_of(pixels) == case["pixel_float32_sha256"]
         assert case["variant"] == "base" or list(size) == case["third"]
 
 
 def test_pictures_the_reference_replaced_by_black_are_errors(golden: Path) -> None:
-    """Bug 2: a picture that can not be read became a black one with all labels masked, the separator's alone trained on."""
+    """Bug 2: an unreadable picture became a black one, and all labels but the separator's were masked."""
     for case in item_cases(golden, "not_an_image", "truncated"):
         assert set(case["labels_out"]) == {-100}
-        assert (
-            sha256_of(sample(golden, {"tokens": [], "labels": [], "record": {}}, case["variant"]).pixels)
-            == (case["pixel_float32_sha256"])
-        )
+        black = sample(golden, {"tokens": [], "labels": [], "record": {}}, case["variant"])
+        assert sha256_of(black.pixels) == case["pixel_float32_sha256"]
+        encoded = (golden / "assets" / case["raw_image"][0]).read_bytes()
         with pytest.raises(ImageError):
-            VIEWS[case["variant"]].pixels(
-                (golden / "assets" / case["raw_image"][0]).read_bytes(), compat=True
-            )
+            VIEWS[case["variant"]].pixels(encoded, compat=True)
 
 
 @pytest.mark.parametrize("run", ["stage_I", "stage_II", "other"])
@@ -198,9 +191,14 @@ def test_ten_steps_are_the_references(
     (case,) = cases(golden, "F_train.json", variant=variant, run=run)
     hyper = case["hyper"]
     config = OptimizerConfig(
-        lr=hyper["lr"], min_lr=hyper["min_lr"], lr_scales={"vit": hyper["vit_lr_scale"]}, weight_decay=hyper["weight_decay"],
-        betas=hyper["betas"], eps=hyper["eps"], clip_norm=hyper["clip_grad"],
-    )  # fmt: skip
+        lr=hyper["lr"],
+        min_lr=hyper["min_lr"],
+        lr_scales={"vit": hyper["vit_lr_scale"]},
+        weight_decay=hyper["weight_decay"],
+        betas=hyper["betas"],
+        eps=hyper["eps"],
+        clip_norm=hyper["clip_grad"],
+    )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     assert set(freeze(model, hyper["trainable_params"].split(","))) == set(case["trainable"])
     optimizer = build_optimizer(model, config, compat=True)
@@ -227,7 +225,7 @@ def test_ten_steps_are_the_references(
             optimizer.zero_grad()
     for name, expected in case["params"].items():
         if name.startswith("vit.") and name.endswith("k_proj.bias"):
-            continue  # its gradient is zero but for rounding, which Adam amplifies
+            continue  # its gradient is zero except for rounding, which Adam amplifies
         parameter = model.get_parameter(name).detach()
         assert parameter.double().norm().item() == pytest.approx(expected["norm"], rel=5e-5), name
         delta = (parameter - before[name]).double().norm().item()

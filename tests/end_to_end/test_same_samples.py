@@ -1,4 +1,4 @@
-"""The records of the golden set, in every format that a source may have: the same samples, to the byte."""
+"""The golden records give the same samples, byte for byte, in every format that a source may have."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Items = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def items() -> Items:
-    """With ids, and images as bytes."""
+    """The golden records with ids, and images as bytes."""
     rows = [json.loads(line) for line in (GOLDEN / "dev" / "A_tokenization.jsonl").read_text().splitlines()]
-    found: Items = []
+    items: Items = []
     for row in rows:
         images = row["record"].get(IMAGE_PLACEHOLDER) or row["record"].get("image") or []
         names = [images] if isinstance(images, str) else images
         if "error" not in row:
             data = [(GOLDEN / "assets" / name).read_bytes() for name in names]
-            found.append({"id": row["id"], "conversations": row["record"]["conversations"], "image": data})
-    assert len(found) > 15
-    assert sum(len(item["image"]) for item in found) > 10
-    return found
+            items.append({"id": row["id"], "conversations": row["record"]["conversations"], "image": data})
+    assert len(items) > 15
+    assert sum(len(item["image"]) for item in items) > 10
+    return items
 
 
 def with_paths(folder: Path, items: Items) -> Items:

@@ -1,4 +1,4 @@
-"""What SECURITY.md says: secrets stay out of what is shown and stored, and items of strangers reach nothing private."""
+"""SECURITY.md holds: secrets are neither shown nor stored, and items of strangers reach nothing private."""
 
 from __future__ import annotations
 
@@ -23,24 +23,13 @@ from unitoken.storage.web_session import PrivateAddressError, WebSession, is_pub
 from unitoken.tokenize.sources.pictures import PictureReader
 
 PRIVATE = [
-    "127.0.0.1",
-    "10.1.2.3",
-    "172.16.0.1",
-    "192.168.1.1",
-    "169.254.169.254",
-    "100.64.0.1",
-    "0.0.0.0",
-    "224.0.0.1",
-    "::1",
+    *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
+    *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1"),
+    *("64:ff9b::a00:1", "2002:a00:1::"),
 ]
-PRIVATE += [
-    "::",
-    "255.255.255.255",
-    "fe80::1%eth0",
-    "fd00::1",
-    "::ffff:10.0.0.1",
-    "64:ff9b::a00:1",
-    "2002:a00:1::",
+LOOPBACK = [
+    *("127.0.0.1", "localhost", "localhost.", "127.1", "2130706433", "0x7f.1", "[::1]"),
+    *("[::ffff:127.0.0.1]", "0"),
 ]
 
 
@@ -78,57 +67,25 @@ def test_no_error_contains_a_secret_even_from_another_process(kind: Any) -> None
 
 
 def test_signed_urls_leave_no_trace_in_a_dataset(tmp_path: Path, served: Server, vqgan: Path) -> None:  # noqa: F811
-    """As the input, as a picture that is not there, and as one that is no picture."""
+    """A signed URL as the input, of a picture that does not exist, and of a file that is not a picture."""
     signed = "?X-Amz-Signature=secret"
     served.files["/no.png"] = b"secret bytes"
     turns = [{"from": "human", "value": "What? <|image|>"}, {"from": "gpt", "value": "This."}]
-    names = ("/none.png", "/no.png")
-    items = [
-        {"conversations": turns, "image": served.url.replace("//", "//me:secret@") + name + signed}
-        for name in names
-    ]
+    address = served.url.replace("//", "//me:secret@")
+    items = [{"conversations": turns, "image": address + name + signed} for name in ("/none.png", "/no.png")]
     served.files["/items.json"] = json.dumps(items).encode()
     config = settings(vqgan, allow_http=True, allow_private=True)
     run_here(config, f"{served.url}/items.json{signed}", tmp_path / "out")
     stored = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert (
-        len(
-            [
-                line
-                for path, data in stored.items()
-                if path.name == "rejects.jsonl"
-                for line in data.splitlines()
-            ]
-        )
-        == 2
-    )
+    rejects = b"".join(data for path, data in stored.items() if path.name == "rejects.jsonl")
+    assert len(rejects.splitlines()) == 2
     assert not [path for path, data in stored.items() if b"secret" in data]
 
 
 # --- the network ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1",
-        "10.1.2.3",
-        "172.16.0.1",
-        "192.168.1.1",
-        "169.254.169.254",
-        "100.64.0.1",
-        "0.0.0.0",
-        "224.0.0.1",
-        "255.255.255.255",
-        "::1",
-        "::",
-        "fe80::1%eth0",
-        "fd00::1",
-        "::ffff:10.0.0.1",
-        "64:ff9b::a00:1",
-        "2002:a00:1::",
-    ],
-)
+@pytest.mark.parametrize("address", PRIVATE)
 def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
 
@@ -138,29 +95,16 @@ def test_addresses_that_are_public(address: str) -> None:
     assert is_public(address)
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "localhost",
-        "localhost.",
-        "127.1",
-        "2130706433",
-        "0x7f.1",
-        "[::1]",
-        "[::ffff:127.0.0.1]",
-        "0",
-    ],
-)
+@pytest.mark.parametrize("host", LOOPBACK)
 def test_a_private_host_is_refused_under_every_name(served: Server, host: str) -> None:  # noqa: F811
     served.files["/a.png"] = b"abc"
     with pytest.raises(ItemError, match=r"^image not allowed: .*allow_private=true"):
         PictureReader(True, False, 5.0).read(".", f"http://{host}:{served.server_port}/a.png", 1000)
-    assert not served.asked
+    assert not served.requests
 
 
 def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """The first host is taken for a public one."""
+    """The first host counts as public here."""
     from unitoken.storage import web_session
 
     monkeypatch.setattr(web_session, "is_public", lambda address: address != "127.0.0.2")
@@ -170,7 +114,7 @@ def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: py
     served.files["/b.png"] = b"private"
     with pytest.raises(ItemError, match=r"^image not allowed: "):
         PictureReader(True, False, 5.0).read(".", f"{served.url}/a.png", 1000)
-    assert served.asked == ["/a.png"]
+    assert served.requests == ["/a.png"]
 
 
 def test_a_name_that_changes_its_address_is_refused(
@@ -182,7 +126,7 @@ def test_a_name_that_changes_its_address_is_refused(
     monkeypatch.setattr(web_session, "_check_name", lambda host: None)
     with pytest.raises(PrivateAddressError):
         WebSession(public_only=True).get(f"{served.url}/a.png", timeout=5)
-    assert not served.asked
+    assert not served.requests
 
 
 def test_credentials_are_never_taken_from_netrc(
@@ -190,19 +134,17 @@ def test_credentials_are_never_taken_from_netrc(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither at the first request nor behind a redirect, nor in place of a token; those in the URL are used."""
+    """Not for the first request, nor after a redirect, nor instead of a token; those in the URL are used."""
     (tmp_path / "netrc").write_text("default login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     seen: list[str | None] = []
 
     def answer(handler: Any, count: int) -> None:
         seen.append(handler.headers.get("Authorization"))
-        to_b = handler.path == "/a"
-        handler.answer(
-            302 if to_b else 200,
-            b"",
-            {"Location": f"http://localhost:{served.server_port}/b"} if to_b else {},
-        )
+        if handler.path == "/a":
+            handler.answer(302, b"", {"Location": f"http://localhost:{served.server_port}/b"})
+        else:
+            handler.answer(200, b"", {})
 
     served.files["/a"] = served.files["/b"] = answer
     session = WebSession(public_only=False)

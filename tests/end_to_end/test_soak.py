@@ -1,6 +1,6 @@
-"""The whole tokenization under blows: kills, a cluster that loses a node, buckets, servers and disks that fail.
+"""The whole tokenization survives kills, a cluster that loses a node, and failing buckets, servers and disks.
 
-Each test has a short form, which `make test` and `make test-cloud` run, and a long one for `make chaos`.
+Each test has a short form, which `make test` and `make test-cloud` run, and a long form for `make chaos`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="re
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A source, and the dataset of it that one run without any disturbance made."""
+    """A source, and the dataset that a run without any disturbance made of it."""
 
     size: soak.Size
     source: Path
@@ -59,6 +59,7 @@ def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @functools.cache
 def short_of_clouds(folder: Path) -> Undisturbed:
+    """Made once for all tests with servers."""
     return undisturbed(soak.SHORT_OF_CLOUDS, folder)
 
 
@@ -101,9 +102,8 @@ def test_a_cluster_that_loses_a_node_gives_the_same_bytes(expected: Undisturbed,
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        wait_for(
-            lambda: process.poll() is not None or soak.done(out) >= expected.size.chunks // 3, seconds=600
-        )
+        third = expected.size.chunks // 3
+        wait_for(lambda: process.poll() is not None or soak.done(out) >= third, seconds=600)
         assert process.poll() is None, process.communicate()
         nodes.kill_node()
         _, errors = process.communicate()
@@ -121,9 +121,8 @@ def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(
     from unitoken.tokenize.checks.verify import verify
 
     out = cloud.url(f"soak-{of_clouds.size.items}")
-    soak.kill_again_and_again(
-        of_clouds.source, out, soak.Size(of_clouds.size.items, of_clouds.size.chunk_size, kills=1)
-    )
+    once = soak.Size(of_clouds.size.items, of_clouds.size.chunk_size, kills=1)
+    soak.kill_again_and_again(of_clouds.source, out, once)
     soak.finish(of_clouds.source, out, of_clouds.size, "--splits", "2")
     assert soak.content(out) == of_clouds.content
     assert verify(out, 1.0) == []
@@ -167,7 +166,7 @@ def test_a_run_resumes_after_its_bucket_was_unreachable(
 
 @pytest.mark.slow
 def test_a_run_resumes_after_its_disk_was_full(tmp_path: Path) -> None:
-    """No file may be longer than 60 kB, which the shards are: the system's error is another number, nothing else."""
+    """No file may grow beyond 60 kB: the system's error has another number than on a full disk."""
     size = soak.Size(items=600, chunk_size=300, kills=0)
     source, out = soak.make_source(tmp_path / "source", size.items), str(tmp_path / "out")
 
@@ -180,11 +179,7 @@ def test_a_run_resumes_after_its_disk_was_full(tmp_path: Path) -> None:
     assert "File too large" in run.stderr
     assert "missing 2 of 2 chunks" in run.stderr
     assert "Traceback" not in run.stderr
-    assert sorted(path.name for path in Path(out).iterdir()) == [
-        "input.json",
-        "job.json",
-        "settings.yaml",
-        "vocabulary.json",
-    ]
+    names = sorted(path.name for path in Path(out).iterdir())
+    assert names == ["input.json", "job.json", "settings.yaml", "vocabulary.json"]
     soak.finish(source, out, size)
     soak.check_counts(out, size)

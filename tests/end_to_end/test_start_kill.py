@@ -1,4 +1,4 @@
-"""Jobs side by side on one host, started and killed again and again: each start works, and nothing is left behind."""
+"""Jobs on one host are started and killed again and again: every start works, and nothing is left behind."""
 
 import contextlib
 import os
@@ -19,6 +19,7 @@ from support.soak_streaming import SAMPLES
 
 PROGRAM = TESTS / "support" / "soak_streaming.py"
 MARK = "UNITOKEN_START_KILL"
+SHARED = Path("/dev/shm")
 
 
 class Job:
@@ -44,12 +45,14 @@ class Job:
             ]
 
     def lines(self) -> int:
+        """The number of batches that both ranks have logged."""
         return min(len(path.read_text().splitlines()) if path.exists() else 0 for path in self.logs())
 
     def logs(self) -> list[Path]:
         return [self.folder / f"rank-{rank}.txt" for rank in range(2)]
 
     def start_and_kill(self) -> None:
+        """Start the job, and kill it within half a second after its first batch."""
         before, ranks = self.lines(), self.start()
         end = time.monotonic() + 120
         while self.lines() == before:
@@ -64,40 +67,39 @@ class Job:
 
 
 def left_behind(root: Path) -> list[int]:
-    """Processes of ours that still run: workers whose parent was killed."""
-    found = []
+    """The ids of our processes that still run: workers whose parent was killed."""
+    running = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if f"{MARK}={root}".encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
+                    running.append(int(entry.name))
             except OSError:
                 continue
-    return found
+    return running
 
 
-def files(folder: Path) -> set[str]:
+def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def nobodys(names: set[str]) -> set[str]:
-    """Shared memory that no process has open: that of other tests on this host does not count."""
-    held = ""
+def unused(shared: set[str]) -> set[str]:
+    """The files of shared memory that no process has open, as other tests on this host may use some."""
+    in_use = ""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                held += (entry / "maps").read_text() + "".join(
-                    str(fd.readlink()) for fd in (entry / "fd").iterdir()
-                )
-    return {name for name in names if f"/dev/shm/{name}" not in held and (Path("/dev/shm") / name).exists()}
+                in_use += (entry / "maps").read_text()
+                in_use += "".join(str(fd.readlink()) for fd in (entry / "fd").iterdir())
+    return {name for name in shared if f"/dev/shm/{name}" not in in_use and (SHARED / name).exists()}
 
 
 def run_cycles(root: Path, jobs: int, cycles: int) -> None:
     (root / "tmp").mkdir()
     write_dataset(root / "data", text_records(SAMPLES))
-    shared_before = files(Path("/dev/shm"))
-    others = Path("/dev/shm") / f"somebody-elses-{os.getpid()}"
-    others.write_bytes(b"1")
+    shared_before = names(SHARED)
+    foreign = SHARED / f"another-programs-{os.getpid()}"
+    foreign.write_bytes(b"1")
     try:
         all_jobs = [Job(root, number) for number in range(jobs)]
         with ThreadPoolExecutor(jobs) as pool:
@@ -106,30 +108,30 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
         while left_behind(root):
             assert time.monotonic() < end, "workers outlive the rank that was killed"
             time.sleep(0.2)
-        time.sleep(1.1)  # files aside that are younger may still be somebody's
+        time.sleep(1.1)  # a younger temporary file is left alone, as it may be in use
         ranks = all_jobs[0].start("3")
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0], (
-            all_jobs[0].folder / "log.txt"
-        ).read_text()[-2000:]
-        # What a killed program of somebody else's leaves, its resource tracker removes in a moment; ours
-        # would stay.
-        wait_for(lambda: nobodys(files(Path("/dev/shm")) - shared_before) == {others.name}, seconds=30)
-        assert others.read_bytes() == b"1"
+        log = all_jobs[0].folder / "log.txt"
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0], log.read_text()[-2000:]
+        # The files of another program that was killed are removed by its resource tracker; ours would stay.
+        wait_for(lambda: unused(names(SHARED) - shared_before) == {foreign.name}, seconds=30)
+        assert foreign.read_bytes() == b"1"
     finally:
-        others.unlink()
-    left = list(
-        (root / "tmp").iterdir()
-    )  # `import torch.distributed` makes a folder for one template: a killed rank's stays
+        foreign.unlink()
+    # `import torch.distributed` makes a temporary folder for a template, and a killed rank leaves it.
+    left = list((root / "tmp").iterdir())
     assert len(left) <= 2 * jobs * cycles
-    assert set().union(*map(files, left)) <= {"_remote_module_non_scriptable.py", "__pycache__"}
+    assert set().union(*map(names, left)) <= {"_remote_module_non_scriptable.py", "__pycache__"}
     assert not list((root / "cache").glob("**/.aside-*"))
     shards = list((root / "cache").glob("datasets/*/chunk-*/*.mds"))
     assert len(shards) == len(list((root / "data").glob("chunk-*/*.mds"))), "all were read, none twice"
-    for rank in range(
-        2
-    ):  # the same place of the same epoch holds the same, in every job and after every kill
+    check_batches(all_jobs)
+
+
+def check_batches(jobs: list[Job]) -> None:
+    """Check that each place of an epoch holds the same batch in every job and after every kill."""
+    for rank in range(2):
         seen: dict[str, str] = {}
-        for job in all_jobs:
+        for job in jobs:
             for line in job.logs()[rank].read_text().splitlines():
                 epoch, packs, digest = line.split()
                 assert seen.setdefault(f"{epoch} {packs}", digest) == digest
@@ -137,11 +139,11 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_start_again_after_every_kill_and_leave_nothing(tmp_path):
+def test_jobs_start_again_after_every_kill_and_leave_nothing(tmp_path: Path) -> None:
     run_cycles(tmp_path, jobs=2, cycles=2)
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
-def test_a_hundred_starts_and_kills_of_four_jobs_side_by_side(tmp_path):
+def test_a_hundred_starts_and_kills_of_four_jobs_side_by_side(tmp_path: Path) -> None:
     run_cycles(tmp_path, jobs=4, cycles=25)

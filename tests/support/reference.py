@@ -74,13 +74,13 @@ def sample(golden: Path, record: dict[str, Any], variant: Variant, failed: bool 
 
 def samples_of(golden: Path, records: dict[str, Any], case: dict[str, Any]) -> list[Sample]:
     """Make the samples of a recorded batch (part D), and check that their pixels are the recorded ones."""
-    found = []
+    samples = []
     for entry in case["samples"]:
         failed = entry["labels_all_masked"]
-        found.append(sample(golden, records[entry["record_id"]], case["variant"], failed))
+        samples.append(sample(golden, records[entry["record_id"]], case["variant"], failed))
         if entry["raw_image"]:
-            assert sha256_of(found[-1].pixels) == entry["pixel_sha256"], entry["record_id"]
-    return found
+            assert sha256_of(samples[-1].pixels) == entry["pixel_sha256"], entry["record_id"]
+    return samples
 
 
 def sha256_of(pixels: Pixels) -> str:

@@ -21,7 +21,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes | Callable[[Any, int], None]] = {}
-        self.asked: list[str] = []  # the paths of all requests
+        self.requests: list[str] = []  # the paths of all requests
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: clients that disconnect are part of the tests."""
@@ -32,10 +32,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        self.server.asked.append(path)
+        self.server.requests.append(path)
         content = self.server.files.get(path)
         if callable(content):
-            return content(self, self.server.asked.count(path))
+            return content(self, self.server.requests.count(path))
         if content is None:
             return self.answer(404, b"")
         part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

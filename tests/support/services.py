@@ -161,9 +161,9 @@ def _program(name: str, install: str) -> str:
         os.environ.get("PATH", ""),
     ]
     places = os.pathsep.join(str(folder) for folder in folders)
-    found = shutil.which(name, path=places)
-    assert found, f"{name} is missing: {install}"
-    return found
+    program = shutil.which(name, path=places)
+    assert program, f"{name} is missing: {install}"
+    return program
 
 
 def _make_bucket(service: Service, folder: Path) -> None:
@@ -221,10 +221,10 @@ class _Proxy(socketserver.StreamRequestHandler):
     target: tuple[str, int]
 
     def handle(self) -> None:
-        words = self.rfile.readline().split()
+        request = self.rfile.readline().split()
         while self.rfile.readline().strip():
             pass
-        if len(words) < 2 or words[0] != b"CONNECT" or words[1] != f"{AZURE_HOST}:443".encode():
+        if request[:2] != [b"CONNECT", f"{AZURE_HOST}:443".encode()]:
             self.wfile.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
             return
         try:

@@ -149,11 +149,11 @@ def test_other_schemes_are_not_allowed(source: str) -> None:
 def test_images_come_from_the_web_where_the_settings_allow_it(served: Server) -> None:  # noqa: F811
     served.files["/x/a.png"] = b"abc"
     assert fetch(f"{served.url}/x/a.png") == fetch("a.png", f"{served.url}/x") == b"abc"
-    served.asked.clear()
+    served.requests.clear()
     assert reason(f"{served.url}/x/a.png", allow_http=False).startswith(
         f"image not allowed: {served.url}/x/a.png: allow_http"
     )
-    assert not served.asked
+    assert not served.requests
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_images_come_from_the_web_where_the_settings_allow_it(served: Server) ->
 def test_a_permanent_failure_is_not_retried(served: Server, status: int, expected: str) -> None:  # noqa: F811
     served.files["/a.png"] = lambda handler, count: handler.answer(status, b"<html>")
     assert reason(f"{served.url}/a.png") == expected.format(f"{served.url}/a.png")
-    assert served.asked == ["/a.png"]
+    assert served.requests == ["/a.png"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -176,7 +176,7 @@ def test_a_permanent_failure_is_not_retried(served: Server, status: int, expecte
 def test_a_transient_failure_is_retried(served: Server, status: int) -> None:  # noqa: F811
     served.files["/a.png"] = lambda handler, count: handler.answer(200 if count == 3 else status, b"abc")
     assert fetch(f"{served.url}/a.png") == b"abc"
-    assert len(served.asked) == 3
+    assert len(served.requests) == 3
 
 
 @pytest.mark.usefixtures("quick")
@@ -220,7 +220,7 @@ def test_a_missing_server_gives_the_same_message_each_time() -> None:
 def test_redirects_lead_to_the_web_only_and_end(served: Server, target: str) -> None:  # noqa: F811
     served.files["/a.png"] = lambda handler, count: handler.answer(302, b"", {"Location": target})
     assert reason(f"{served.url}/a.png").startswith(f"image not reachable: {served.url}/a.png: ")
-    assert len(served.asked) <= 6
+    assert len(served.requests) <= 6
 
 
 def test_a_redirect_is_followed(served: Server) -> None:  # noqa: F811
