@@ -64,7 +64,7 @@ def one_command() -> Any:
     """The application `unitoken`, or None before there is one."""
     if importlib.util.find_spec("unitoken.commands") is None:
         return None
-    return get_command(importlib.import_module("unitoken.commands.main").app)
+    return get_command(importlib.import_module("unitoken.commands.app").app)
 
 
 def older_programs() -> dict[str, Any]:
@@ -234,11 +234,12 @@ case $1 in
     *) exec python -m unitoken.train "$@" ;;
 esac
 """
+START = """exec python -c 'from unitoken.commands.main import start; start()' "$@"\n"""
 
 
 def write_program(folder: Path) -> None:
     """Write `unitoken` into a folder, so that the one that is tested is this repository's."""
-    lines = OLDER if one_command() is None else 'exec python -m unitoken.commands.main "$@"\n'
+    lines = OLDER if one_command() is None else START
     folder.mkdir()
     program = folder / "unitoken"
     program.write_text(f"#!/usr/bin/env bash\n{lines}")
