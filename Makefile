@@ -57,21 +57,22 @@ lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff format --check .
 
 # Type checkers do not follow the import hook of an editable install: a link is enough for them.
-typecheck: install ## mypy, strict
+typecheck: install ## mypy: strict for what is imported and run, with types everywhere for the tests
 	@mkdir -p build/types && ln -sfn ../.. build/types/unitoken
-	@$(BIN)/mypy -p unitoken.common -p unitoken.storage -p unitoken.dataset -p unitoken.codec -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train
+	@$(BIN)/mypy -p unitoken.common -p unitoken.storage -p unitoken.dataset -p unitoken.codec -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.train -p unitoken.commands -p demo -p benchmarks
+	@$(BIN)/mypy --config-file tests/mypy.ini tests
 
 tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ENGINE=ray] [ARGS="key=value ..."]
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "error: make tokenize needs IN=items.json and OUT=folder" >&2; exit 2; }
-	@$(BIN)/python -m unitoken.tokenize run --config $(CONFIG) --splits $(SPLITS) --engine $(ENGINE) --in_filename "$(IN)" --out_dir "$(OUT)" $(ARGS)
+	@$(BIN)/unitoken tokenize --config $(CONFIG) --splits $(SPLITS) --engine $(ENGINE) --in-filename "$(IN)" --out-dir "$(OUT)" $(ARGS)
 
 merge: install ## Chunks -> one index.json, after workers that were started one by one: make merge OUT=folder
 	@test -n "$(OUT)" || { echo "error: make merge needs OUT=folder" >&2; exit 2; }
-	@$(BIN)/python -m unitoken.tokenize merge --out_dir "$(OUT)"
+	@$(BIN)/unitoken merge --out-dir "$(OUT)"
 
 weights: install ## Fetch Lumina-mGPT-7B-512 and SigLIP into weights/ (about 18 GB, needs a network)
 	@$(BIN)/python -c "from huggingface_hub import snapshot_download as get; [print(get(name, local_dir='weights/' + name.split('/')[1], allow_patterns=['*.safetensors', '*.json', 'tokenizer*'])) for name in ('Alpha-VLLM/Lumina-mGPT-7B-512', 'google/siglip-so400m-patch14-384')]"
-	@echo "Meta gives the image tokenizer on request (github.com/facebookresearch/chameleon); then: python -m unitoken.tokenize convert-vqgan FOLDER weights/vqgan"
+	@echo "Meta gives the image tokenizer on request (github.com/facebookresearch/chameleon); then: unitoken convert-vqgan FOLDER weights/vqgan"
 
 clean: ## Remove what the targets made; data that you tokenized stays
 	rm -rf $(VENV) build *.egg-info demo/out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,29 +1,40 @@
-"""How a command ends that can not do what it was asked to: one line on stderr, and a status."""
+"""The frame of every command: what it prints, and how it ends with one line of error and an exit status."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from unitoken.common.errors import ConfigError, DataError, is_transient, one_line
+from unitoken.common.errors import (
+    EXIT_FAILURE,
+    EXIT_USAGE,
+    ConfigError,
+    DataError,
+    is_transient,
+    one_line,
+)
 from unitoken.common.files import own_temporary_folder
 from unitoken.common.interruption import end_on_signals, keep_status
 
+if TYPE_CHECKING:
+    import typer
+
 
 def printable(text: str) -> str:
-    """For a terminal: a file's name may hold line breaks and what colours or clears the screen."""
-    return "".join(one if one.isprintable() else "?" for one in text)
+    """Replace control characters by `?`: a file name may hold line breaks or terminal escape sequences."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def report(text: str) -> None:
-    """Print a result on stdout, at once, also where that is a file or a pipe."""
+    """Print a result on stdout, unbuffered even if stdout is a file or a pipe."""
     print(text, flush=True)
 
 
 def notify(text: str) -> None:
-    """Print on stderr what goes with a result: how far a program is, what it repaired."""
+    """Print progress or a remark about the run on stderr, so that stdout holds results only."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -33,40 +44,65 @@ def warn(text: str) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(goes_on: str = "") -> Iterator[None]:
-    """A mistake of the user's (`ConfigError`) ends with status 2; a disk, a store, a shard or memory that fails with 1.
+def one_line_errors(resume_hint: str = "") -> Iterator[None]:
+    """End the command with one line on stderr and an exit status if the block raises an expected error.
+
+    A user's mistake (`ConfigError`) exits with EXIT_USAGE; a failing disk, store, shard or allocation with
+    EXIT_FAILURE. All other errors are bugs and keep their traceback.
 
     Args:
-        goes_on: said where the failure may pass, and after a signal, as `the same command goes on from here`. Not of what
-            lasts: a wrong secret.
+        resume_hint: for example "the same command goes on from here". Appended to the message of a
+            transient error and of a signal; not to permanent errors such as a wrong password.
     """
-    if goes_on:
-        end_on_signals(f"interrupted; {goes_on}")
+    if resume_hint:
+        end_on_signals(f"interrupted; {resume_hint}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a path that is not UTF-8, a terminal that knows ASCII alone
+            # A path may not be UTF-8, and a terminal may only know ASCII.
+            stream.reconfigure(errors="replace")
     try:
         yield
     except ConfigError as error:
-        status, words = 2, str(error)
+        status, message = EXIT_USAGE, str(error)
     except (OSError, MemoryError, DataError) as error:
-        status, words = 1, _with_hint(error, goes_on)
+        status, message = EXIT_FAILURE, _with_hint(error, resume_hint)
     else:
         return
     keep_status(status)
-    notify(f"error: {printable(words)}")
+    notify(f"error: {printable(message)}")
     raise SystemExit(status)
 
 
-def run_program(app: Callable[..., None], name: str) -> None:
-    """A Typer application as the program `python -m unitoken.NAME`."""
+def command_app(description: str | None, add_completion: bool = False) -> typer.Typer:
+    """Make the Typer application of a program from its module's docstring, which says how to run it.
+
+    Options are written with dashes; with underscores, as the reference writes them, they are understood too.
+    """
+    import typer  # 0.08 s, and training does without it
+
+    # click keeps the lines of a paragraph that begins with \b.
+    return typer.Typer(
+        help=(description or "").replace("\n\n    ", "\n\n\b\n    "),
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        add_completion=add_completion,
+        context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+    )
+
+
+def run_program(app: typer.Typer, name: str) -> None:
+    """Run a Typer application as a whole program, with a temporary folder of its own.
+
+    Args:
+        app: the application.
+        name: how the program is started, for its help.
+    """
     with one_line_errors():
         own_temporary_folder()
-    app(prog_name=f"python -m unitoken.{name}")
+    app(prog_name=name)
 
 
-def _with_hint(error: Exception, goes_on: str) -> str:
-    words = "out of memory" if isinstance(error, MemoryError) and not str(error) else one_line(error)
-    return f"{words}; {goes_on}" if goes_on and is_transient(error) else words
+def _with_hint(error: Exception, resume_hint: str) -> str:
+    message = "out of memory" if isinstance(error, MemoryError) and not str(error) else one_line(error)
+    return f"{message}; {resume_hint}" if resume_hint and is_transient(error) else message

@@ -1,7 +1,8 @@
-"""Write aside, then rename: what bears its real name is whole.
+"""Atomic writes: a file or folder is written under a temporary name beside its target ("aside") and renamed.
 
-A process holds a lock on what it writes aside, and its death gives the lock back, however it died: so what a killed
-run left behind can be told from what another run is writing just now (`remove_abandoned`).
+Whatever has its real name is therefore complete. A process locks what it writes aside, and the kernel
+releases the lock when the process dies in any way: this distinguishes what a killed run left behind from what
+another run is writing now (`remove_abandoned`).
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ from typing import BinaryIO
 
 from unitoken.common.errors import ConfigError
 
-ASIDE = ".aside-"
-LONGEST_PATH_OF_SOCKETS = 107  # bytes, on Linux
-_NAME = re.compile(r"\.aside-.+-[0-9a-f]{12}(\.lock)?")  # as `aside` makes them
+ASIDE = ".aside-"  # the prefix of temporary names
+LONGEST_SOCKET_PATH = 107  # bytes, on Linux
+_ASIDE_NAME = re.compile(r"\.aside-.+-[0-9a-f]{12}(\.lock)?")  # as `aside` makes them
+_SECONDS_TO_LOCK = 1.0  # a younger file may have been created and not yet locked
 
-_tidied: set[tuple[int, Path]] = set()  # by which process, as forked ones are others
+# (process id, folder) of every folder that was cleaned; with the process id, as a fork is another process.
+_cleaned_folders: set[tuple[int, Path]] = set()
 
 
 def aside(path: Path) -> Path:
-    """A name beside `path` that no other process uses; hidden, and recognised by its prefix.
+    """Return a temporary name beside `path` that no other process uses; hidden, and recognised by its prefix.
 
-    A process that works in a folder for the first time removes what dead ones left there.
+    The first call of a process for a folder also removes what dead processes left in that folder.
     """
     key = os.getpid(), path.parent
-    if key not in _tidied:
-        _tidied.add(key)
+    if key not in _cleaned_folders:
+        _cleaned_folders.add(key)
         remove_abandoned(path.parent)
     return path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 @contextlib.contextmanager
 def aside_file(path: Path) -> Iterator[BinaryIO]:
-    """A locked file beside `path`, to be written and then published; its `name` says where. It is gone after the block."""
+    """Open a locked temporary file beside `path`, to write and `publish`; otherwise removed at the end."""
     temporary = aside(path)
     try:
         with open(temporary, "w+b") as file:
@@ -55,21 +58,21 @@ def aside_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def publish(file: BinaryIO, path: Path) -> None:
-    """Bring a file that was written aside to the disk and give it its name."""
+    """Flush a file from `aside_file` to the disk and rename it to `path`."""
     file.flush()
     os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a reader, or a crash, sees all of it or nothing."""
+    """Write `data` to `path` atomically: readers see the old or the new content, also after a crash."""
     with aside_file(path) as file:
         file.write(data)
         publish(file, path)
 
 
 class AsideFolder:
-    """A folder to fill aside and then `publish`; what is not published is removed at the end.
+    """A temporary folder beside its target, to fill and `publish`; otherwise removed at the end.
 
     with AsideFolder(Path("out/chunk-000003")) as folder:
         ...  # write into folder.path
@@ -87,13 +90,13 @@ class AsideFolder:
         return self
 
     def sync(self) -> None:
-        """Bring to the disk what was written, which may take a while; `publish` then takes none."""
+        """Flush the files to the disk, which may take a while; a `publish` after it is quick."""
         for file in self.path.rglob("*"):
             _sync(file)
         _sync(self.path)
 
     def publish(self) -> None:
-        """Give the folder its name. Where another run was faster its folder stays: both hold the same."""
+        """Rename the folder to its target. A target of a faster run is kept, as both hold the same."""
         self.sync()
         try:
             self.path.rename(self._target)
@@ -109,9 +112,9 @@ class AsideFolder:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left aside in `folder`, and leave alone what is being written, and what is not ours."""
-    for path in sorted(folder.glob(f"{ASIDE}*")):  # a folder before its lock
-        if _NAME.fullmatch(path.name) and _is_abandoned(path):
+    """Remove the temporary files and folders of dead processes from `folder`; keep those of living ones."""
+    for path in sorted(folder.glob(f"{ASIDE}*")):  # sorted: a folder comes before its lock
+        if _ASIDE_NAME.fullmatch(path.name) and _is_abandoned(path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -121,21 +124,21 @@ def remove_abandoned(folder: Path) -> None:
 
 def _is_abandoned(path: Path) -> bool:
     try:
-        if time.time() - path.lstat().st_mtime < 1:
-            return False  # perhaps just made and not yet locked
+        if time.time() - path.lstat().st_mtime < _SECONDS_TO_LOCK:
+            return False
         if path.is_symlink():
-            return True  # made and renamed within a moment
+            return True  # a link has no lock: it is renamed right after it is created
         with open(_lock_of(path) if path.is_dir() else path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return path.is_dir()  # a file's writer has just finished; a folder never is without its lock
-    except OSError:  # it is held; or it is another user's, or nothing can be locked there
+        return path.is_dir()  # a file was published just now; a folder always has a lock while it is written
+    except OSError:  # locked, another user's, or on a file system without locks
         return False
     return True
 
 
 def _lock_of(folder: Path) -> Path:
-    """Beside the folder: NFS locks nothing that is not open for writing, and a folder can not be."""
+    """Return the lock file beside a folder: NFS only locks files open for writing, so no folders."""
     return folder.with_name(f"{folder.name}.lock")
 
 
@@ -149,7 +152,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` against every other process and thread. The kernel frees it when its holder dies."""
+    """Wait for the lock file `path` and hold it, against other processes and threads, until the block ends.
+
+    The kernel releases the lock if the holder dies.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -157,11 +163,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock file `path`, where two who work in one folder would lose both; the holder's death gives it back.
+def exclusive_lock(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path` until the block ends, or fail at once if another process holds it.
 
-    With POSIX's locks: flock's would live on in forked workers. Where a file system has none, one goes without.
-    Raises ConfigError with `message` where another process has it.
+    For folders in which only one process may work at a time. Uses POSIX locks, since flock's would live on in
+    forked workers. On a file system without locks the block runs without one.
+
+    Args:
+        path: the lock file; created if missing.
+        message: of the error.
+
+    Raises:
+        ConfigError: another process holds the lock.
     """
     with open(path, "ab") as file:
         try:
@@ -174,11 +187,12 @@ def held(path: Path, message: str) -> Iterator[None]:
 
 
 def scratch_folder() -> Path:
-    """Of this user alone. Names in the machine's temporary folder are everybody's: another user may have made this one,
-    or a link that leads elsewhere.
+    """Return this user's own folder inside the machine's temporary folder; create it if missing.
+
+    The temporary folder is shared: another user may have created a folder, or a link, of that name.
 
     Raises:
-        ConfigError: it is there and is no folder of this user's with mode 0700.
+        ConfigError: the path exists and is not a folder of this user with mode 0700.
     """
     path = Path(tempfile.gettempdir(), f"unitoken-{getpass.getuser()}")
     with contextlib.suppress(FileExistsError):
@@ -196,16 +210,17 @@ def scratch_folder() -> Path:
 
 
 def own_temporary_folder() -> None:
-    """Give this process a temporary folder of its own, which the next one removes where it was killed.
+    """Give this process a temporary folder of its own; if it is killed, the next process removes the folder.
 
-    torch makes a temporary folder where it is imported, and libraries make others: each kill left one for good. Where its
-    path would be too long for multiprocessing's sockets in it, all stays as it is. TMPDIR stays: Ray looks there for others.
+    torch creates a temporary folder on import, and other libraries create more: each kill used to leave one
+    for good. Nothing changes if the path would be too long for multiprocessing's sockets in it. TMPDIR is not
+    set, as Ray looks there for other processes.
     """
     parent = scratch_folder()
     folder = AsideFolder(parent / "process")
-    if len(os.fsencode(folder.path)) > LONGEST_PATH_OF_SOCKETS - len("/pymp-01234567/listener-01234567"):
+    if len(os.fsencode(folder.path)) > LONGEST_SOCKET_PATH - len("/pymp-01234567/listener-01234567"):
         return
-    # What torch compiles is for the runs that follow, too; else it would lie in the temporary folder.
+    # Later runs need what torch compiles, so it must not be in the temporary folder.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / "torchinductor"))
     folder.__enter__()
     atexit.register(folder.__exit__)

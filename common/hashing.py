@@ -1,4 +1,4 @@
-"""Short fingerprints and whole hashes of files, all SHA-256."""
+"""SHA-256: short fingerprints, and hashes of whole files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def fingerprint(data: bytes) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `data`: enough to tell datasets, plans and weights apart."""
+    """Return the first 16 hex digits of the SHA-256 of `data`: enough to identify datasets and weights."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, as 64 hex digits."""
+    """Return the SHA-256 of a file's content as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

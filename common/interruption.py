@@ -1,11 +1,11 @@
-"""SIGTERM and Ctrl-C: a command ends at once with one line; training first finishes its step and saves.
+"""SIGTERM and Ctrl-C: most commands end at once with one line; training first finishes its step and saves.
 
-Installed before anything heavy is imported, since a KeyboardInterrupt in the middle of `import torch` is a page of traceback.
-Nothing here is heavy.
+A program installs the handlers before it imports anything heavy, since a KeyboardInterrupt in the middle of
+`import torch` is a page of traceback. This module therefore imports nothing heavy.
 
-Python runs a handler only when its main thread comes back from C, which may be minutes later: in a collective that waits for
-another rank, in a hash of 100 GB. So a thread hears of each signal through `signal.set_wakeup_fd`, and sees to the end itself
-where the main thread does not come back.
+Python runs a signal handler only when the main thread returns from C, which may be minutes later: in a
+collective that waits for another rank, in a hash of 100 GB. So a thread is also notified of each signal,
+through `signal.set_wakeup_fd`, and ends the process itself if the main thread does not return in time.
 """
 
 from __future__ import annotations
@@ -21,60 +21,64 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from unitoken.common.errors import exit_status_of_signal
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-TIDY_SECONDS = 4.0  # seconds for what is to be tidied up
-LONGEST_END = 20.0  # seconds for a process to come to its end; launchers send SIGKILL after 30
-ECHO_SECONDS = 3.0  # a launcher passes a terminal's Ctrl-C on as a SIGTERM: no second signal
+TIDY_SECONDS = 4.0  # for cleaning up after a signal, before the process is ended by force
+LONGEST_END = 20.0  # seconds for a process with an error to end; launchers send SIGKILL after 30
+ECHO_SECONDS = 3.0  # a SIGTERM within this time is a launcher's copy of a Ctrl-C, and no second signal
 PR_SET_PDEATHSIG = 1
 
-_installed = False  # a program that only imports ours keeps its own handlers
-_remembers = False  # in training
+_installed = False  # a program that only imports our modules keeps its own handlers
+_deferred = False  # whether the first signal is only recorded, as in training
 _received = 0
 _received_at = 0.0
-_unsaid: list[str] = []  # the line to end with; `pop` is atomic, so it is said once
+_last_message: list[str] = []  # printed at the end; a list, as `pop` is atomic and so prints it only once
 
 
-def install_handlers(words: str) -> None:
-    """For a program's first lines: see `end_on_signals`."""
+def install_handlers(message: str) -> None:
+    """Handle SIGTERM and Ctrl-C from now on, as `end_on_signals` does. Call this before heavy imports."""
     global _installed
     _installed = True
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_forget_all)
-    threading.Thread(target=_watch, args=(heard,), daemon=True).start()
-    end_on_signals(words)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_reset_after_fork)
+    threading.Thread(target=_watch, args=(read_end,), daemon=True).start()
+    end_on_signals(message)
 
 
-def end_on_signals(words: str) -> None:
-    """From now on a signal prints `words` and ends the process with status 143 or 130, in `PATIENCE` seconds at most.
+def end_on_signals(message: str) -> None:
+    """Make signals print `message` and end the process with status 143 or 130 within `TIDY_SECONDS`.
 
-    So does one that was remembered (`remember_signals`) and that nobody has acted on.
+    A signal that `remember_signals` recorded, and that nobody has acted on, ends the process now.
     """
-    global _remembers
+    global _deferred
     if not _installed:
         return
-    _unsaid[:] = [words]
-    _remembers = False
-    for one in SIGNALS:
-        signal.signal(one, _end)
+    _last_message[:] = [message]
+    _deferred = False
+    for number in SIGNALS:
+        signal.signal(number, _end)
     if _received:
         _end(_received, None)
 
 
 def remember_signals() -> None:
-    """From now on a signal is remembered (`received`), and a second one ends the process at once."""
-    global _remembers
+    """Only record the first signal (see `received_signal`); let a second one end the process at once."""
+    global _deferred
     if not _installed:
         return
-    _remembers = True
-    for one in SIGNALS:
-        signal.signal(one, _leave_it_to_watch)
+    _deferred = True
+    for number in SIGNALS:
+        signal.signal(number, _leave_it_to_watch)
 
 
 def keep_status(status: int) -> None:
-    """For a process that ends with an error: a launcher that ends all others with SIGTERM does not change its status, nor add a
-    line. Ctrl-C still ends it, and after `LONGEST_END` it ends by itself.
+    """Make sure that a process that ends with an error exits with `status` and prints nothing more.
+
+    SIGTERM is ignored: launchers send it to all ranks when one fails. Ctrl-C still ends the process, and so
+    do `LONGEST_END` seconds.
     """
     if not _installed:
         return
@@ -88,59 +92,61 @@ def keep_status(status: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def received() -> int:
-    """The signal that came first; 0: none."""
+def received_signal() -> int:
+    """Return the number of the first signal that was received, or 0."""
     return _received
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    for one in SIGNALS:
-        signal.signal(one, signal.SIG_IGN)
-    _say()
-    raise SystemExit(128 + number)
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    _print_last_message()
+    raise SystemExit(exit_status_of_signal(number))
 
 
 def _leave_it_to_watch(number: int, _: FrameType | None) -> None:
     pass
 
 
-def _say() -> None:
+def _print_last_message() -> None:
+    """Print the message once, and in a distributed run on the first rank only."""
     with contextlib.suppress(IndexError):
-        words = _unsaid.pop()
+        message = _last_message.pop()
         if os.environ.get("RANK", "0") == "0":
-            print(words, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
 
 
-def _watch(heard: int) -> None:
+def _watch(read_end: int) -> None:
+    """Record each signal; end the process if the main thread does not, or on a second signal in training."""
     global _received, _received_at
     while True:
-        number = os.read(heard, 1)[0]
-        if number not in SIGNALS:  # a child's end
+        number = os.read(read_end, 1)[0]
+        if number not in SIGNALS:  # for example SIGCHLD
             continue
         if not _received:
             _received, _received_at = number, time.monotonic()
-        elif _remembers and (number == signal.SIGINT or time.monotonic() - _received_at > ECHO_SECONDS):
-            os._exit(128 + number)
-        if not _remembers:
-            # What is raised in some places (a destructor, an import that tries all) is lost, too.
+        elif _deferred and (number == signal.SIGINT or time.monotonic() - _received_at > ECHO_SECONDS):
+            os._exit(exit_status_of_signal(number))
+        if not _deferred:
+            # SystemExit is lost if it is raised in a destructor, or in an import that catches everything.
             time.sleep(TIDY_SECONDS / 2)
-            _say()
+            _print_last_message()
             time.sleep(TIDY_SECONDS / 2)
-            os._exit(128 + number)
+            os._exit(exit_status_of_signal(number))
 
 
-def _forget_all() -> None:
-    """A child that was forked has no thread that watches, and must not tell its parent's."""
+def _reset_after_fork() -> None:
+    """Restore the default handlers: a forked child has no watching thread and must not use its parent's."""
     global _installed
     _installed = False
     signal.set_wakeup_fd(-1)
-    for one in SIGNALS:
-        signal.signal(one, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Processes begun in this block get SIGTERM and SIGINT only when they are ready for them (`leave_signals_to_parent`)."""
+def signals_blocked() -> Iterator[None]:
+    """Start processes with SIGTERM and SIGINT blocked, until they call `leave_signals_to_parent`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -149,8 +155,9 @@ def held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent() -> None:
-    """In a process that loads data: what is sent to the whole group is the parent's to act on. It ends when the parent ends it,
-    and with the parent.
+    """In a process that loads data, ignore signals that are sent to the whole process group.
+
+    The parent acts on them. This process ends when its parent ends it, or dies.
     """
     import multiprocessing
     import shutil
@@ -160,32 +167,32 @@ def leave_signals_to_parent() -> None:
     parents_folder = settings.get("tempdir")
 
     def watch() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:  # a launcher's, a scheduler's
+        while (
+            signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent
+        ):  # from a launcher or a scheduler: ignored
             pass
-        folder = settings.get(
-            "tempdir"
-        )  # multiprocessing's, with the socket by which tensors are handed over
+        # multiprocessing's folder, with the socket through which tensors are handed over.
+        folder = settings.get("tempdir")
         if folder and folder != parents_folder:
             shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)  # no failure: torch would raise it in the parent, wherever that is
+        os._exit(0)  # torch would raise any other status in the parent, wherever that is
 
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM}
-    )  # threads that begin from now on, too: `watch` alone is told
+    # Threads started from now on inherit the mask, so only `watch` receives the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=watch, daemon=True).start()  # torch's own watch ends it with a parent that died
+    threading.Thread(target=watch, daemon=True).start()  # torch itself ends the process if the parent dies
 
 
 def end_with_launcher() -> None:
-    """A rank whose launcher has died gets SIGTERM; else it would train on as an orphan and keep its GPU."""
+    """Receive SIGTERM when the launcher dies: an orphaned rank would train on and keep its GPU."""
     launcher = os.getppid()
-    _signal_at_parents_death(signal.SIGTERM)
-    if os.getppid() != launcher:  # it died before
+    _signal_when_parent_dies(signal.SIGTERM)
+    if os.getppid() != launcher:  # the launcher died before the call
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _signal_at_parents_death(number: int) -> None:
+def _signal_when_parent_dies(number: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):  # Linux
         libc.prctl(PR_SET_PDEATHSIG, number)

@@ -1,6 +1,6 @@
-"""Settings -> a JSON Schema, so that editors complete the keys of a YAML file, show what they mean and mark mistakes.
+"""JSON Schemas of the settings: editors complete and explain the keys of a YAML file and mark mistakes.
 
-Rules between several settings are not in it; only the program checks them.
+A schema does not hold the rules between several settings; only the program checks those.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from unitoken.common.files import write_aside
 
 
 def dump_schema(model: type[Config], title: str) -> str:
-    """Return the JSON Schema of a settings file, as text; the fields' docstrings are its descriptions."""
+    """Return the JSON Schema of a settings file as text; the fields' docstrings are its descriptions."""
     schema = {"$schema": GenerateJsonSchema.schema_dialect, **model.model_json_schema(), "title": title}
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_schema(model: type[Config], title: str, out: Path | None) -> None:
-    """To a file, or to the standard output. Raises ConfigError."""
+    """Write the JSON Schema of a settings file to `out`, or print it if `out` is None.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     if out is None:
         print(dump_schema(model, title), end="")
         return

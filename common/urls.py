@@ -1,4 +1,4 @@
-"""How URLs are shown and stored: never with a user, a password or a query, which may be a signature."""
+"""How URLs are shown and stored: without user, password and query, as the query may hold a signature."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _URL = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """`text` with every URL in it cut to scheme, host and path.
+    """Reduce every URL in `text` to scheme, host and path.
 
     "https://me:secret@host/cat.jpg?sig=abc: timeout" -> "https://host/cat.jpg: timeout"
 
-    In the URLs of object stores a `?` without `=` behind it stays: it is a part of a name, or of a glob.
+    In URLs of object stores a `?` that is not followed by a `=` is kept: it is part of a name or a glob.
     """
-    return _URL.sub(_shown, text) if "://" in text else text
+    return _URL.sub(_without_secrets, text) if "://" in text else text
 
 
-def _shown(match: re.Match[str]) -> str:
-    scheme, _, place, query, fragment = match.groups(default="")
+def _without_secrets(match: re.Match[str]) -> str:
+    scheme, _, host_and_path, query, fragment = match.groups(default="")
     tail = query + fragment
     if scheme.lower() in ("http", "https") or "=" in tail:
-        tail = ":" if tail.endswith(":") else ""  # the sentence's own colon
-    return f"{scheme}://{place}{tail}"
+        tail = ":" if tail.endswith(":") else ""  # a colon at the end belongs to the sentence
+    return f"{scheme}://{host_and_path}{tail}"

@@ -48,7 +48,7 @@ def tokenize(name: str) -> None:
         "unitoken.tokenize",
         "run",
         "--config",
-        "yamls/tokenize/digits.yaml",
+        "yamls/demo/tokenize.yaml",
         "--splits",
         str(RANKS),
     ]

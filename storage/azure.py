@@ -11,16 +11,20 @@ from unitoken.storage.bucket import NO_ANSWER, Bucket
 
 
 class Azure(Bucket):
-    """AZURE_STORAGE_CONNECTION_STRING, or AZURE_ACCOUNT_NAME with AZURE_ACCOUNT_ACCESS_KEY or what azure-identity finds."""
+    """Uses AZURE_STORAGE_CONNECTION_STRING, or AZURE_ACCOUNT_NAME with an access key or azure-identity.
+
+    The access key is AZURE_ACCOUNT_ACCESS_KEY. URLs are az://container/folder, or
+    azure://account/container/folder as mosaicml-streaming writes them.
+    """
 
     kind = "container"
 
-    def _locate(self, place: str) -> tuple[str, str]:
+    def _locate(self, path: str) -> tuple[str, str]:
         account = ""
-        if self.url.startswith("azure://"):  # azure://account/container/folder, as streaming writes it
-            account, _, place = place.partition("/")
+        if self.url.startswith("azure://"):
+            account, _, path = path.partition("/")
         self._account = os.environ.get("AZURE_ACCOUNT_NAME") or account.partition(".")[0]
-        return super()._locate(place)  # az://container/folder, as others do
+        return super()._locate(path)
 
     def _connect(self) -> Any:
         from azure.storage.blob import BlobServiceClient
@@ -32,15 +36,13 @@ class Azure(Bucket):
         }
         if connection := os.environ.get("AZURE_STORAGE_CONNECTION_STRING"):
             self._access = "with AZURE_STORAGE_CONNECTION_STRING"
-            return BlobServiceClient.from_connection_string(connection, **options).get_container_client(
-                self._bucket
-            )
+            service = BlobServiceClient.from_connection_string(connection, **options)
+            return service.get_container_client(self._bucket)
         if not self._account:
             raise ConfigError(f"{self.url}: AZURE_ACCOUNT_NAME is not set")
         address = f"https://{self._account}.blob.core.windows.net"
-        return BlobServiceClient(address, credential=self._credential(), **options).get_container_client(
-            self._bucket
-        )
+        service = BlobServiceClient(address, credential=self._credential(), **options)
+        return service.get_container_client(self._bucket)
 
     def _credential(self) -> Any:
         if key := os.environ.get("AZURE_ACCOUNT_ACCESS_KEY"):

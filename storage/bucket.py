@@ -1,4 +1,4 @@
-"""What `Store` promises, made of the six things that every object store can do. clouds.py says how each does them."""
+"""The methods of `Store` over six basic operations, which a subclass for each cloud implements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import os
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,33 +13,42 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from unitoken.common.errors import ConfigError, one_line
-from unitoken.storage.store import RETRY_SECONDS, MissingError, Ranges, StoreError, TransientStoreError
+from unitoken.storage.retry import pauses_until, retry
+from unitoken.storage.store import MissingError, Ranges, StoreError, TransientStoreError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
-CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # at most, for one try
-PART_BYTES = 1 << 23  # of what a file opened for reading asks for at once
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0  # the longest timeouts of one request
+PART_BYTES = 1 << 23  # of a request, for a file that is opened for reading
 NO_ANSWER = 0  # in place of an HTTP status
 
 T = TypeVar("T")
 
 
 class Bucket(ABC):
-    """A folder of a bucket. Safe over threads; a forked process makes its own client.
+    """A folder of a bucket. Thread-safe; a forked process creates its own client.
 
-    Failures that may pass are repeated here and not by the libraries: they count in attempts or in seconds, each its
-    own way, and S3's repeats no answer that breaks off in the middle.
+    Transient errors are retried here and not by the libraries: these count attempts or seconds, each in its
+    own way, and S3's does not retry an answer that breaks off in the middle.
+
+    Args:
+        url: of the folder.
+        endpoint: the address of the server, where a cloud supports others than its own.
+        patience: seconds for which a failing request is repeated.
     """
 
-    def __init__(self, url: str, endpoint: str | None = None, patience: float = RETRY_SECONDS) -> None:
+    kind = "bucket"  # what the vendor calls it
+
+    def __init__(self, url: str, endpoint: str | None, patience: float) -> None:
         self.url, self.endpoint, self.patience = url.rstrip("/"), endpoint, patience
         self._bucket, folder = self._locate(self.url.partition("://")[2])
         if not self._bucket:
             raise ConfigError(f"{url}: expected the name of a {self.kind} in it")
-        # A server that takes a request and never answers is to be found out by then, too.
+        # Connect and read. A server that accepts a request and never answers must be noticed within the
+        # patience.
         self._timeouts = min(CONNECT_SECONDS, patience / 4), min(READ_SECONDS, patience / 2)
-        self._access = ""  # with which credentials, or where they were looked for; for messages
+        self._access = ""  # which credentials were used, or where they were looked for; for messages
         self._folder = f"{folder}/" if folder else ""
-        self._clients: dict[int, Any] = {os.getpid(): self._connected()}  # so that a wrong setting shows here
+        # By process id. The first one is created now, so that a wrong setting is an error here.
+        self._clients: dict[int, Any] = {os.getpid(): self._new_client()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url, self.endpoint, self.patience)
@@ -49,60 +57,63 @@ class Bucket(ABC):
     def _client(self) -> Any:
         process = os.getpid()
         if process not in self._clients:
-            self._clients[process] = self._connected()
+            self._clients[process] = self._new_client()
         return self._clients[process]
 
-    def _connected(self) -> Any:
+    def _new_client(self) -> Any:
         try:
             return self._connect()
         except ConfigError:
             raise
-        except Exception as error:  # the libraries' errors share no base
-            raise ConfigError(f"{self.url}: {_line(error)}") from None
+        except Exception as error:  # the libraries' errors share no base class
+            raise ConfigError(f"{self.url}: {one_line(error, 300)}") from None
 
-    # What the libraries do differently. `key`: from the bucket's root.
+    # The operations of a cloud's library. A `key` is a name relative to the root of the bucket.
 
-    kind = "bucket"  # what its vendor calls it
-
-    def _locate(self, place: str) -> tuple[str, str]:
-        """What follows the scheme of a URL -> the bucket's name, and the folder in it."""
-        name, _, folder = place.partition("/")
+    def _locate(self, path: str) -> tuple[str, str]:
+        """Split a URL without its scheme into the name of the bucket and the folder in it."""
+        name, _, folder = path.partition("/")
         return name, folder
 
     @abstractmethod
     def _connect(self) -> Any:
-        """A client. Sets `_access`."""
+        """Create a client, and set `_access`."""
 
     @abstractmethod
-    def _get(self, key: str, start: int, end: int | None) -> bytes: ...
+    def _get(self, key: str, start: int, end: int | None) -> bytes:
+        """Read a range; `end` None reads to the end of the file."""
 
     @abstractmethod
     def _head(self, key: str) -> tuple[int, str]:
-        """Size and version."""
+        """Return the size and version of a file."""
 
     @abstractmethod
     def _list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Keys and sizes, page by page."""
+        """Yield keys and sizes, page by page."""
 
     @abstractmethod
-    def _put(self, key: str, file: BinaryIO) -> None: ...
+    def _put(self, key: str, file: BinaryIO) -> None:
+        """Write a file."""
 
     @abstractmethod
-    def _remove(self, key: str) -> None: ...
+    def _remove(self, key: str) -> None:
+        """Delete a file."""
 
     @abstractmethod
     def _status(self, error: Exception) -> int | None:
-        """HTTP status, NO_ANSWER, or None where the error is another."""
+        """Return the HTTP status of a library's error, NO_ANSWER if it has none, or None for other errors."""
 
-    # The verbs of `Store`.
+    # The methods of `Store`.
 
     def read(self, name: str) -> bytes:
-        return self._do(name, lambda key: self._span(key, 0, None))
+        """Return the content of a file."""
+        return self._request(name, lambda key: self._get_range(key, 0, None))
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        return self._do(name, lambda key: self._span(key, start, end)) if start < end else b""
+        """Return the bytes from `start` up to `end`, fewer if the file ends before."""
+        return self._request(name, lambda key: self._get_range(key, start, end)) if start < end else b""
 
-    def _span(self, key: str, start: int, end: int | None) -> bytes:
+    def _get_range(self, key: str, start: int, end: int | None) -> bytes:
         try:
             return self._get(key, start, end)
         except Exception as error:
@@ -111,71 +122,84 @@ class Bucket(ABC):
             raise
 
     def open(self, name: str) -> BinaryIO:
-        return io.BufferedReader(
-            Ranges(functools.partial(self.read_range, name), self.size(name)), PART_BYTES
-        )
+        """Open a file for reading; it is seekable."""
+        read_range = functools.partial(self.read_range, name)
+        return io.BufferedReader(Ranges(read_range, self.size(name)), PART_BYTES)
 
     def size(self, name: str) -> int:
-        return self._do(name, self._head)[0]
+        """Return the size of a file in bytes."""
+        return self._request(name, self._head)[0]
 
     def version(self, name: str) -> str:
-        size, version = self._do(name, self._head)
+        """Return a text that changes with the content of a file."""
+        size, version = self._request(name, self._head)
         return f"{size}-{version}"
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        found = self._do(prefix, lambda key: list(self._list(key)), whole=True)
+        """Return the sizes of all files whose names begin with `prefix`, sorted by name."""
+        found = self._request(prefix, lambda key: list(self._list(key)), missing="bucket")
         return {key.removeprefix(self._folder): size for key, size in sorted(found) if not key.endswith("/")}
 
     def write(self, name: str, data: bytes) -> None:
-        self._do(name, lambda key: self._put(key, io.BytesIO(data)), whole=True)
+        """Write a file atomically."""
+        self._request(name, lambda key: self._put(key, io.BytesIO(data)), missing="bucket")
 
     def upload(self, path: Path, name: str) -> None:
+        """Write a local file atomically, and check its size in the bucket."""
+
         def put(key: str) -> None:
             with open(path, "rb") as file:
                 self._put(key, file)
 
-        self._do(name, put, whole=True)
+        self._request(name, put, missing="bucket")
         size, expected = self.size(name), path.stat().st_size
         if size != expected:
             self.delete(name)
             raise StoreError(f"{self.url}/{name}: {size} bytes arrived of {expected}")
 
     def delete(self, name: str) -> None:
+        """Delete a file; do nothing if it does not exist."""
         with contextlib.suppress(MissingError):
-            self._do(name, self._remove)
+            self._request(name, self._remove)
 
-    def _do(self, name: str, action: Callable[[str], T], whole: bool = False) -> T:
-        """`action` with the key of `name`, again and again until the patience is over, unless it is hopeless.
+    def _request(self, name: str, action: Callable[[str], T], missing: str = "file") -> T:
+        """Call `action` with the key of `name`; retry transient errors until the patience is over.
 
-        whole: the bucket itself is asked, not one of its files: it is what a status of 404 misses.
+        Args:
+            name: of a file, or a prefix of names.
+            action: sends the request; its argument is the key.
+            missing: what a status of 404 means: that the "file" or that the "bucket" does not exist.
         """
-        end, pause = time.monotonic() + self.patience, FIRST_PAUSE
         where = f"{self.url}/{name}"
-        while True:
+
+        def attempt() -> T:
             try:
                 return action(self._folder + name)
-            except Exception as error:  # the libraries' errors share no base; _status knows each library's
+            except Exception as error:  # the libraries' errors share no base class
                 status = self._status(error)
-                if status is None:
-                    if isinstance(error, OSError) and not isinstance(error, StoreError):
-                        raise  # of this machine's own files
-                    raise StoreError(f"{where}: {_line(error)}") from None
-                if status in (401, 403):
-                    raise StoreError(f"{where}: permission denied {self._access}") from None
-                if status == 404 and whole:
-                    raise StoreError(f"{where}: no such bucket: {self._bucket}") from None
-                if status == 404:
-                    raise MissingError(f"{where}: not there") from None
-                passing = status in (NO_ANSWER, 408, 429) or status >= 500
-                if not passing or time.monotonic() + pause > end:
-                    if passing:
-                        raise TransientStoreError(
-                            f"{where}: {_line(error)} (tried for {self.patience:.0f} s)"
-                        ) from None
-                    raise StoreError(f"{where}: {_line(error)}") from None
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, LONGEST_PAUSE)
+                is_local = status is None and isinstance(error, OSError) and not isinstance(error, StoreError)
+                if is_local:  # for example a file to upload that does not exist
+                    raise
+                raise self._store_error(error, status, where, missing) from None
 
+        try:
+            return retry(
+                attempt,
+                lambda error: isinstance(error, TransientStoreError),
+                pauses_until(time.monotonic() + self.patience),
+            )
+        except TransientStoreError as error:
+            raise TransientStoreError(f"{error} (tried for {self.patience:.0f} s)") from None
 
-def _line(error: Exception) -> str:
-    return one_line(error, 300)
+    def _store_error(self, error: Exception, status: int | None, where: str, missing: str) -> StoreError:
+        """Translate a library's error; a transient one may go away if the request is repeated."""
+        if status in (401, 403):
+            return StoreError(f"{where}: permission denied {self._access}")
+        if status == 404 and missing == "bucket":
+            return StoreError(f"{where}: no such bucket: {self._bucket}")
+        if status == 404:
+            return MissingError(f"{where}: not there")
+        message = f"{where}: {one_line(error, 300)}"
+        if status is not None and (status in (NO_ANSWER, 408, 429) or status >= 500):
+            return TransientStoreError(message)
+        return StoreError(message)

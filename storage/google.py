@@ -1,4 +1,4 @@
-"""Google Cloud Storage."""
+"""Google Cloud Storage, by its own library or, with keys for interoperability, as an S3 server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from unitoken.storage.bucket import NO_ANSWER, Bucket
+from unitoken.storage.s3 import S3
 
 
 class Google(Bucket):
+    """Uses STORAGE_EMULATOR_HOST, Google's application default credentials, or none for a public bucket."""
+
     def _connect(self) -> Any:
         from google.auth import default
         from google.auth.exceptions import DefaultCredentialsError
@@ -36,11 +39,8 @@ class Google(Bucket):
         return self._client.bucket(self._bucket).blob(key)
 
     def _get(self, key: str, start: int, end: int | None) -> bytes:
-        return bytes(
-            self._blob(key).download_as_bytes(
-                start=start, end=None if end is None else end - 1, **self._options
-            )
-        )
+        last = None if end is None else end - 1
+        return bytes(self._blob(key).download_as_bytes(start=start, end=last, **self._options))
 
     def _head(self, key: str) -> tuple[int, str]:
         blob = self._blob(key)
@@ -68,3 +68,17 @@ class Google(Bucket):
         if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
             return 401
         return NO_ANSWER if isinstance(error, (RequestException, TransportError)) else None
+
+
+class GoogleS3(S3):
+    """Google's buckets by the S3 protocol, with GCS_KEY and GCS_SECRET, as mosaicml-streaming reads them."""
+
+    def _server(self) -> str | None:
+        return "https://storage.googleapis.com"
+
+    def _credentials(self, session: Any) -> dict[str, str] | None:  # noqa: ARG002
+        self._access = "with GCS_KEY and GCS_SECRET"
+        return {
+            "aws_access_key_id": os.environ["GCS_KEY"],
+            "aws_secret_access_key": os.environ["GCS_SECRET"],
+        }

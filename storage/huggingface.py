@@ -1,6 +1,7 @@
-"""Datasets on Hugging Face's hub: hf://datasets/owner/name/folder, or name@revision. For reading only.
+"""Datasets on Hugging Face's hub, read-only: hf://datasets/owner/name/folder, or name@revision.
 
-Plain HTTP, as huggingface_hub asks for one file: HF_ENDPOINT is the server, HF_TOKEN the key to private datasets.
+Plain HTTP, with the same requests that huggingface_hub sends for one file. HF_ENDPOINT is the server,
+HF_TOKEN gives access to private datasets.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from unitoken.storage.store import StoreError
 
 
 class HuggingFace(Bucket):
+    """A folder of a dataset repository; a `@revision` behind its name selects a branch, tag or commit."""
+
     kind = "dataset"
 
-    def _locate(self, place: str) -> tuple[str, str]:
-        kind, owner, name, folder = (place + "///").split("/", 3)
+    def _locate(self, path: str) -> tuple[str, str]:
+        kind, owner, name, folder = (path + "///").split("/", 3)
         name, _, revision = name.partition("@")
         if kind != "datasets" or not owner or not name:
             raise ConfigError(
@@ -37,10 +40,10 @@ class HuggingFace(Bucket):
         if token := os.environ.get("HF_TOKEN"):
             self._access = "with HF_TOKEN"
             session.headers["Authorization"] = f"Bearer {token}"
-        session.headers["Accept-Encoding"] = "identity"  # ranges are of the file's own bytes
+        session.headers["Accept-Encoding"] = "identity"  # ranges count the file's own bytes
         return session
 
-    def _ask(self, method: str, address: str, **options: Any) -> Any:
+    def _send(self, method: str, address: str, **options: Any) -> Any:
         answer = self._client.request(
             method, address, timeout=self._timeouts, allow_redirects=True, **options
         )
@@ -52,19 +55,19 @@ class HuggingFace(Bucket):
 
     def _get(self, key: str, start: int, end: int | None) -> bytes:
         headers = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
-        answer = self._ask("GET", self._address(key), headers=headers)
+        answer = self._send("GET", self._address(key), headers=headers)
         data: bytes = answer.content
         return data if answer.status_code == 206 or end is None else data[start:end]
 
     def _head(self, key: str) -> tuple[int, str]:
-        headers = self._ask("HEAD", self._address(key)).headers
+        headers = self._send("HEAD", self._address(key)).headers
         return int(headers["Content-Length"]), str(headers.get("ETag", ""))
 
     def _list(self, prefix: str) -> Iterator[tuple[str, int]]:
         folder = prefix.rpartition("/")[0]
         address = f"{self._server}/api/{self._bucket}/tree/{self._revision}/{quote(folder)}?recursive=true"
         while address:
-            answer = self._ask("GET", address)
+            answer = self._send("GET", address)
             for entry in answer.json():
                 if entry["type"] == "file" and entry["path"].startswith(prefix):
                     yield entry["path"], int(entry["size"])

@@ -1,4 +1,4 @@
-"""Amazon's S3 and servers that speak its protocol."""
+"""Amazon's S3 and other servers with its protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,23 @@ CONNECTIONS = 32  # to one server; more threads wait
 
 
 class S3(Bucket):
-    """S3_ENDPOINT_URL for servers other than Amazon's, and Google's by GCS_KEY and GCS_SECRET, as streaming reads them."""
+    """Uses boto3 and its credentials; S3_ENDPOINT_URL names a server other than Amazon's."""
+
+    def _server(self) -> str | None:
+        """Return the address of the server; None is Amazon's."""
+        return self.endpoint or os.environ.get("S3_ENDPOINT_URL")
+
+    def _credentials(self, session: Any) -> dict[str, str] | None:
+        """Set `_access`, and return keys for the client: {} if it finds them itself, None for no keys."""
+        found = session.get_credentials()  # may send a request to the machine's metadata server: seconds
+        if found is not None:
+            # The method is env, shared-credentials-file, iam-role, ...
+            self._access = f"with the credentials of boto3's '{found.method}'"
+            return {}
+        self._access = (
+            "without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
+        )
+        return None
 
     def _connect(self) -> Any:
         import boto3
@@ -21,44 +37,28 @@ class S3(Bucket):
         from botocore import UNSIGNED
         from botocore.config import Config
 
-        session, endpoint, keys = boto3.Session(), self.endpoint or os.environ.get("S3_ENDPOINT_URL"), {}
-        if self.url.startswith("gs://"):
-            endpoint = "https://storage.googleapis.com"
-            keys = {
-                "aws_access_key_id": os.environ["GCS_KEY"],
-                "aws_secret_access_key": os.environ["GCS_SECRET"],
-            }
         options: dict[str, Any] = {
             "connect_timeout": self._timeouts[0],
             "read_timeout": self._timeouts[1],
             "retries": {"mode": "standard", "total_max_attempts": 1},
             "max_pool_connections": CONNECTIONS,
         }
-        if endpoint:  # other servers know few of Amazon's new checksums
-            options |= {
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-            }
-        if keys:
-            self._access = "with GCS_KEY and GCS_SECRET"
-        elif (
-            found := session.get_credentials()
-        ) is not None:  # may ask the machine's metadata server: seconds
-            self._access = f"with the credentials of boto3's '{found.method}'"  # env, shared-credentials-file, iam-role, ...
-        else:
-            self._access = (
-                "without credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
-            )
-            options["signature_version"] = UNSIGNED  # a public bucket
+        server = self._server()
+        if server:  # few other servers know Amazon's new checksums
+            options["request_checksum_calculation"] = "when_required"
+            options["response_checksum_validation"] = "when_required"
         payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
-        self._extra = (
-            {"RequestPayer": "requester"} if self._bucket in [name.strip() for name in payers] else {}
-        )
-        # By parts above 128 MiB: a shard is sent in one piece.
+        requester_pays = self._bucket in [name.strip() for name in payers]
+        self._extra = {"RequestPayer": "requester"} if requester_pays else {}
+        # A shard is sent in one request: only files above 128 MiB are sent in parts.
         self._parts = TransferConfig(
             multipart_threshold=1 << 27, multipart_chunksize=1 << 26, use_threads=False
         )
-        return session.client("s3", endpoint_url=endpoint, config=Config(**options), **keys)
+        session = boto3.Session()
+        keys = self._credentials(session)
+        if keys is None:
+            options["signature_version"] = UNSIGNED  # a public bucket
+        return session.client("s3", endpoint_url=server, config=Config(**options), **(keys or {}))
 
     def _get(self, key: str, start: int, end: int | None) -> bytes:
         part = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
@@ -88,16 +88,21 @@ class S3(Bucket):
         from botocore import exceptions
 
         if isinstance(error, exceptions.ClientError):
-            if error.response.get("Error", {}).get("Code") in (
-                "ExpiredToken",
-                "InvalidToken",
-            ):  # S3 answers 400
-                return 401
+            if error.response.get("Error", {}).get("Code") in ("ExpiredToken", "InvalidToken"):
+                return 401  # S3 itself answers 400
             return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
-        if isinstance(
-            error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.SSOError)
-        ):
+        no_credentials = (
+            exceptions.NoCredentialsError,
+            exceptions.PartialCredentialsError,
+            exceptions.SSOError,
+        )
+        if isinstance(error, no_credentials):
             return 401
-        # They share no base. A connection that is refused is not one of HTTPClientError.
-        no_answer = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
-        return NO_ANSWER if isinstance(error, (*no_answer, exceptions.CredentialRetrievalError)) else None
+        # These share no base class; a refused connection, for one, is not an HTTPClientError.
+        no_answer = (
+            exceptions.HTTPClientError,
+            exceptions.ConnectionError,
+            exceptions.IncompleteReadError,
+            exceptions.CredentialRetrievalError,
+        )
+        return NO_ANSWER if isinstance(error, no_answer) else None

@@ -1,10 +1,11 @@
-"""What of a dataset lies on this host: shards are downloaded once, verified once, and evicted when they take too much room.
+"""A host's cache of remote shards: each is downloaded and verified once, and evicted if space is needed.
 
-A shard that was verified, or downloaded, has a stamp: a small file in the cache folder that says which file it was (path,
-size, time, inode, hashes) and by its own time of change when it was last opened. Only what has a stamp as downloaded is
-ever evicted, and only while it is the very file that was: never data of a stream without `remote`, never what somebody put there.
+Every shard that was verified or downloaded has a stamp: a small file in the cache folder that holds the
+identity of the shard's file (path, size, time, inode, hashes) and whose time of change is when the shard was
+last opened. A file is only evicted if its stamp says "downloaded" and still matches: never data of a stream
+without `remote`, never files that somebody copied there.
 
-Any number of processes may share a cache. Locks are the kernel's, and go with their holder however it dies.
+Any number of processes may share a cache. The locks are the kernel's and are released when their holder dies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,12 +21,15 @@ from typing import Any, BinaryIO
 from unitoken.common.errors import ConfigError, DataError, Transient, is_transient
 from unitoken.common.files import aside, locked, remove_abandoned, write_aside
 from unitoken.common.hashing import fingerprint
+from unitoken.storage.retry import retry
 from unitoken.storage.store import MissingError, Store, StoreError
 
-SHARD_RETRY_SECONDS = 40.0  # seconds; a store that is gone ends training within a minute
-ATTEMPTS = 6  # for a file that arrives corrupt, or is said to be missing: of 10,000 with 10 % faults three are not enough
-PAUSE = 0.5  # seconds before a missing file is asked for again, and longer each time
-PART_BYTES = 1 << 23  # a request: what breaks off is asked for again in parts of this size
+# For which a store repeats a request: a store that is gone ends training within a minute.
+SHARD_RETRY_SECONDS = 40.0
+# For a file that arrives corrupt or is reported missing: at 10 % faults, 3 are too few for 10,000 shards.
+ATTEMPTS = 6
+PAUSE = 0.5  # seconds: the first repetition follows at once, each further one after this much more
+PART_BYTES = 1 << 23  # of a request; the store repeats a request that breaks off
 LOCKS = 64  # a dataset
 
 
@@ -35,23 +38,27 @@ class ShardError(DataError):
 
 
 class TransientShardError(ShardError, Transient):
-    """Its store does not answer. A class, as that is what comes through from a loader's process."""
+    """A shard whose store does not answer. A class, as an error of a loader process keeps only its class."""
 
 
-def what_is_wrong(entry: Mapping[str, Any], path: Path) -> str | None:
-    """`missing` or `corrupt: ...` for a shard that is not as its entry in the index (`raw_data`) says; else None."""
+class _CorruptError(Exception):
+    """A file that arrived damaged."""
+
+
+def _find_damage(entry: Mapping[str, Any], path: Path) -> str | None:
+    """Compare a shard with its entry in the index (`raw_data`); return `missing`, `corrupt: ...` or None."""
     if not path.exists():
         return "missing"
     if path.stat().st_size != entry["bytes"]:
         return f"corrupt: {path.stat().st_size} bytes, the index names {entry['bytes']}"
     for algorithm, expected in sorted(entry["hashes"].items())[:1]:  # one is enough
-        found = _file_hash(path, algorithm)
+        found = _hash_file(path, algorithm)
         if found != expected:
             return f"corrupt: its {algorithm} is {found}, the index names {expected}"
     return None
 
 
-def _file_hash(path: Path, algorithm: str) -> str:
+def _hash_file(path: Path, algorithm: str) -> str:
     with open(path, "rb") as file:
         if algorithm in hashlib.algorithms_available:
             return hashlib.file_digest(file, algorithm).hexdigest()
@@ -61,56 +68,72 @@ def _file_hash(path: Path, algorithm: str) -> str:
 
 
 def fetch(
-    store: Store, name: str, path: Path, wrong: Callable[[Path], str | None], size: int | None = None
+    store: Store, name: str, path: Path, find_damage: Callable[[Path], str | None], size: int | None = None
 ) -> BinaryIO:
-    """Download `name` aside, check it, give it its `path`; what `wrong` objects to is deleted and downloaded again.
+    """Download a file atomically; one that arrives damaged, or is reported missing, is downloaded again.
+
+    Args:
+        store: where the file is.
+        name: of the file in the store.
+        path: where to put it.
+        find_damage: returns what is wrong with a downloaded file, or None.
+        size: of the file in bytes; None looks it up.
 
     Returns:
         The file, open for reading: it stays readable if another process evicts it at once.
 
     Raises:
-        ShardError: it can not be had; the message says why and from where.
+        ShardError: the download failed; the message says why and from where.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    failure: object = None
-    for attempt in range(ATTEMPTS):
-        temporary = aside(path)
-        try:
-            file = open(temporary, "w+b")  # noqa: SIM115 - returned open
-            with contextlib.ExitStack() as stack:
-                stack.callback(file.close)
-                fcntl.flock(file, fcntl.LOCK_EX)
-                total = store.size(name) if size is None else size
-                for begin in range(0, total, PART_BYTES):
-                    file.write(store.read_range(name, begin, min(begin + PART_BYTES, total)))
-                file.flush()
-                failure = wrong(temporary)
-                if failure is None:
-                    os.replace(temporary, path)
-                    fcntl.flock(file, fcntl.LOCK_UN)
-                    file.seek(0)
-                    stack.pop_all()
-                    return file
-                failure = f"{store.url}/{name} is {failure}"
-        except MissingError as error:  # stores are consistent, but what stands before them may not be
-            failure = error
-            time.sleep(PAUSE * attempt)
-        except StoreError as error:
-            raise (TransientShardError if is_transient(error) else ShardError)(str(error)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
-    raise ShardError(str(failure))
+    try:
+        return retry(
+            lambda: _fetch_once(store, name, path, find_damage, size),
+            # Stores are consistent, but a proxy or cache in front of one may not be.
+            lambda error: isinstance(error, (MissingError, _CorruptError)),
+            [PAUSE * number for number in range(ATTEMPTS - 1)],
+        )
+    except (MissingError, _CorruptError) as error:
+        raise ShardError(str(error)) from None
+    except StoreError as error:
+        raise (TransientShardError if is_transient(error) else ShardError)(str(error)) from None
+
+
+def _fetch_once(
+    store: Store, name: str, path: Path, find_damage: Callable[[Path], str | None], size: int | None
+) -> BinaryIO:
+    temporary = aside(path)
+    try:
+        file = open(temporary, "w+b")  # noqa: SIM115 - returned open
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(file.close)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            total = store.size(name) if size is None else size
+            for start in range(0, total, PART_BYTES):
+                file.write(store.read_range(name, start, min(start + PART_BYTES, total)))
+            file.flush()
+            if damage := find_damage(temporary):
+                raise _CorruptError(f"{store.url}/{name} is {damage}")
+            os.replace(temporary, path)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            file.seek(0)
+            on_error.pop_all()
+            return file
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Cache:
-    """The shards of one stream's dataset as files of this host.
+    """The shards of one stream's dataset as local files.
 
     Args:
-        entries: the index's, in its order.
-        store: where missing shards come from; None: nowhere.
-        folder: where the shards are to lie.
-        stamps: of all datasets on this host.
-        limit: bytes that all downloaded shards with stamps there may take; those being downloaded come on top.
+        stream: the name of the stream, for messages.
+        entries: the shards' entries in the index, in its order.
+        store: where missing shards are downloaded from; None if they cannot be.
+        folder: where the shards are or will be.
+        stamps: the folder with the stamps of all datasets on this host.
+        limit: bytes of all downloaded shards with stamps there, without those that are being downloaded;
+            None never evicts.
     """
 
     def __init__(
@@ -132,50 +155,54 @@ class Cache:
             if store is not None:
                 for chunk in {(folder / entry["basename"]).parent for entry in self._entries}:
                     if chunk.is_dir():
-                        remove_abandoned(chunk)  # what killed downloads left
+                        remove_abandoned(chunk)  # from killed downloads
         except OSError as error:
             raise ConfigError(
                 f"the cache folder {error.filename}: {error.strerror}; set `cache` to one of your own"
             ) from None
 
     def open(self, shard: int) -> BinaryIO:
-        """A shard, there and as the index says it is. Raises ShardError, naming stream, shard and place, where it can't be had."""
+        """Open a shard that is verified; download it first if it is missing or damaged.
+
+        Raises:
+            ShardError: the shard cannot be had; the message names stream, shard and place.
+        """
         entry = self._entries[shard]
         path = self._folder / entry["basename"]
         if file := self._open_verified(shard, path):
             return file
         with locked(self._stamps / f"lock-{shard % LOCKS:02}"):
-            if file := self._open_verified(shard, path):  # by the process that held the lock
+            if file := self._open_verified(shard, path):  # verified by the process that held the lock
                 return file
-            wrong = what_is_wrong(entry, path)
-            if wrong is None:
+            damage = _find_damage(entry, path)
+            if damage is None:
                 file = open(path, "rb")  # noqa: SIM115 - returned open
-                self._stamp(shard, "found", path, file)
+                self._write_stamp(shard, "found", path, file)
                 return file
             if self._store is None:
-                raise ShardError(f"stream '{self._stream}': the shard {path} is {wrong}")
-            path.unlink(missing_ok=True)
-            if self._limit is not None:
-                self._make_room(entry["bytes"])
-            try:
-                file = fetch(
-                    self._store,
-                    entry["basename"],
-                    path,
-                    lambda new: what_is_wrong(entry, new),
-                    entry["bytes"],
-                )
-            except ShardError as error:
-                raise type(error)(
-                    f"stream '{self._stream}': the shard {entry['basename']} can not be had: {error}"
-                ) from None
-            self.downloads += 1
-            self._stamp(shard, "downloaded", path, file)
-            return file
+                raise ShardError(f"stream '{self._stream}': the shard {path} is {damage}")
+            return self._download(shard, path, self._store)
+
+    def _download(self, shard: int, path: Path, store: Store) -> BinaryIO:
+        entry = self._entries[shard]
+        name = entry["basename"]
+        path.unlink(missing_ok=True)
+        if self._limit is not None:
+            self._make_room(entry["bytes"], self._limit)
+        try:
+            file = fetch(
+                store, name, path, lambda downloaded: _find_damage(entry, downloaded), entry["bytes"]
+            )
+        except ShardError as error:
+            raise type(error)(f"stream '{self._stream}': the shard {name} can not be had: {error}") from None
+        self.downloads += 1
+        self._write_stamp(shard, "downloaded", path, file)
+        return file
 
     def _open_verified(self, shard: int, path: Path) -> BinaryIO | None:
+        """Open a shard whose file has a matching stamp."""
         for kind in ("found", "downloaded"):
-            stamp = self._stamps / self._stamp_name(shard, kind)
+            stamp = self._stamp_path(shard, kind)
             with contextlib.suppress(FileNotFoundError):
                 content = stamp.read_text()
                 file = open(path, "rb")  # noqa: SIM115 - returned open
@@ -185,30 +212,31 @@ class Cache:
                 file.close()
         return None
 
-    def _stamp_name(self, shard: int, kind: str) -> str:
-        return f"{shard:06}-{self._entries[shard]['bytes']}-{kind}"
+    def _stamp_path(self, shard: int, kind: str) -> Path:
+        """Return the path of a stamp; `_make_room` reads the size from its name."""
+        return self._stamps / f"{shard:06}-{self._entries[shard]['bytes']}-{kind}"
 
-    def _stamp(self, shard: int, kind: str, path: Path, file: BinaryIO) -> None:
+    def _write_stamp(self, shard: int, kind: str, path: Path, file: BinaryIO) -> None:
         identity = _identity(path, os.fstat(file.fileno()), self._entries[shard]["hashes"])
-        write_aside(self._stamps / self._stamp_name(shard, kind), identity.encode())
+        write_aside(self._stamp_path(shard, kind), identity.encode())
 
-    def _make_room(self, wanted: int) -> None:
-        """Evict what was opened longest ago until `wanted` more bytes are within the limit, or nothing is left to evict."""
-        assert self._limit is not None
+    def _make_room(self, needed: int, limit: int) -> None:
+        """Evict the shards that were opened longest ago until `needed` more bytes are within the limit."""
         with locked(self._all_stamps / "lock"):
             stamps = []
             for stamp in self._all_stamps.glob("*/*-downloaded"):
                 with contextlib.suppress(FileNotFoundError):
                     stamps.append((stamp.stat().st_mtime_ns, int(stamp.name.split("-")[1]), stamp))
-            total = sum(size for _, size, _ in stamps) + wanted
+            total = sum(size for _, size, _ in stamps) + needed
             for _, size, stamp in sorted(stamps):
-                if total <= self._limit:
+                if total <= limit:
                     break
                 _evict(stamp)
                 total -= size
 
 
 def _evict(stamp: Path) -> None:
+    """Delete a stamp and its shard; keep a file that is not the one that the stamp was written for."""
     with contextlib.suppress(FileNotFoundError):
         identity = stamp.read_text()
         path = Path(identity.partition("\0")[0])
@@ -217,7 +245,7 @@ def _evict(stamp: Path) -> None:
     stamp.unlink(missing_ok=True)
 
 
-def _identity(path: Path, status: os.stat_result, hashes: Any) -> str:
-    """Of a very file: what was put in its place has another."""
+def _identity(path: Path, status: os.stat_result, hashes: Mapping[str, str] | None) -> str:
+    """Return a text that changes when another file replaces this one. None leaves out the hashes."""
     identity = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}\0"
     return identity if hashes is None else f"{identity}{sorted(hashes.items())}"

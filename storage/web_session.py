@@ -1,4 +1,4 @@
-"""HTTP requests whose credentials come from their own URL or headers alone, and that can be kept to public addresses."""
+"""A session of `requests` that does not read ~/.netrc and can be restricted to public addresses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
 class PrivateAddressError(ValueError):
-    """A host's address is of this machine, of a private network or of the link."""
+    """A host has an address of this machine, of a private network or of the link."""
 
 
 class _OwnCredentials(AuthBase):
-    """Those that stand in the URL, or none. Without this requests looks them up in ~/.netrc."""
+    """Takes credentials from the URL only; by default `requests` also looks them up in ~/.netrc."""
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         parts = urlsplit(request.url or "")
@@ -32,11 +32,13 @@ class _OwnCredentials(AuthBase):
 
 
 class WebSession(Session):
-    """A session of requests that never reads ~/.netrc; proxies and certificates still come from the environment.
+    """A session that never reads ~/.netrc; proxies and certificates still come from the environment.
 
-    public_only: connect to addresses of the public internet alone, also behind a redirect. A name is resolved and refused
-    before a connection is made; the address that was reached is looked at again before a byte is sent, as the name may
-    stand for another by then. Where a proxy is set, it resolves the name, too: what it may reach is its own matter.
+    Args:
+        public_only: connect only to addresses of the public internet, also behind a redirect. A host name
+            is resolved and checked before the connection is made; the address that was reached is checked
+            again before a byte is sent, as the name may have changed its address. A proxy resolves the name
+            itself, and decides itself what to allow.
     """
 
     def __init__(self, public_only: bool) -> None:
@@ -48,7 +50,7 @@ class WebSession(Session):
             self.mount("https://", _PublicAdapter())
 
     def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
-        """Credentials do not follow a redirect to another host."""
+        """Drop the credentials on a redirect to another host."""
         assert response.request.url is not None
         assert prepared_request.url is not None
         if self.should_strip_auth(response.request.url, prepared_request.url):  # type: ignore[no-untyped-call]
@@ -56,13 +58,16 @@ class WebSession(Session):
 
 
 class _PublicAdapter(HTTPAdapter):
+    """Connects only to public addresses."""
+
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        """Use connections that check their addresses."""
         super().init_poolmanager(*arguments, **options)
         manager: PoolManager = self.poolmanager
         manager.pool_classes_by_scheme = {"http": _PublicPool, "https": _PublicSecurePool}
 
     def send(self, request: PreparedRequest, *arguments: Any, **options: Any) -> Response:
-        """Behind a proxy, which makes the connections, the name alone can be looked at."""
+        """Check the host name if a proxy makes the connection, as its address cannot be seen then."""
         host = urlsplit(request.url or "").hostname
         if not host:
             raise InvalidURL("no host")
@@ -74,13 +79,13 @@ class _PublicAdapter(HTTPAdapter):
 class _PublicConnection(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         _check_name(self.host)
-        return _checked(super()._new_conn())
+        return _check_address(super()._new_conn())
 
 
 class _PublicSecureConnection(HTTPSConnection):
     def _new_conn(self) -> socket.socket:
         _check_name(self.host)
-        return _checked(super()._new_conn())
+        return _check_address(super()._new_conn())
 
 
 class _PublicPool(HTTPConnectionPool):
@@ -92,17 +97,17 @@ class _PublicSecurePool(HTTPSConnectionPool):
 
 
 def _check_name(host: str) -> None:
-    """Raises PrivateAddressError where `host` is, or stands for, an address that is not public."""
+    """Raise PrivateAddressError if `host` is or resolves to an address that is not public."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return  # it will not be reached either, or by a proxy alone
+        return  # it cannot be reached either, except by a proxy
     for *_, address in found:
         if not is_public(str(address[0])):
             raise PrivateAddressError(host)
 
 
-def _checked(connection: socket.socket) -> socket.socket:
+def _check_address(connection: socket.socket) -> socket.socket:
     address = str(connection.getpeername()[0])
     if not is_public(address):
         connection.close()
@@ -111,14 +116,14 @@ def _checked(connection: socket.socket) -> socket.socket:
 
 
 def is_public(address: str) -> bool:
-    """Is an IP address one of the public internet? Those that carry an IPv4 address inside are judged by that, too."""
+    """Return whether an IP address is public; so must be an IPv4 address embedded in an IPv6 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        inside = [ip.sixtofour, ip.teredo[1] if ip.teredo else None]
+        embedded = [ip.sixtofour, ip.teredo[1] if ip.teredo else None]
         if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
-            inside.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
-        if any(v4 is not None and not is_public(str(v4)) for v4 in inside):
+            embedded.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
+        if any(v4 is not None and not is_public(str(v4)) for v4 in embedded):
             return False
     return ip.is_global and not ip.is_multicast

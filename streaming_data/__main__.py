@@ -1,13 +1,14 @@
-"""What can be known and done before training, and a way out of it.
+r"""Look at a mixture before training, and convert from and to other formats.
 
     python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
-    python -m unitoken.streaming_data simulate yamls/stage1.yaml \\
+    python -m unitoken.streaming_data simulate yamls/stage1.yaml \
         --tokens-per-second 100000
     python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
-    python -m unitoken.streaming_data export-webdataset data/cats \\
+    python -m unitoken.streaming_data export-webdataset data/cats \
         s3://bucket/cats-tars
 
-A stage's YAML file, or its `data:` part alone, with settings as in training (data.packed_length=8192) behind it.
+`plan` and `simulate` read a stage's YAML file, or a file with its `data:` section alone; settings as in
+training (data.packed_length=8192) follow it.
 """
 
 from __future__ import annotations
@@ -19,148 +20,104 @@ if __name__ == "__main__":
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import pydantic
 import typer
 
-from unitoken.common.cli import one_line_errors, run_program
-from unitoken.common.config import Config, load_config
+from unitoken.common.cli import command_app, one_line_errors, report, run_program, warn
 from unitoken.common.errors import ConfigError
 
-HELP = __doc__.replace("\n\n    ", "\n\n\b\n    ")  # click keeps the lines of a paragraph that begins with \b
-app = typer.Typer(
-    help=HELP,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_app(__doc__)
+
+StageFile = Annotated[Path, typer.Argument(help="A stage's YAML file, or its `data:` section alone.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as data.packed_length=8192."),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels of the vision tower's view.  [default: as in model.vision]", show_default=False
+    ),
+]
+PatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels of the vision tower's patch.  [default: as in model.vision]", show_default=False
+    ),
+]
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, as in training: data.packed_length=8192")
-    ] = None,
+    config: StageFile,
+    overrides: Overrides = None,
     sweep_length: Annotated[
-        bool, typer.Option(help="also print how full packs of 1k to 16k tokens are")
+        bool, typer.Option("--sweep-length", help="Also print how full packs of 1k to 16k tokens would be.")
     ] = False,
-    epoch: Annotated[int, typer.Option(min=0)] = 0,
-    image_size: Annotated[
-        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
-    ] = None,
-    patch_size: Annotated[
-        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
-    ] = None,
+    epoch: Annotated[int, typer.Option(min=0, help="The epoch to plan.")] = 0,
+    image_size: ImageSize = None,
+    patch_size: PatchSize = None,
 ) -> None:
-    """Print the mixture as it will really be: samples, tokens and trained tokens of each stream."""
+    """Print the mixture as training will see it.
+
+    The table has the samples, tokens and trained tokens of each stream in an epoch.
+    """
     with one_line_errors():
-        data, vision = load_data(config, overrides or [])
         from unitoken.dataset.vision_views import Views
         from unitoken.streaming_data.check import other_codes, uneven_proportions
         from unitoken.streaming_data.plan.lengths import read_lengths
         from unitoken.streaming_data.plan.recipe import Recipe
         from unitoken.streaming_data.plan.store import load_or_build
         from unitoken.streaming_data.sources import open_sources
+        from unitoken.streaming_data.tools.data_section import read_data_section, tower_size
 
+        data, vision = read_data_section(config, overrides or [])
         size = tower_size(vision, image_size, patch_size)
         sources, views = open_sources(data), Views(*size, data.anyres)
         recipe = Recipe.of(data, sources, views)
         try:
             samples = [read_lengths(source, recipe, views) for source in sources]
-            report = load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report
-            typer.echo(report.table())
-            for line in [*uneven_proportions(data), *other_codes(sources), *report.warnings()]:
-                typer.echo(f"warning: {line}", err=True)
-        finally:  # where there is no such plan, the lengths say which there are
+            found = load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report
+            report(found.table())
+            for line in [*uneven_proportions(data), *other_codes(sources), *found.warnings()]:
+                warn(line)
+        finally:  # also when this plan is impossible: the table shows which lengths are possible
             if sweep_length:
                 from unitoken.streaming_data.tools.sweep import sweep, sweep_table
 
-                typer.echo(f"\n{sweep_table(sweep(recipe, sources, views))}")
-
-
-def load_data(path: Path, overrides: list[str]) -> tuple[Any, Any]:
-    """The settings under `data:`, or a file that is these settings; and what a stage says under `model.vision`."""
-    from unitoken.streaming_data.settings import DataConfig
-
-    class Model(Config):
-        model_config = pydantic.ConfigDict(extra="ignore")
-        vision: dict[str, Any] | str | None = None
-
-    class Stage(Config):
-        model_config = pydantic.ConfigDict(extra="ignore")  # the rest of the stage is not for us
-        data: DataConfig
-        model: Model = Model()
-
-    try:
-        alone = any(line.startswith("streams:") for line in path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError):
-        alone = False  # reported by load_config
-    if alone:
-        return load_config(DataConfig, path, [override.removeprefix("data.") for override in overrides]), None
-    stage = load_config(Stage, path, overrides)
-    return stage.data, stage.model.vision
-
-
-SO400M = (384, 14)  # SigLIP's, which the reference uses
-
-
-def tower_size(vision: Any, image_size: int | None, patch_size: int | None) -> tuple[int, int]:
-    """Pixels of a view and of a patch, each way: as the command line says, or the stage's model, or its folder's config.json."""
-    found = vision if isinstance(vision, dict) else {}
-    if isinstance(vision, str):
-        path = Path(vision).expanduser() / "config.json"
-        try:
-            fields = json.loads(path.read_bytes())
-            found = fields.get("vision_config", fields) if isinstance(fields, dict) else {}
-        except (OSError, ValueError, RecursionError):
-            if image_size is None or patch_size is None:
-                assumed = f"views of {SO400M[0]} pixels with patches of {SO400M[1]}"
-                typer.echo(f"model.vision: {vision} is not on this machine: taken for {assumed}", err=True)
-            found = {"image_size": SO400M[0], "patch_size": SO400M[1]}
-    defaults = SO400M if vision is None else (224, 16)  # as SigLIP's own configuration
-    size = [
-        image_size or found.get("image_size", defaults[0]),
-        patch_size or found.get("patch_size", defaults[1]),
-    ]
-    if not all(isinstance(one, int) and 0 < one <= 1 << 14 for one in size) or size[1] > size[0]:
-        raise ConfigError(
-            f"model.vision: expected image_size and patch_size in pixels, found {size[0]!r} and {size[1]!r}"
-        )
-    return size[0], size[1]
+                report(f"\n{sweep_table(sweep(recipe, sources, views))}")
 
 
 @app.command()
 def simulate(
-    config: Annotated[Path, typer.Argument(help="a stage's YAML file, or its `data:` part alone")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, as in training: data.global_batch=8192")
-    ] = None,
-    nodes: Annotated[str, typer.Option(help="numbers of nodes")] = ",".join(str(1 << n) for n in range(11)),
-    ranks_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    config: StageFile,
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, separated by commas.")] = ",".join(
+        str(1 << n) for n in range(11)
+    ),
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each node.")] = 8,
     batch_seconds: Annotated[
-        float | None, typer.Option(help="that a step takes; or give --tokens-per-second")
+        float | None, typer.Option(help="Seconds that a step takes; or give --tokens-per-second.")
     ] = None,
-    tokens_per_second: Annotated[float | None, typer.Option(help="that a node trains on")] = None,
-    bandwidth: Annotated[str, typer.Option(help="of a node: 500mbit, 10gbit")] = "1gbit",
+    tokens_per_second: Annotated[float | None, typer.Option(help="Tokens that a node trains on.")] = None,
+    bandwidth: Annotated[str, typer.Option(help="A node's bandwidth, as 500mbit or 10gbit.")] = "1gbit",
     cache_limit: Annotated[
-        str | None, typer.Option(help="of a node: 100gb; default: the settings' cache_limit")
+        str | None,
+        typer.Option(
+            help="A node's cache, as 100gb.  [default: the settings' cache_limit]", show_default=False
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
-    ] = None,
-    patch_size: Annotated[
-        int | None, typer.Option(help="of the vision tower, pixels; default: as model.vision says")
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    image_size: ImageSize = None,
+    patch_size: PatchSize = None,
 ) -> None:
-    """Print what each node will download and cache, for any number of nodes. Every stream is taken for a remote one."""
+    """Print what each node will download and cache.
+
+    It plays an epoch through for each number of nodes, as if every stream were remote.
+    """
     with one_line_errors():
-        data, vision = load_data(
-            config, [*(overrides or []), *([f"data.cache_limit={cache_limit}"] if cache_limit else [])]
-        )
+        from unitoken.streaming_data.tools.data_section import read_data_section, tower_size
         from unitoken.streaming_data.tools.simulate import (
             demand_table,
             parse_bandwidth,
@@ -168,18 +125,15 @@ def simulate(
             simulate_nodes,
         )
 
+        limit = [f"data.cache_limit={cache_limit}"] if cache_limit else []
+        data, vision = read_data_section(config, [*(overrides or []), *limit])
         counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
+        size = tower_size(vision, image_size, patch_size)
         demands, impossible = simulate_nodes(
-            data,
-            counts,
-            ranks_per_node,
-            tower_size(vision, image_size, patch_size),
-            bits,
-            batch_seconds,
-            tokens_per_second,
+            data, counts, ranks_per_node, size, bits, batch_seconds, tokens_per_second
         )
         if as_json:
-            typer.echo(
+            report(
                 json.dumps({"nodes": [demand.model_dump() for demand in demands], "not_possible": impossible})
             )
             return
@@ -187,34 +141,38 @@ def simulate(
         if impossible:
             ranks = impossible[-1] * ranks_per_node
             uneven = (
-                f"{', '.join(map(str, impossible))} nodes of {ranks_per_node} ranks can not share a global_batch of "
-                f"{data.global_batch} packs evenly; {ranks:,} ranks need a multiple of {ranks:,}"
+                f"{', '.join(map(str, impossible))} nodes of {ranks_per_node} ranks can not "
+                f"share a global_batch of {data.global_batch} packs evenly; {ranks:,} ranks need a "
+                f"multiple of {ranks:,}"
             )
         if not demands:
             raise ConfigError(uneven)
-        typer.echo(demand_table(demands, data.cache_limit))
-        typer.echo(uneven, nl=bool(uneven))
+        report(demand_table(demands, data.cache_limit))
+        if uneven:
+            report(uneven)
 
 
 @app.command()
 def convert_config(
-    meta: Annotated[Path, typer.Argument(help="the reference's file: META, a list of path and ratio")],
-    out: Annotated[Path | None, typer.Option(help="a file to write; default: print")] = None,
+    meta: Annotated[Path, typer.Argument(help="The reference's data file: META, a list of path and ratio.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; without it the settings are printed.")
+    ] = None,
     datasets: Annotated[
-        str, typer.Option(help="folder or URL where the tokenized datasets lie, or will")
+        str, typer.Option(help="The folder or URL that holds, or will hold, the tokenized datasets.")
     ] = "data",
 ) -> None:
-    """Turn the reference's data file into the `data:` part of a stage."""
+    """Convert the reference's data file to `data:` YAML."""
     with one_line_errors():
         from unitoken.common.files import write_aside
         from unitoken.streaming_data.tools.convert_config import convert_config
 
         text = convert_config(meta, datasets)
         if out is None:
-            typer.echo(text, nl=False)
+            report(text.removesuffix("\n"))
             return
         if out.exists():
-            raise ConfigError(f"{out} is there already")
+            raise ConfigError(f"{out} exists already")
         try:
             write_aside(out, text.encode())
         except OSError as error:
@@ -223,16 +181,16 @@ def convert_config(
 
 @app.command()
 def export_webdataset(
-    dataset: Annotated[str, typer.Argument(help="a dataset folder, or its URL")],
-    out: Annotated[str, typer.Argument(help="an empty folder or URL")],
-    samples_per_tar: Annotated[int, typer.Option(min=1)] = 10_000,
+    dataset: Annotated[str, typer.Argument(help="A dataset folder, or its URL.")],
+    out: Annotated[str, typer.Argument(help="An empty folder or URL.")],
+    samples_per_tar: Annotated[int, typer.Option(min=1, help="Samples in each tar.")] = 10_000,
 ) -> None:
-    """Write a dataset as WebDataset tars, for those who train on that stack."""
+    """Write a dataset as WebDataset tars."""
     with one_line_errors():
         from unitoken.streaming_data.tools.export_webdataset import export_webdataset
 
-        typer.echo(f"{export_webdataset(dataset, out, samples_per_tar)} tars in {out}")
+        report(f"{export_webdataset(dataset, out, samples_per_tar)} tars in {out}")
 
 
 if __name__ == "__main__":
-    run_program(app, "streaming_data")
+    run_program(app, "python -m unitoken.streaming_data")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from unitoken.common.config import Bytes, Config, Count, Name, Seed, also_text
+from unitoken.common.config import Bytes, Config, Count, Name, Seed, number_or_text
 
 if TYPE_CHECKING:
     pass
@@ -80,7 +80,7 @@ class DataConfig(Config):
     streams: dict[str, StreamConfig] = Field(min_length=1)
     packed_length: Length
     """Tokens a pack, image features included."""
-    global_batch: Annotated[Count, also_text("^[1-9][0-9]* *tok$")]
+    global_batch: Annotated[Count, number_or_text("^[1-9][0-9]* *tok$")]
     """Packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096."""
     seed: Seed = 0
     unit: Unit = "samples"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from composer import Callback
 
-from unitoken.common.files import held
+from unitoken.common.files import exclusive_lock
 from unitoken.common.interruption import end_on_signals, remember_signals
 from unitoken.dataset.vision_views import CANVASES, Views
 from unitoken.streaming_data.check import other_codes, uneven_proportions
@@ -55,7 +55,7 @@ def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
                 at_work = f"save.folder: {folder}: another run is at work in it and holds {run_folder.LOCK}"
-                stack.enter_context(held(folder / run_folder.LOCK, at_work))
+                stack.enter_context(exclusive_lock(folder / run_folder.LOCK, at_work))
                 for line in run_folder.set_aside_damaged(folder):
                     say(f"warning: {line}")
         _run(config, checked)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from unitoken.common.config import Config, changed, flat
+from unitoken.common.config import Config, changed_names, flatten
 from unitoken.common.hashing import fingerprint
 from unitoken.streaming_data.settings import BatchingMethod, Continuous, DataConfig, Kind, OverLong, Unit
 from unitoken.streaming_data.sources import StreamSource
@@ -79,8 +79,8 @@ class Recipe(Config):
 
     def differences(self, other: dict[str, Any]) -> str:
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""
-        now, then = flat(self.model_dump(mode="json")), flat(other)
+        now, then = flatten(self.model_dump(mode="json")), flatten(other)
         found = [
-            f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in changed(then, now)
+            f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in changed_names(then, now)
         ]
         return "; ".join(found) or "the order of the streams"

@@ -15,7 +15,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 
 from unitoken.common.errors import ConfigError, is_transient
-from unitoken.common.interruption import held_back, leave_signals_to_parent
+from unitoken.common.interruption import signals_blocked, leave_signals_to_parent
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.shard_cache import ShardError, TransientShardError
@@ -58,7 +58,7 @@ class PackedLoader(DataLoader[Any]):
             self._said = torch.zeros(distributed.get_world_size(), MOST_SAID, dtype=torch.uint8)
         if self.num_workers:  # without workers the dataset sees it itself
             dataset.start_epoch()
-        with held_back():  # a loader process that is ended while it starts would be a failure here, wherever this rank is then
+        with signals_blocked():  # a loader process that is ended while it starts would be a failure here, wherever this rank is then
             batches = super().__iter__()
         while True:
             batch, failure = None, None

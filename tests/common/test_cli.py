@@ -1,8 +1,9 @@
-"""How commands end that can not do what they were asked to: one line, a status, and a hint only where it is true."""
+"""How a command ends with an error: one line, an exit status, and a hint only if it is true."""
 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ from unitoken.storage.store import MissingError, StoreError, TransientStoreError
         (ConfigError("a\nb\x1b[2J"), 2, "a?b?[2J"),
     ],
 )
-def test_errors_are_one_line_and_a_status_and_say_that_one_can_go_on_only_where_that_is_so(
+def test_errors_are_one_line_and_hint_at_resuming_if_transient(
     error: Exception, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught, one_line_errors("go on"):
@@ -39,18 +40,20 @@ def test_errors_are_one_line_and_a_status_and_say_that_one_can_go_on_only_where_
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
-def test_a_fault_of_ours_stays_a_traceback() -> None:
-    with pytest.raises(RuntimeError, match="ours"), one_line_errors("go on"):
-        raise RuntimeError("ours")
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="bug"), one_line_errors("go on"):
+        raise RuntimeError("bug")
 
 
-def test_a_full_disk_is_transient_and_a_folder_in_place_of_a_file_is_not(tmp_path, monkeypatch) -> None:
+def test_a_full_disk_is_transient_and_a_wrong_path_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(str(tmp_path))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "index.json")
 
-    monkeypatch.setattr("unitoken.storage.store.write_aside", full)
+    monkeypatch.setattr("unitoken.storage.folder.write_aside", full)
     with pytest.raises(TransientStoreError, match=r"index\.json: No space left on device"):
         store.write("index.json", b"")
     monkeypatch.undo()

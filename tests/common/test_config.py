@@ -1,11 +1,16 @@
+"""Settings from YAML and overrides: every mistake is one line that names where it is and what is expected."""
+
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import Field, model_validator
 
-from unitoken.common.config import Config, load_config
+from unitoken.common.config import Config, changed_names, describe_differences, flatten, load_config
 from unitoken.common.errors import ConfigError
+
+Write = Callable[[str], Path]
 
 
 class Vision(Config):
@@ -27,7 +32,7 @@ class Settings(Config):
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path: Path) -> Write:
     def write(text: str) -> Path:
         path = tmp_path / "settings.yaml"
         path.write_text(text)
@@ -36,14 +41,14 @@ def write(tmp_path):
     return write
 
 
-def error_of(path, *overrides: str) -> str:
+def error_of(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(Settings, path, overrides)
     assert "\n" not in str(caught.value), "one line"
     return str(caught.value)
 
 
-def test_an_unknown_key_names_the_file_the_key_and_the_valid_keys(write):
+def test_an_unknown_key_names_the_file_and_the_valid_keys(write: Write) -> None:
     path = write("vision: {kind: vq}\nstpes: 3\n")
     message = error_of(path)
     assert str(path) in message
@@ -55,13 +60,13 @@ def test_an_unknown_key_names_the_file_the_key_and_the_valid_keys(write):
 @pytest.mark.parametrize(
     "text", ["vision: {kind: vq, size: 3}", "vision: {kind: vq}\nstreams: {a: {kind: x, size: 3}}"]
 )
-def test_an_unknown_key_further_down_names_the_keys_that_are_valid_there(write, text):
+def test_an_unknown_nested_key_names_the_valid_keys_there(write: Write, text: str) -> None:
     message = error_of(write(text))
     assert ".size'" in message
     assert message.endswith("Valid keys: kind, batch_size")
 
 
-def test_a_misspelt_key_explains_the_missing_one(write):
+def test_a_misspelt_key_explains_the_missing_one(write: Write) -> None:
     message = error_of(write("vison: {kind: vq}"))
     assert "unknown key 'vison'" in message
     assert "(and 1 more)" in message
@@ -71,24 +76,24 @@ def test_a_misspelt_key_explains_the_missing_one(write):
     ("text", "value"),
     [("3e-4", 3e-4), ("1e5", 1e5), ("-2E+3", -2000.0), (".5e1", 5.0), ("1_0e1", 100.0), ("2", 2.0)],
 )
-def test_scientific_notation_is_a_number(write, text, value):
+def test_scientific_notation_is_a_number(write: Write, text: str, value: float) -> None:
     assert load_config(Settings, write(f"vision: {{kind: vq}}\nlr: {text}")).lr == value
     assert load_config(Settings, write("vision: {kind: vq}"), [f"lr={text}"]).lr == value
 
 
 @pytest.mark.parametrize("text", ["e4", "3e", "run3e-4"])
-def test_text_that_resembles_a_number_stays_text(write, text):
+def test_text_that_resembles_a_number_stays_text(write: Write, text: str) -> None:
     assert load_config(Settings, write(f"vision: {{kind: {text}}}")).vision.kind == text
 
 
-def test_a_key_given_twice_is_refused(write):
+def test_a_duplicate_key_is_an_error(write: Write) -> None:
     message = error_of(write("vision: {kind: a}\nsteps: 1\nvision: {kind: b}\n"))
     assert "'vision' is given twice" in message
     assert "line 3" in message
 
 
-def test_a_mapping_may_be_merged_into_another_and_overridden(write):
-    """YAML's `<<`, also of what was merged itself; a key given twice is still refused."""
+def test_a_mapping_may_be_merged_into_another_and_overridden(write: Write) -> None:
+    """YAML's `<<`, also of a mapping that merges another; a duplicate key is still an error."""
     streams = "streams: {a: &a {kind: a, batch_size: 4}, b: &b {<<: *a, kind: b}}\n"
     settings = load_config(Settings, write(streams + "vision: {<<: *b, batch_size: 2}"))
     assert settings.vision == Vision(kind="b", batch_size=2)
@@ -96,11 +101,11 @@ def test_a_mapping_may_be_merged_into_another_and_overridden(write):
     assert "'kind' is given twice" in error_of(write(streams + "vision: {<<: *b, kind: b, kind: c}"))
 
 
-def test_a_list_as_a_key_is_one_line(write):
+def test_a_list_as_a_key_is_one_line(write: Write) -> None:
     assert "found unhashable key" in error_of(write("vision: {[a]: b}"))
 
 
-def test_overrides_win_over_the_file_at_any_depth(write):
+def test_overrides_win_over_the_file_at_any_depth(write: Write) -> None:
     settings = load_config(
         Settings,
         write("vision: {kind: a, batch_size: 4}"),
@@ -111,7 +116,7 @@ def test_overrides_win_over_the_file_at_any_depth(write):
     assert settings.steps == 7
 
 
-def test_overrides_alone_are_enough():
+def test_overrides_alone_are_enough() -> None:
     assert load_config(Settings, None, ["vision.kind=a"]).vision.kind == "a"
 
 
@@ -129,7 +134,7 @@ def test_overrides_alone_are_enough():
         ("steps=-1", "steps is negative"),
     ],
 )
-def test_a_wrong_override_is_one_line_that_says_so(write, override, found):
+def test_a_wrong_override_is_one_line_that_says_so(write: Write, override: str, found: str) -> None:
     assert found in error_of(write("vision: {kind: a}\nsteps: 5\n"), override)
 
 
@@ -144,18 +149,18 @@ def test_a_wrong_override_is_one_line_that_says_so(write, override, found):
         ("vision: !!python/object/apply:os.getcwd []", "not readable as YAML"),
     ],
 )
-def test_a_wrong_file_is_one_line_that_names_it(write, text, found):
+def test_a_wrong_file_is_one_line_that_names_it(write: Write, text: str, found: str) -> None:
     path = write(text)
     message = error_of(path)
     assert found in message
     assert str(path) in message
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "No such file" in error_of(tmp_path / "none.yaml")
 
 
-def test_settings_are_frozen():
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Vision(kind="a").kind = "b"
 
@@ -177,7 +182,7 @@ def test_settings_are_frozen():
         ("data.streams.a.weight", "proportion"),
     ],
 )
-def test_names_of_other_frameworks_are_understood(key, meant):
+def test_names_of_other_frameworks_are_understood(key: str, meant: str) -> None:
     from unitoken.train.config import StageConfig
 
     shown = "optimzer" if key == "optimzer.lr" else key
@@ -187,7 +192,7 @@ def test_names_of_other_frameworks_are_understood(key, meant):
         load_config(StageConfig, None, [f"{key}=1"])
 
 
-def test_a_batch_size_of_tokenizing_is_the_image_tokenizers():
+def test_a_batch_size_of_a_tokenization_is_the_image_tokenizers() -> None:
     from unitoken.tokenize.config import TokenizeConfig
 
     with pytest.raises(ConfigError, match=r"unknown key 'batch_size'; did you mean 'vision\.batch_size'"):
@@ -197,7 +202,7 @@ def test_a_batch_size_of_tokenizing_is_the_image_tokenizers():
 @pytest.mark.parametrize(
     "text", ["optimizer:\n  lr:1e-4\n", "optimizer:\n  lr:1e-4\n  warmup: 1ba\n", "optimizer:lr: 3\n"]
 )
-def test_a_colon_without_a_space_is_named(text, tmp_path):
+def test_a_colon_without_a_space_is_explained(text: str, tmp_path: Path) -> None:
     from unitoken.train.config import StageConfig
 
     (tmp_path / "c.yaml").write_text(text)
@@ -211,7 +216,7 @@ def test_a_colon_without_a_space_is_named(text, tmp_path):
     ("override", "needed"),
     [("max_duration=10", "10ep, 1000ba or 1000000tok"), ("save.interval=10", "1ep or 1000ba")],
 )
-def test_a_number_without_its_unit_is_told_the_units(override, needed):
+def test_an_error_about_a_missing_unit_lists_the_units(override: str, needed: str) -> None:
     from unitoken.train.config import StageConfig
 
     key = override.partition("=")[0]
@@ -244,7 +249,7 @@ ALMOST_YAML = {
 
 
 @pytest.mark.parametrize("name", ALMOST_YAML)
-def test_what_is_almost_yaml_is_one_line(name, tmp_path):
+def test_broken_yaml_is_one_line(name: str, tmp_path: Path) -> None:
     from unitoken.tokenize.config import TokenizeConfig
 
     (tmp_path / "c.yaml").write_text(ALMOST_YAML[name])
@@ -253,7 +258,7 @@ def test_what_is_almost_yaml_is_one_line(name, tmp_path):
         (None, [f"tokenizer={ALMOST_YAML[name].removeprefix('a: ')}"]),
     ):
         if path is None and name in ("twice", "list", "text", "key", "merge"):
-            continue  # a value may be these
+            continue  # valid as the value of an override
         with pytest.raises(ConfigError) as error:
             load_config(TokenizeConfig, path, overrides)
         assert "\n" not in str(error.value)
@@ -290,10 +295,27 @@ OUT_OF_BOUNDS = (
 
 
 @pytest.mark.parametrize("override", OUT_OF_BOUNDS)
-def test_numbers_and_names_have_bounds(override, tmp_path):
+def test_numbers_and_names_have_bounds(override: str, tmp_path: Path) -> None:
     from support.stages import stage
 
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=re.escape(key.rpartition(".")[2])) as error:
         stage(tmp_path, override)
     assert str(error.value).startswith("on the command line: ")
+
+
+def test_flatten_gives_dotted_names() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_a_missing_name_counts_as_none() -> None:
+    assert changed_names({"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3, "d": 4}) == ["b", "d"]
+
+
+def test_differences_name_the_setting_and_both_values() -> None:
+    old = {"seed": 0, "data": {"window": 8, "unit": "tokens"}}
+    new = {"seed": 1, "data": {"unit": "tokens"}, "name": "x"}
+    expected = "seed: 0, now 1; data.window: 8, now nothing; name: nothing, now x"
+    assert describe_differences(old, new) == expected
+    assert describe_differences(old, new, ["seed", "data.unit"]) == "seed: 0, now 1"
+    assert describe_differences(old, old) == ""

@@ -1,4 +1,4 @@
-"""What bears its real name is whole; what a killed process left behind is told from what is being written."""
+"""Atomic writes: no half-written file has its real name, and only files of dead processes are removed."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def test_a_folder_appears_when_published_and_not_before(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["done", "done/x"]
 
 
-def test_the_first_of_two_stays(tmp_path: Path) -> None:
+def test_the_first_of_two_folders_is_kept(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with AsideFolder(tmp_path / "done") as folder:
             (folder.path / "x").write_text(text)
@@ -49,7 +49,6 @@ def test_the_first_of_two_stays(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from unitoken.streaming_data import files
 from unitoken.common.files import AsideFolder
 with AsideFolder(Path(sys.argv[1])) as folder:
     (folder.path / "x").write_text("x")
@@ -58,7 +57,7 @@ with AsideFolder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
+def test_only_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER]
     alive = subprocess.Popen([*command, tmp_path / "alive"], stdout=subprocess.PIPE)
     dead = subprocess.Popen([*command, tmp_path / "dead"], stdout=subprocess.PIPE)
@@ -81,14 +80,14 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
         alive.wait()
 
 
-def test_what_was_just_made_may_not_be_locked_yet(tmp_path: Path) -> None:
+def test_a_new_file_is_kept_as_it_may_not_be_locked_yet(tmp_path: Path) -> None:
     (tmp_path / ".aside-x-0123456789ab").write_text("half")
     remove_abandoned(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_others_hide_there_stays(tmp_path: Path) -> None:
-    """A run's checkpoints, which torch writes, and locks; a model may be exported into that folder."""
+def test_hidden_files_of_other_programs_are_kept(tmp_path: Path) -> None:
+    """For example checkpoints that torch is writing: a model may be exported into the folder of a run."""
     for name in (".aside-step-00000010.pt", ".aside-lock", ".aside-0123456789ab"):
         (tmp_path / name).write_text("half")
         os.utime(tmp_path / name, (1, 1))
@@ -105,15 +104,12 @@ FILE_WRITERS = {
 
 
 @pytest.mark.parametrize("kind", FILE_WRITERS)
-def test_the_next_that_writes_somewhere_removes_what_was_left_there_and_nothing_of_the_living(
-    kind: str, tmp_path: Path
-) -> None:
+def test_the_next_writer_removes_what_dead_writers_left(kind: str, tmp_path: Path) -> None:
     program = f"""
 import sys, time
 from pathlib import Path
-from unitoken.streaming_data import files
 from unitoken.common.files import AsideFolder, write_aside
-from unitoken.storage.store import open_store
+from unitoken.storage.open import open_store
 from unitoken.tokenize.output import Output
 sys.argv[0] = __import__('os').__file__
 def wait(*_):
@@ -130,12 +126,12 @@ def wait(*_):
         writer.stdout.close()
         written = sorted(folder.iterdir())
         assert written
-        for one in range(2):  # alive, then dead
+        for is_dead in (False, True):
             for path in written:
                 os.utime(path, (1, 1))
-            files._tidied.clear()
+            files._cleaned_folders.clear()
             write_aside(folder / "b", b"2")
-            assert sorted(set(folder.iterdir()) - {folder / "b"}) == ([] if one else written)
+            assert sorted(set(folder.iterdir()) - {folder / "b"}) == ([] if is_dead else written)
             writer.kill()
             writer.wait()
     finally:
@@ -165,13 +161,11 @@ def started_with_own_folder(parent: Path, seconds: str) -> tuple[subprocess.Pope
     return process, [Path(word) for word in words]
 
 
-def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts() -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a path of sockets may not be long
+def test_a_killed_programs_temporary_folder_is_removed() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # the paths of sockets may not be long
         _, (made, temporary, compiled) = started_with_own_folder(Path(short), "60")
         assert made.parent == temporary
-        assert compiled.parent == temporary.parent, (
-            "not lost with the run: what is compiled is for the next one, too"
-        )
+        assert compiled.parent == temporary.parent, "compiled code is kept for the next run"
         assert made.is_dir()
         for path in temporary.parent.iterdir():
             os.utime(path, (1, 1))
@@ -179,9 +173,7 @@ def test_a_programs_temporary_folder_goes_with_it_or_with_the_next_that_starts()
         assert list(temporary.parent.iterdir()) == []
 
 
-def test_where_a_temporary_folder_of_its_own_had_no_room_for_sockets_a_program_has_none(
-    tmp_path: Path,
-) -> None:
+def test_a_path_too_long_for_sockets_leaves_the_temporary_folder(tmp_path: Path) -> None:
     (long := tmp_path / ("long" * 15)).mkdir()
     _, (made, temporary, compiled) = started_with_own_folder(long, "0")
     assert (made.parent, temporary, str(compiled)) == (long, long, "None")

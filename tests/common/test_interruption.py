@@ -1,4 +1,4 @@
-"""Signals: one line, the right status, in time, also while a program still imports; ranks that are left alone end."""
+"""Signals end a program in time with one line and the right status; ranks without a launcher end, too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ print("went on", flush=True)
 """
 
 
-IN_C = 'print("ready", flush=True); import hashlib; hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without the GIL
+# Minutes in C, without the GIL.
+IN_C = 'print("ready", flush=True); import hashlib; hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'
 
 
 def started(body: str = "") -> subprocess.Popen[str]:
@@ -40,29 +41,29 @@ def started(body: str = "") -> subprocess.Popen[str]:
 
 
 def holds(body: str) -> None:
-    """A program's assertions: it is ready behind them."""
+    """Run a program's assertions: it is only ready if they hold."""
     process = started(body)
     process.kill()
     process.communicate()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_ends_with_one_line(number: int, status: int) -> None:
+def test_a_signal_ends_a_command_with_one_line(number: int, status: int) -> None:
     process = started()
     process.send_signal(number)
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (status, "", "interrupted\n")
 
 
-def test_a_command_that_can_go_on_says_so() -> None:
+def test_a_command_that_can_be_resumed_says_so() -> None:
     process = started('from unitoken.common.cli import one_line_errors; one_line_errors("go on").__enter__()')
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (143, "interrupted; go on\n")
 
 
-def test_a_command_that_ends_with_an_error_keeps_its_status_and_its_one_line() -> None:
-    """One rank ends first, and the launcher sends SIGTERM to the other while that is ending with the same error."""
+def test_a_signal_does_not_change_the_status_of_an_error() -> None:
+    """One rank ends first; the launcher sends SIGTERM to another that is ending with the same error."""
     body = """
 import atexit
 from unitoken.common.cli import one_line_errors
@@ -78,7 +79,7 @@ with one_line_errors("go on"):
     assert (process.returncode, err) == (2, "error: wrong\n")
 
 
-def test_a_process_that_does_not_come_to_its_end_is_ended_with_its_status() -> None:
+def test_a_process_that_hangs_at_its_end_keeps_its_status() -> None:
     body = f"import unitoken.common.interruption as i; i.LONGEST_END = 0.3; i.keep_status(1); {IN_C}"
     process = started(body)
     process.communicate(timeout=10)
@@ -91,22 +92,21 @@ def test_a_signal_while_a_program_imports_is_no_traceback(module: str, after: fl
     process = subprocess.Popen(
         [sys.executable, "-m", module, "--help"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    time.sleep(after)  # wherever it is then
+    time.sleep(after)  # somewhere in its imports
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert process.returncode in (0, 130, -signal.SIGINT) or "init_import_site" in err, (
-        err
-    )  # Python itself was starting
+    python_was_starting = "init_import_site" in err
+    assert process.returncode in (0, 130, -signal.SIGINT) or python_was_starting, err
     if process.returncode == 130:
         assert err.startswith("interrupted")
         assert len(err.splitlines()) == 1
 
 
-def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() -> None:
+def test_training_ends_at_once_on_the_second_signal_only() -> None:
     process = started("import unitoken.common.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals()")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # what a launcher passes on of the same
+    process.send_signal(signal.SIGTERM)  # a launcher's copy of the same signal
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -114,7 +114,7 @@ def test_training_remembers_the_first_signal_and_a_second_one_ends_it_at_once() 
     assert process.returncode == 130
 
 
-def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_same() -> None:
+def test_a_signal_in_the_middle_of_c_code_ends_a_command() -> None:
     process = started(f"import unitoken.common.interruption as i; i.TIDY_SECONDS = 0.6; {IN_C}")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
@@ -122,7 +122,7 @@ def test_a_command_that_is_in_the_middle_of_c_code_ends_with_one_line_all_the_sa
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_training_that_is_in_the_middle_of_c_code(second: int, status: int) -> None:
+def test_a_second_signal_in_the_middle_of_c_code_ends_training(second: int, status: int) -> None:
     process = started(
         f"import unitoken.common.interruption as i; i.ECHO_SECONDS = 0.2; remember_signals(); {IN_C}"
     )
@@ -134,7 +134,7 @@ def test_a_second_signal_ends_training_that_is_in_the_middle_of_c_code(second: i
     assert process.returncode == status
 
 
-def test_ctrl_c_pressed_again_is_a_second_signal_however_soon() -> None:
+def test_a_second_ctrl_c_counts_however_soon() -> None:
     process = started("remember_signals()")
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -144,7 +144,7 @@ def test_ctrl_c_pressed_again_is_a_second_signal_however_soon() -> None:
     assert process.returncode == 130
 
 
-def test_a_signal_that_nobody_acted_on_ends_what_comes_after_training() -> None:
+def test_a_remembered_signal_ends_the_program_after_training() -> None:
     process = started(
         'remember_signals(); print("ready", flush=True); time.sleep(0.5); end_on_signals("after")'
     )
@@ -153,10 +153,10 @@ def test_a_signal_that_nobody_acted_on_ends_what_comes_after_training() -> None:
     assert (process.returncode, err) == (143, "after\n")
 
 
-def test_a_forked_child_does_not_tell_its_parents_watch() -> None:
+def test_a_forked_child_does_not_notify_its_parents_watch() -> None:
     body = """
 import os
-from unitoken.common.interruption import received
+from unitoken.common.interruption import received_signal
 remember_signals()
 child = os.fork()
 child or time.sleep(60)
@@ -164,18 +164,18 @@ time.sleep(0.2)
 os.kill(child, 15)
 assert os.waitpid(child, 0)[1] == 15
 time.sleep(0.2)
-assert not received()
+assert not received_signal()
 """
     holds(body)
 
 
 LOADER = """
 import os, subprocess, sys
-from unitoken.common.interruption import held_back
-with held_back():
+from unitoken.common.interruption import signals_blocked
+with signals_blocked():
     child = os.fork()
     if not child:
-        time.sleep({starts})  # it imports, it opens files
+        time.sleep({starts})  # imports, opening of files
         leave_signals_to_parent()
         time.sleep(60)
 {signals}
@@ -183,7 +183,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_a_loader_process_leaves_the_groups_signals_to_its_parent() -> None:
+def test_a_loader_process_ignores_signals_to_the_group() -> None:
     signals = """
 time.sleep(0.3)
 kill = "import os, sys; [os.kill(int(sys.argv[1]), number) for number in (2, 15)]"
@@ -195,15 +195,13 @@ os.kill(child, 15)
     holds(LOADER.format(starts=0, signals=signals))
 
 
-def test_a_loader_process_that_is_ended_while_it_starts_is_no_failure() -> None:
-    """By torch's own count: whatever ends by a signal is raised in the parent."""
+def test_a_loader_process_ended_at_its_start_is_no_failure() -> None:
+    """Torch raises an error in the parent if a loader process dies of a signal."""
     holds(LOADER.format(starts=0.5, signals="os.kill(child, 2); os.kill(child, 15)"))
 
 
 @pytest.mark.parametrize("parents", [False, True])
-def test_a_loader_process_that_is_ended_removes_its_own_temporary_folder(
-    parents: bool, tmp_path: Path
-) -> None:
+def test_a_loader_process_removes_its_own_temporary_folder(parents: bool, tmp_path: Path) -> None:
     body = f"""
 import multiprocessing, tempfile
 from multiprocessing import util
@@ -228,10 +226,11 @@ assert __import__("os").listdir({str(tmp_path)!r}) == ([parents.rpartition("/")[
 
 
 def test_a_rank_ends_with_its_launcher() -> None:
-    """The launcher is killed: its rank is told."""
+    """The launcher is killed, and its rank ends."""
     launcher = f"""
 import subprocess, sys, time
-process = subprocess.Popen([sys.executable, "-c", {ENDLESS.format("end_with_launcher()")!r}], stdout=subprocess.PIPE)
+program = {ENDLESS.format("end_with_launcher()")!r}
+process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
 process.stdout.readline()
 print(process.pid, flush=True)
 time.sleep(60)
@@ -250,13 +249,9 @@ time.sleep(60)
         time.sleep(0.02)
 
 
-def test_a_rank_whose_first_rank_never_comes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "WORLD_SIZE": "2",
-        "RANK": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "9",
-    }.items():
+def test_a_rank_says_that_the_first_rank_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "FIRST_RANK_SECONDS", 0.2)
     with pytest.raises(ConfigError, match=r"^rank 1: the first rank does not answer at 127\.0\.0\.1:9 "):

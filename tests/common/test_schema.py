@@ -1,4 +1,4 @@
-"""The schemas that editors check YAML files with: up to date, named by every file, right about what the loader takes."""
+"""The JSON Schemas of YAML files: up to date, named by every file, and consistent with the loader."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ FIRST_LINE = "# yaml-language-server: $schema="
 
 
 def loaded(path: Path) -> Any:
-    """What is in a YAML file, read as the program reads it."""
+    """Return the content of a YAML file as the program reads it."""
     seen: list[Any] = []
 
     class Anything(Config):
@@ -41,7 +41,7 @@ def schema() -> Draft202012Validator:
 
 
 def test_the_schemas_in_the_repository_are_up_to_date() -> None:
-    """After a change: `unitoken-schema yamls/stage.schema.json`, `python -m unitoken.tokenize schema yamls/tokenize/...`."""
+    """If it fails, run `unitoken-schema yamls/stage.schema.json` or `python -m unitoken.tokenize schema`."""
     assert (YAMLS / "stage.schema.json").read_text() == dump_schema(StageConfig, TITLE)
     assert (YAMLS / "tokenize" / "tokenize.schema.json").read_text() == dump_schema(
         TokenizeConfig, "A tokenization"
@@ -91,11 +91,10 @@ def test_every_shipped_file_names_its_schema_and_fits_it(path: Path) -> None:
         ("compat: unitoken", True),
     ],
 )
-def test_the_schema_takes_what_the_loader_takes(change: str, fits: bool, tmp_path: Path) -> None:
+def test_the_schema_accepts_what_the_loader_accepts(change: str, fits: bool, tmp_path: Path) -> None:
     settings = yaml.safe_load((YAMLS / "stage1.yaml").read_text())
-    settings["model"]["z_loss"] = settings["optimizer"]["lr"] = settings["optimizer"]["eps"] = (
-        1e-5  # text to safe_load
-    )
+    # safe_load reads 1e-5 as text.
+    settings["model"]["z_loss"] = settings["optimizer"]["lr"] = settings["optimizer"]["eps"] = 1e-5
     settings["optimizer"]["lr_scales"] = {"vit": 1e-2}
     (tmp_path / "change.yaml").write_text(change)
     for key, value in loaded(tmp_path / "change.yaml").items():
@@ -105,13 +104,13 @@ def test_the_schema_takes_what_the_loader_takes(change: str, fits: bool, tmp_pat
     assert list(schema().iter_errors(settings)) is not fits
     try:
         load_config(StageConfig, tmp_path / "stage.yaml")
-        taken = True
+        accepted = True
     except ConfigError:
-        taken = False
-    assert taken is fits
+        accepted = False
+    assert accepted is fits
 
 
-def test_what_a_setting_means_is_in_the_schema() -> None:
+def test_the_schema_describes_the_settings() -> None:
     """Editors show a field's docstring."""
     schema = json.loads((YAMLS / "stage.schema.json").read_text())
     described = schema["properties"]["activation_checkpointing"]["description"]

@@ -13,7 +13,7 @@ import torch
 from support.faults import KINDS, Faults, faulty
 from support.services import Service, started, used
 from support.small_datasets import shard_paths, small_vocabulary, text_records, write_dataset
-from unitoken.storage import bucket, shard_cache
+from unitoken.storage import retry, shard_cache
 from unitoken.streaming_data import sources
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.streaming_data.settings import DataConfig
@@ -33,7 +33,7 @@ def service(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(shard_cache, "PAUSE", 0.01)
 
 

@@ -22,6 +22,7 @@ from support import soak
 from support.clusters import two_nodes
 from support.processes import wait_for
 from support.services import CLOUDS, Service, started, used
+from unitoken.storage import retry
 from unitoken.storage.open import open_store
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
@@ -144,7 +145,7 @@ def test_a_bucket_that_goes_away_ends_the_run_and_the_same_command_goes_on(
 
     out = cloud.url("gone")
     command = soak.command(short.source, out, short.size, "--rank", "0")[3:]
-    monkeypatch.setattr(open_store.__wrapped__, "__defaults__", (None, 2.0))  # seconds of patience
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 2.0)
     open_store.cache_clear()
 
     def end_the_server() -> None:

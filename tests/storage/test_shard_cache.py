@@ -1,4 +1,4 @@
-"""What lies on this host of remote datasets, within a limit, and what is never deleted."""
+"""The cache of remote shards keeps its limit, and never deletes files that it did not download."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ def size_of(paths: list[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def test_downloaded_shards_keep_within_the_limit(remote, tmp_path):
+def test_downloaded_shards_keep_within_the_limit(remote: Path, tmp_path: Path) -> None:
     limit = size_of(shard_paths(remote)[:3])
     shards = open_shards(tmp_path / "local", remote, limit=limit)
     for shard in range(len(shards.samples)):
@@ -36,15 +36,15 @@ def test_downloaded_shards_keep_within_the_limit(remote, tmp_path):
     assert [path.name for path in shard_paths(tmp_path / "local")] == [
         path.name for path in shard_paths(remote)[-3:]
     ]
-    assert [record.id for record in read_all(shards)] == IDS, "what is mapped stays readable"
+    assert [record.id for record in read_all(shards)] == IDS, "mapped shards stay readable"
 
 
-def test_what_was_opened_longest_ago_goes_first(remote, tmp_path):
-    limit = size_of(shard_paths(remote)[:3]) + 500  # shards are not quite of one size
+def test_the_least_recently_opened_shard_is_evicted_first(remote: Path, tmp_path: Path) -> None:
+    limit = size_of(shard_paths(remote)[:3]) + 500  # the shards' sizes differ a little
     for n, shard in enumerate((0, 1, 2, 0, 3)):
         open_shards(tmp_path / "local", remote, limit=limit).record(shard, 0)
         for stamp in (tmp_path / "cache").glob(f"*/{shard:06}-*"):
-            os.utime(stamp, (n, n))  # clocks of file systems are coarse
+            os.utime(stamp, (n, n))  # the clocks of file systems are coarse
     assert [path.name for path in shard_paths(tmp_path / "local")] == [
         "shard.00000.mds",
         "shard.00002.mds",
@@ -52,7 +52,7 @@ def test_what_was_opened_longest_ago_goes_first(remote, tmp_path):
     ]
 
 
-def test_an_evicted_shard_comes_back_when_it_is_needed(remote, tmp_path):
+def test_an_evicted_shard_is_downloaded_again_when_needed(remote: Path, tmp_path: Path) -> None:
     limit = size_of(shard_paths(remote)[:2])
     for _ in range(2):
         shards = open_shards(tmp_path / "local", remote, limit=limit)
@@ -60,14 +60,14 @@ def test_an_evicted_shard_comes_back_when_it_is_needed(remote, tmp_path):
         assert shards.cache.downloads >= len(shards.samples) - 2
 
 
-def test_a_limit_below_a_single_shard_is_exceeded_by_that_shard_alone(remote, tmp_path):
+def test_a_limit_below_one_shard_keeps_one_shard(remote: Path, tmp_path: Path) -> None:
     shards = open_shards(tmp_path / "local", remote, limit=1)
     assert [record.id for record in read_all(shards)] == IDS
     assert len(shard_paths(tmp_path / "local")) == 1
 
 
-def test_what_the_cache_did_not_download_is_never_evicted(remote, tmp_path):
-    """A folder that somebody has copied the shards to, and a dataset that is only here."""
+def test_files_that_the_cache_did_not_download_are_kept(remote: Path, tmp_path: Path) -> None:
+    """A folder to which somebody copied the shards, and a dataset that is only local."""
     shutil.copytree(remote, tmp_path / "copied")
     copied, own = open_shards(tmp_path / "copied", remote, limit=1), open_shards(remote)
     read_all(copied), read_all(own)
@@ -75,7 +75,7 @@ def test_what_the_cache_did_not_download_is_never_evicted(remote, tmp_path):
     assert len(shard_paths(tmp_path / "copied")) == len(shard_paths(remote)) == len(own.samples)
 
 
-def test_a_file_that_was_put_in_a_downloaded_ones_place_is_not_evicted(remote, tmp_path):
+def test_a_file_that_replaced_a_downloaded_one_is_kept(remote: Path, tmp_path: Path) -> None:
     read_all(open_shards(tmp_path / "local", remote))
     mine = shard_paths(tmp_path / "local")[0]
     mine.unlink()
@@ -84,7 +84,7 @@ def test_a_file_that_was_put_in_a_downloaded_ones_place_is_not_evicted(remote, t
     assert shard_paths(tmp_path / "local") == [mine]
 
 
-def test_the_limit_is_for_all_streams_of_a_cache(remote, tmp_path):
+def test_all_streams_of_a_cache_share_the_limit(remote: Path, tmp_path: Path) -> None:
     limit = size_of(shard_paths(remote))
     for name in ("one", "two"):
         read_all(open_shards(tmp_path / name, remote, limit=limit))
@@ -92,7 +92,7 @@ def test_the_limit_is_for_all_streams_of_a_cache(remote, tmp_path):
     assert len(shard_paths(tmp_path / "two")) == len(shard_paths(remote))
 
 
-def test_processes_that_evict_each_others_shards_all_read_everything(remote, tmp_path):
+def test_processes_that_evict_each_others_shards_read_all(remote: Path, tmp_path: Path) -> None:
     limit = size_of(shard_paths(remote)[:2])
     open_shards(tmp_path / "local", remote)
     context = multiprocessing.get_context("fork")
@@ -112,7 +112,7 @@ def _read_and_exit(local: Path, remote: Path, limit: int) -> None:
         assert [record.id for record in read_all(open_shards(local, remote, limit=limit))] == IDS
 
 
-def test_what_a_killed_download_left_is_removed_by_the_next_start(remote, tmp_path):
+def test_the_next_start_removes_what_a_killed_download_left(remote: Path, tmp_path: Path) -> None:
     left = tmp_path / "local" / "chunk-000000" / f"{ASIDE}shard.00000.mds-0123456789ab"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
@@ -121,7 +121,7 @@ def test_what_a_killed_download_left_is_removed_by_the_next_start(remote, tmp_pa
     assert not left.exists()
 
 
-def test_a_cache_folder_that_is_anothers_is_a_clear_error(remote, tmp_path, monkeypatch):
+def test_an_unusable_cache_folder_is_an_error(remote: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"the cache folder .*cache.*; set `cache` to one of your own"):
         open_shards(tmp_path / "local", remote)

@@ -1,4 +1,4 @@
-"""The verbs of `Store`, with one meaning over a folder and the three clouds."""
+"""The methods of `Store` do the same in a local folder and in three clouds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ANYWHERE = ["folder", *(pytest.param(scheme, marks=pytest.mark.cloud) for scheme
 
 
 @pytest.fixture(scope="module", params=ANYWHERE)
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL or path of an empty folder."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("location")
     if request.param == "folder":
         yield str(folder / "folder")
         return
@@ -31,18 +31,18 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def store(place: str, request: pytest.FixtureRequest) -> Store:
-    return open_store(join(place, request.node.originalname))
+def store(location: str, request: pytest.FixtureRequest) -> Store:
+    return open_store(join(location, request.node.originalname))
 
 
-def test_what_is_written_is_read(store: Store) -> None:
+def test_a_written_file_is_read(store: Store) -> None:
     for data in (b"0123456789", b"", b"again, and longer than before", b"short"):
         store.write("deep/down/file", data)
         assert store.read("deep/down/file") == data
         assert store.size("deep/down/file") == len(data)
 
 
-def test_ranges_are_those_of_a_slice(store: Store) -> None:
+def test_ranges_are_slices(store: Store) -> None:
     data = bytes(range(100))
     store.write("file", data)
     store.write("empty", b"")
@@ -51,8 +51,8 @@ def test_ranges_are_those_of_a_slice(store: Store) -> None:
     assert store.read_range("empty", 0, 10) == b""
 
 
-def test_an_open_file_can_be_sought_in(store: Store) -> None:
-    data = os.urandom(1 << 20) * 9  # more than is asked for at once
+def test_an_open_file_is_seekable(store: Store) -> None:
+    data = os.urandom(1 << 20) * 9  # more than one request
     store.write("file", data)
     with store.open("file") as file:
         assert file.read(3) == data[:3]
@@ -63,15 +63,21 @@ def test_an_open_file_can_be_sought_in(store: Store) -> None:
         assert file.tell() == 9 << 20
 
 
-def test_what_is_not_there_is_missing(store: Store) -> None:
-    for ask in (store.read, store.size, store.version, store.open, lambda name: store.read_range(name, 0, 5)):
+def test_a_missing_file_is_an_error(store: Store) -> None:
+    for call in (
+        store.read,
+        store.size,
+        store.version,
+        store.open,
+        lambda name: store.read_range(name, 0, 5),
+    ):
         with pytest.raises(MissingError, match="no/such: not there"):
-            ask("no/such")
+            call("no/such")
     store.delete("no/such")
     assert store.sizes() == {}
 
 
-def test_files_are_listed_by_the_beginning_of_their_names(store: Store) -> None:
+def test_files_are_listed_by_prefix(store: Store) -> None:
     for name in ("chunk-1/b", "chunk-1/a", "chunk-10/a", "other", "chunk-1/deep/c"):
         store.write(name, name.encode())
     every = {name: len(name) for name in ("chunk-1/a", "chunk-1/b", "chunk-1/deep/c", "chunk-10/a", "other")}
@@ -82,14 +88,14 @@ def test_files_are_listed_by_the_beginning_of_their_names(store: Store) -> None:
     assert store.sizes("none/") == {}
 
 
-def test_what_is_deleted_is_gone(store: Store) -> None:
+def test_a_deleted_file_is_gone(store: Store) -> None:
     store.write("a", b"1")
     store.write("b", b"1")
     store.delete("a")
     assert list(store.sizes()) == ["b"]
 
 
-def test_a_file_is_uploaded_whole(store: Store, tmp_path: Path) -> None:
+def test_a_file_is_uploaded(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "file"
     for data in (b"", os.urandom(20 << 20)):
         path.write_bytes(data)
@@ -97,7 +103,7 @@ def test_a_file_is_uploaded_whole(store: Store, tmp_path: Path) -> None:
         assert store.read("there/file") == data
 
 
-def test_what_can_not_be_read_here_can_not_be_uploaded(store: Store, tmp_path: Path) -> None:
+def test_a_missing_local_file_is_not_uploaded(store: Store, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nothing"):
         store.upload(tmp_path / "nothing", "file")
     assert store.sizes() == {}
@@ -111,7 +117,7 @@ def test_the_version_follows_the_content(store: Store) -> None:
     assert store.version("file") != first
 
 
-def test_names_may_hold_anything_but_a_line_break(store: Store) -> None:
+def test_names_may_hold_any_character_but_a_line_break(store: Store) -> None:
     names = ["with space", "ü/ñ.txt", "a+b&c=d", "per%20cent", "hash#tag", "question?.txt"]
     for name in names:
         store.write(name, name.encode())
@@ -119,8 +125,8 @@ def test_names_may_hold_anything_but_a_line_break(store: Store) -> None:
     assert [store.read(name).decode() for name in names] == names
 
 
-def test_a_store_travels_to_threads_and_processes(store: Store) -> None:
-    """1,100 files: more than a page of a listing."""
+def test_a_store_works_in_threads_and_after_pickling(store: Store) -> None:
+    """1,100 files are more than a page of a listing."""
     names = [f"file-{number:04d}" for number in range(1100)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: store.write(name, name.encode()), names))
@@ -131,7 +137,7 @@ def test_a_store_travels_to_threads_and_processes(store: Store) -> None:
     assert again.read("file-0003") == b"file-0003"
 
 
-def _ask(store: Store, result: object) -> None:
+def _read_in_child(store: Store, result: object) -> None:
     result.send(store.read("file"))  # type: ignore[attr-defined]
 
 
@@ -140,14 +146,14 @@ def test_a_fork_makes_its_own_connection(store: Store) -> None:
     store.write("file", b"content")
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_ask, args=(store, sender))
+    process = context.Process(target=_read_in_child, args=(store, sender))
     process.start()
     assert receiver.poll(20), "no answer"
     assert receiver.recv() == b"content"
     process.join()
 
 
-def test_paths_and_urls_are_told_apart_and_joined() -> None:
+def test_paths_and_urls_are_joined_and_split() -> None:
     assert is_url("s3://bucket/a")
     assert not is_url("/data/a:b")
     assert join("s3://bucket/a/", "b.png") == "s3://bucket/a/b.png"
@@ -159,7 +165,7 @@ def test_paths_and_urls_are_told_apart_and_joined() -> None:
     assert split("/b.json") == ("/", "b.json")
 
 
-def test_an_unknown_scheme_is_refused() -> None:
+def test_an_unknown_scheme_is_an_error() -> None:
     with pytest.raises(
         ConfigError,
         match=r"ftp://host/x: expected a path or a URL that begins with s3://, gs://, az:// or hf://",
@@ -167,7 +173,7 @@ def test_an_unknown_scheme_is_refused() -> None:
         open_store("ftp://host/x")
 
 
-def test_a_folder_that_can_not_be_read_is_an_error_in_words(tmp_path: Path) -> None:
+def test_reading_a_folder_as_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     store = open_store(str(tmp_path))
     with pytest.raises(StoreError, match=r"folder: Is a directory"):

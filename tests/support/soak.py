@@ -146,7 +146,7 @@ def command(source: Path, out: str, size: Size, *arguments: str) -> list[str]:
         "unitoken.tokenize",
         "run",
         "--config",
-        "yamls/tokenize/digits.yaml",
+        "yamls/demo/tokenize.yaml",
         *arguments,
     ]
     settings = [f"chunk_size={size.chunk_size}", "max_reject_fraction=0.04"]

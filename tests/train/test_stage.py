@@ -449,9 +449,9 @@ def test_a_name_that_is_wrong_is_found_before_weights_are_loaded(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from unitoken.common.files import held
+from unitoken.common.files import exclusive_lock
 
-with held(Path(sys.argv[1], ".lock"), "never"):
+with exclusive_lock(Path(sys.argv[1], ".lock"), "never"):
     print("held", flush=True)
     time.sleep(300)
 """

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unitoken.common.interruption import received
+from unitoken.common.interruption import received_signal
 from unitoken.streaming_data.reading.collate import KINDS, Batch, num_packs
 from unitoken.train.distributed import ranks
 
@@ -110,7 +110,7 @@ class Measures:
         )  # each rank has a place of its own, so that the sum is all of them
         memory[ranks.rank()] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
         signals = torch.zeros_like(memory)  # so ranks agree at which step they stop
-        signals[ranks.rank()] = received()
+        signals[ranks.rank()] = received_signal()
         total = ranks.sum_over_ranks(torch.cat([local, signals, memory]))
         last = total.new_zeros(1) if norm is None else norm.double().reshape(1)
         values: list[float] = torch.cat([total, last]).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unitoken.common.config import Config, changed, flat
+from unitoken.common.config import Config, changed_names, flatten
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary
@@ -20,7 +20,7 @@ def shared(stage: StageConfig) -> dict[str, Any]:
     places = ("save.folder", "data.cache")
     return {
         name: value
-        for name, value in flat(stage.model_dump(mode="json")).items()
+        for name, value in flatten(stage.model_dump(mode="json")).items()
         if not name.startswith(places) and not name.endswith(".local")
     }
 
@@ -35,10 +35,10 @@ _OF_COMPUTING = ("model.attention", "model.compile", "data.cache", "data.workers
 def check_finished(run: Path, stage: StageConfig) -> None:
     """Raises ConfigError where a finished run was another one: taken for done, what is asked for would never be trained."""
     made_by = read_stage(run)
-    then, now = (flat(one.model_dump(mode="json")) if one is not None else {} for one in (made_by, stage))
+    then, now = (flatten(one.model_dump(mode="json")) if one is not None else {} for one in (made_by, stage))
     names = [
         name
-        for name in changed(then, now)
+        for name in changed_names(then, now)
         if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)
     ]
     found = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names]

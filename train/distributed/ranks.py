@@ -13,7 +13,7 @@ from typing import Any
 from composer.utils import dist, get_device
 from torch import Tensor
 
-from unitoken.common.config import changed
+from unitoken.common.config import changed_names
 from unitoken.common.errors import ConfigError, is_transient
 from unitoken.storage.store import StoreError, TransientStoreError
 
@@ -107,7 +107,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     first, *others = [json.loads(text) for text in _of_all_ranks(json.dumps(settings))]
     for rank, other in enumerate(others, 1):
-        if names := changed(first, other):
+        if names := changed_names(first, other):
             here, there = first.get(names[0]), other.get(names[0])
             raise ConfigError(
                 f"{names[0]}: rank 0 has {here} and rank {rank} has {there}; settings must be the same on all machines"

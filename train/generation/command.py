@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from unitoken.codec.conversations import Conversation, shown
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.errors import ConfigError
-from unitoken.common.files import ASIDE, held
+from unitoken.common.files import ASIDE, exclusive_lock
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.metadata import read_about, sizes_of
@@ -69,7 +69,7 @@ def check_request(
 def reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> None:
     """Load the model, and batch by batch generate, write, print. One at a time in a folder."""
     lock = request.out / f"{ASIDE}lock"
-    with held(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
+    with exclusive_lock(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
         _reply(request, checked, sampling)
     lock.unlink(missing_ok=True)
 

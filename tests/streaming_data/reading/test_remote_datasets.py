@@ -11,7 +11,7 @@ import pytest
 from support.services import started, used
 from support.small_datasets import small_vocabulary, text_records, write_dataset
 from unitoken.common.errors import ConfigError
-from unitoken.storage import bucket
+from unitoken.storage import retry
 from unitoken.storage.huggingface import HuggingFace
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, StoreError
@@ -116,7 +116,7 @@ class _HubServer(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(datasets, monkeypatch) -> Iterator[str]:
-    monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     open_store.cache_clear()
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), type("Handler", (_HubServer,), {"folder": datasets / "a"})

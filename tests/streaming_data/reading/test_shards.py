@@ -86,7 +86,7 @@ def test_a_shard_that_changes_after_it_was_verified_is_verified_again(dataset):
 
 def test_a_shard_is_verified_once_a_host(dataset, monkeypatch):
     read_all(open_shards(dataset))
-    monkeypatch.setattr("unitoken.storage.shard_cache._file_hash", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr("unitoken.storage.shard_cache._hash_file", lambda *_: pytest.fail("hashed again"))
     read_all(open_shards(dataset))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from support.served import Server, served  # noqa: F401 - a fixture
 from unitoken.codec.conversations import ItemError
-from unitoken.storage import web
+from unitoken.storage import retry, web
 from unitoken.storage.store import MissingError, StoreError
 from unitoken.tokenize.sources import pictures
 from unitoken.tokenize.sources.pictures import PictureReader
@@ -22,7 +22,7 @@ ROOM = 1000
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
 
 
 def fetch(

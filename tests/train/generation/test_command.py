@@ -396,8 +396,8 @@ def test_help_takes_no_torch() -> None:
 def test_two_generate_into_one_folder_are_not_both_at_work(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     holder = (
-        "import sys, time; from pathlib import Path; from unitoken.common.files import held\n"
-        "with held(Path(sys.argv[1]), 'never'):\n    print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from unitoken.common.files import exclusive_lock\n"
+        "with exclusive_lock(Path(sys.argv[1]), 'never'):\n    print('held', flush=True); time.sleep(60)"
     )
     program = [sys.executable, "-c", holder, str(tmp_path / "out" / ".aside-lock")]
     other = subprocess.Popen(program, stdout=subprocess.PIPE)

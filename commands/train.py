@@ -1,0 +1,69 @@
+"""`unitoken train`: Composer's launcher with our program."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unitoken.common.cli import one_line_errors
+
+
+def train(
+    stage: Annotated[Path, typer.Argument(help="The stage's YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as seed=1."),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--nproc",
+            min=1,
+            help="Ranks on this machine.  [default: one a GPU, or one]",
+            show_default=False,
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="Ranks on all machines together.")
+    ] = None,
+    base_rank: Annotated[
+        int | None, typer.Option("--base-rank", min=0, help="The first rank on this machine.")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option("--node-rank", min=0, help="This machine's number.")
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option("--master-addr", help="The address of the first machine.")
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option("--master-port", min=1, max=65535, help="A free port of the first machine.")
+    ] = None,
+) -> None:
+    """Train a stage, one process a GPU; rerun to continue.
+
+    This starts Composer's launcher, whose options these are. `composer train.py STAGE.yaml` in the repository
+    does the same.
+    """
+    with one_line_errors():
+        from unitoken.common.config import load_config
+        from unitoken.train.config import StageConfig
+
+        # A misspelt setting is found here, before processes are started.
+        load_config(StageConfig, stage, overrides or [])
+        options = {
+            "-n": nproc,
+            "--world_size": world_size,
+            "--base_rank": base_rank,
+            "--node_rank": node_rank,
+            "--master_addr": master_addr,
+            "--master_port": master_port,
+        }
+        given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+        command = [sys.executable, "-m", "composer.cli", *given, "-m", "unitoken.train.program", str(stage)]
+        # This process becomes the launcher, so that signals and statuses are the launcher's own.
+        os.execv(sys.executable, [*command, *(overrides or [])])  # noqa: S606 - no shell
