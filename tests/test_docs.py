@@ -29,6 +29,7 @@ QUICKSTART = ROOT / "docs" / "quickstart.md"
 PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train", "commands")
 # Their paths, and those of these folders, are checked wherever a page names them in backticks.
 FOLDERS = (*PACKAGES, "benchmarks", "docs", "examples", "tests", "yamls")
+NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`")  # a name of the code in backticks
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -179,6 +180,16 @@ def test_the_readme_names_every_package_and_real_modules() -> None:
     road = re.findall(r"^ \w+ +(\S+\.py) ", text, re.MULTILINE)
     assert len(road) == 10
     assert [path for path in road if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("adding-*.md")), ids=lambda page: page.stem)
+def test_every_name_in_the_guides_is_one_of_the_code(page: Path) -> None:
+    folders = [ROOT / name for name in (*PACKAGES, "tests")]
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    words = set(re.findall(r"\w+", code))
+    named = {part for name in NAME.findall(page.read_text(encoding="utf-8")) for part in name.split(".")}
+    assert named
+    assert not named - words, f"{page.name} uses names that are nowhere in the code: {sorted(named - words)}"
 
 
 @EACH_PAGE
