@@ -1,6 +1,9 @@
-"""What the plan of a dataset costs: python -m benchmarks.plan_cost FOLDER
+"""Measure the time, memory and disk that the plan of a dataset takes.
 
-In a process of its own, without torch, so that its peak of memory is the plan's. The last line is one JSON object.
+    python -m benchmarks.plan_cost FOLDER
+
+It runs in a process of its own without torch, so that the process's peak memory is the plan's. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.source_memory import peak_bytes
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build
@@ -18,6 +22,11 @@ from unitoken.streaming_data.sources import open_sources
 
 
 def cost(folder: Path) -> dict[str, float]:
+    """Make the plan of the dataset in `folder`, with packs of 4,096 and batches of 128.
+
+    Returns:
+        Seconds, peak memory and disk in GB, and the share of the packs' positions that is filled.
+    """
     data = {
         "streams": {"a": {"local": str(folder)}},
         "packed_length": 4096,
@@ -39,12 +48,6 @@ def cost(folder: Path) -> dict[str, float]:
         "disk_gb": round(disk / 1e9, 2),
         "fill": made.report.fill,
     }
-
-
-def peak_bytes() -> int:
-    """Of this process alone, unlike ru_maxrss."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The two sides of `benchmarks.tokenizing`, each in a process of its own: our worker, and the reference's loop."""
+"""The two programs that `benchmarks.tokenizing` compares, each in a process of its own.
+
+`ours` is our worker, `baseline` the reference's loop.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +24,30 @@ from unitoken.codec.text import load_tokenizer
 from unitoken.dataset import images
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.job import prepare
 from unitoken.tokenize.pipeline.worker import keep_freed_memory, run_chunks
+from unitoken.tokenize.prepare import prepare
 
 
 @dataclass(frozen=True)
 class Setting:
+    """What both programs tokenize, and with which settings."""
+
     name: str
     config: TokenizeConfig
-    source: Path  # items.json: a picture and a question each
+    source: Path  # items.json; each item has a picture and a question
     device: str
-    items: int  # for our worker in a round
-    baseline_items: int  # for the reference's loop in a round
+    items: int  # of a round of our worker
+    baseline_items: int  # of a round of the reference's loop
 
 
 def ours(connection: Connection, setting: Setting) -> None:
-    """Answers `("worker", rank, ranks)` by its figures and `("encoder",)` by the image tokenizer's own rate."""
+    """Answer requests until None.
+
+    `("worker", rank, ranks)` gets a worker's figures, `("encoder",)` the rate of the image tokenizer alone.
+    """
     if setting.device == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory()  # for the encoder's own rate, too
+        keep_freed_memory()  # as the worker does, so that the encoder alone has it too
     vision = load_vision(setting.config.vision, setting.device)
     for task in iter(connection.recv, None):
         if task[0] == "encoder":
@@ -63,7 +71,7 @@ def _worker_figures(setting: Setting, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def _encoder_rate(setting: Setting, vision: Any) -> float:
-    """Images a second of the image tokenizer alone, two batches in flight as the worker has them."""
+    """Measure the images per second of the image tokenizer alone, with two batches in flight as a worker."""
     size = setting.config.target_size
     batch = list(
         np.random.default_rng(0).integers(0, 256, (setting.config.vision.batch_size, size, size, 3), np.uint8)
@@ -71,17 +79,17 @@ def _encoder_rate(setting: Setting, vision: Any) -> float:
     vision.encode(batch)
     count = max(2, setting.items // len(batch) // 2)
     start = time.perf_counter()
-    flying = vision.begin(batch)
+    in_flight = vision.begin(batch)
     for _ in range(count - 1):
         following = vision.begin(batch)
-        flying.codes()
-        flying = following
-    flying.codes()
+        in_flight.codes()
+        in_flight = following
+    in_flight.codes()
     return count * len(batch) / (time.perf_counter() - start)
 
 
 def baseline(connection: Connection, setting: Setting) -> None:
-    """Answers (torch's threads, items) by the images a second of the reference's loop."""
+    """Answer (torch's threads, items) with the images per second of the reference's loop, until None."""
     vision = load_vision(setting.config.vision, setting.device)
     tokenizer = load_tokenizer(setting.config.tokenizer)
     vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
@@ -105,8 +113,10 @@ def _reference_step(
     vocabulary: Vocabulary,
     folder: Path,
 ) -> None:
-    """One item as UniToken's `pretokenize` has it: opened, cropped, encoded alone, tokens and labels as lists, a pickle,
-    a line in the record, and how far it is.
+    """Do with one item what UniToken's `pretokenize` does.
+
+    The image is opened, cropped and encoded alone; tokens and labels are lists and go into a pickle; then a
+    line in the record and the number of the item are written.
     """
     image = Image.open(io.BytesIO((setting.source.parent / item["image"][0]).read_bytes()))
     image.load()

@@ -1,9 +1,9 @@
-"""What an input of 10 million items costs: seconds to cut it, memory of a worker, seconds until it has its first item.
+"""Measure an input of 10 million items: the time to cut it, a worker's memory and its time to the first item.
 
     python benchmarks/source_memory.py [--items 10000000] [--folder /tmp]
 
-Writes text items into a temporary folder (about 1.6 GB for 10 million) and removes it. Each figure is taken in a process
-of its own. The last line is one JSON object.
+Writes text items into a temporary folder (about 1.6 GB for 10 million) and removes it. Each figure is
+measured in a process of its own. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,107 +14,138 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 CHUNK_SIZE = 1000
-LIST_SHARE = 10  # the JSON list holds this part of the items
+LIST_SHARE = 10  # the JSON list holds a tenth of the items
 
-# The kernel's, of this program alone: getrusage() passes on the peak of the process that started it.
-PEAK = """
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")) / 1024
-"""
-CUT = f"""{PEAK}
-import sys, time
-from pathlib import Path
-from unitoken.tokenize.sources.reader import cut, find_files
-start = time.perf_counter()
-source = cut(find_files([sys.argv[1]]), int(sys.argv[3]))
-seconds = time.perf_counter() - start
-Path(sys.argv[2]).write_text(source.model_dump_json())
-print(seconds, peak())
-"""
 
-READ = f"""{PEAK}
-import sys, time
-{{imports}}
-from unitoken.tokenize.sources.reader import Input, read
-base = peak()
-start = time.perf_counter()
-source = Input.model_validate_json(open(sys.argv[1], "rb").read())
-items = read(source, len(source.pieces) // 2)
-next(items)
-seconds = time.perf_counter() - start
-assert sum(1 for _ in items) == int(sys.argv[2]) - 1
-print(seconds, peak(), peak() - base)
-"""
-WORKER_IMPORTS = "import unitoken.tokenize.pipeline.worker"
+def peak_bytes() -> int:
+    """Read the peak memory of this process alone; getrusage() would include the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def _peak_mb() -> float:
+    return peak_bytes() / 2**20
+
+
+# --- in processes of their own ---------------------------------------------------------------------
+
+
+def cut_here(items: str, pieces: str) -> list[float]:
+    """Cut a file of items and store the list of pieces. Returns the seconds and the peak memory in MB."""
+    from unitoken.tokenize.sources.reader import cut, find_files
+
+    start = time.perf_counter()
+    source = cut(find_files([items]), CHUNK_SIZE)
+    seconds = time.perf_counter() - start
+    Path(pieces).write_text(source.model_dump_json())
+    return [seconds, _peak_mb()]
+
+
+def read_here(pieces: str) -> list[float]:
+    """Read a chunk from the middle.
+
+    Returns:
+        The seconds to its first item, the peak memory in MB, and what of it came after the imports.
+    """
+    from unitoken.tokenize.sources.reader import Input, read_piece
+
+    before = _peak_mb()
+    start = time.perf_counter()
+    source = Input.model_validate_json(Path(pieces).read_bytes())
+    items = read_piece(source, len(source.pieces) // 2)
+    next(items)
+    seconds = time.perf_counter() - start
+    if sum(1 for _ in items) != CHUNK_SIZE - 1:
+        raise RuntimeError("the chunk does not have the items that it should")
+    peak = _peak_mb()
+    return [seconds, peak, peak - before]
+
+
+def read_as_worker_here(pieces: str) -> list[float]:
+    """Do the same with torch and everything else that a worker imports."""
+    import unitoken.tokenize.pipeline.worker  # noqa: F401
+
+    return read_here(pieces)
+
+
+CHILDREN: dict[str, Callable[..., list[float]]] = {
+    "cut": cut_here,
+    "read": read_here,
+    "worker": read_as_worker_here,
+}
+
+
+# --- in the benchmark's process --------------------------------------------------------------------
 
 
 def write_items(path: Path, items: int) -> None:
-    """Conversations of text, about 160 bytes each."""
+    """Write conversations of text, about 160 bytes each, as a JSON list or as lines."""
     is_list = path.suffix == ".json"
     with open(path, "w", encoding="utf-8") as file:
         file.write("[" if is_list else "")
         for n in range(items):
-            question = {
-                "from": "human",
-                "value": f"How many sheep are in field {n}, and how many of them sleep?",
-            }
-            item = {
-                "conversations": [
-                    question,
-                    {"from": "gpt", "value": f"There are {n * 7} sheep, {n % 7} of them asleep."},
-                ]
-            }
-            file.write(("," if is_list and n else "") + json.dumps(item) + "\n")
+            question = f"How many sheep are in field {n}, and how many of them sleep?"
+            answer = f"There are {n * 7} sheep, {n % 7} of them asleep."
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            file.write(("," if is_list and n else "") + json.dumps({"conversations": turns}) + "\n")
         file.write("]" if is_list else "")
 
 
-def figures(program: str, *arguments: object) -> list[float]:
-    """What a process of its own prints, and in front of it the seconds from its start to its end."""
+def child(task: str, *arguments: object) -> list[float]:
+    """Run one of CHILDREN. Returns the seconds from the process's start to its end, and its figures."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return [time.perf_counter() - start, *map(float, output)]
+    # Not by the file's path: then benchmarks/streaming.py would take the place of the package `streaming`.
+    command = [sys.executable, "-m", "benchmarks.source_memory", "--child", task, *map(str, arguments)]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [time.perf_counter() - start, *json.loads(output)]
 
 
 def measure(items: int, folder: str | None = None) -> dict[str, float]:
-    """`source_10m_*` of a JSONL file with so many items, `list_*` of a JSON list with a tenth of them."""
+    """Measure a JSONL file of `items` items (`source_10m_*`) and a JSON list of a tenth of it (`list_*`)."""
     results: dict[str, float] = {"source_items": items}
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for prefix, suffix, count in (
-            ("source_10m", "jsonl", items),
-            ("list", "json", max(CHUNK_SIZE, items // LIST_SHARE)),
-        ):
-            path, stored = Path(temporary, f"items.{suffix}"), Path(temporary, f"{suffix}-input.json")
+    inputs = (("source_10m", "jsonl", items), ("list", "json", max(CHUNK_SIZE, items // LIST_SHARE)))
+    with tempfile.TemporaryDirectory(dir=Path(folder).absolute() if folder else None) as temporary:
+        for prefix, suffix, count in inputs:
+            path, pieces = Path(temporary, f"items.{suffix}"), Path(temporary, f"{suffix}-input.json")
             write_items(path, count)
-            _, cut_seconds, cut_peak = figures(CUT, path, stored, CHUNK_SIZE)
-            first = figures(READ.replace("{imports}", ""), stored, CHUNK_SIZE)
-            worker = figures(READ.replace("{imports}", WORKER_IMPORTS), stored, CHUNK_SIZE)
-            results |= {
-                f"{prefix}_cut_s": cut_seconds,
-                f"{prefix}_cut_peak_mb": cut_peak,
-                f"{prefix}_first_chunk_s": first[
-                    0
-                ],  # a whole process: start, imports, the input's list of pieces, a chunk
-                f"{prefix}_first_item_s": first[1],  # of them from the list of pieces to the first item
-                f"{prefix}_peak_mb": first[2],
-                f"{prefix}_above_base_mb": first[3],
-                f"{prefix}_worker_peak_mb": worker[2],  # with torch and all else that a worker imports
-                f"{prefix}_worker_above_base_mb": worker[3],
+            _, cut_seconds, cut_peak = child("cut", path, pieces)
+            chunk_seconds, first_item_seconds, peak, above_base = child("read", pieces)
+            _, _, worker_peak, worker_above_base = child("worker", pieces)
+            figures = {
+                "cut_s": cut_seconds,
+                "cut_peak_mb": cut_peak,
+                # A whole process: its start, imports, loading the list of pieces, and reading a chunk.
+                "first_chunk_s": chunk_seconds,
+                # The part of that from loading the list of pieces to the first item.
+                "first_item_s": first_item_seconds,
+                "peak_mb": peak,
+                "above_base_mb": above_base,
+                "worker_peak_mb": worker_peak,
+                "worker_above_base_mb": worker_above_base,
             }
+            results |= {f"{prefix}_{name}": figure for name, figure in figures.items()}
             path.unlink()
     return {key: round(value, 2) for key, value in results.items()}
 
 
 def main() -> None:
+    """Measure, and print the figures as a table and as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--items", type=int, default=10_000_000)
-    parser.add_argument("--folder", help="where there is room for the temporary folder")
+    parser.add_argument("--folder", help="a folder with room for the temporary files")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        task, *rest = arguments.child
+        print(json.dumps(CHILDREN[task](*rest)))
+        return
     results = measure(arguments.items, arguments.folder)
     for key, value in results.items():
         print(f"{key:32} {value:14,.2f}")

@@ -1,6 +1,7 @@
-"""The same text samples as six kinds of people keep them, and read as each of them reads: shuffled, to arrays in memory.
+"""The same text samples in six formats, with the six readers that `benchmarks.streaming` compares.
 
-Each side is tuned as its documentation advises for small samples: large shards, large buffers, one member a sample in tars.
+Each reader shuffles, and gives arrays in memory. Each is tuned as its documentation advises for small
+samples: large shards, large buffers, one member per sample in tars.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow
 import pyarrow.parquet
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from unitoken.common.hashing import sha256_of_file
-from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer
+from unitoken.dataset.manifest import INDEX, MANIFEST, REJECTS, SIDECAR, VOCABULARY, Manifest, VisionTokenizer
 from unitoken.dataset.record import IGNORED, Record, columns
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
@@ -31,40 +33,55 @@ from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
 
 LENGTH, BATCH = 4096, 8
-Sample = tuple[Any, Any]  # tokens (T,), spans (S, 2)
+Array = npt.NDArray[Any]
+Sample = tuple[Array, Array]  # tokens (T,), spans (S, 2)
 
 
-@functools.cache  # the model's: no part of reading
+@functools.cache  # it takes a while to make, and is no part of reading
 def vocabulary() -> Vocabulary:
+    """Make a vocabulary of 50,000 text tokens and 8 image codes."""
     return Vocabulary.from_tokens({f"t{n}": n for n in range(50_000)}, codebook_size=8)
 
 
-def samples(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Lengths are lognormal with a mean of 1,300 tokens, the last half is trained on."""
+def samples(count: int) -> Iterator[Sample]:
+    """Draw samples: their lengths are log-normal with a mean of 1,300 tokens, the last half is trained on."""
     rng = np.random.default_rng(0)
     for length in np.clip(rng.lognormal(6.9, 0.75, count), 16, LENGTH).astype(int):
         yield rng.integers(0, 50_000, length).astype(np.uint16), np.array([[length // 2, length]], np.uint32)
 
 
 def write_manifest(folder: Path, count: int) -> None:
-    """All that makes a folder a dataset, where index and sidecar are there."""
+    """Make a dataset of a folder that has an index and a sidecar."""
     vocabulary().save(folder / VOCABULARY)
     (folder / REJECTS).write_bytes(b"")
     vision = VisionTokenizer(
         kind="chameleon", weights="0" * 16, codebook_size=8, downsampling=16, precision="fp32"
     )
     manifest = Manifest(
-        vocabulary=vocabulary().fingerprint, vision=vision, target_size=32, crop="center", compat=None, items=count, samples=count,
-        rejected=0, tokens=0, target_tokens=0, images=0, chunks=1, chunk_size=count, source="0" * 16,
+        vocabulary=vocabulary().fingerprint,
+        vision=vision,
+        target_size=32,
+        crop="center",
+        compat=None,
+        items=count,
+        samples=count,
+        rejected=0,
+        tokens=0,
+        target_tokens=0,
+        images=0,
+        chunks=1,
+        chunk_size=count,
+        source="0" * 16,
         files={name: sha256_of_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
-    )  # fmt: skip
-    (folder / "manifest.json").write_bytes(manifest.dump())
+    )
+    (folder / MANIFEST).write_bytes(manifest.dump())
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_all(folder: Path, count: int) -> None:
+    """Write the samples in every format but LitData's, which needs a process of its own."""
     _write_mds(folder / "mds", count)
     _write_tars(folder / "tars", count)
     _write_pickles(folder / "pickles", count)
@@ -74,12 +91,12 @@ def write_all(folder: Path, count: int) -> None:
 def _write_mds(folder: Path, count: int) -> None:
     from streaming import MDSWriter
 
-    none, rows = np.zeros((0, 4), np.uint32), []
+    no_images, rows = np.zeros((0, 4), np.uint32), []
     with MDSWriter(
         out=str(folder / "chunk"), columns=columns(60_000), hashes=["sha1"], size_limit=1 << 26
     ) as writer:
         for number, (tokens, spans) in enumerate(samples(count)):
-            writer.write(Record(f"{number:08}", tokens, spans, none, ()).to_mds())
+            writer.write(Record(f"{number:08}", tokens, spans, no_images, ()).to_mds())
             rows.append((len(tokens), int(spans[0, 1] - spans[0, 0])))
     index = json.loads((folder / "chunk" / INDEX).read_bytes())
     for shard in index["shards"]:
@@ -90,37 +107,41 @@ def _write_mds(folder: Path, count: int) -> None:
     write_manifest(folder, count)
 
 
-def write_sidecar(path: Path, lengths: np.ndarray, targets: np.ndarray) -> None:
+def write_sidecar(path: Path, lengths: Array, targets: Array) -> None:
+    """Write the sidecar of samples without images, a million rows at a time.
+
+    Args:
+        path: the file to write.
+        lengths: (samples,) tokens of each.
+        targets: (samples,) tokens of each that are trained on.
+    """
     schema, step = samples_schema(), 1 << 20
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for begin in range(0, len(lengths), step):
             rows = len(lengths[begin : begin + step])
-            values: dict[str, Any] = {
+            no_items = pyarrow.array([], pyarrow.uint32())
+            empty_lists = pyarrow.ListArray.from_arrays(np.zeros(rows + 1, np.int32), no_items)
+            zeros = pyarrow.array(np.zeros(rows, np.uint16))
+            values = {
                 "id": pyarrow.array(np.arange(begin, begin + rows)).cast(pyarrow.string()),
-                "tokens": lengths[begin : begin + step],
-                "target_tokens": targets[begin : begin + step],
+                "tokens": pyarrow.array(lengths[begin : begin + step]),
+                "target_tokens": pyarrow.array(targets[begin : begin + step]),
             }
-            empty = pyarrow.ListArray.from_arrays(
-                np.zeros(rows + 1, np.int32), pyarrow.array([], pyarrow.uint32())
-            )
-            arrays = [
-                pyarrow.array(values[name]).cast(kind) if name in values
-                else empty.cast(kind) if pyarrow.types.is_list(kind)
-                else pyarrow.array(np.zeros(rows, np.uint16)).cast(kind)
-                for name, kind in zip(schema.names, schema.types, strict=True)
-            ]  # fmt: skip
+            arrays = []
+            for name, kind in zip(schema.names, schema.types, strict=True):
+                default = empty_lists if pyarrow.types.is_list(kind) else zeros
+                arrays.append(values.get(name, default).cast(kind))
             writer.write_table(pyarrow.table(arrays, schema=schema))
 
 
-def _pack(tokens: np.ndarray, spans: np.ndarray) -> bytes:
+def _pack(tokens: Array, spans: Array) -> bytes:
     return np.uint32(len(spans)).tobytes() + spans.tobytes() + tokens.tobytes()
 
 
 def _unpack(data: bytes) -> Sample:
-    spans = int.from_bytes(data[:4], "little")
-    return np.frombuffer(data, "<u2", offset=4 + 8 * spans), np.frombuffer(data, "<u4", 2 * spans, 4).reshape(
-        -1, 2
-    )
+    count = int.from_bytes(data[:4], "little")
+    spans = np.frombuffer(data, "<u4", 2 * count, offset=4).reshape(-1, 2)
+    return np.frombuffer(data, "<u2", offset=4 + 8 * count), spans
 
 
 def _write_tars(folder: Path, count: int) -> None:
@@ -135,7 +156,7 @@ def _write_tars(folder: Path, count: int) -> None:
 
 
 def _write_pickles(folder: Path, count: int) -> None:
-    """As UniToken's pre_tokenize: lists of Python's integers."""
+    """Write a pickle for each sample, with lists of Python's integers, as UniToken's `pre_tokenize` does."""
     folder.mkdir()
     for number, (tokens, spans) in enumerate(samples(count)):
         labels = np.full(len(tokens), IGNORED)
@@ -146,23 +167,27 @@ def _write_pickles(folder: Path, count: int) -> None:
 
 def _write_flat(folder: Path, count: int) -> None:
     folder.mkdir()
-    offsets, spans_of = [0], []
+    offsets, all_spans = [0], []
     with open(folder / "tokens.bin", "wb") as file:
         for tokens, spans in samples(count):
             file.write(tokens.tobytes())
             offsets.append(offsets[-1] + len(tokens))
-            spans_of.append(spans[0])
+            all_spans.append(spans[0])
     np.save(folder / "offsets.npy", np.array(offsets))
-    np.save(folder / "spans.npy", np.array(spans_of))
+    np.save(folder / "spans.npy", np.array(all_spans))
 
 
-def litdata_samples(numbers: range) -> Iterator[dict[str, np.ndarray]]:
+def litdata_samples(numbers: range) -> Iterator[dict[str, Array]]:
+    """Give the samples as LitData's `optimize` expects them."""
     for tokens, spans in samples(numbers.stop):
         yield {"tokens": tokens, "spans": spans}
 
 
 def write_litdata(folder: Path, count: int) -> None:
-    """In a process of its own: it changes how all later processes are started."""
+    """Write the samples in LitData's format.
+
+    Call it in a process of its own, as LitData changes how all later processes are started.
+    """
     import litdata
 
     litdata.optimize(
@@ -170,14 +195,19 @@ def write_litdata(folder: Path, count: int) -> None:
     )
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def our_loader(folder: Path, workers: int = 0, **settings: Any) -> PackedLoader:
+    """Build our loader; `settings` replace those under `data:` of a stage."""
     defaults: dict[str, Any] = {
-        "streams": {"text": {"local": str(folder / "mds")}}, "packed_length": LENGTH, "global_batch": BATCH, "continuous": "none",
-        "workers": workers, "cache": str(folder / "cache"),
-    }  # fmt: skip
+        "streams": {"text": {"local": str(folder / "mds")}},
+        "packed_length": LENGTH,
+        "global_batch": BATCH,
+        "continuous": "none",
+        "workers": workers,
+        "cache": str(folder / "cache"),
+    }
     config = DataConfig.model_validate({**defaults, **settings})
     return build_loader(
         config, views=None, vocabulary=vocabulary(), batch_packs=config.global_batch, compat=False
@@ -226,29 +256,30 @@ def _litdata(folder: Path) -> Iterable[Sample]:
 
 
 class Pickles(Dataset[Sample]):
+    """The reference's dataset: a pickle for each sample."""
+
     def __init__(self, folder: Path) -> None:
-        self.paths = [
-            folder / "pickles" / f"{n}.pkl" for n in range(sum(1 for _ in (folder / "pickles").iterdir()))
-        ]
+        count = len(list((folder / "pickles").iterdir()))
+        self.paths = [folder / "pickles" / f"{n}.pkl" for n in range(count)]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Sample:
         with open(self.paths[number], "rb") as file:
-            item = pickle.load(file)  # noqa: S301 - the reference's own way, of files made here
+            item = pickle.load(file)  # noqa: S301 - the reference reads so, and the files were made here
         labels = np.array(item["label"])
         return np.array(item["token"]), np.array([[len(labels) - (labels != IGNORED).sum(), len(labels)]])
 
 
 class Flat(Dataset[Sample]):
-    """A raw memory map: the limit."""
+    """A raw memory map, the fastest that is possible."""
 
     def __init__(self, folder: Path) -> None:
         with open(folder / "flat" / "tokens.bin", "rb") as file:
             self.tokens = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint16)
-        self.offsets = np.load(folder / "flat" / "offsets.npy").tolist()
-        self.spans = np.load(folder / "flat" / "spans.npy")
+        self.offsets: list[int] = np.load(folder / "flat" / "offsets.npy").tolist()
+        self.spans: Array = np.load(folder / "flat" / "spans.npy")
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -272,11 +303,17 @@ ONE_PROCESS: dict[str, Callable[[Path], Iterable[Sample]]] = {
 }
 
 
+def _pair(sample: Any) -> Sample:
+    """The tokens and spans of a sample, which some readers give as a dict."""
+    if isinstance(sample, dict):
+        return sample["tokens"], sample["spans"] if "spans" in sample else sample["target_spans"]
+    tokens, spans = sample
+    return tokens, spans
+
+
 def padded(batch: list[Any]) -> dict[str, torch.Tensor]:
-    """What a trainer needs of samples that are not packed."""
-    pairs = [
-        (s.get("tokens"), s.get("spans", s.get("target_spans"))) if isinstance(s, dict) else s for s in batch
-    ]
+    """Collate samples that are not packed: ids and labels, padded to the longest, and the lengths."""
+    pairs = [_pair(sample) for sample in batch]
     shape = len(pairs), max(len(tokens) for tokens, _ in pairs)
     ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED)
     for row, (tokens, spans) in enumerate(pairs):
@@ -288,15 +325,19 @@ def padded(batch: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def two_workers(side: str, folder: Path) -> Iterable[tuple[int, int]]:
-    """Samples and tokens of each batch that a DataLoader with two workers delivers."""
+    """Count the samples and tokens of each batch that a DataLoader with two workers delivers."""
     if side == "ours":
         for batch in our_loader(folder, workers=2):
             documents = batch["document_ids"]
             yield int((documents.amax(1) + 1).sum()), int((documents >= 0).sum())
         return
     datasets: dict[str, Callable[[Path], Any]] = {
-        "stock": _stock_dataset, "webdataset": _webdataset_dataset, "litdata": _litdata_dataset, "pickles": Pickles, "memmap": Flat,
-    }  # fmt: skip
+        "stock": _stock_dataset,
+        "webdataset": _webdataset_dataset,
+        "litdata": _litdata_dataset,
+        "pickles": Pickles,
+        "memmap": Flat,
+    }
     dataset = datasets[side](folder)
     loader: type[DataLoader[Any]] = DataLoader
     if side == "litdata":

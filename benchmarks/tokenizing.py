@@ -1,20 +1,21 @@
-"""How fast the tokenizer is: our worker against the reference's loop, on the same pictures and weights.
+"""Measure the tokenizer: our worker against the reference's loop, on the same pictures and weights.
 
     python -m benchmarks.tokenizing [--full] [--short] [--rounds 5] [--source-items 10000000]
 
-The baseline is UniToken's `pretokenize` as a loop: an image is opened, cropped, encoded alone and pickled, one after the
-other in one process. It is written here with our crop, our codes and nothing else of ours; it uses as many of torch's
-threads as our worker (one on a CPU), and `baseline_2_threads_images_per_s` is the same with two. Our worker is one
-process too; `splits_2` are two of them, which is how a machine of two cores is used. Both sides are loaded before, take
-turns, and figures are medians over the rounds; ratios are taken within a round, and their spread is given.
+The baseline is UniToken's `pretokenize` as a loop: each image is opened, cropped, encoded alone and
+pickled, one after the other in one process. It uses our crop and our codes, and nothing else of our code.
+It has as many of torch's threads as our worker (one on a CPU); `baseline_2_threads_images_per_s` is the
+same with two. Our worker is one process too; `splits_2` are two of them, as one would run on a machine with
+two cores. Both programs load their models first and then take turns. Figures are medians over the rounds;
+ratios are taken within a round, and their spread is given.
 
-small       the demo's VQGAN at 16 pixels, handwritten digits: overhead rules
-golden_512  a VQGAN of 2 million parameters at 512 pixels, photographs: arithmetic rules
-full_*      (--full, on a GPU) Chameleon's size with random weights at 512 pixels, in each precision
+small       The demo's VQGAN at 16 pixels, handwritten digits: overhead dominates.
+golden_512  A VQGAN of 2 million parameters at 512 pixels, photographs: arithmetic dominates.
+full_*      (--full, on a GPU) Chameleon's size with random weights at 512 pixels, in each precision.
 
-`share_of_encoder_rate`: our rate from files to files over that of the image tokenizer alone with batches of the same size.
-`code_agreement` and `psnr` (of the pictures that the float32 decoder makes of the codes) compare a precision with float32
-and one picture at a time. The last line is one JSON object.
+`share_of_encoder_rate` is our rate from files to files over that of the image tokenizer alone, with batches
+of the same size. `code_agreement` and `psnr` (of the pictures that the float32 decoder makes of the codes)
+compare each precision in batches with float32 and one picture at a time. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -60,26 +61,28 @@ model:
 """
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def small(folder: Path, device: str) -> Setting:
+    """Handwritten digits at 16 pixels with the demo's tokenizers."""
     from sklearn.datasets import load_digits
 
     digits = load_digits().images
-    source = write_items(folder, [picture(digit) for digit in digits], "png", items := 4000)
-    return Setting(
-        "small", config(DEMO / "tokenizer", DEMO / "vqgan", 16, 64, "fp32"), source, device, items, 500
-    )
+    source = write_items(folder, [picture(digit) for digit in digits], "png", items=4000)
+    settings = config(DEMO / "tokenizer", DEMO / "vqgan", 16, 64, "fp32")
+    return Setting("small", settings, source, device, items=4000, baseline_items=500)
 
 
 def golden_512(folder: Path, device: str) -> Setting:
-    source = write_items(folder, photographs(16), "jpg", items := 24)
+    """Photographs at 512 pixels with the tokenizers of the tests' golden files."""
+    source = write_items(folder, photographs(16), "jpg", items=24)
     settings = config(GOLDEN / "tokenizer", GOLDEN / "vqgan", 512, 8, "fp32")
-    return Setting("golden_512", settings, source, device, items, 8)
+    return Setting("golden_512", settings, source, device, items=24, baseline_items=8)
 
 
 def full(folder: Path, precision: str, weights: Path) -> Setting:
+    """Photographs at 512 pixels with a VQGAN of Chameleon's size, on a GPU."""
     items, baseline_items = {"fp32": (1500, 100), "tf32": (4000, 200), "bf16": (6000, 200)}[precision]
     source = write_items(folder, photographs(64), "jpg", items)
     settings = config(GOLDEN / "tokenizer", weights, 512, 32, precision)
@@ -87,6 +90,7 @@ def full(folder: Path, precision: str, weights: Path) -> Setting:
 
 
 def config(tokenizer: Path, weights: Path, size: int, batch_size: int, precision: str) -> TokenizeConfig:
+    """Make the settings of a tokenization."""
     vision = ImageTokenizerConfig.model_validate(
         {"weights": str(weights), "batch_size": batch_size, "precision": precision}
     )
@@ -96,7 +100,7 @@ def config(tokenizer: Path, weights: Path, size: int, batch_size: int, precision
 
 
 def photographs(count: int) -> list[Image.Image]:
-    """Parts of real photographs, 768 x 576 each."""
+    """Cut parts from four real photographs, 768 x 576 each."""
     from sklearn.datasets import load_sample_images
 
     whole = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -110,35 +114,29 @@ def photographs(count: int) -> list[Image.Image]:
         photo = whole[number % len(whole)]
         width, height = (round(side * rng.uniform(0.6, 1)) for side in photo.size)
         left, upper = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
-        parts.append(
-            photo.crop((left, upper, left + width, upper + height)).resize(
-                (768, 576), Image.Resampling.BICUBIC
-            )
-        )
+        part = photo.crop((left, upper, left + width, upper + height))
+        parts.append(part.resize((768, 576), Image.Resampling.BICUBIC))
     return parts
 
 
 def write_items(folder: Path, pictures: list[Image.Image], suffix: str, items: int) -> Path:
+    """Write items.json and the pictures, which the items use in turns."""
     folder.mkdir()
     for number, image in enumerate(pictures):
         image.save(folder / f"{number}.{suffix}", quality=90)
-    question, answer = (
-        {"from": "human", "value": "<|image|> What is this?"},
-        "This is number {} of the pictures, in a few words.",
-    )
-    content = [
-        {
-            "conversations": [question, {"from": "gpt", "value": answer.format(n)}],
-            "image": [f"{n % len(pictures)}.{suffix}"],
-        }
-        for n in range(items)
-    ]
+    content = []
+    for number in range(items):
+        question = {"from": "human", "value": "<|image|> What is this?"}
+        answer = {"from": "gpt", "value": f"This is number {number} of the pictures, in a few words."}
+        image_name = f"{number % len(pictures)}.{suffix}"
+        content.append({"conversations": [question, answer], "image": [image_name]})
     source = folder / "items.json"
     source.write_text(json.dumps(content))
     return source
 
 
 def random_weights(folder: Path) -> Path:
+    """Write a VQGAN of Chameleon's size with random weights."""
     from safetensors.torch import save_file
 
     from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
@@ -153,11 +151,12 @@ def random_weights(folder: Path) -> Path:
     return folder
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def process(target: Any, setting: Setting) -> Iterator[Connection]:
+    """Run `target` in a process of its own, and give the connection to it."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     child = context.Process(target=target, args=(there, setting), daemon=True)
@@ -172,13 +171,18 @@ def process(target: Any, setting: Setting) -> Iterator[Connection]:
 
 
 def ask(connection: Connection, task: Any) -> Any:
+    """Send a request, and wait for the answer."""
     connection.send(task)
     return connection.recv()
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, Any]:
-    """Medians over the rounds, behind one for warming up."""
-    found: list[dict[str, Any]] = []
+    """Measure both programs in turns.
+
+    Returns:
+        The medians over the rounds; a round before them, to warm up, is not counted.
+    """
+    measured: list[dict[str, Any]] = []
     with (
         process(ours, setting) as first,
         process(ours, setting) as second,
@@ -199,20 +203,22 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
                     "splits_2_images_per_s": both,
                     "splits_2_ratio": both / figures["baseline_images_per_s"],
                 }
-            found.append(figures)
-    result = {key: median([figures[key] for figures in found[1:]]) for key in found[0]}
-    ratios = [figures["ratio_vs_baseline"] for figures in found[1:]]
+            measured.append(figures)
+    counted = measured[1:]
+    result = {key: median([figures[key] for figures in counted]) for key in counted[0]}
+    ratios = [figures["ratio_vs_baseline"] for figures in counted]
     return {**result, "ratio_spread": [round(min(ratios), 2), round(max(ratios), 2)]}
 
 
 def median(values: list[Any]) -> Any:
+    """Take the median of numbers, or of each entry of dicts."""
     if isinstance(values[0], dict):
         return {key: median([value[key] for value in values]) for key in values[0]}
     return round(statistics.median(values), 3)
 
 
 def precisions(setting: Setting, count: int) -> dict[str, dict[str, float]]:
-    """How near each precision's codes, in batches, are to those of float32, one by one."""
+    """Compare the codes of each precision, in batches, with those of float32, one picture at a time."""
     vision_config, size = setting.config.vision, setting.config.target_size
     files = sorted(path for path in setting.source.parent.iterdir() if path.suffix != ".json")[:count]
     pictures = [images.tokenizer_pixels(images.decode(path.read_bytes()), (size, size)) for path in files]
@@ -237,13 +243,17 @@ def precisions(setting: Setting, count: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    """Parse the command line, measure every setting and print the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="Chameleon's size, on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--source-items", type=int, default=10_000_000, help="of the source whose memory is measured; 0: not"
+        "--source-items",
+        type=int,
+        default=10_000_000,
+        help="items of the input whose memory is measured; 0: do not",
     )
     parser.add_argument(
         "--short", action="store_true", help="one round of the small setting: does it run at all"
@@ -266,12 +276,9 @@ def main() -> None:
                 setting, COMPARED.get(setting.name, 64)
             )
             print(setting.name, json.dumps(results[setting.name], indent=1), flush=True)
-    names = list(results)  # the first is the one of the ratio, the last the one of the arithmetic
     headline = results["full_tf32"] if arguments.full else results["small"]
-    report = headline | {
-        "share_of_encoder_rate": results[names[-1]]["share_of_encoder_rate"],
-        "settings": results,
-    }
+    share = results[settings[-1].name]["share_of_encoder_rate"]  # of the setting with the most arithmetic
+    report = headline | {"share_of_encoder_rate": share, "settings": results}
     if arguments.source_items:
         report |= source_memory.measure(arguments.source_items)
     device = (

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ from unitoken.train import __main__ as models
 app = command_app(__doc__, add_completion=True)
 
 # In the order of the data's road.
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "tokenize": datasets.run,
     "merge": datasets.merge,

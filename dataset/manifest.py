@@ -1,20 +1,19 @@
-"""What a dataset folder says of itself.
+"""The files of a dataset folder, and its manifest.
 
     index.json           stock MDS index: an unmodified `streaming.StreamingDataset` reads the folder
-    chunk-000000/ ...    the shards, one folder a chunk of the input
-    samples.parquet      the sidecar: one row a sample, in index order (SAMPLES_SCHEMA)
-    rejects.jsonl        one line an item that is not in the dataset, with its reason
-    vocabulary.json      the id space the tokens are in
-    manifest.json        this; written last, so a folder that has one is complete
+    chunk-000000/ ...    the shards, one folder for each chunk of the input
+    samples.parquet      the sidecar: one row a sample, in the order of the index (sidecar.py)
+    rejects.jsonl        one line for each item that is not in the dataset, with its reason
+    vocabulary.json      the id space of the tokens
+    manifest.json        the manifest; written last, so a folder that has one is complete
 
-Nothing in it depends on when, where or by how many workers it was written.
+Nothing in the manifest depends on when, where or by how many workers the dataset was written.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pydantic
 
@@ -24,34 +23,29 @@ from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, Store, StoreError
 
-if TYPE_CHECKING:
-    pass
-
 FORMAT = "unitoken-dataset"
 VERSION = 1
-INDEX, SIDECAR, REJECTS, VOCABULARY, MANIFEST = (
-    "index.json",
-    "samples.parquet",
-    "rejects.jsonl",
-    "vocabulary.json",
-    "manifest.json",
-)
-LEFT_OUT = "turns_left_out"  # beside an adapted item's conversations, in a chunk's index and in the manifest
-UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a dataset that was migrated
+INDEX = "index.json"
+SIDECAR = "samples.parquet"
+REJECTS = "rejects.jsonl"
+VOCABULARY = "vocabulary.json"
+MANIFEST = "manifest.json"
+LEFT_OUT = "turns_left_out"  # a key of an adapted item, of a chunk's index and of the manifest
+UNKNOWN = "unknown"  # the fingerprint of the image tokenizer of a migrated dataset
 
 
 class VisionTokenizer(Config):
-    """Which image tokenizer made the codes."""
+    """The image tokenizer that made the codes."""
 
     kind: str
-    weights: str  # sha256 of the weights, first 16 digits
+    weights: str  # fingerprint of the weights
     codebook_size: int = pydantic.Field(gt=0, lt=1 << 24)
     downsampling: int = pydantic.Field(gt=0, le=1 << 10)  # pixels a latent, each way
     precision: str
 
 
 class Manifest(Config):
-    """Counts reconcile: `items == samples + rejected`."""
+    """What a dataset was made from and with, and its counts: `items == samples + rejected`."""
 
     format: str = FORMAT
     version: int = VERSION
@@ -80,49 +74,41 @@ class Manifest(Config):
     def _reconciles(self) -> Manifest:
         if self.items != self.samples + self.rejected:
             raise ValueError(f"{self.items} items are not {self.samples} samples + {self.rejected} rejected")
-        if (
-            min(
-                self.samples,
-                self.rejected,
-                self.tokens,
-                self.target_tokens,
-                self.images,
-                self.turns_left_out,
-                self.chunks,
-            )
-            < 0
-        ):
+        counts = self.samples, self.rejected, self.tokens, self.target_tokens, self.images
+        if min(*counts, self.turns_left_out, self.chunks) < 0:
             raise ValueError("its counts are not all 0 or more")
         if self.target_size < self.vision.downsampling * LATENTS_PER_GRID_UNIT:
             raise ValueError(
-                f"no picture can be cut to target_size {self.target_size} for {self.vision.downsampling} pixels a latent"
+                f"no picture can be cut to target_size {self.target_size} "
+                f"for {self.vision.downsampling} pixels a latent"
             )
         return self
 
     def crops(self) -> list[tuple[int, int]]:
-        """The (width, height) in pixels that its pictures were cut to for the image tokenizer."""
-        from unitoken.dataset.images import crops
+        """Return the (width, height) in pixels that pictures may have been cut to."""
+        from unitoken.dataset.images import allowed_crops
 
-        return crops(self.crop, self.target_size, self.vision.downsampling * LATENTS_PER_GRID_UNIT)
+        return allowed_crops(self.crop, self.target_size, self.vision.downsampling * LATENTS_PER_GRID_UNIT)
 
     def dump(self) -> bytes:
+        """Return the content of the manifest file."""
         return json.dumps(self.model_dump(), indent=1, sort_keys=True).encode() + b"\n"
 
 
 def read_manifest(store: Store) -> Manifest:
-    """Read a dataset's manifest. Raises ConfigError for a folder or bucket that is no finished dataset."""
+    """Read a dataset's manifest. Raises ConfigError if the store does not hold a finished dataset."""
     try:
         return _parse(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
     except MissingError:
-        begun = bool(store.sizes("chunk-"))
-        hint = "; finish it with `python -m unitoken.tokenize merge`" if begun else ""
+        is_unfinished = bool(store.sizes("chunk-"))
+        hint = "; finish it with `python -m unitoken.tokenize merge`" if is_unfinished else ""
         raise ConfigError(f"{store.url}: not a dataset folder: it has no {MANIFEST}{hint}") from None
     except StoreError as error:
         raise ConfigError(str(error)) from None
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """`read_manifest` for a folder of this machine."""
+    """Read the manifest of a local dataset folder, as `read_manifest` does."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: not a dataset folder: no such folder")
     return read_manifest(open_store(str(folder)))
@@ -134,11 +120,9 @@ def _parse(data: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not readable: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
-        found = (
-            f"{fields.get('format')!r} version {fields.get('version')!r}"
-            if isinstance(fields, dict)
-            else type(fields).__name__
-        )
+        found = type(fields).__name__
+        if isinstance(fields, dict):
+            found = f"{fields.get('format')!r} version {fields.get('version')!r}"
         raise ConfigError(f"{where}: expected {FORMAT!r} version {VERSION}, found {found}")
     try:
         return Manifest.model_validate(fields)
@@ -147,12 +131,12 @@ def _parse(data: bytes, where: str) -> Manifest:
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """The dataset's vocabulary, checked against the fingerprint in its manifest."""
+    """Read a local dataset's vocabulary, and check it against the fingerprint in its manifest."""
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     expected = load_manifest(folder).vocabulary
     if vocabulary.fingerprint != expected:
         raise ConfigError(
-            f"{folder / VOCABULARY}: its fingerprint is {vocabulary.fingerprint}, {MANIFEST} names {expected}: "
-            "the folder was changed by hand"
+            f"{folder / VOCABULARY}: its fingerprint is {vocabulary.fingerprint}, "
+            f"{MANIFEST} names {expected}: the folder was changed by hand"
         )
     return vocabulary

@@ -1,8 +1,8 @@
-"""The one id space of text tokens, image codes and special tokens.
+"""The common id space of text tokens, image codes and special tokens.
 
-Ids are found by the tokens' **names**, as Chameleon writes them (`IMGIMG…Z` for image codes, `<racm3:break>` for
-the start of an image, ...), never by arithmetic on ids. What a tokenizer lacks is appended behind its last id in a
-fixed order, so any text tokenizer gets an image vocabulary.
+Ids are looked up by the **names** of tokens, which are Chameleon's (`IMGIMG…Z` for image codes,
+`<racm3:break>` for the start of an image, ...), never computed from other ids. Tokens that a tokenizer
+lacks are appended after its last id in a fixed order, so any text tokenizer gets an image vocabulary.
 
 Layout of an image of h x w latents (UniToken, `FlexARItemProcessor.process_image`):
 
@@ -43,22 +43,27 @@ _DIGITS = str.maketrans("0123456789", "ABCDEFGHIJ")
 
 
 def image_code_name(code: int) -> str:
-    """Chameleon's name of an image code: its decimal digits as letters A-J, so 12 is `IMGIMGBCZ`."""
+    """Return Chameleon's name of an image code: its decimal digits as letters A-J, so 12 is `IMGIMGBCZ`."""
     return f"IMGIMG{str(code).translate(_DIGITS)}Z"
 
 
 def grid_name(units: int) -> str:
+    """Return Chameleon's name of the token for an image side of `units` times 32 pixels."""
     return f"<reserved{8800 + units:05d}>"
 
 
 def image_tokens(height: int, width: int) -> int:
-    """The length of an image's block, `Vocabulary.image_block`, for (height, width) in latents."""
+    """Return the number of tokens of an image block of height x width latents."""
     return 4 + height * (width + 1)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids run from 0 to `size - 1`; `image_ids[code]` is the id of an image code, `grid_ids[n - 1]` of grid size n."""
+    """The ids of all tokens with a meaning of their own.
+
+    Ids run from 0 to `size - 1`. `image_ids[code]` is the id of an image code, `grid_ids[n - 1]` that of
+    grid size n.
+    """
 
     size: int
     bos: int
@@ -70,12 +75,12 @@ class Vocabulary:
     grid_ids: tuple[int, ...]
     image_ids: tuple[int, ...]
     tokens_sha256: (
-        str  # over every (name, id) of the tokenizer: another text vocabulary is another vocabulary
+        str  # of every (name, id) of the tokenizer: any other text vocabulary is another vocabulary
     )
 
     @classmethod
     def from_tokens(cls, ids: Mapping[str, int], codebook_size: int) -> Vocabulary:
-        """Build from a tokenizer's token -> id map (`tokenizer.get_vocab()`) and the number of image codes."""
+        """Create a vocabulary from `tokenizer.get_vocab()` (token -> id) and the number of image codes."""
         digest = hashlib.sha256()
         for name, token_id in sorted(ids.items(), key=lambda item: (item[1], item[0])):
             digest.update(f"{token_id}\t{name}\n".encode())
@@ -95,11 +100,12 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Identifies the vocabulary: 16 hex digits."""
         return fingerprint(json.dumps(asdict(self), sort_keys=True).encode())
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Every id that only the system may write: a user's text never becomes one of these."""
+        """The ids that only the system may write: a user's text never becomes one of these."""
         single = {self.bos, self.end_of_turn, self.image_start, self.image_end, self.separator, self.newline}
         return frozenset(single | set(self.grid_ids) | set(self.image_ids))
 
@@ -114,7 +120,7 @@ class Vocabulary:
         return codes
 
     def image_block(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        """Codes (h, w) -> the ids of the whole image block, (image_tokens(h, w),). h and w must be even."""
+        """Return the ids of an image block, (image_tokens(h, w),), for codes (h, w). h and w must be even."""
         height, width = codes.shape
         grid = [self._grid_id(height), self._grid_id(width)]
         rows = np.column_stack([self._id_of_code[codes], np.full(height, self.newline)])  # (h, w + 1)
@@ -124,12 +130,13 @@ class Vocabulary:
         units, odd = divmod(latents, LATENTS_PER_GRID_UNIT)
         if odd or not 1 <= units <= len(self.grid_ids):
             raise ValueError(
-                f"an image side of {latents} latents: expected an even number from 2 to {2 * len(self.grid_ids)}"
+                f"an image side of {latents} latents: "
+                f"expected an even number from 2 to {2 * len(self.grid_ids)}"
             )
         return self.grid_ids[units - 1]
 
     def image_codes(self, block: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        """The ids of an image block -> its codes (h, w). Raises ValueError where the block breaks the layout."""
+        """Return the codes (h, w) of an image block. Raises ValueError if the block breaks the layout."""
         ids = np.asarray(block, np.int64)
         sizes = {token: LATENTS_PER_GRID_UNIT * (n + 1) for n, token in enumerate(self.grid_ids)}
         height, width = sizes.get(int(ids[1]), 0), sizes.get(int(ids[2]), 0)
@@ -142,7 +149,7 @@ class Vocabulary:
         return codes
 
     def image_grammar(self, height: int, width: int) -> Iterator[tuple[int, ...]]:
-        """The ids allowed at each position of an h x w image block, in order: what a generator may draw."""
+        """Yield the ids that are allowed at each position of an image block of height x width latents."""
         yield (self.image_start,)
         yield (self._grid_id(height),)
         yield (self._grid_id(width),)
@@ -153,13 +160,24 @@ class Vocabulary:
         yield (self.image_end,)
 
     def dump(self) -> bytes:
+        """Return the content of a vocabulary file."""
         return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
 
     def save(self, path: Path) -> None:
+        """Write a vocabulary file."""
         write_aside(path, self.dump())
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Vocabulary:
+        """Parse a vocabulary file.
+
+        Args:
+            data: its content.
+            where: its origin, for messages.
+
+        Raises:
+            ConfigError: it is not a vocabulary file.
+        """
         try:
             fields = json.loads(data)
             fields["grid_ids"] = tuple(fields["grid_ids"])
@@ -170,7 +188,30 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
+        """Read a vocabulary file. Raises ConfigError."""
         try:
             return cls.parse(path.read_bytes(), str(path))
         except OSError as error:
             raise ConfigError(f"{path}: not a vocabulary file: {error}") from None
+
+
+def check_same_vocabulary(
+    vocabulary: Vocabulary, owner: str, other: Vocabulary, other_owner: str, hint: str = ""
+) -> None:
+    """Check that two parts of a run use the same vocabulary.
+
+    Args:
+        vocabulary: of `owner`.
+        owner: for the message: a stream and its folder, a setting, a checkpoint.
+        other: of `other_owner`.
+        other_owner: as `owner`.
+        hint: what to do about a difference.
+
+    Raises:
+        ConfigError: they differ; the message names both owners, fingerprints and sizes.
+    """
+    if vocabulary.fingerprint != other.fingerprint:
+        raise ConfigError(
+            f"{owner} has a vocabulary with fingerprint {vocabulary.fingerprint} ({vocabulary.size} tokens), "
+            f"{other_owner} has {other.fingerprint} ({other.size} tokens){f'; {hint}' if hint else ''}"
+        )

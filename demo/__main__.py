@@ -1,9 +1,15 @@
-"""The whole job on real data, on a laptop: make demo
+"""Run the whole job on real data, on a laptop.
 
-Handwritten digits -> conversations -> two datasets (2 workers each) -> one packed, mixed stream -> a small UniToken model
-on 2 ranks: base training, Stage I, Stage II (killed halfway, resumed, and compared with an uninterrupted run) -> reading
-held-out digits, drawing all ten with guidance -> demo/out/report.html. The last line on stdout is one JSON object of
-measured figures. Settings of Stage I and II may follow: make demo ARGS=data.anyres=true
+    make demo
+    make demo ARGS=data.anyres=true     settings for Stage I and Stage II
+
+1. Write scikit-learn's handwritten digits as conversations.
+2. Tokenize them into two datasets, with 2 workers each.
+3. Train a small UniToken model on both, mixed and packed, on 2 ranks: base training, Stage I, Stage II.
+   Stage II is trained a second time: it is killed halfway and resumed, and its losses are compared with those
+   of the first time.
+4. Let the model read held-out digits and draw all ten.
+5. Write demo/out/report.html. The last line on stdout is a JSON object with the measured figures.
 """
 
 from __future__ import annotations
@@ -15,85 +21,83 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+if TYPE_CHECKING:
+    from unitoken.streaming_data.plan.report import PlanReport
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "demo" / "out"
 DATA = OUT / "data"
 RUNS = OUT / "runs"
+DATASETS = ("captions", "drawings")
 STAGES = ("base", "stage1", "stage2")
+RESUMED = "stage2-resumed"
 RANKS = 2
-# On CPUs also where there is a GPU (two ranks can not share one); one thread a rank: two ranks on two cores.
-SETTINGS = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
+ENVIRONMENT = {
+    **os.environ,
+    "CUDA_VISIBLE_DEVICES": "",  # two ranks can not share one GPU
+    "OMP_NUM_THREADS": "1",  # two ranks on two cores
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
-ENVIRONMENT = {**os.environ, **SETTINGS}
 
 start = time.monotonic()
 
 
 def say(text: str) -> None:
+    """Print a line of progress with the seconds since the start."""
     print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
 
 
 def tokenize(name: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "unitoken.tokenize",
-        "run",
-        "--config",
-        "yamls/demo/tokenize.yaml",
-        "--splits",
-        str(RANKS),
-    ]
-    subprocess.run(
-        [*command, "--in_filename", str(DATA / f"{name}.json"), "--out_dir", str(DATA / name)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        check=True,
-    )
+    """Tokenize DATA/name.json into the dataset folder DATA/name."""
+    command = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/demo/tokenize.yaml"]
+    paths = ["--in_filename", str(DATA / f"{name}.json"), "--out_dir", str(DATA / name)]
+    subprocess.run([*command, "--splits", str(RANKS), *paths], cwd=ROOT, env=ENVIRONMENT, check=True)
 
 
 def launch(stage: str, run: str) -> subprocess.Popen[bytes]:
-    """Start a stage under Composer's launcher, in a process group of its own so that all of it can be killed."""
+    """Start a stage with Composer's launcher, in a process group of its own that can be killed as a whole."""
     launcher = str(Path(sys.executable).with_name("composer"))
-    command = [
-        launcher,
-        "-n",
-        str(RANKS),
-        "train.py",
-        f"yamls/demo/{stage}.yaml",
-        f"save.folder={RUNS / run}",
-    ]
-    if stage != "base":  # without a vision tower, and with little to change
-        command += sys.argv[1:]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    command = [launcher, "-n", str(RANKS), "train.py", f"yamls/demo/{stage}.yaml"]
+    # Base training has no vision tower, so the settings from the command line are for the other stages.
+    overrides = [] if stage == "base" else sys.argv[1:]
+    return subprocess.Popen(
+        [*command, f"save.folder={RUNS / run}", *overrides],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    if code := process.wait():
-        raise SystemExit(f"error: {' '.join(map(str, process.args))} ended with status {code}")  # type: ignore[union-attr]
+def finish(process: subprocess.Popen[bytes], run: str) -> None:
+    """Wait for a run, and end the demo where the run failed."""
+    if status := process.wait():
+        raise SystemExit(f"error: the training run {run} ended with status {status}")
 
 
 def losses(run: str) -> list[float]:
-    """The loss of every step, from the run's own log."""
+    """Read the loss of every step from the run's metrics."""
     lines = map(json.loads, (RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["loss"] for line in lines if "eval" not in line]
 
 
 def steps_logged(run: str) -> int:
+    """Count the steps of a run that may still be writing its metrics."""
     log = RUNS / run / "metrics.jsonl"
     return log.read_bytes().count(b'"grad_norm"') if log.exists() else 0
 
 
 def kill_halfway(process: subprocess.Popen[bytes], run: str, steps: int) -> int:
-    """SIGKILL every process of a run once half of its steps are logged. Returns the step it was killed after."""
+    """Kill every process of a run (SIGKILL) once half of its steps are logged.
+
+    Returns:
+        The last step that it logged.
+    """
     while steps_logged(run) < steps // 2:
         if process.poll() is not None:
             raise SystemExit(f"error: {run} ended with status {process.returncode} before it could be killed")
@@ -104,23 +108,20 @@ def kill_halfway(process: subprocess.Popen[bytes], run: str, steps: int) -> int:
 
 
 def train() -> int:
-    """Base, Stage I, Stage II twice: uninterrupted, and killed halfway and resumed. Returns the step of the kill."""
+    """Train the three stages, and Stage II again with a kill halfway. Returns the step of the kill."""
     for stage in STAGES:
         say(f"training: {stage}")
-        finish(launch(stage, stage))
+        finish(launch(stage, stage), stage)
     steps = steps_logged("stage2")
     say("training: stage2 once more, to be killed halfway")
-    killed_at = kill_halfway(launch("stage2", "stage2-resumed"), "stage2-resumed", steps)
-    say(f"killed all ranks with SIGKILL after step {killed_at} of {steps}; the same command again")
-    finish(launch("stage2", "stage2-resumed"))
+    killed_at = kill_halfway(launch("stage2", RESUMED), RESUMED, steps)
+    say(f"killed all ranks with SIGKILL after step {killed_at} of {steps}; starting the same command again")
+    finish(launch("stage2", RESUMED), RESUMED)
     return killed_at
 
 
-def _rounded(shares: Any) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in shares.model_dump().items()}
-
-
-def describe_samples() -> Iterator[list[tuple[str, bool]]]:
+def describe_samples() -> list[list[tuple[str, bool]]]:
+    """Show the first sample of each dataset as (piece of text, whether it is trained on)."""
     from streaming import StreamingDataset
     from transformers import AutoTokenizer
 
@@ -129,23 +130,45 @@ def describe_samples() -> Iterator[list[tuple[str, bool]]]:
     from unitoken.tokenize.checks.preview import describe
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer")
-    for name in ("captions", "drawings"):
-        dataset = StreamingDataset(
-            local=str(DATA / name), batch_size=1
-        )  # stock: any MDS reader reads the folder
-        record = Record.from_mds(dataset[0])
-        yield [
-            (text, trained) for _, text, trained in describe(record, load_vocabulary(DATA / name), tokenizer)
-        ]
+    samples = []
+    for name in DATASETS:
+        # streaming's own class: any reader of MDS can read the folder.
+        record = Record.from_mds(StreamingDataset(local=str(DATA / name), batch_size=1)[0])
+        pieces = describe(record, load_vocabulary(DATA / name), tokenizer)
+        samples.append([(text, trained) for _, text, trained in pieces])
+    return samples
+
+
+def measured_figures(plan: PlanReport, caption_accuracy: float, drawing_accuracy: float) -> dict[str, Any]:
+    """Collect the figures for the report and the last line of the output."""
+    manifests = [json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8")) for name in DATASETS]
+    curves = {stage: losses(stage) for stage in STAGES}
+    return {
+        **{key: sum(manifest[key] for manifest in manifests) for key in ("items", "samples", "rejected")},
+        "packs": plan.packs,
+        "fill": round(plan.fill, 4),
+        **{f"{stage}_loss": [round(curve[0], 4), round(curve[-1], 4)] for stage, curve in curves.items()},
+        "caption_accuracy": round(caption_accuracy, 4),
+        "drawing_accuracy": drawing_accuracy,
+        "resumed_equal": curves["stage2"] == losses(RESUMED),
+        "share_in_batches": {stream.name: _rounded(stream.in_batches) for stream in plan.streams},
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _rounded(shares: pydantic.BaseModel | None) -> dict[str, float]:
+    assert shares is not None, "only plans of older versions have none"
+    return {key: round(value, 4) for key, value in shares.model_dump().items()}
 
 
 def main() -> None:
-    from demo import digits  # scikit-learn: only after the module's docstring can be shown
+    """Run all parts in their order."""
+    from demo import digits  # late, as scikit-learn takes a while to import
 
     shutil.rmtree(OUT, ignore_errors=True)
     say("writing scikit-learn's handwritten digits as conversations")
     digits.write(DATA)
-    for name in ("captions", "drawings"):
+    for name in DATASETS:
         say(f"tokenizing {name}.json with {RANKS} workers")
         tokenize(name)
     killed_at = train()
@@ -154,29 +177,17 @@ def main() -> None:
     from demo import report
     from demo.evaluate import Evaluation
 
-    evaluation = Evaluation(RUNS / "stage2-resumed")
+    evaluation = Evaluation(RUNS / RESUMED)
     answers = evaluation.read(DATA / "heldout.json")
     drawings = evaluation.draw()
-    manifests = [
-        json.loads((DATA / name / "manifest.json").read_text(encoding="utf-8"))
-        for name in ("captions", "drawings")
-    ]
-    plan = evaluation.plan()
-    curves = {stage: losses(stage) for stage in STAGES}
-    figures = {
-        **{key: sum(manifest[key] for manifest in manifests) for key in ("items", "samples", "rejected")},
-        "packs": plan.packs,
-        "fill": round(plan.fill, 4),
-        **{f"{stage}_loss": [round(curves[stage][0], 4), round(curves[stage][-1], 4)] for stage in STAGES},
-        "caption_accuracy": round(sum(a.answer == a.asked for a in answers) / len(answers), 4),
-        "drawing_accuracy": sum(d.read == d.asked for d in drawings) / len(drawings),
-        "resumed_equal": losses("stage2") == losses("stage2-resumed"),
-        "share_in_batches": {share.name: _rounded(share.in_batches) for share in plan.streams},
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    report.write_report(
-        OUT / "report.html", figures, curves, killed_at, drawings, answers[:30], list(describe_samples())
+    figures = measured_figures(
+        evaluation.plan(),
+        caption_accuracy=sum(answer.is_right for answer in answers) / len(answers),
+        drawing_accuracy=sum(drawing.is_right for drawing in drawings) / len(drawings),
     )
+    curves = {stage: losses(stage) for stage in STAGES}
+    parts = report.Report(figures, curves, killed_at, drawings, answers[:30], describe_samples())
+    report.write_report(OUT / "report.html", parts)
     say(f"the report: {(OUT / 'report.html').relative_to(ROOT)}")
     print(json.dumps(figures))
 

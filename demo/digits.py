@@ -1,8 +1,8 @@
-"""scikit-learn's 1,797 handwritten digits as conversations of both directions, split in train and held-out.
+"""Write scikit-learn's 1,797 handwritten digits as conversations: questions, and requests to draw a digit.
 
     python -m demo.digits FOLDER
 
-writes FOLDER/images/*.png and the input files captions.json, drawings.json (train) and heldout.json.
+writes FOLDER/images/*.png and the input files captions.json and drawings.json (training) and heldout.json.
 """
 
 from __future__ import annotations
@@ -17,36 +17,38 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PIXELS = 32  # the 8 x 8 originals, four times enlarged: 4 x 4 latents of 8 pixels
+PIXELS = 32  # a side; the 8 x 8 originals are enlarged four times
 HELD_OUT = 297
-VIEWS = 4  # of each digit to read: 1,500 pictures alone are learnt by heart before they are understood
+# Pictures of each digit in the questions. With one each the model memorizes the 1,500 before it can read.
+VIEWS = 4
 QUESTIONS = (
     "What digit is this? <|image|>",
     "<|image|> Which digit do you see?",
     "Read this digit: <|image|>",
 )
-SAID = (
-    "It is a {}.",
-    "Someone wrote {}.",
-    "a {}",
-)  # in place of the image: a language model comes to Stage I able to read
+# In place of the image in questions that are text only: the model has to know the words before Stage I.
+STATEMENTS = ("It is a {}.", "Someone wrote {}.", "a {}")
 REQUESTS = ("Draw a {}.", "Please draw the digit {}.", "Show me a handwritten {}.")
 
 
 def split() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices of the train and of the held-out digits; a fixed shuffle, since the writers stand in blocks."""
+    """Split the digits with a fixed shuffle, as scikit-learn keeps them in blocks by writer.
+
+    Returns:
+        The indices for training, and the held-out ones.
+    """
     order = np.random.default_rng(0).permutation(len(load_digits().target))
     return order[HELD_OUT:], order[:HELD_OUT]
 
 
 def picture(digit: npt.NDArray[np.float64]) -> Image.Image:
-    """(8, 8) values 0..16 -> a gray picture of PIXELS x PIXELS."""
+    """Make a gray picture of PIXELS x PIXELS from the (8, 8) values 0 to 16 of a digit."""
     small = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
     return small.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR)
 
 
 def moved(whole: Image.Image, index: int, view: int) -> Image.Image:
-    """View 0 is the picture; the others are slightly turned, scaled and shifted, as another hand might have written it."""
+    """Turn, scale and shift a picture slightly, as another writer might; view 0 is the picture itself."""
     if view == 0:
         return whole
     random = np.random.default_rng([index, view])
@@ -64,15 +66,16 @@ def moved(whole: Image.Image, index: int, view: int) -> Image.Image:
 
 
 def small(picture_rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """A picture (PIXELS, PIXELS, 3) -> what a classifier of the 8 x 8 originals expects: (64,) values 0..16."""
+    """Shrink a picture (PIXELS, PIXELS, 3) to 64 values 0 to 16, as a classifier of the originals expects."""
     gray = picture_rgb.astype(np.float64).mean(axis=2)
     block = picture_rgb.shape[0] // 8
-    return gray.reshape(8, block, 8, block).mean(axis=(1, 3)).reshape(64) * (16 / 255)
+    values: npt.NDArray[np.float64] = gray.reshape(8, block, 8, block).mean(axis=(1, 3)).reshape(64)
+    return values * (16 / 255)
 
 
 def _text_item(index: int, view: int, word: str) -> dict[str, object]:
     question = QUESTIONS[(index + view) % len(QUESTIONS)].replace(
-        "<|image|>", SAID[(index // 3 + view) % len(SAID)].format(word)
+        "<|image|>", STATEMENTS[(index // 3 + view) % len(STATEMENTS)].format(word)
     )
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": word}]
     return {"id": f"text-{index:04d}-{view}", "conversations": turns}
@@ -88,6 +91,7 @@ def _item(index: int, view: int, human: str, gpt: str, name: str) -> dict[str, o
 
 
 def write(folder: Path) -> None:
+    """Write the pictures and the three input files."""
     digits = load_digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     train, held_out = split()

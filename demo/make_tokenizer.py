@@ -1,8 +1,8 @@
-"""Makes demo/assets/tokenizer: a byte-level BPE of 350 tokens over the demo's own sentences.
+"""Make demo/assets/tokenizer: a byte-level BPE tokenizer of 350 tokens, trained on the demo's own sentences.
 
     python -m demo.make_tokenizer
 
-It knows nothing of images: what an image vocabulary needs is appended behind its last id (`Vocabulary.from_tokens`).
+It is for text only: the tokens for images are appended after its last id (`Vocabulary.from_tokens`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from demo.digits import QUESTIONS, REQUESTS, SAID, WORDS
+from demo.digits import QUESTIONS, REQUESTS, STATEMENTS, WORDS
 
 FOLDER = Path(__file__).parent / "assets" / "tokenizer"
 
 
 def main() -> None:
+    """Train the tokenizer and save it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     sentences = [question.replace("<|image|>", "") for question in QUESTIONS]
-    sentences += [request.format(word) for request in REQUESTS + SAID for word in WORDS] + list(WORDS) * 3
+    sentences += [request.format(word) for request in REQUESTS + STATEMENTS for word in WORDS] + list(
+        WORDS
+    ) * 3
     trainer = trainers.BpeTrainer(
         vocab_size=350, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )

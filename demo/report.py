@@ -1,4 +1,4 @@
-"""The demo's figures and pictures as one self-contained page."""
+"""The demo's report: its figures and pictures in one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -19,70 +19,119 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 STYLE = """
-:root { --ink: #1c2330; --soft: #667085; --line: #e4e7ec; --paper: #fff; --good: #14804a; --bad: #c4320a; --accent: #2b59c3 }
+:root { --ink: #1c2330; --soft: #667085; --line: #e4e7ec; --paper: #fff; --good: #14804a; --bad: #c4320a;
+  --accent: #2b59c3 }
 * { box-sizing: border-box }
-body { margin: 0; background: #f6f7f9; color: var(--ink); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif }
+body { margin: 0; background: #f6f7f9; color: var(--ink);
+  font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif }
 main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 64px }
 h1 { font-size: 28px; margin: 0 0 4px } h2 { font-size: 19px; margin: 0 0 4px }
 p { margin: 0 0 14px; color: var(--soft); max-width: 76ch }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px; margin-top: 20px }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 20px }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px;
+  padding: 22px 24px; margin-top: 20px }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin-top: 20px }
 .figure { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px }
-.figure b { display: block; font-size: 25px; line-height: 1.2 } .figure span { color: var(--soft); font-size: 13.5px }
+.figure b { display: block; font-size: 25px; line-height: 1.2 }
+.figure span { color: var(--soft); font-size: 13.5px }
 .good b { color: var(--good) } .bad b { color: var(--bad) }
 .columns { display: grid; grid-template-columns: 6fr 5fr; gap: 20px } .columns section { margin-top: 20px }
-@media (max-width: 860px) { .columns { grid-template-columns: 1fr } .columns section + section { margin-top: 0 } }
+@media (max-width: 860px) { .columns { grid-template-columns: 1fr }
+  .columns section + section { margin-top: 0 } }
 svg, img { max-width: 100%; height: auto } img { image-rendering: pixelated }
 table.grid { border-collapse: separate; border-spacing: 4px } table.grid td { padding: 0 }
-table.grid th { font-weight: 600; color: var(--soft); font-size: 13.5px; text-align: right; padding-right: 8px }
+table.grid th { font-weight: 600; color: var(--soft); font-size: 13.5px; text-align: right;
+  padding-right: 8px }
 table.grid img { display: block; width: 44px; border-radius: 5px; border: 2.5px solid transparent }
 table.grid img.wrong { border-color: var(--bad) }
-table.shares { border-collapse: collapse; font-size: 14px } table.shares th { color: var(--soft); font-weight: 600 }
-table.shares th, table.shares td { text-align: right; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line) }
+table.shares { border-collapse: collapse; font-size: 14px }
+table.shares th { color: var(--soft); font-weight: 600 }
+table.shares th, table.shares td { text-align: right; padding: 5px 18px 5px 0;
+  border-bottom: 1px solid var(--line) }
 table.shares th:first-child, table.shares td:first-child { text-align: left }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(66px, 1fr)); gap: 12px 8px }
-.answers figure { margin: 0; text-align: center; font-size: 13px } .answers img { width: 56px; border-radius: 6px }
+.answers figure { margin: 0; text-align: center; font-size: 13px }
+.answers img { width: 56px; border-radius: 6px }
 .answers .wrong { color: var(--bad); font-weight: 600 }
 .tokens { font: 13.5px/2.15 ui-monospace, "DejaVu Sans Mono", monospace; margin: 10px 0 16px }
-.tokens span { border: 1px solid var(--line); border-radius: 5px; padding: 2px 5px; margin-right: 3px; white-space: pre-wrap;
-  color: var(--soft) }
+.tokens span { border: 1px solid var(--line); border-radius: 5px; padding: 2px 5px; margin-right: 3px;
+  white-space: pre-wrap; color: var(--soft) }
 .tokens .trained { background: #e7eefc; border-color: #b9ccf4; color: #17398a }
 footer { margin-top: 28px; color: var(--soft); font-size: 13.5px }
 """
-
 
 TITLES = {"base": "Base", "stage1": "Stage I", "stage2": "Stage II"}
 
 
 @dataclass(frozen=True)
 class Answer:
+    """What the model answered about a held-out digit."""
+
     picture: npt.NDArray[np.uint8]
-    asked: str  # what it is
-    answer: str  # what the model said
+    digit: str  # the digit in the picture, as a word
+    answer: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the digit's word and nothing else."""
+        return self.answer == self.digit
 
 
 @dataclass(frozen=True)
 class Drawing:
+    """A digit that the model drew."""
+
     picture: npt.NDArray[np.uint8]
-    asked: str
-    read: str  # what the classifier reads
+    digit: str  # the digit that was requested, as a word
+    read: str  # the digit that the classifier sees in the picture
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the classifier sees the digit that was requested."""
+        return self.read == self.digit
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows.
+
+    Args:
+        figures: the JSON object that the demo prints.
+        losses: the loss of every step of each stage.
+        resumed_at: the step of the last stage after which it was killed.
+        drawings: for the grid of drawings, a row for each digit.
+        answers: for the list of answers.
+        samples: conversations as (piece of text, whether it is trained on).
+    """
+
+    figures: Mapping[str, Any]
+    losses: Mapping[str, Sequence[float]]
+    resumed_at: int
+    drawings: Sequence[Drawing]
+    answers: Sequence[Answer]
+    samples: Sequence[Sequence[tuple[str, bool]]]
 
 
 def png(picture: npt.NDArray[np.uint8]) -> str:
+    """Encode a picture as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _smooth(values: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Steps, and the mean of the steps around each: a batch of drawings has another loss than one of answers."""
+    """Average each step with its neighbours, as a batch of drawings has a higher loss than one of answers.
+
+    Returns:
+        The steps, and the mean at each.
+    """
     window = max(1, len(values) // 20)
     means = np.convolve(values, np.ones(window) / window, mode="valid")
     return np.arange(len(means)) + window // 2, means
 
 
 def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
-    """Loss by step of each stage, side by side, as inline SVG."""
+    """Plot the loss by step of each stage, side by side, as inline SVG."""
     figure, axes = plt.subplots(1, len(losses), figsize=(10, 2.9), constrained_layout=True)
     for axis, (name, values) in zip(axes, losses.items(), strict=True):
         axis.plot(values, color="#b9ccf4", linewidth=0.8)
@@ -107,7 +156,8 @@ def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+    _, start, rest = buffer.getvalue().partition("<svg")  # without the XML declaration
+    return start + rest
 
 
 def _figure(value: str, label: str, good: bool | None = None) -> str:
@@ -115,39 +165,39 @@ def _figure(value: str, label: str, good: bool | None = None) -> str:
     return f'<div class="figure{kind}"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
 
 
-def _wrong(wrong: bool) -> str:
-    return ' class="wrong"' if wrong else ""
+def _marked(is_right: bool) -> str:
+    return "" if is_right else ' class="wrong"'
 
 
 def _drawings(drawings: Sequence[Drawing]) -> str:
     rows = []
-    for word in dict.fromkeys(d.asked for d in drawings):
-        cells = "".join(
-            f'<td><img src="{png(d.picture)}" alt="{d.read}" title="asked {word}, read as {d.read}"{_wrong(d.read != word)}></td>'
-            for d in drawings
-            if d.asked == word
-        )
+    for word in dict.fromkeys(drawing.digit for drawing in drawings):
+        cells = "".join(_drawing(drawing) for drawing in drawings if drawing.digit == word)
         rows.append(f"<tr><th>{word}</th>{cells}</tr>")
     return f'<table class="grid">{"".join(rows)}</table>'
 
 
-def _answers(answers: Sequence[Answer]) -> str:
-    return "".join(
-        f'<figure><img src="{png(a.picture)}" alt="{a.asked}"><figcaption{_wrong(a.answer != a.asked)}>'
-        f"{html.escape(a.answer) or '(nothing)'}</figcaption></figure>"
-        for a in answers
+def _drawing(drawing: Drawing) -> str:
+    title = f"asked for {drawing.digit}, read as {drawing.read}"
+    picture = f'src="{png(drawing.picture)}" alt="{drawing.read}" title="{title}"'
+    return f"<td><img {picture}{_marked(drawing.is_right)}></td>"
+
+
+def _answer(answer: Answer) -> str:
+    caption = (
+        f"<figcaption{_marked(answer.is_right)}>{html.escape(answer.answer) or '(nothing)'}</figcaption>"
     )
+    return f'<figure><img src="{png(answer.picture)}" alt="{answer.digit}">{caption}</figure>'
 
 
-def _shares(shares: Mapping[str, Mapping[str, float]]) -> str:
-    head = ("stream", "mean", "standard deviation", "least", "most", "of independent draws")
-    rows = [
-        (name, *(f"{one[key]:.1%}" for key in ("mean", "sd", "least", "most", "independent_sd")))
-        for name, one in shares.items()
-    ]
-    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    titles = "".join(f"<th>{title}</th>" for title in head)
-    return f'<table class="shares"><tr>{titles}</tr>{"".join(f"<tr>{row}</tr>" for row in cells)}</table>'
+def _shares(streams: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of each stream's share in the batches."""
+    columns = ("mean", "sd", "least", "most", "independent_sd")
+    titles = ("stream", "mean", "standard deviation", "least", "most", "if drawn independently")
+    rows = [(name, *(f"{shares[column]:.1%}" for column in columns)) for name, shares in streams.items()]
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="shares"><tr>{head}</tr>{body}</table>'
 
 
 def _tokens(sample: Sequence[tuple[str, bool]]) -> str:
@@ -157,57 +207,52 @@ def _tokens(sample: Sequence[tuple[str, bool]]) -> str:
     return f'<div class="tokens">{spans}</div>'
 
 
-def write_report(
-    path: Path,
-    figures: Mapping[str, Any],
-    losses: Mapping[str, Sequence[float]],
-    resumed_at: int,
-    drawings: Sequence[Drawing],
-    answers: Sequence[Answer],
-    samples: Sequence[Sequence[tuple[str, bool]]],
-) -> None:
-    """Write the page. `samples` are conversations as (piece of text, is it trained on)."""
+def _tiles(figures: Mapping[str, Any]) -> str:
+    """The boxes with one figure each; green or red where there is a goal."""
+    read, drawn = figures["caption_accuracy"], figures["drawing_accuracy"]
     equal = figures["resumed_equal"]
     tiles = [
-        _figure(
-            f"{figures['caption_accuracy']:.1%}",
-            "of held-out digits read rightly",
-            figures["caption_accuracy"] >= 0.9,
-        ),
-        _figure(
-            f"{figures['drawing_accuracy']:.0%}",
-            "of drawn digits read as asked",
-            figures["drawing_accuracy"] >= 0.7,
-        ),
+        _figure(f"{read:.1%}", "of held-out digits read correctly", read >= 0.9),
+        _figure(f"{drawn:.0%}", "of drawn digits recognized as requested", drawn >= 0.7),
         _figure("equal" if equal else "different", "losses after kill -9 and resume, bit for bit", equal),
-        _figure(f"{figures['fill']:.1%}", f"of {figures['packs']:,} packs an epoch is real tokens"),
+        _figure(f"{figures['fill']:.1%}", f"of an epoch's {figures['packs']:,} packs is filled with tokens"),
         _figure(
             f"{figures['samples']:,}",
-            f"samples of {figures['items']:,} items, {figures['rejected']} rejected",
+            f"samples from {figures['items']:,} items, {figures['rejected']} rejected",
         ),
         _figure(f"{figures['seconds']:.0f} s", "from raw pictures to this page"),
     ]
+    return "".join(tiles)
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page."""
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>UniToken demo</title><style>{STYLE}</style>
 <main>
 <h1>One model that reads and draws digits</h1>
-<p>Conversations about scikit-learn's handwritten digits were tokenized, mixed, packed and streamed to a small UniToken model on two
-ranks with FSDP2: base training on text and image tokens, Stage I (vision tower and adapter), Stage II (everything).</p>
-<div class="figures">{"".join(tiles)}</div>
-<section><h2>Loss</h2><p>Cross-entropy + z-loss over the tokens that are trained on, each step and smoothed. Stage II was killed
-with SIGKILL halfway and resumed by the same command.</p>{curves(losses, resumed_at)}</section>
-<section><h2>The mixture in every batch</h2><p>Share of each stream in the tokens of Stage II's global batches of eight packs. The
-last column is how much it would scatter if conversations were drawn one by one.</p>{_shares(figures["share_in_batches"])}</section>
+<p>Conversations about scikit-learn's handwritten digits were tokenized, mixed, packed and streamed to a small
+UniToken model on two ranks with FSDP2: base training on text and image tokens, Stage I (vision tower and
+adapter), Stage II (all parameters).</p>
+<div class="figures">{_tiles(report.figures)}</div>
+<section><h2>Loss</h2><p>Cross-entropy and z-loss over the tokens that are trained on: each step, and
+smoothed. Stage II was killed with SIGKILL halfway and resumed by the same command.</p>
+{curves(report.losses, report.resumed_at)}</section>
+<section><h2>The mixture in every batch</h2><p>Share of each stream in the tokens of Stage II's global
+batches of eight packs. The last column is the standard deviation if conversations were drawn one by one.</p>
+{_shares(report.figures["share_in_batches"])}</section>
 <div class="columns">
-<section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token, guided away from what is drawn
-without a caption. A red frame: an ordinary
-classifier, trained on the real digits, reads another digit.</p>{_drawings(drawings)}</section>
-<section><h2>“What digit is this?”</h2><p>Digits that were held out of training, with the model's answer. Wrong ones are red.</p>
-<div class="answers">{_answers(answers)}</div></section>
+<section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token, with guidance away
+from what the model draws without a prompt. A red frame marks a drawing in which a simple classifier, trained
+on the real digits, sees another digit.</p>{_drawings(report.drawings)}</section>
+<section><h2>“What digit is this?”</h2><p>Digits that were held out of training, with the model's answers.
+Wrong answers are red.</p>
+<div class="answers">{"".join(map(_answer, report.answers))}</div></section>
 </div>
-<section><h2>What the model sees</h2><p>One conversation of each direction. What is blue is trained on; the rest is only read.</p>
-{"".join(_tokens(sample) for sample in samples)}</section>
+<section><h2>What the model sees</h2><p>One conversation of each direction. Blue tokens are trained on; the
+others are only read.</p>
+{"".join(_tokens(sample) for sample in report.samples)}</section>
 <footer>Written by <code>make demo</code>. Everything on this page was measured in that run.</footer>
 </main></html>
 """

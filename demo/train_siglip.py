@@ -1,9 +1,9 @@
-"""Makes demo/assets/siglip: a small vision tower that has learnt, as SigLIP has, which word goes with which picture.
+"""Make demo/assets/siglip: a small vision tower, trained as SigLIP is to match words with pictures.
 
     python -m demo.train_siglip
 
-The digits that are not held out, in 64 views each, against the ten words, by SigLIP's pairwise sigmoid loss
-(Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"). A minute on one core.
+It is trained on 64 views of each digit that is not held out, against the ten words, with SigLIP's pairwise
+sigmoid loss (Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"). Takes a minute on one core.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -35,7 +36,7 @@ VIEWS, STEPS, BATCH = 64, 1500, 128
 
 
 class Pairs(nn.Module):
-    """Tower and words: how well each picture (B, 3, S, S) goes with each of the ten words, as logits (B, 10)."""
+    """The vision tower, and an embedding for each of the ten words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,17 +45,20 @@ class Pairs(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-3.0))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Score how well pictures (B, 3, S, S) match the words, as logits (B, 10)."""
         pictures = F.normalize(self.tower(pixels).mean(1), dim=-1)
-        return pictures @ F.normalize(self.words.weight, dim=-1).T * self.scale.exp() + self.bias
+        logits: Tensor = pictures @ F.normalize(self.words.weight, dim=-1).T * self.scale.exp() + self.bias
+        return logits
 
 
-def pixels_of(digits: np.ndarray, indices: np.ndarray, view: int) -> Tensor:
-    """(n, 3, PIXELS, PIXELS) uint8."""
+def pixels_of(digits: npt.NDArray[np.float64], indices: npt.NDArray[np.int64], view: int) -> Tensor:
+    """Make the pictures of some digits as one tensor (n, 3, PIXELS, PIXELS), uint8."""
     pictures = [np.asarray(moved(picture(digits[i]), int(i), view).convert("RGB")) for i in indices]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def main() -> None:
+    """Train the tower, save it and print how many held-out digits it matches with their words."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     digits, (train, held_out) = load_digits(), split()
@@ -68,7 +72,7 @@ def main() -> None:
         signs = 2.0 * F.one_hot(labels[chosen], len(WORDS)) - 1
         loss = -F.logsigmoid(signs * model(pixels[chosen])).sum(1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % 250 == 249:
@@ -76,7 +80,7 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         read = model(pixels_of(digits.images, held_out, 0)).argmax(-1).numpy()
-    print(f"held out: {np.mean(read == digits.target[held_out]):.3f} go with the right word")
+    print(f"held out: {np.mean(read == digits.target[held_out]):.3f} match the right word")
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     state = {

@@ -1,8 +1,9 @@
-"""Makes demo/assets/vqgan: a small VQGAN of 128 codes, trained on the digits that are not held out. Ten minutes on one core.
+"""Make demo/assets/vqgan: a small VQGAN of 128 codes, trained on the digits that are not held out.
 
     python -m demo.train_vqgan
 
-Encoder, quantizer and decoder are the ones that tokenize Chameleon's images; here without the adversarial part.
+Takes ten minutes on one core. Encoder, quantizer and decoder are those of Chameleon's image tokenizer; there
+is no adversarial loss.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import yaml
@@ -42,7 +44,7 @@ SHAPE = {
 
 
 def revive(model: VQGAN, uses: torch.Tensor, latents: torch.Tensor) -> None:
-    """Codes that nobody uses move to where latents are."""
+    """Move the codes that were used less than twice to some of the latents, and set the counts to zero."""
     dead = (uses < 2).nonzero().flatten()
     vectors = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     picked = vectors[torch.randint(len(vectors), (len(dead),))]
@@ -51,7 +53,7 @@ def revive(model: VQGAN, uses: torch.Tensor, latents: torch.Tensor) -> None:
 
 
 def train(model: VQGAN, pictures: torch.Tensor) -> None:
-    """`pictures` (n, 3, SIZE, SIZE) in -1..1."""
+    """Train on `pictures`, (n, 3, SIZE, SIZE) in -1 to 1, to reconstruct them."""
     model.quantize.embedding.weight.data.uniform_(-1, 1)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
@@ -77,7 +79,7 @@ def train(model: VQGAN, pictures: torch.Tensor) -> None:
 
 
 def save(model: VQGAN) -> None:
-    """Meta's names (which count the decoder's levels from the finest), half precision: it is a demo."""
+    """Save the weights in half precision with Meta's names, which count the decoder's levels backwards."""
     levels = len(SHAPE["ddconfig"]["ch_mult"])  # type: ignore[index]
     state = {
         meta_name(name, levels): tensor.half().contiguous() for name, tensor in model.state_dict().items()
@@ -89,8 +91,8 @@ def save(model: VQGAN) -> None:
     )
 
 
-def report(pixels: np.ndarray) -> None:
-    """How much the held-out digits lose on the way through the codes, by error and by a classifier's eyes."""
+def report(pixels: npt.NDArray[np.uint8]) -> None:
+    """Print how much held-out digits change when they are encoded and decoded, and how well they are read."""
     digits = load_digits()
     train_ids, held_out = split()
     classifier = SVC(gamma=0.001).fit(digits.data[train_ids], digits.target[train_ids])
@@ -99,12 +101,16 @@ def report(pixels: np.ndarray) -> None:
     error = np.abs(again.astype(float) - pixels[held_out]).mean()
     truth = digits.target[held_out]
     before, after = (
-        classifier.score(np.stack([small(p) for p in batch]), truth) for batch in (pixels[held_out], again)
+        classifier.score(np.stack([small(one) for one in pictures]), truth)
+        for pictures in (pixels[held_out], again)
     )
-    print(f"held out: mean error {error:.1f} of 255, read rightly {before:.3f} before and {after:.3f} after")
+    print(
+        f"held out: mean error {error:.1f} of 255, read correctly {before:.3f} before and {after:.3f} after"
+    )
 
 
 def main() -> None:
+    """Train the VQGAN, save it and report on the held-out digits."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     pixels = np.stack(

@@ -91,13 +91,13 @@ def run(
         if rank is not None and rank >= splits:
             raise ConfigError(f"--rank {rank}: expected a number below --splits {splits}")
 
-        from unitoken.tokenize.job import prepare
+        from unitoken.tokenize.prepare import prepare
 
         job = prepare(settings, in_filename, out_dir)
         if rank is not None:
-            from unitoken.tokenize.executors.local import run_here
+            from unitoken.tokenize.executors.local import run_rank_here
 
-            run_here(job, rank, splits)
+            run_rank_here(job, rank, splits)
             return
         _merge_and_report(out_dir, settings.max_reject_fraction, _launch(job, splits, engine))
 
@@ -129,9 +129,9 @@ def preview(
     picture decoded from its codes: what the image tokenizer kept of it.
     """
     with one_line_errors():
-        from unitoken.tokenize.job import settings_of
+        from unitoken.tokenize.prepare import load_settings
 
-        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
+        settings = load_settings(out_dir, config, DEFAULT_CONFIG, overrides or [])
         if out is None:
             from unitoken.tokenize.checks.preview import show_samples
 
@@ -187,16 +187,17 @@ def rejects(
     """List rejected items by reason, or retry them."""
     with one_line_errors(GOES_ON):
         if not retry:
-            from unitoken.tokenize.retry import show_rejects
+            from unitoken.tokenize.rejects import show_rejects
 
             show_rejects(out_dir)
             return
         from unitoken.storage.open import open_store
-        from unitoken.tokenize.job import load_work, prepare, settings_of
+        from unitoken.tokenize.job import load_work
+        from unitoken.tokenize.prepare import load_settings, prepare
         from unitoken.tokenize.retry import begin_retry
 
         store = open_store(out_dir)
-        settings = settings_of(out_dir, config, DEFAULT_CONFIG, overrides or [])
+        settings = load_settings(out_dir, config, DEFAULT_CONFIG, overrides or [])
         sources = in_filename or [file.name for file in load_work(store).input.files]
         # Settings and input are checked before the dataset is touched.
         job = prepare(settings, sources, out_dir)
@@ -276,8 +277,9 @@ def _launch(job: Job, splits: int, engine: str) -> list[str]:
 
 def _merge_and_report(out: str, max_reject_fraction: float, failures: list[str]) -> None:
     """Merge the chunks and report the dataset; status 1 where chunks are missing or too much was rejected."""
-    from unitoken.tokenize.merge import UnfinishedError, problems, summary
+    from unitoken.tokenize.merge import UnfinishedError
     from unitoken.tokenize.merge import merge as merge_chunks
+    from unitoken.tokenize.summary import problems, summary
 
     for failure in failures:
         notify(f"error: {failure}")

@@ -9,8 +9,10 @@ from unitoken.common.config import Config, Name
 
 
 class TokenizeConfig(Config):
+    """The settings' YAML file of `python -m unitoken.tokenize`."""
+
     tokenizer: Name
-    """Folder or hub id."""
+    """Folder or Hugging Face hub id of the text tokenizer."""
     vision: ImageTokenizerConfig
     adapter: Name = "standard"
     """A name in adapters.py, or path/to/file.py:function."""
@@ -23,14 +25,16 @@ class TokenizeConfig(Config):
     allow_http: bool = False
     """Fetch images named by http:// and https:// URLs."""
     allow_private: bool = False
-    """... also from loopback, private and link-local addresses."""
+    """Fetch them also from loopback, private and link-local addresses."""
     timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
     """For an image over http, with its retries."""
     max_tokens: int | None = Field(default=None, ge=1, le=2**24)
-    """Longer items are rejects."""
+    """Longer items are rejected."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """That fetch and decode images, in each process; None: by the cores."""
+    """Threads of each process that fetch and decode images; None: by the number of cores."""
     chunk_size: int = Field(default=1000, ge=1, le=10**7)
-    """Items; what is lost at most, per process, when a run is killed."""
+    """Items of a chunk: what each process loses at most when a run is killed."""
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run ends with status 1 if a larger fraction of the items is rejected."""
     compat: Literal["unitoken"] | None = None
+    """Repeat the reference's rules, also where ours differ."""

@@ -1,69 +1,73 @@
-"""A look at the first items before the work begins: where none of them can be used, something is wrong with all.
+"""Try the first items before the work begins: if none can be used, the settings or the whole input are wrong.
 
-Nothing is written, so that a corrected command finds the output as it was. What is looked at depends on the input alone.
+Nothing is written, so a corrected command finds the output as it was. Which items are tried depends on the
+input alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import time
 from collections import Counter
 
 from unitoken.codec.conversations import Conversation, ItemError, parse, refuse_empty
+from unitoken.common.cli import notify
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decoded
 from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.rejects import kind_of
 from unitoken.tokenize.sources import reader
 from unitoken.tokenize.sources.adapters import ADAPTERS, Adapter, find_adapter
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
 
 COUNT = 200
-SECONDS = 60.0  # for pictures that are far away; what is not seen by then is left to the work
+SECONDS = 60.0  # for pictures behind a slow network; the run itself finds what is not seen by then
 
 
 def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
-    """Raises ConfigError where the first `COUNT` items would all be rejected: with the commonest reason, and the adapter that
-    takes more of them.
+    """Check that at least one of the first `COUNT` items can be used.
+
+    An input of fewer items is only reported: it is soon done, and its rejects tell more.
+
+    Raises:
+        ConfigError: all would be rejected. It names the commonest reason, and an adapter that reads more.
     """
-    adapter, pictures = (
-        find_adapter(config.adapter),
-        PictureReader(config.allow_http, config.allow_private, config.timeout_seconds),
-    )
-    items = itertools.chain.from_iterable(
-        reader.read_piece(input, piece) for piece in range(len(input.pieces))
-    )
+    pieces = (reader.read_piece(input, piece) for piece in range(len(input.pieces)))
+    items = itertools.islice(itertools.chain.from_iterable(pieces), COUNT)
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    seen: list[reader.Item] = []
+    tried: list[reader.RawItem] = []
+    adapter = find_adapter(config.adapter)
+    pictures = PictureReader(config.allow_http, config.allow_private, config.timeout_seconds)
     end = time.monotonic() + SECONDS
-    for item in itertools.islice(items, COUNT):
+    for item in items:
         try:
-            conversation = _conversation(adapter, item, config.compat is not None)
+            conversation = _parse_item(adapter, item, config.compat is not None)
             for source in conversation.images:
                 if time.monotonic() > end:
                     return
                 with decoded(pictures.read(reader.base(input, item.file), source, MAX_ITEM_BYTES)):
                     pass
-            return  # one that can be used is enough
+            return
         except (ItemError, ImageError) as error:
-            kind = str(error).partition(": ")[0]
+            kind = kind_of(str(error))
             reasons[kind] += 1
             examples.setdefault(kind, f"{input.files[item.file].name} item {item.position}: {error}")
-            seen.append(item)
-    if len(seen) < COUNT:  # so few are soon done, and their rejects tell more
-        if seen and (hint := _likelier(config, seen)):
-            print(f"none of the {len(seen)} items can be used{hint}", file=sys.stderr)
-        return
-    (kind, count), *_ = reasons.most_common(1)
-    raise ConfigError(
-        f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}{_likelier(config, seen)}"
-    )
+            tried.append(item)
+    if len(tried) == COUNT:
+        (kind, count), *_ = reasons.most_common(1)
+        raise ConfigError(
+            f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}"
+            f"{_adapter_hint(config, tried)}"
+        )
+    hint = _adapter_hint(config, tried) if tried else ""
+    if hint:
+        notify(f"none of the {len(tried)} items can be used{hint}")
 
 
-def _conversation(adapter: Adapter, item: reader.Item, compat: bool) -> Conversation:
+def _parse_item(adapter: Adapter, item: reader.RawItem, compat: bool) -> Conversation:
     if isinstance(item.value, ItemError):
         raise item.value
     conversation = parse(adapter(item.value), "")  # type: ignore[arg-type]
@@ -72,15 +76,17 @@ def _conversation(adapter: Adapter, item: reader.Item, compat: bool) -> Conversa
     return conversation
 
 
-def _likelier(config: TokenizeConfig, items: list[reader.Item]) -> str:
-    def taken(name: str) -> int:
+def _adapter_hint(config: TokenizeConfig, items: list[reader.RawItem]) -> str:
+    """Return the end of a sentence that names the adapter reading the most items; "" if it is configured."""
+
+    def count_readable(name: str) -> int:
         adapter, count = find_adapter(name), 0
         for item in items:
             with contextlib.suppress(ItemError):
-                _conversation(adapter, item, config.compat is not None)
+                _parse_item(adapter, item, config.compat is not None)
                 count += 1
         return count
 
-    counts = {name: taken(name) for name in dict.fromkeys((config.adapter, *ADAPTERS))}
-    best = max(counts, key=lambda name: counts[name])  # the first of equals: the one that was asked for
+    counts = {name: count_readable(name) for name in dict.fromkeys((config.adapter, *ADAPTERS))}
+    best = max(counts, key=lambda name: counts[name])  # the first of equals: the configured one
     return f". adapter={best} reads {counts[best]} of them" if best != config.adapter else ""

@@ -1,10 +1,14 @@
-"""What a run is to do, and that all who write into one folder do the same.
+"""The files that describe a run, and the chunks that follow from them.
 
-The first start leaves `job.json` (what the bytes of the dataset depend on), `input.json` (the files and where they are
-cut) and `vocabulary.json` in the output folder. A later start with other settings is refused with both sides of the
-difference; the same command goes on where the last one stopped. `settings.yaml` is what it was last run with, where the
-tokenizers are for one: later commands on the folder take it where they are told nothing else. `retry-01.json` names the
-items of a first round of retries (rejects.py), which have chunks of their own.
+The first start of a run leaves in the output folder
+    job.json          what the bytes of the dataset depend on (`JobFile`)
+    input.json        the input's files, and where they are cut into pieces (sources/reader.py: `Input`)
+    vocabulary.json   the id space of the tokens
+    settings.yaml     the settings of the last run, as defaults for later commands
+and each round of retries adds
+    retry-01.json     the rejected items to try again (`Round`), which get chunks of their own
+
+prepare.py writes them; all processes of the run, the merge and the checks read them.
 """
 
 from __future__ import annotations
@@ -12,32 +16,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 from pydantic_core import PydanticSerializationError
 
-from unitoken.codec.image_tokenizer.files import find_image_tokenizer
-from unitoken.codec.text import load_tokenizer
-from unitoken.common.config import Config, load_config, parse_config
-from unitoken.common.errors import ConfigError
-from unitoken.common.files import ASIDE
-from unitoken.common.urls import without_secrets
-from unitoken.dataset.manifest import MANIFEST, VOCABULARY, VisionTokenizer, read_manifest
-from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
-from unitoken.storage.open import open_store
-from unitoken.storage.store import MissingError, Store, StoreError, is_url
+from unitoken.common.config import Config
+from unitoken.common.errors import ConfigError, one_line
+from unitoken.dataset.manifest import VOCABULARY, VisionTokenizer
+from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.store import MissingError, Store, StoreError
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.output import Output
-from unitoken.tokenize.sources.adapters import adapter_fingerprint, find_adapter
-from unitoken.tokenize.sources.reader import Input, InputFile, cut, find_files
+from unitoken.tokenize.sources.reader import Input
 
 JOB, INPUT, SETTINGS = "job.json", "input.json", "settings.yaml"
-OF_THE_MACHINE: Any = {"threads": True, "vision": {"batch_size"}}  # of its cores and GPU: another may go on
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -55,63 +49,90 @@ class JobFile(Config):
     seed: int
     max_tokens: int | None
     compat: str | None
-    max_reject_fraction: float  # a later start may change this one: nothing is written by it
+    max_reject_fraction: float  # no byte depends on it: a later start may change it
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """Return the fields that the manifest repeats."""
+        return self.model_dump(exclude={"max_reject_fraction"})
+
+    def differences(self, now: JobFile) -> list[str]:
+        """Compare with the job of a later start. Returns each difference as `NAME is A there and B now`."""
+        there, here = self._flat(), now._flat()
+        return [
+            f"{name} is {there[name]!r} there and {here[name]!r} now"
+            for name in here
+            if there[name] != here[name]
+        ]
+
+    def _flat(self) -> dict[str, Any]:
+        fields = self.manifest_fields()
+        vision = {f"vision.{name}": value for name, value in fields.pop("vision").items()}
+        return fields | vision
 
 
 class Round(Config):
-    """A round of retries: the items to do again, as (piece of the input, position in its file), in that order."""
+    """A round of retries: the items to try again, as (piece, position in its file), in that order."""
 
     items: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is written as one folder: pieces of the input, each with the positions to take (None: all)."""
+    """What is written as one folder.
+
+    Attributes:
+        name: of the folder.
+        parts: pieces of the input, each with the positions of the items to take (None: all).
+    """
 
     name: str
     parts: tuple[tuple[int, tuple[int, ...] | None], ...]
 
     @property
     def round(self) -> int:
-        """Of retries; 0 for what is no retry."""
+        """The number of its round of retries; 0 for a chunk of the first run."""
         return int(self.name.split("-")[1]) if self.name.startswith("retry-") else 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """The input's pieces and the rounds of retries -> the chunks of the dataset, in its order."""
+    """The input's pieces and the rounds of retries, from which the chunks follow."""
 
     input: Input
     rounds: tuple[Round, ...]
     chunk_size: int
 
     def chunks(self) -> list[Chunk]:
-        chunks = [Chunk(chunk_name(number), ((number, None),)) for number in range(len(self.input.pieces))]
+        """Return the chunks of the dataset, in its order: one for each piece, then those of each round."""
+        chunks = [Chunk(f"chunk-{number:06d}", ((number, None),)) for number in range(len(self.input.pieces))]
         for number, retry in enumerate(self.rounds, 1):
-            for n, start in enumerate(range(0, len(retry.items), self.chunk_size)):
-                groups = itertools.groupby(
-                    retry.items[start : start + self.chunk_size], key=lambda item: item[0]
+            for chunk_number, start in enumerate(range(0, len(retry.items), self.chunk_size)):
+                items = retry.items[start : start + self.chunk_size]
+                parts = tuple(
+                    (piece, tuple(position for _, position in group))
+                    for piece, group in itertools.groupby(items, key=lambda item: item[0])
                 )
-                parts = tuple((piece, tuple(position for _, position in group)) for piece, group in groups)
-                chunks.append(Chunk(f"retry-{number:02d}-{n:06d}", parts))
+                chunks.append(Chunk(f"retry-{number:02d}-{chunk_number:06d}", parts))
         return chunks
 
     def last_rounds(self) -> dict[tuple[int, int], int]:
-        """Item -> the last round that tries it again."""
+        """Return, for each item that is tried again, the last round that does so."""
         return {item: number for number, retry in enumerate(self.rounds, 1) for item in retry.items}
 
-    def items(self, chunk: Chunk) -> int | None:
-        """How many items a chunk has; None where that is known once it is read."""
-        counts = [
-            self.input.pieces[piece].items if positions is None else len(positions)
-            for piece, positions in chunk.parts
-        ]
-        return None if None in counts else sum(count for count in counts if count is not None)
+    def count_items(self, chunk: Chunk) -> int | None:
+        """Count the items of a chunk; None where the number is known only after reading it."""
+        total = 0
+        for piece, positions in chunk.parts:
+            count = self.input.pieces[piece].items if positions is None else len(positions)
+            if count is None:
+                return None
+            total += count
+        return total
 
 
 @dataclass(frozen=True)
 class Job:
-    """Travels to the worker processes, which load the tokenizers themselves."""
+    """A prepared run. It travels to the worker processes, which load the tokenizers themselves."""
 
     config: TokenizeConfig
     work: Work
@@ -120,170 +141,62 @@ class Job:
 
     @property
     def input(self) -> Input:
+        """The input's files and pieces."""
         return self.work.input
 
     @property
     def output(self) -> Output:
+        """The folder or bucket to write to."""
         return Output(self.out)
 
     def chunks(self) -> list[Chunk]:
+        """Return all chunks, in the dataset's order."""
         return self.work.chunks()
 
     def missing(self) -> list[Chunk]:
-        """The chunks that are not done."""
+        """Return the chunks that are not done."""
         done = self.output.done()
         return [chunk for chunk in self.chunks() if chunk.name not in done]
 
     def vocabulary(self) -> Vocabulary:
+        """Read the vocabulary from the output."""
         return Vocabulary.parse(self.output.store.read(VOCABULARY), f"{self.out}/{VOCABULARY}")
 
 
-def chunk_name(number: int) -> str:
-    return f"chunk-{number:06d}"
-
-
 def round_name(number: int) -> str:
+    """Return the name of a round's file. Rounds are counted from 1."""
     return f"retry-{number:02d}.json"
 
 
-def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
-    """Check everything that can be checked before the work, the cheap first, and claim the output folder.
-
-    Raises:
-        ConfigError: settings, input, weights or output folder do not fit.
-        StoreError: the output's object store does not answer.
-    """
-    output = Output(out)
-    check_out_folder(output)
-    weights = find_image_tokenizer(config.vision)
-    vision = weights.describe(config.vision)
-    _check_size(config.target_size, vision.downsampling)
-    adapter = adapter_fingerprint(config.adapter)
-    find_adapter(
-        config.adapter
-    )  # a mistake in a user's file must not leave a folder that refuses the corrected one
-    files = find_files(sources)
-    tokenizer = load_tokenizer(config.tokenizer)
-    vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
-    pieces = pieces_of(output, files, config.chunk_size)
-    file = JobFile(
-        source=pieces.fingerprint,
-        vocabulary=vocabulary.fingerprint,
-        vision=vision,
-        adapter=adapter,
-        **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
-    )
-    if not output.exists(JOB):
-        from unitoken.tokenize.first_items import check_first_items
-
-        check_first_items(config, pieces)
-    return begin(output, file, pieces, vocabulary, config)
-
-
-def begin(
-    output: Output, file: JobFile, pieces: Input, vocabulary: Vocabulary, config: TokenizeConfig
-) -> Job:
-    """Claim the output and leave in it what every process and the merge read. Raises ConfigError where it is another's."""
-    _clear_if_nothing_was_kept(output, file)
-    claim(output, file)
-    if not output.exists(INPUT):
-        output.store.write(INPUT, dump(_to_be_stored(pieces)))
-    output.store.write(VOCABULARY, vocabulary.dump())
-    told = _found_anywhere(config).model_dump(mode="json", exclude=OF_THE_MACHINE)
-    output.store.write(SETTINGS, yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode())
-    return Job(config, Work(pieces, load_rounds(output.store), config.chunk_size), output.url, file)
-
-
-def _found_anywhere(config: TokenizeConfig) -> TokenizeConfig:
-    """With whole paths, for commands that are run from elsewhere."""
-    path, _, function = config.adapter.rpartition(":")
-    adapter = f"{_whole_path(path)}:{function}" if path else config.adapter
-    vision = config.vision.model_copy(update={"weights": _whole_path(config.vision.weights)})
-    return config.model_copy(
-        update={"tokenizer": _whole_path(config.tokenizer), "vision": vision, "adapter": adapter}
-    )
-
-
-def _whole_path(name: str) -> str:
-    return str(Path(name).absolute()) if not is_url(name) and Path(name).exists() else name
-
-
-def _to_be_stored(input: Input) -> Input:
-    """What is signed or holds a password would let every reader of the dataset read the input; paths are whole ones."""
-    files = [
-        file.model_copy(update={"name": without_secrets(_whole_path(file.name))}) for file in input.files
-    ]
-    return input.model_copy(update={"files": files})
-
-
-def settings_of(out: str, config: Path | None, default: Path, overrides: Sequence[str]) -> TokenizeConfig:
-    """What a dataset was last run with, or the file `config`; `default` for a folder that is older than its settings file."""
-    if config is None:
-        store = open_store(out)
-        with contextlib.suppress(StoreError):  # said by whoever reads the dataset
-            return parse_config(
-                TokenizeConfig,
-                store.read(SETTINGS).decode(errors="replace"),
-                f"{store.url}/{SETTINGS}",
-                overrides,
-            )
-    return load_config(TokenizeConfig, config or default, overrides)
-
-
-def _clear_if_nothing_was_kept(output: Output, file: JobFile) -> None:
-    """A finished dataset without a sample is a mistake that the corrected command must not collide with."""
-    if not output.exists(MANIFEST) or read_manifest(output.store).samples or not _differences(output, file):
-        return
-    names = sorted(
-        output.store.sizes(), key=lambda name: name != MANIFEST
-    )  # the manifest first: without it nothing is finished
-    for name in names:
-        output.store.delete(name)
-    if not is_url(output.url):
-        for folder in Path(output.url).glob("*/"):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def claim(output: Output, file: JobFile) -> None:
-    """Leave `job.json` in the output, or compare with the one that is there. Raises ConfigError with the differences."""
-    if differences := _differences(output, file):
-        raise ConfigError(
-            f"{output.url}: was begun with other settings: {'; '.join(differences)}. Go on with what it was begun with "
-            f"({SETTINGS} there), or choose another folder"
-        )
-
-
-def _differences(output: Output, file: JobFile) -> list[str]:
-    theirs = _settings(_parse(JobFile, output.claim(JOB, dump(file)), f"{output.url}/{JOB}"))
-    ours = _settings(file)
-    return [
-        f"{key} is {theirs[key]!r} there and {ours[key]!r} now" for key in ours if theirs[key] != ours[key]
-    ]
-
-
 def load_job(store: Store) -> JobFile:
-    return _load(JobFile, store, JOB)
+    """Read `job.json`. Raises ConfigError for a folder that no run has been prepared in."""
+    return load_file(JobFile, store, JOB)
 
 
 def load_work(store: Store) -> Work:
-    """What the folder of a run that was prepared is to hold in the end."""
-    return Work(_load(Input, store, INPUT), load_rounds(store), load_job(store).chunk_size)
+    """Read which chunks the folder of a prepared run holds once it is done."""
+    return Work(load_file(Input, store, INPUT), load_rounds(store), load_job(store).chunk_size)
 
 
 def load_rounds(store: Store) -> tuple[Round, ...]:
+    """Read all rounds of retries."""
     rounds: list[Round] = []
     while True:
         name = round_name(len(rounds) + 1)
         try:
-            rounds.append(_parse(Round, store.read(name), f"{store.url}/{name}"))
+            rounds.append(parse_json(Round, store.read(name), f"{store.url}/{name}"))
         except MissingError:
             return tuple(rounds)
 
 
-def _load(model: type[ConfigT], store: Store, name: str) -> ConfigT:
+def load_file(model: type[ConfigT], store: Store, name: str) -> ConfigT:
+    """Read one of the files of a prepared run.
+
+    Raises:
+        ConfigError: the folder has no such file, or it can not be read.
+    """
     try:
-        return _parse(model, store.read(name), f"{store.url}/{name}")
+        return parse_json(model, store.read(name), f"{store.url}/{name}")
     except MissingError:
         raise ConfigError(
             f"{store.url}: no {name} in it: not a folder that `python -m unitoken.tokenize run` writes"
@@ -292,63 +205,19 @@ def _load(model: type[ConfigT], store: Store, name: str) -> ConfigT:
         raise ConfigError(f"{error}") from None
 
 
-def _parse(model: type[ConfigT], data: bytes, where: str) -> ConfigT:
+def parse_json(model: type[ConfigT], data: bytes, where: str) -> ConfigT:
+    """Parse what `dump_json` wrote. Raises ConfigError, which names the file `where`."""
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as error:
-        with contextlib.suppress(ValueError, RecursionError):  # of a path that is not UTF-8, see `dump`
+        with contextlib.suppress(ValueError, RecursionError):  # a path that is not UTF-8, see `dump_json`
             return model.model_validate(json.loads(data))
-        raise ConfigError(f"{where}: not readable: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"{where}: not readable: {one_line(error, 200)}") from None
 
 
-def dump(model: Config) -> bytes:
+def dump_json(model: Config) -> bytes:
+    """Return the content of a file of the run."""
     try:
         return model.model_dump_json(indent=1).encode() + b"\n"
     except PydanticSerializationError:  # a path that is not UTF-8: its bytes as JSON's escapes of surrogates
         return json.dumps(model.model_dump(mode="python"), indent=1).encode() + b"\n"
-
-
-def check_out_folder(output: Output) -> None:
-    try:
-        output.url.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"{output.url}: the name of a dataset's folder must be UTF-8: the writer of shards knows no other"
-        ) from None
-    if not is_url(output.url) and Path(output.url).exists() and not Path(output.url).is_dir():
-        raise ConfigError(f"{output.url}: expected a folder to write to, found a file")
-    if not output.exists(JOB):
-        foreign = [
-            name
-            for name in output.store.sizes()
-            if not any(part.startswith(ASIDE) for part in name.split("/"))
-        ]
-        if foreign:
-            raise ConfigError(
-                f"{output.url}: expected an empty folder or one of ours, found {foreign[0]!r} in it and no {JOB}"
-            )
-
-
-def _check_size(target_size: int, downsampling: int) -> None:
-    unit = downsampling * LATENTS_PER_GRID_UNIT
-    if target_size % unit or not 0 < target_size <= unit * MAX_GRID:
-        raise ConfigError(
-            f"target_size: expected a multiple of {unit} pixels (2 latents) up to {unit * MAX_GRID}, found {target_size}"
-        )
-
-
-def pieces_of(output: Output, files: list[InputFile], chunk_size: int) -> Input:
-    """The files cut, or as an earlier start has cut the same ones: to scan millions of items again would take minutes."""
-    if output.exists(INPUT) and output.exists(JOB) and load_job(output.store).chunk_size == chunk_size:
-        known = _load(Input, output.store, INPUT)
-        if [(f.format, f.size, f.version) for f in known.files] == [
-            (f.format, f.size, f.version) for f in files
-        ]:
-            return Input(files=files, pieces=known.pieces)
-    return cut(files, chunk_size)
-
-
-def _settings(file: JobFile) -> dict[str, Any]:
-    nested = file.model_dump(exclude={"max_reject_fraction"})
-    vision = {f"vision.{key}": value for key, value in nested.pop("vision").items()}
-    return nested | vision

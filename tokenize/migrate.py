@@ -1,55 +1,58 @@
-"""A dataset that UniToken's or Lumina-mGPT's own tools tokenized -> one of ours.
+"""Convert a dataset that UniToken's or Lumina-mGPT's own tools tokenized into one of ours.
 
-The reference leaves a `record.json`, a list of {"file": pickle, "len": tokens, "id": ...}, and a pickle an item:
-{"token": [...], "label": [...], "id": ..., "raw_image": [paths]}; Lumina-mGPT's have no `raw_image`. The list is an
-input like any other: cut into chunks, gone on with after a stop, rejects named by their place in it. Names of pickles
-and images are meant from where the command runs, as the reference's trainer reads them.
+The reference leaves a `record.json`, a list of {"file": pickle, "len": tokens, "id": ...}, and a pickle for
+each item: {"token": [...], "label": [...], "id": ..., "raw_image": [paths]}; Lumina-mGPT's have no
+`raw_image`. The list is an input like any other: it is cut into chunks, the work continues after a stop, and
+rejects are named by their place in it. Relative names of pickles and images start at the current folder, as
+in the reference's trainer.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
-import re
 from array import array
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.codec.conversations import ItemError, brief, item_id, shown
+from unitoken.codec.conversations import ItemError, brief, shown
 from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.dataset import images
 from unitoken.dataset.image_files import ImageError
-from unitoken.dataset.manifest import REJECTS, UNKNOWN, VisionTokenizer
+from unitoken.dataset.manifest import UNKNOWN, VisionTokenizer
 from unitoken.dataset.record import IGNORED, Record, spans_of, token_type
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
-from unitoken.storage.store import split
 from unitoken.tokenize.checks.verify_records import MIGRATED, WITHOUT_IMAGES, crop_latents
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.executors.progress import share_of, show_progress
-from unitoken.tokenize.job import Chunk, Job, JobFile, begin, check_out_folder, pieces_of
+from unitoken.tokenize.executors.progress import progress_of, show_progress
+from unitoken.tokenize.job import Chunk, Job, JobFile
 from unitoken.tokenize.output import Output
-from unitoken.tokenize.pipeline.item import Place, Rejects
-from unitoken.tokenize.pipeline.writer import PictureSizes, write
-from unitoken.tokenize.sources import reader
+from unitoken.tokenize.pipeline.item import Place, Rejects, Sample, Size, SourceItem
+from unitoken.tokenize.pipeline.tokenizer import check_readable, read_items
+from unitoken.tokenize.pipeline.writer import write_chunk_files
+from unitoken.tokenize.plain_pickle import load_plain, read_pickle
+from unitoken.tokenize.prepare import begin_job, check_output, cut_once
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
+from unitoken.tokenize.sources.reader import find_files
 
-MAX_PICKLE = 1 << 26  # bytes; an item of 4,096 tokens has 25 KB
 DOWNSAMPLING = 16  # pixels a latent of Chameleon's image tokenizer, the only one that the reference has
 
 Tokens = npt.NDArray[np.int64]
 
 
 def migrate(record: Path, out: str, settings: TokenizeConfig, without_images: bool = False) -> None:
-    """Write the chunks that are missing in `out`; the merge is the caller's.
+    """Write the chunks that are missing in `out`, without the merge.
 
-    without_images: leave the originals out. Such a dataset trains with `data.continuous: none` alone.
+    Args:
+        record: the reference's `record.json`.
+        out: path or URL of the dataset to make.
+        settings: what the reference ran with.
+        without_images: leave the originals out. Such a dataset trains with `data.continuous: none` alone.
 
     Raises:
         ConfigError: settings, record or output folder do not fit.
@@ -57,7 +60,7 @@ def migrate(record: Path, out: str, settings: TokenizeConfig, without_images: bo
     """
     job = _prepare(record, out, settings, WITHOUT_IMAGES if without_images else MIGRATED)
     migration = Migration(job)
-    with show_progress(share_of(job, job.chunks())) as bar:
+    with show_progress(progress_of(job, job.chunks())) as bar:
 
         def report(finished: int, rejected: int) -> None:
             bar.advance(finished, rejected)
@@ -68,20 +71,21 @@ def migrate(record: Path, out: str, settings: TokenizeConfig, without_images: bo
 
 
 def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> Job:
-    """As `job.prepare`, with what is known of the reference in place of an image tokenizer's weights."""
+    """As `prepare`, but what is known of the reference takes the place of an image tokenizer's weights."""
     output = Output(out)
-    check_out_folder(output)
-    files = reader.find_files([str(record)])
+    check_output(output)
+    files = find_files([str(record)])
     ids = load_tokenizer(settings.tokenizer).get_vocab()
     codes = next(code for code in range(len(ids) + 1) if image_code_name(code) not in ids)
     if not codes:
         raise ConfigError(
-            f"tokenizer: {settings.tokenizer}: expected the one of the dataset, found no image codes in it"
+            f"tokenizer: {settings.tokenizer}: expected the tokenizer of the dataset, "
+            "found no image codes in it"
         )
     vocabulary = Vocabulary.from_tokens(ids, codes)
-    pieces = pieces_of(output, files, settings.chunk_size)
-    # Nothing in the reference's files names the weights: "unknown" differs from every fingerprint, so that a mixture
-    # with other datasets says so.
+    input = cut_once(output, files, settings.chunk_size)
+    # Nothing in the reference's files names the weights: "unknown" differs from every fingerprint, so that a
+    # mixture with other datasets is reported.
     vision = VisionTokenizer(
         kind="chameleon",
         weights=UNKNOWN,
@@ -89,74 +93,78 @@ def _prepare(record: Path, out: str, settings: TokenizeConfig, adapter: str) -> 
         downsampling=DOWNSAMPLING,
         precision=settings.vision.precision,
     )
-    same = settings.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter", "compat"})
     file = JobFile(
-        source=pieces.fingerprint,
+        source=input.fingerprint,
         vocabulary=vocabulary.fingerprint,
         vision=vision,
         adapter=adapter,
         compat="unitoken",
-        **same,
+        **settings.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter", "compat"}),
     )
-    return begin(output, file, pieces, vocabulary, settings)
+    return begin_job(output, file, input, vocabulary, settings)
+
+
+@dataclass(frozen=True, slots=True)
+class MigratedItem:
+    """An item of the reference: the content of its pickle and, once it is checked, the record made of it."""
+
+    place: Place
+    fields: dict[str, Any]
+    record: Record | None = None
 
 
 class Migration:
+    """Writes the chunks of a prepared migration."""
+
     def __init__(self, job: Job) -> None:
+        config, file = job.config, job.file
         self._job, self._vocabulary = job, job.vocabulary()
-        self._with_images = job.file.adapter == MIGRATED
-        self._pictures = PictureReader(
-            job.config.allow_http, job.config.allow_private, job.config.timeout_seconds
-        )
-        self._sizes = crop_latents(job.file.crop, job.file.target_size, DOWNSAMPLING)
+        self._with_images = file.adapter == MIGRATED
+        self._pictures = PictureReader(config.allow_http, config.allow_private, config.timeout_seconds)
+        self._sizes = crop_latents(file.crop, file.target_size, DOWNSAMPLING)
 
     def write_chunk(self, chunk: Chunk, report: Callable[[int, int], None]) -> None:
+        """Write and publish one chunk.
+
+        Args:
+            chunk: the chunk.
+            report: called with (items finished, of them rejected) since the last call.
+        """
         rejects = Rejects()
-        raw = (
-            (self._place(item), item)
-            for piece, taken in chunk.parts
-            for item in reader.read_piece(self._job.input, piece, taken)
-        )
-        items = rejects.sift("source", self._open, raw)
-        assembled = rejects.sift("sequence", self._assemble, items)
-        records = rejects.sift("image", self._add_images, assembled)
+        items = read_items(self._job.input, chunk)
+        opened = rejects.apply("source", self.open_pickle, items)
+        assembled = rejects.apply("sequence", self.make_record, opened)
+        samples = rejects.apply("image", self.add_images, assembled)
         with self._job.output.chunk(chunk.name) as folder:
-            write((value for _, value in records), folder.path, self._vocabulary, report)
-            (folder.path / REJECTS).write_bytes(rejects.dump())
+            write_chunk_files(samples, rejects, folder.path, self._vocabulary, report)
             folder.publish()
         report(len(rejects.lines), len(rejects.lines))
 
-    def _place(self, item: reader.Item) -> Place:
-        name = split(self._job.input.files[item.file].name)[1]
-        try:
-            found = item_id(item.value, reader.item_name(self._job.input, item))
-        except ItemError:
-            found = str(item.position)
-        return Place(item.piece, name, item.position, found)
+    # --- the stages of one item; each raises ItemError for an item that can not be used ---
 
-    def _open(self, _: Place, item: reader.Item) -> dict[str, Any]:
-        """The pickle that a line of the record names."""
-        entry = item.value
-        if isinstance(entry, ItemError):
-            raise entry
+    def open_pickle(self, item: SourceItem) -> MigratedItem:
+        """Read the pickle that an entry of `record.json` names."""
+        entry = check_readable(item).value
         if not isinstance(entry, dict) or not isinstance(name := entry.get("file"), str):
             raise ItemError(
                 f'bad record: expected {{"file": ..., "len": ..., "id": ...}}, found {brief(entry)}'
             )
-        value = load_plain(_read(Path(name)), name)
-        if not isinstance(value, dict) or not isinstance(tokens := value.get("token"), list):
+        fields = load_plain(read_pickle(Path(name)), name)
+        if not isinstance(fields, dict) or not isinstance(tokens := fields.get("token"), list):
             raise ItemError(
-                f"bad pickle: {shown(name)}: expected a dict with 'token' and 'label', found {brief(value)}"
+                f"bad pickle: {shown(name)}: expected a dict with 'token' and 'label', found {brief(fields)}"
             )
         if entry.get("len", len(tokens)) != len(tokens):
             raise ItemError(f"length differs: {len(tokens)} tokens, the record says {brief(entry['len'])}")
-        return value
+        return MigratedItem(item.place, fields)
 
-    def _assemble(self, place: Place, value: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
-        tokens, labels = _integers(value, "token"), _integers(value, "label")
+    def make_record(self, item: MigratedItem) -> MigratedItem:
+        """Check the tokens, labels and images, and make a record that has no originals yet."""
+        tokens, labels = _integers(item.fields, "token"), _integers(item.fields, "label")
         if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= self._vocabulary.size:
             raise ItemError(
-                f"bad tokens: expected some from 0 to {self._vocabulary.size - 1}, found {brief(value['token'])}"
+                f"bad tokens: expected some from 0 to {self._vocabulary.size - 1}, "
+                f"found {brief(item.fields['token'])}"
             )
         trained = labels != IGNORED
         if len(labels) != len(tokens) or (labels[trained] != tokens[trained]).any():
@@ -166,17 +174,23 @@ class Migration:
         if not trained.any():
             raise ItemError("nothing to train on: all labels are masked")
         check_length(len(tokens), self._job.file.max_tokens)
-        spans = np.array(list(self._image_spans(tokens)), np.uint32).reshape(-1, 4)
         record = Record(
-            place.id, tokens.astype(token_type(self._vocabulary.size)), spans_of(trained), spans, ()
+            id=item.place.id,
+            tokens=tokens.astype(token_type(self._vocabulary.size)),
+            target_spans=spans_of(trained),
+            image_spans=np.array(list(self._image_spans(tokens)), np.uint32).reshape(-1, 4),
+            images=(),
         )
-        return record, value
+        return replace(item, record=record)
 
     def _image_spans(self, tokens: Tokens) -> Iterable[tuple[int, int, int, int]]:
-        """From each start of an image to the next end; a text may have forged either, which makes no image."""
-        starts, ends = (
-            np.flatnonzero(tokens == i) for i in (self._vocabulary.image_start, self._vocabulary.image_end)
-        )
+        """Yield each image: first token, end, height and width in latents.
+
+        An image reaches from a start token to the next end token; a text may have forged either, which makes
+        no image.
+        """
+        starts = np.flatnonzero(tokens == self._vocabulary.image_start)
+        ends = np.flatnonzero(tokens == self._vocabulary.image_end)
         if len(starts) != len(ends):
             raise ItemError(f"broken image: {len(starts)} starts and {len(ends)} ends of an image")
         for start, last in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -186,97 +200,53 @@ class Migration:
                 raise ItemError(f"broken image: at token {start}: {error}") from None
             if (height, width) not in self._sizes:
                 raise ItemError(
-                    f"image of another size: {height} x {width} latents, which target_size and crop do not make"
+                    f"image of another size: {height} x {width} latents, "
+                    "which target_size and crop do not make"
                 )
             yield start, last + 1, height, width
 
-    def _add_images(self, _: Place, value: tuple[Record, dict[str, Any]]) -> tuple[Record, PictureSizes]:
-        record, item = value
-        count = len(record.image_spans)
-        if not self._with_images:
-            return _with(record, [b""] * count), [(0, 0)] * count
-        names = item.get("raw_image") or []
-        names = names if isinstance(names, list) else [names]  # the reference's tokenizer takes a string, too
+    def add_images(self, item: MigratedItem) -> Sample:
+        """Add the originals to the record, or empty ones to a dataset without images."""
+        assert item.record is not None
+        count = len(item.record.image_spans)
+        if self._with_images:
+            originals, sizes = self._read_originals(item.fields, count)
+        else:
+            originals, sizes = (b"",) * count, ((0, 0),) * count
+        return Sample(item.place, replace(item.record, images=originals), sizes)
+
+    def _read_originals(
+        self, fields: dict[str, Any], count: int
+    ) -> tuple[tuple[bytes, ...], tuple[Size, ...]]:
+        """Return the bytes and the sizes of an item's images."""
+        names = fields.get("raw_image") or []
+        if not isinstance(names, list):
+            names = [names]  # the reference's tokenizer takes a string, too
         if len(names) != count or not all(isinstance(name, str) for name in names):
             raise ItemError(
-                f"no originals: {count} images in the tokens, 'raw_image' is {brief(item.get('raw_image'))}"
+                f"no originals: {count} images in the tokens, 'raw_image' is {brief(fields.get('raw_image'))}"
             )
         originals: list[bytes] = []
-        sizes: PictureSizes = []
+        sizes: list[Size] = []
         for name in names:
-            originals.append(self._pictures.read(".", name, MAX_ITEM_BYTES - sum(map(len, originals))))
+            data = self._pictures.read(".", name, MAX_ITEM_BYTES - sum(map(len, originals)))
             try:
-                with images.decoded(originals[-1], compat=True) as image:
+                with images.decoded(data, compat=True) as image:
                     sizes.append(image.size)
             except ImageError as error:
                 raise ItemError(f"unusable image: {shown(name)}: {error}") from None
-        return _with(record, originals), sizes
+            originals.append(data)
+        return tuple(originals), tuple(sizes)
 
 
-def _with(record: Record, originals: Iterable[bytes]) -> Record:
-    return Record(record.id, record.tokens, record.target_spans, record.image_spans, tuple(originals))
+def _integers(fields: dict[str, Any], name: str) -> Tokens:
+    """Return a list of whole numbers as an array.
 
-
-def _integers(value: dict[str, Any], name: str) -> Tokens:
-    """`array` takes whole numbers alone; numpy would follow lists in lists, which may hold themselves."""
+    `array` accepts nothing else; numpy would follow lists in lists, which may hold themselves.
+    """
     try:
-        return np.array(array("q", value.get(name) or []), np.int64)
+        return np.array(array("q", fields.get(name) or []), np.int64)
     except (TypeError, ValueError, OverflowError):
         raise ItemError(
-            f"bad {name}s: expected a list of whole numbers, found {brief(value.get(name))}"
+            f"bad {name}s: expected a list of whole numbers, found {brief(fields.get(name))}"
         ) from None
-
-
-# --- pickles ---------------------------------------------------------------------------------------------------------
-
-# What a list, a dict, a number, a bool, None and the memo are written with, lengths and memo numbers bounded. A memo
-# number is a size that Python reserves: nine bytes that name 2**31 would take 32 GB.
-_FIXED = re.compile(rb"(?:[]}(Naseu\x88\x89\x94]|[Kqh\x80].|M..|J.{4}|[rj]..\0\0|[G\x95].{8})*+", re.DOTALL)
-_COUNTED = {b"\x8c": 1, b"X": 4, b"\x8a": 1}  # texts and large numbers: bytes of the length before them
-_STOP = b"."
-
-
-def load_plain(data: bytes, name: str) -> object:
-    """What is pickled, if that is lists, dicts, texts and numbers. Raises ItemError for anything else: it is not run."""
-    at = _end(data, 0)
-    while (code := data[at : at + 1]) != _STOP:
-        if code not in _COUNTED:
-            known = [op.name for op in pickletools.opcodes if op.code.encode("latin-1") == code]
-            raise ItemError(
-                f"not a plain pickle: {shown(name)}: {known[0] if known else 'no pickle'} at byte {at}"
-            )
-        width = _COUNTED[code]
-        at = _end(data, at + 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little"))
-    try:
-        return _Plain(io.BytesIO(data)).load()
-    except Exception as error:  # bytes that are allowed one by one in an order that is not
-        raise ItemError(f"not a plain pickle: {shown(name)}: {error}") from None
-
-
-def _end(data: bytes, start: int) -> int:
-    """Where what is of fixed length ends."""
-    match = _FIXED.match(data, start)
-    assert match is not None, "nothing is of fixed length, too"
-    return match.end()
-
-
-class _Plain(pickle.Unpickler):
-    """A pickle can build and call only what it has got by name, so nothing can be run where there are no names."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"{module}.{name} is not a list, dict, text or number")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if not path.is_file():  # before it is opened: a pipe would never end
-            raise ItemError(f"no such pickle: {shown(str(path))}")
-        if (size := path.stat().st_size) > MAX_PICKLE:
-            raise ItemError(
-                f"pickle too large: {shown(str(path))}: {size} bytes, at most {MAX_PICKLE} are read"
-            )
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, ItemError):
-            raise
-        raise ItemError(f"pickle not readable: {shown(str(path))}: {error}") from None

@@ -81,6 +81,7 @@ class Recipe(Config):
         """What is different in `other`, a recipe as a checkpoint keeps it: `seed: 0, now 1; ...`."""
         now, then = flatten(self.model_dump(mode="json")), flatten(other)
         found = [
-            f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in changed_names(then, now)
+            f"{key}: {then.get(key, 'nothing')}, now {now.get(key, 'nothing')}"
+            for key in changed_names(then, now)
         ]
         return "; ".join(found) or "the order of the streams"

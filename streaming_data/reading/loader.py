@@ -15,7 +15,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 
 from unitoken.common.errors import ConfigError, is_transient
-from unitoken.common.interruption import signals_blocked, leave_signals_to_parent
+from unitoken.common.interruption import leave_signals_to_parent, signals_blocked
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.shard_cache import ShardError, TransientShardError

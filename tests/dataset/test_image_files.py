@@ -1,4 +1,4 @@
-"""Which pictures are read, with whatever metadata, and that all others are one reject."""
+"""Which pictures are read, also with odd metadata, and that every other file is one reject."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from support.encoded_pictures import PEAK, RAMP, chunk, encoded, gradient, pixel
 from support.paths import DATA
 from unitoken.dataset import images
 from unitoken.dataset.image_files import FORMATS, ImageError, open_image, read_header
-from unitoken.dataset.images import decode, decoded, seen_size, tokenizer_pixels
+from unitoken.dataset.images import decode, decoded, displayed_size, tokenizer_pixels
 
 CASES = DATA / "cases" / "pictures"
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "MPO"])
@@ -34,7 +34,7 @@ def test_every_format_of_the_list_is_read(format: str) -> None:
     assert abs(found - np.asarray(gradient())).mean() < (40 if format == "GIF" else 12)
 
 
-def test_a_camera_s_second_picture_does_not_matter() -> None:
+def test_a_cameras_second_picture_does_not_matter() -> None:
     data = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])
     assert read_header(data).format == "MPO"
     assert decode(data).size == (40, 24)
@@ -47,7 +47,7 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 def png_of_rows(
     depth: int, colours: int, interlaced: bool, missing: int, value: int, size: tuple[int, int] = (19, 11)
 ) -> bytes:
-    """Whole rows of one value; `missing` of them are not there, though the compressed data are well ended. In two pieces."""
+    """A PNG of rows of one value without the last `missing` ones, in two complete chunks."""
     width, height = size
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
     rows = []
@@ -65,14 +65,11 @@ def png_of_rows(
 @pytest.mark.parametrize(
     ("depth", "colours"), [(1, 0), (8, 0), (16, 0), (8, 2), (16, 2), (4, 3), (8, 3), (8, 4), (8, 6), (16, 6)]
 )
-def test_a_png_whose_rows_end_early_is_no_picture_that_is_black_below(
-    depth: int, colours: int, interlaced: bool
-) -> None:
+def test_a_png_whose_rows_end_early_is_a_reject(depth: int, colours: int, interlaced: bool) -> None:
     for value in (0, 1):
         for size in ((19, 11), (1, 1), (3, 2)):
-            assert (
-                decode(png_of_rows(depth, colours, interlaced, 0, value, size)).size == size
-            )  # black is a colour
+            complete = png_of_rows(depth, colours, interlaced, 0, value, size)
+            assert decode(complete).size == size, "black is a colour, too"
         for missing in (1, 5):
             assert "rows end after" in reason(png_of_rows(depth, colours, interlaced, missing, value))
 
@@ -85,34 +82,34 @@ def test_other_formats_are_not_opened(format: str) -> None:
     assert "JPEG, PNG, WEBP" in reason(data)
 
 
-def test_the_decoder_s_own_reason_is_given() -> None:
+def test_the_decoders_own_reason_is_given() -> None:
     assert reason(b"\x89PNG\r\n\x1a\n" + b"\0" * 40).startswith("cannot be decoded: PNG: ")
     assert "truncated" in reason(encoded(gradient(400, 400), "JPEG")[:900])
     assert "secret" not in reason(b"P6 secret")
 
 
-# --- cases -----------------------------------------------------------------------------------------------------------
+# --- cases ---
 
 
 @pytest.mark.parametrize("name", ["noitem.avif", "broken2.avif", "ftex.jpg"])
-def test_a_case_that_is_no_picture_is_one_reject(name: str) -> None:
+def test_a_case_that_is_not_a_picture_is_one_reject(name: str) -> None:
     assert reason((CASES / name).read_bytes())
 
 
 def test_an_odd_rational_beside_the_orientation() -> None:
     data = (CASES / "neg_zero_rational.jpg").read_bytes()
-    assert decode(data).size == decode(data, compat=True).size[::-1] == seen_size(data)
+    assert decode(data).size == decode(data, compat=True).size[::-1] == displayed_size(data)
 
 
 def test_an_odd_colour_profile() -> None:
     assert decode((CASES / "icc_bad_method.png").read_bytes()).size
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
+# --- metadata ---
 
 
 def with_chunk(data: bytes, new: bytes) -> bytes:
-    """Behind the header of a PNG."""
+    """Insert a chunk behind the header of a PNG."""
     return data[:33] + new + data[33:]
 
 
@@ -140,12 +137,12 @@ ANCILLARY = {
 
 
 @pytest.mark.parametrize("name", ANCILLARY)
-def test_an_ancillary_chunk_does_not_decide_over_the_pixels_of_a_png(name: str) -> None:
+def test_an_ancillary_chunk_does_not_change_the_pixels_of_a_png(name: str) -> None:
     plain = encoded(gradient())
     assert pixels(with_chunk(plain, ANCILLARY[name])) == pixels(plain)
 
 
-def test_a_png_keeps_transparency_and_orientation_where_its_other_chunks_are_odd() -> None:
+def test_a_png_with_odd_chunks_keeps_colours_and_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (8, 4), (10, 20, 30)), transparency=(10, 20, 30), exif=exif)
@@ -154,7 +151,7 @@ def test_a_png_keeps_transparency_and_orientation_where_its_other_chunks_are_odd
     assert np.asarray(image).min() == 255
 
 
-def test_a_critical_chunk_does() -> None:
+def test_a_broken_critical_chunk_is_a_reject() -> None:
     data = bytearray(encoded(gradient()))
     data[29] ^= 1  # the header's checksum
     assert reason(bytes(data)).startswith("cannot be decoded: ")
@@ -178,13 +175,13 @@ SEGMENTS = {
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
-def test_a_segment_of_metadata_does_not_decide_over_the_pixels_of_a_jpeg(name: str) -> None:
+def test_a_segment_of_metadata_does_not_reject_a_jpeg(name: str) -> None:
     plain = encoded(gradient(), "JPEG")
     assert decode(plain[:2] + SEGMENTS[name] + plain[2:]).size == (40, 24)
 
 
 def tiff_with(entry: bytes) -> bytes:
-    """A TIFF of little endian whose last entry is followed by one more."""
+    """A little-endian TIFF with an additional entry behind its last one."""
     data = encoded(gradient(), "TIFF")
     (start,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, start)
@@ -199,20 +196,20 @@ def tiff_with(entry: bytes) -> bytes:
         struct.pack("<HHII", 0x8769, 4, 1, 0xFFFFFF),  # EXIF beyond the file
         struct.pack("<HHII", 0x8825, 2, 9, 3),  # GPS as text
         struct.pack("<HHII", 0xC4A5, 7, 0x7FFFFFFF, 8),  # PrintIM of 2 GB
-        struct.pack("<HHII", 0x9999, 77, 1, 1),  # a type that there is not
+        struct.pack("<HHII", 0x9999, 77, 1, 1),  # an unknown type
     ],
 )
-def test_an_entry_of_metadata_does_not_decide_over_the_pixels_of_a_tiff(entry: bytes) -> None:
+def test_an_entry_of_metadata_does_not_change_pixels_of_a_tiff(entry: bytes) -> None:
     assert pixels(tiff_with(entry)) == pixels(encoded(gradient(), "TIFF"))
 
 
 @pytest.mark.parametrize("format", ["WEBP", "AVIF", "PNG", "JPEG"])
 @pytest.mark.parametrize("exif", [b"garbage" * 9, b"Exif\0\0MM\0*\0\0\0\x08\0\x09", b"II*\0\xff\xff\xff\xff"])
-def test_an_exif_that_is_none_does_not_decide(format: str, exif: bytes) -> None:
+def test_a_broken_exif_does_not_reject_a_picture(format: str, exif: bytes) -> None:
     base = encoded(gradient(), format)
     try:
         data = encoded(gradient(), format, exif=exif)
-    except Exception:  # Pillow itself does not write it
+    except Exception:  # Pillow itself refuses to write it
         return
     assert decode(data).size == decode(base).size == (40, 24)
 
@@ -228,10 +225,10 @@ def test_a_picture_is_turned_as_pillow_turns_it(format: str, orientation: int) -
     data = encoded(gradient(), format, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert (np.asarray(decode(data)) == np.asarray(expected.convert("RGB"))).all()
-    assert seen_size(data) == decode(data).size
+    assert displayed_size(data) == decode(data).size
 
 
-# --- greys of 16 and 32 bits -----------------------------------------------------------------------------------------
+# --- greys of 16 and 32 bits ---
 
 
 @pytest.mark.parametrize(
@@ -243,10 +240,8 @@ def test_a_picture_is_turned_as_pillow_turns_it(format: str, orientation: int) -
         ((RAMP * 65535).astype(np.int32), (RAMP * 65535).astype(int) >> 8),
         ((RAMP * 255).astype(np.int32), (RAMP * 255).astype(int)),
         ((RAMP * 65535).astype(np.uint16), (RAMP * 65535).astype(int) >> 8),
-        (
-            (RAMP * 255).astype(np.uint16),
-            (RAMP * 255).astype(int) >> 8,
-        ),  # 16 bits are said, so it is nearly black
+        # The file says 16 bits, so it is nearly black.
+        ((RAMP * 255).astype(np.uint16), (RAMP * 255).astype(int) >> 8),
     ],
 )
 def test_greys_are_scaled_by_their_range(values: np.ndarray, expected: np.ndarray) -> None:
@@ -257,7 +252,7 @@ def test_greys_are_scaled_by_their_range(values: np.ndarray, expected: np.ndarra
     "values",
     [RAMP - 0.5, RAMP * 70000, np.full((8, 8), np.inf, np.float32), np.full((8, 8), np.nan, np.float32)],
 )
-def test_greys_of_another_range_are_rejected_by_mode_and_range(values: np.ndarray) -> None:
+def test_greys_of_another_range_are_rejected(values: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):
         assert "greys of mode F from " in reason(encoded(Image.fromarray(values.astype(np.float32)), "TIFF"))
 
@@ -273,19 +268,19 @@ def test_the_case_of_a_float_from_0_to_1_is_not_black() -> None:
     assert np.asarray(decode((CASES / "float01.tif").read_bytes())).max() > 100
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
 def test_a_picture_takes_at_most_16_bytes_a_pixel_beyond_itself(mode: str) -> None:
-    """24 million pixels of RGBA took 1.65 GB."""
+    """24 million pixels of RGBA used to take 1.65 GB."""
     data = encoded(Image.new(mode, (4000, 3000)))
     found = subprocess.run([sys.executable, "-c", PEAK], input=data, capture_output=True, check=True)
     assert float(found.stdout) < 12 * (4 + 16)
 
 
-def test_all_threads_together_keep_to_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three pictures of which two fit: the third waits until one is done; one larger than all goes alone."""
+def test_all_threads_share_one_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit admits two pictures at a time; a picture that exceeds the limit is decoded alone."""
     data = encoded(Image.new("RGB", (100, 100)))  # counts 8 bytes a pixel
     monkeypatch.setattr(images, "_memory", images._Memory(170_000))
     inside, most, lock = 0, 0, threading.Lock()
@@ -309,14 +304,14 @@ def test_all_threads_together_keep_to_one_bound(monkeypatch: pytest.MonkeyPatch)
         assert image.size == (400, 400)
 
 
-def test_a_jpeg_of_very_many_scans_is_not_decoded() -> None:
+def test_a_jpeg_of_very_many_scans_is_rejected() -> None:
     data = encoded(gradient(), "JPEG", progressive=True)
     assert decode(data).size == (40, 24)
     begin = data.index(b"\xff\xda")
     assert "scans" in reason(data[:begin] + data[begin:-2] * 40 + data[-2:])
 
 
-def test_whatever_is_raised_while_a_picture_is_used_is_one_reason() -> None:
+def test_any_error_while_a_picture_is_used_is_an_image_error() -> None:
     for error in (MemoryError(), RuntimeError("no\n  way"), AssertionError()):
         with (
             pytest.raises(ImageError, match=r"out of memory|no way|AssertionError"),
@@ -325,7 +320,7 @@ def test_whatever_is_raised_while_a_picture_is_used_is_one_reason() -> None:
             raise error
 
 
-def test_a_thread_that_fails_gives_its_memory_back() -> None:
+def test_a_thread_that_fails_releases_its_memory() -> None:
     held = images._memory._held
     for _ in range(3):
         with pytest.raises(ImageError):
@@ -338,11 +333,11 @@ def test_a_thread_that_fails_gives_its_memory_back() -> None:
     )
 
 
-# --- mutated pictures ------------------------------------------------------------------------------------------------
+# --- mutated pictures ---
 
 
 def test_a_mutated_picture_is_a_sample_or_a_reject() -> None:
-    """In threads, as the tokenizer decodes; nothing else is raised, nothing is warned of, and none takes long."""
+    """In threads, as the tokenizer decodes: no other error, no warning, and none takes long."""
     count, found = 20_000, seeds()
     each = count // len(found) + 1
     cases = [

@@ -1,4 +1,4 @@
-"""Decoding, cropping and what both views of a picture see."""
+"""Decoding and cropping: what the image tokenizer and the vision tower see of a picture."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from PIL import Image
 
 from unitoken.dataset import image_files, images
 from unitoken.dataset.image_files import ImageError
-from unitoken.dataset.images import choose_crop, crop_sizes, decode, fit, tokenizer_pixels
-from unitoken.dataset.vision_views import Views
+from unitoken.dataset.images import choose_crop, crop_sizes, decode, scale_and_crop, tokenizer_pixels
+from unitoken.dataset.vision_views import Pixels, Views
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -50,14 +50,14 @@ def test_every_resize_and_crop_is_the_references(golden: Path, monkeypatch: pyte
             chosen = choose_crop(tuple(case["size"]), sizes)
             assert list(chosen) == case[key]["crop_size"]
             operations.clear()
-            fit(Image.new("1", tuple(case["size"])), chosen)
+            scale_and_crop(Image.new("1", tuple(case["size"])), chosen)
             assert operations == case[key]["ops"], case["size"]
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([32, 64]))
-def test_a_crop_has_the_size_that_was_asked_for(width: int, height: int, target: int) -> None:
+def test_a_crop_has_the_requested_size(width: int, height: int, target: int) -> None:
     crop = choose_crop((width, height), crop_sizes(target, patch=16))
-    assert fit(Image.new("L", (width, height)), crop).size == crop
+    assert scale_and_crop(Image.new("L", (width, height)), crop).size == crop
 
 
 def test_transparency_is_white_on_both_paths() -> None:
@@ -71,7 +71,7 @@ def test_compat_shows_hidden_colours_on_the_continuous_path() -> None:
     assert vision_pixels(encoded(hidden), 8, compat=True)[:, 0, 0].tolist() == [255, 0, 0]
 
 
-def test_pictures_are_turned_as_exif_says_unless_compat() -> None:
+def test_pictures_are_oriented_by_exif_unless_compat() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
@@ -105,24 +105,24 @@ def test_every_mode_becomes_rgb(mode: str, compat: bool) -> None:
         (encoded(Image.effect_noise((99, 99), 50), "JPEG")[:500], "cannot be decoded: .*truncated"),
     ],
 )
-def test_what_is_no_whole_image_says_so(data: bytes, needed: str) -> None:
+def test_an_incomplete_image_is_an_error(data: bytes, needed: str) -> None:
     with pytest.raises(ImageError, match=needed):
         decode(data)
 
 
-def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_files, "MAX_PIXELS", 99)
     assert decode(encoded(Image.new("L", (9, 11)))).size == (9, 11)
     with pytest.raises(ImageError, match="10 x 10 pixels, at most 99 are decoded"):
         decode(encoded(Image.new("L", (10, 10))))
 
 
-def test_an_extreme_shape_is_not_blown_up() -> None:
+def test_an_extreme_shape_is_rejected() -> None:
     with pytest.raises(ImageError, match="1 x 60000 pixels are too narrow to cover 512 x 512"):
-        fit(Image.new("L", (1, 60_000)), (512, 512))
+        scale_and_crop(Image.new("L", (1, 60_000)), (512, 512))
 
 
-def test_a_png_colour_named_transparent_is_white_and_stays_itself_in_compat() -> None:
+def test_a_transparent_colour_of_a_png_is_white_unless_compat() -> None:
     data = encoded(Image.new("RGB", (8, 8), (10, 20, 30)), transparency=(10, 20, 30))
     assert np.asarray(decode(data))[0, 0].tolist() == [255, 255, 255]
     assert vision_pixels(data, 8)[:, 0, 0].tolist() == [255, 255, 255]
@@ -130,10 +130,10 @@ def test_a_png_colour_named_transparent_is_white_and_stays_itself_in_compat() ->
     assert vision_pixels(data, 8, compat=True)[:, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_a_random_crop_moves_the_window_alone() -> None:
+def test_a_random_crop_only_moves_the_window() -> None:
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (20, 1)))
     lefts = {
-        int(np.asarray(fit(ramp, (20, 20), images.crop_chance(0, "a", number)))[0, 0])
+        int(np.asarray(scale_and_crop(ramp, (20, 20), images.crop_generator(0, "a", number)))[0, 0])
         for number in range(200)
     }
     assert min(lefts) < 10
@@ -141,20 +141,21 @@ def test_a_random_crop_moves_the_window_alone() -> None:
     assert len(lefts) > 80
     square = Image.effect_noise((40, 40), 50)
     assert (
-        np.asarray(fit(square, (20, 20), images.crop_chance(0, "a", 0))) == np.asarray(fit(square, (20, 20)))
+        np.asarray(scale_and_crop(square, (20, 20), images.crop_generator(0, "a", 0)))
+        == np.asarray(scale_and_crop(square, (20, 20)))
     ).all()
 
 
-def test_a_random_crop_is_seeded_by_name() -> None:
+def test_a_random_crop_is_seeded_by_item_and_number() -> None:
     first = [
-        images.crop_chance(*key).random() for key in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
+        images.crop_generator(*key).random() for key in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
     ]
     assert len(set(first)) == 4
-    assert images.crop_chance(0, "a", 0).random() == first[0] == pytest.approx(0.5, abs=0.5)
+    assert images.crop_generator(0, "a", 0).random() == first[0] == pytest.approx(0.5, abs=0.5)
 
 
 def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
-    """A picture of half the limit makes Pillow warn; with `catch_warnings` in each thread the filters stayed behind."""
+    """Pillow warns from half the limit on; `catch_warnings` in each thread left its filters behind."""
     data = encoded(Image.new("L", (64, 64)))
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool, pytest.MonkeyPatch.context() as patch:
@@ -163,6 +164,6 @@ def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
     assert list(warnings.filters) == before
 
 
-def vision_pixels(data: bytes, size: int, compat: bool = False):
-    """The whole picture as the vision tower sees it: (3, size, size)."""
+def vision_pixels(data: bytes, size: int, compat: bool = False) -> Pixels:
+    """Return the whole picture as the vision tower sees it: (3, size, size)."""
     return Views(size, size).pixels(data, compat)[0][0]

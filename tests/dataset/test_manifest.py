@@ -1,4 +1,4 @@
-"""What a dataset folder says of itself, and what is said of a folder that is none."""
+"""The manifest of a dataset folder, and the errors about folders that are not datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import Manifest, load_manifest, load_vocabulary
-from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_tokens({f"t{n}": n for n in range(5)}, codebook_size=4)
@@ -29,23 +28,21 @@ def manifest(**changes: Any) -> Manifest:
         "target_size": 512,
         "crop": "square",
         "compat": None,
-        **{
-            "items": 3,
-            "samples": 2,
-            "rejected": 1,
-            "tokens": 9,
-            "target_tokens": 4,
-            "images": 0,
-            "chunks": 1,
-            "chunk_size": 10,
-        },
+        "items": 3,
+        "samples": 2,
+        "rejected": 1,
+        "tokens": 9,
+        "target_tokens": 4,
+        "images": 0,
+        "chunks": 1,
+        "chunk_size": 10,
         "source": "0" * 16,
         "files": {},
     }
     return Manifest.model_validate(fields | changes)
 
 
-def test_it_is_the_same_after_saving(tmp_path: Path) -> None:
+def test_a_saved_manifest_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(manifest().dump())
     assert load_manifest(tmp_path) == manifest()
 
@@ -55,7 +52,7 @@ def test_counts_must_reconcile() -> None:
         manifest(items=4)
 
 
-def test_the_vocabulary_must_be_the_one_that_was_written(tmp_path: Path) -> None:
+def test_the_vocabulary_must_match_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(manifest().dump())
     VOCABULARY.save(tmp_path / "vocabulary.json")
     assert load_vocabulary(tmp_path) == VOCABULARY
@@ -66,7 +63,7 @@ def test_the_vocabulary_must_be_the_one_that_was_written(tmp_path: Path) -> None
         load_vocabulary(tmp_path)
 
 
-def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none: not a dataset folder: no such folder"):
         load_manifest(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"not a dataset folder: it has no manifest.json$"):
@@ -82,12 +79,12 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     [
         ({"version": 2}, "expected 'unitoken-dataset' version 1, found 'unitoken-dataset' version 2"),
         ({"format": "x"}, "found 'x' version 1"),
-        ({"samples": "many"}, "`samples`: Input should be a valid integer"),
+        ({"samples": "many"}, "manifest.json: samples: Input should be a valid integer"),
         ({"samples": 1}, "3 items are not 1 samples"),
-        ({"extra": 1}, "`extra`: Extra inputs"),
+        ({"extra": 1}, "manifest.json: extra: Extra inputs"),
     ],
 )
-def test_a_manifest_that_does_not_fit_is_named(
+def test_a_manifest_with_wrong_fields_is_an_error(
     tmp_path: Path, change: dict[str, object], needed: str
 ) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest().model_dump() | change))
@@ -96,19 +93,7 @@ def test_a_manifest_that_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "3", "\x00"])
-def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
+def test_a_broken_manifest_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ConfigError, match=r"manifest.json: "):
         load_manifest(tmp_path)
-
-
-def test_the_sidecars_columns() -> None:
-    assert samples_schema().names == [
-        "id",
-        "tokens",
-        "target_tokens",
-        "images",
-        "question_images",
-        "image_sizes",
-        "generated",
-    ]

@@ -1,7 +1,8 @@
-"""Pictures that are read wrongly, or cost without bounds, if Pillow is taken at its word."""
+"""Pictures that Pillow alone would read wrongly, or with unbounded memory or time."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import re
@@ -12,6 +13,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,8 +23,8 @@ from PIL import Image
 from support.encoded_pictures import PEAK, chunk, encoded, gradient, pixels, reason, seeds
 from support.mutated_pictures import mutated
 from unitoken.dataset import images
-from unitoken.dataset.image_files import ImageError, read_header, turn_of
-from unitoken.dataset.images import decode, decoded, seen_size, tokenizer_pixels
+from unitoken.dataset.image_files import ImageError, exif_transpose, read_header
+from unitoken.dataset.images import decode, decoded, displayed_size, tokenizer_pixels
 from unitoken.dataset.vision_views import Views
 
 RAMP = np.linspace(0, 1, 64, dtype="<f4").reshape(8, 8)
@@ -35,7 +37,7 @@ def tiff(
     photometric: int = 1,
     extra: dict[int, int] | None = None,
 ) -> bytes:
-    """8 x 8 greys in one strip, or as `extra` has it. `kind`: 1 unsigned, 2 signed, 3 float."""
+    """A TIFF of 8 x 8 greys in one strip; `extra` overrides tags. `kind`: 1 unsigned, 2 signed, 3 float."""
     data = bytes(values) if isinstance(values, bytes) else values.tobytes()
     tags = {
         256: 8,
@@ -60,12 +62,12 @@ def greys(data: bytes) -> np.ndarray:
     return np.asarray(decode(data))[:, :, 0].astype(int)
 
 
-# --- greys -----------------------------------------------------------------------------------------------------------
+# --- greys ---
 
 
 @pytest.mark.parametrize("scale", [1, 255, 65535])
 def test_a_portable_float_map_is_scaled_by_its_range(scale: int) -> None:
-    """Pillow calls it PPM, whose other greys have 16 bits: it became black."""
+    """Pillow calls the format PPM, whose other greys have 16 bits: the picture became black."""
     found = greys(b"Pf\n8 8\n-1.0\n" + (RAMP * scale).astype("<f4").tobytes())[::-1]  # its rows go upwards
     assert abs(found - RAMP * 255).max() <= 1
 
@@ -76,7 +78,7 @@ def test_a_portable_float_map_of_another_range_is_rejected(values: np.ndarray) -
 
 
 @pytest.mark.parametrize(("bits", "kind", "stored"), [(8, 1, "u1"), (16, 1, "<u2"), (32, 3, "<f4")])
-def test_a_tiff_whose_white_is_zero_is_no_negative(bits: int, kind: int, stored: str) -> None:
+def test_a_tiff_whose_white_is_zero_is_not_inverted(bits: int, kind: int, stored: str) -> None:
     values = (RAMP * (1 if kind == 3 else 2**bits - 1)).astype(stored)
     black, white = greys(tiff(bits, kind, values)), greys(tiff(bits, kind, values, photometric=0))
     assert (white == 255 - black).all()
@@ -98,7 +100,7 @@ def test_the_transparent_grey_of_16_bits_is_white() -> None:
     assert (found[1:] == 255).all()
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
+# --- metadata ---
 
 
 def box(kind: bytes, content: bytes) -> bytes:
@@ -116,7 +118,7 @@ def box(kind: bytes, content: bytes) -> bytes:
     ],
 )
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_a_box_of_metadata_does_not_decide_over_the_pixels_of_a_jpeg_2000(new: bytes, mode: str) -> None:
+def test_a_box_of_metadata_does_not_change_pixels_of_a_jpeg_2000(new: bytes, mode: str) -> None:
     plain = encoded(gradient().convert(mode), "JPEG2000")
     at = plain.index(b"jp2h") - 4
     (length,) = struct.unpack_from(">I", plain, at)
@@ -132,7 +134,7 @@ def test_a_box_of_metadata_does_not_decide_over_the_pixels_of_a_jpeg_2000(new: b
 
 
 def test_a_video_behind_a_jpeg_is_not_counted_as_scans() -> None:
-    """Phones append it to their pictures; by chance 100 scans begin in each 7 MB."""
+    """Phones append videos to their pictures; each 7 MB hold the start of 100 scans by chance."""
     plain = encoded(gradient(), "JPEG")
     video = random.Random(0).randbytes(12 << 20)
     assert video.count(b"\xff\xda") > 100
@@ -145,7 +147,7 @@ def test_a_video_behind_a_jpeg_is_not_counted_as_scans() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
-def test_an_exif_that_is_cut_is_no_warning(format: str) -> None:
+def test_a_truncated_exif_gives_no_warning(format: str) -> None:
     exif = (
         b"II*\0\x08\0\0\0"
         + struct.pack("<H", 3)
@@ -155,11 +157,11 @@ def test_an_exif_that_is_cut_is_no_warning(format: str) -> None:
     data = encoded(gradient(), format, exif=b"Exif\0\0" + exif)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        assert decode(data).size == seen_size(data) == (24, 40)
+        assert decode(data).size == displayed_size(data) == (24, 40)
     assert not shown
 
 
-def test_a_palette_with_transparency_is_no_warning_with_compat() -> None:
+def test_a_palette_with_transparency_gives_no_warning() -> None:
     data = encoded(gradient().quantize(16), transparency=bytes(range(0, 160, 10)))
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
@@ -167,17 +169,17 @@ def test_a_palette_with_transparency_is_no_warning_with_compat() -> None:
     assert not shown
 
 
-def test_the_size_of_a_png_is_known_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow decodes all of a PNG to ask for its EXIF: 0.2 s and 140 MB for 36 million pixels, once a picture of `verify`."""
+def test_the_size_of_a_png_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow decodes a whole PNG to read its EXIF: 0.2 s and 140 MB for 36 million pixels."""
     header = read_header(encoded(gradient()))
     monkeypatch.setattr(header, "load", lambda: pytest.fail("decoded"))
-    assert turn_of(header) is None
+    assert exif_transpose(header) is None
 
 
-# --- reasons ---------------------------------------------------------------------------------------------------------
+# --- reasons ---
 
 
-def test_a_reason_has_words_and_no_bytes_of_the_file() -> None:
+def test_a_reason_quotes_no_bytes_of_the_file() -> None:
     assert reason(b"P1\n2 2\n 1 2 9 9") == "cannot be decoded: Invalid token for this mode"
     palette = encoded(gradient().quantize(16))
     at = palette.index(b"PLTE") - 4
@@ -185,7 +187,7 @@ def test_a_reason_has_words_and_no_bytes_of_the_file() -> None:
     assert reason(palette[:at] + palette[at + 12 + length :]) == "mode P without a palette"
 
 
-# --- costs -----------------------------------------------------------------------------------------------------------
+# --- costs ---
 
 
 def run_length_bmp(width: int, height: int, data: bytes) -> bytes:
@@ -195,22 +197,22 @@ def run_length_bmp(width: int, height: int, data: bytes) -> bytes:
 
 
 def peak(data: bytes) -> float:
-    """MB beyond what stood before; a reject is no error here."""
+    """Return the MB that decoding needs; a reject is not an error here."""
     program = PEAK.replace("with decoded", "import contextlib\nwith contextlib.suppress(ValueError), decoded")
     found = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, check=True)
     return float(found.stdout)
 
 
 def test_a_few_bytes_of_run_lengths_do_not_take_gigabytes() -> None:
-    """1 kB took 1.9 GB at 4 million pixels a row, and so 45 GB at the limit of pixels."""
+    """1 kB took 1.9 GB at 4 million pixels a row, which is 45 GB at the limit of pixels."""
     jump = b"\0\2\0\0\xff\xff\0\1"
     assert "4000000 pixels a row" in reason(run_length_bmp(4_000_000, 1, jump))
     assert peak(run_length_bmp(65_535, 1, jump)) < 100
     assert greys(run_length_bmp(4, 2, b"\4\xc8\0\0\4\x64\0\1")).tolist() == [[100] * 4, [200] * 4]
 
 
-def test_a_tile_counts_as_large_as_it_is() -> None:
-    """1 MB of a TIFF of 10 x 10 pixels took 1 GB."""
+def test_a_tile_counts_with_its_real_size() -> None:
+    """A TIFF of 1 MB with 10 x 10 pixels took 1 GB."""
     side = 1 << 15
     one = tiff(8, 1, zlib.compress(bytes(1000)), extra={259: 8, 322: side, 323: side, 324: 8, 325: 1000})
     assert "a tile of 1073741824 pixels" in reason(one)
@@ -227,28 +229,30 @@ def test_a_tile_counts_as_large_as_it_is() -> None:
         ("PNG", {"transparency": (1, 2, 3)}),
     ],
 )
-def test_what_a_picture_takes_is_what_is_held_for_it(format: str, options: dict[str, object]) -> None:
-    """JPEG 2000 took four times what was counted for it."""
+def test_a_picture_takes_no_more_memory_than_is_held_for_it(format: str, options: dict[str, object]) -> None:
+    """JPEG 2000 used to take four times as much."""
     small = format == "JPEG2000"  # writing it takes ten times as much as reading it
     data = encoded(
         Image.new("L", (1250, 1000), 7) if small else Image.new("RGB", (2500, 2000), (1, 2, 3)),
         format,
         **options,
     )
-    asked = []
+    held = []
 
-    class Asked(images._Memory):
-        def hold(self, size: int):  # type: ignore[no-untyped-def]
-            asked.append(size)
-            return super().hold(size)
+    class RecordingMemory(images._Memory):
+        @contextlib.contextmanager
+        def hold(self, size: int) -> Iterator[None]:
+            held.append(size)
+            with super().hold(size):
+                yield
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_memory", Asked(images.MEMORY_BYTES))
+        patch.setattr(images, "_memory", RecordingMemory(images.MEMORY_BYTES))
         decode(data)
-    assert peak(data) * 2**20 < max(asked) * 1.1 + (8 << 20)
+    assert peak(data) * 2**20 < max(held) * 1.1 + (8 << 20)
 
 
-# --- mutated pictures ------------------------------------------------------------------------------------------------
+# --- mutated pictures ---
 
 
 def outcomes(count: int, start: int) -> Counter[str]:
@@ -263,7 +267,7 @@ def outcomes(count: int, start: int) -> Counter[str]:
             outcome = (
                 "reject"
                 if re.fullmatch(r"[ -~]*[a-z][ -~]*", str(error))
-                else f"no line of words: {name}: {error}"
+                else f"not one line of text: {name}: {error}"
             )
         assert time.monotonic() - begun < 60, name
         return outcome
@@ -284,7 +288,7 @@ def test_a_picture_mutated_by_its_format_is_a_sample_or_a_reject() -> None:
 
 
 @pytest.mark.chaos
-def test_20_000_pictures_mutated_by_their_format_are() -> None:
+def test_20_000_mutated_pictures_are_samples_or_rejects() -> None:
     assert outcomes(20_000, 2_000).total() == 20_000
 
 

@@ -1,4 +1,4 @@
-"""A record and its columns: nothing is lost on the way."""
+"""A record and its MDS columns: reading gives what was written."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ masks = hnp.arrays(np.bool_, st.integers(0, 60))
 
 
 @given(masks)
-def test_spans_and_labels_go_there_and_back(mask: np.ndarray) -> None:
+def test_labels_of_a_masks_spans_are_the_mask(mask: np.ndarray) -> None:
     spans = spans_of(mask)
     tokens = np.arange(1, len(mask) + 1)
     assert labels(tokens, spans).tolist() == [
         token if on else IGNORED for token, on in zip(tokens.tolist(), mask, strict=True)
     ]
     flat = spans.reshape(-1).astype(int)
-    assert (np.diff(flat) > 0).all()  # no empty spans, none that touch
+    assert (np.diff(flat) > 0).all()  # no empty spans, and none that touch
 
 
 def test_spans_are_half_open() -> None:
@@ -27,12 +27,12 @@ def test_spans_are_half_open() -> None:
 
 
 @given(st.lists(st.binary(max_size=20), max_size=6))
-def test_packed_bytes_go_there_and_back(parts: list[bytes]) -> None:
+def test_packed_bytes_are_unpacked(parts: list[bytes]) -> None:
     assert unpack_bytes(pack_bytes(parts)) == tuple(parts)
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=6), st.binary(min_size=1, max_size=9))
-def test_packed_bytes_that_were_cut_or_grown_are_refused(parts: list[bytes], more: bytes) -> None:
+def test_packed_bytes_of_another_length_are_an_error(parts: list[bytes], more: bytes) -> None:
     packed = pack_bytes(parts)
     with pytest.raises(ValueError, match=r"bytes"):
         unpack_bytes(packed + more)
@@ -47,7 +47,7 @@ def test_no_images_take_four_bytes() -> None:
 
 
 @pytest.mark.parametrize(("size", "width"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_tokens_take_16_bits_where_the_vocabulary_fits(size: int, width: str) -> None:
+def test_tokens_take_16_bits_if_the_vocabulary_fits(size: int, width: str) -> None:
     assert columns(size)["tokens"] == f"ndarray:{width}"
 
 

@@ -1,5 +1,6 @@
-"""The id space: found by names, whatever the ids; image blocks go there and back."""
+"""The vocabulary: ids are looked up by name, and image blocks are decoded to their codes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.vocabulary import MAX_GRID, SPECIAL_NAMES, Vocabulary, grid_name, image_code_name
+from unitoken.dataset.vocabulary import (
+    MAX_GRID,
+    SPECIAL_NAMES,
+    Vocabulary,
+    check_same_vocabulary,
+    grid_name,
+    image_code_name,
+)
 
 PLAIN = Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, codebook_size=64)
 
@@ -19,8 +27,8 @@ def test_names_of_image_codes() -> None:
     assert grid_name(16) == "<reserved08816>"
 
 
-def test_ids_are_those_of_the_names_not_of_an_order() -> None:
-    """As the real vocabulary may be: codes in the order of their names as text, with holes between."""
+def test_ids_are_looked_up_by_name_and_not_computed() -> None:
+    """As a real vocabulary may be: codes are sorted by name as text, with gaps between their ids."""
     names = sorted(image_code_name(code) for code in range(200))
     ids = {name: 10 + 3 * n for n, name in enumerate(names)} | {"<eoss>": 2}
     vocabulary = Vocabulary.from_tokens(ids, 200)
@@ -33,8 +41,6 @@ def test_ids_are_those_of_the_names_not_of_an_order() -> None:
 
 
 def test_the_recorded_vocabulary(golden: Path) -> None:
-    import json
-
     tokens = json.loads((golden / "assets" / "tokenizer" / "tokenizer.json").read_text())
     ids = tokens["model"]["vocab"] | {token["content"]: token["id"] for token in tokens["added_tokens"]}
     vocabulary = Vocabulary.from_tokens(ids, 8192)
@@ -49,21 +55,21 @@ def test_the_recorded_vocabulary(golden: Path) -> None:
     assert vocabulary.image_block(np.zeros((32, 32), np.int64)).shape == (1060,)
 
 
-def test_what_a_tokenizer_lacks_is_appended() -> None:
+def test_tokens_that_a_tokenizer_lacks_are_appended() -> None:
     assert PLAIN.size == 50 + len(SPECIAL_NAMES) + MAX_GRID + 64
     assert len(PLAIN.special_ids) == PLAIN.size - 50
     assert min(PLAIN.special_ids) == 50
 
 
 @given(st.integers(1, MAX_GRID), st.integers(1, MAX_GRID), st.integers(0, 2**32 - 1))
-def test_image_blocks_go_there_and_back(height: int, width: int, seed: int) -> None:
+def test_the_codes_of_an_image_block_are_read_back(height: int, width: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 64, (2 * height, 2 * width))
     block = PLAIN.image_block(codes)
     assert len(block) == 4 + codes.shape[0] * (codes.shape[1] + 1)
     assert (PLAIN.image_codes(block) == codes).all()
 
 
-def test_the_layout_height_first() -> None:
+def test_the_height_comes_before_the_width() -> None:
     block = PLAIN.image_block(np.array([[1, 2, 3, 4], [5, 6, 7, 8]]))
     i, v = PLAIN.image_ids, PLAIN
     rows = [*(i[n] for n in (1, 2, 3, 4)), v.newline, *(i[n] for n in (5, 6, 7, 8)), v.newline]
@@ -71,7 +77,7 @@ def test_the_layout_height_first() -> None:
 
 
 @given(st.data())
-def test_a_block_with_any_change_is_refused_or_another_image(data: st.DataObject) -> None:
+def test_a_changed_block_is_an_error_or_another_image(data: st.DataObject) -> None:
     codes = np.arange(8).reshape(2, 4)
     block = PLAIN.image_block(codes)
     position = data.draw(st.integers(0, len(block) - 1))
@@ -83,7 +89,7 @@ def test_a_block_with_any_change_is_refused_or_another_image(data: st.DataObject
     assert (found != codes).sum() == 1
 
 
-def test_the_grammar_allows_what_a_block_holds() -> None:
+def test_the_grammar_allows_an_image_block() -> None:
     block = PLAIN.image_block(np.arange(8).reshape(2, 4))
     grammar = list(PLAIN.image_grammar(2, 4))
     assert len(grammar) == len(block)
@@ -91,19 +97,19 @@ def test_the_grammar_allows_what_a_block_holds() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 3), (0, 2), (200, 2)])
-def test_sides_without_a_grid_token_are_refused(shape: tuple[int, int]) -> None:
+def test_sides_without_a_grid_token_are_an_error(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected an even number from 2 to 198"):
         PLAIN.image_block(np.zeros(shape, np.int64))
 
 
-def test_it_is_the_same_after_saving(tmp_path: Path) -> None:
+def test_a_saved_vocabulary_is_read_back(tmp_path: Path) -> None:
     PLAIN.save(tmp_path / "vocabulary.json")
     loaded = Vocabulary.load(tmp_path / "vocabulary.json")
     assert loaded == PLAIN
     assert loaded.fingerprint == PLAIN.fingerprint
 
 
-def test_any_difference_is_another_fingerprint() -> None:
+def test_any_difference_changes_the_fingerprint() -> None:
     others = [
         Vocabulary.from_tokens({f"t{n}": n for n in range(51)}, 64),
         Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, 65),
@@ -114,7 +120,20 @@ def test_any_difference_is_another_fingerprint() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"size": 3}', '{"grid_ids": 3, "image_ids": []}'])
-def test_a_file_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_vocabulary_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "v.json").write_text(content)
     with pytest.raises(ConfigError, match=r"v.json: not a vocabulary file"):
         Vocabulary.load(tmp_path / "v.json")
+
+
+def test_different_vocabularies_are_an_error_that_names_both() -> None:
+    other = Vocabulary.from_tokens({f"t{n}": n for n in range(51)}, 64)
+    check_same_vocabulary(PLAIN, "codec", Vocabulary.parse(PLAIN.dump(), "v.json"), "the data")
+    expected = (
+        f"codec has a vocabulary with fingerprint {PLAIN.fingerprint} ({PLAIN.size} tokens), "
+        f"the data has {other.fingerprint} ({other.size} tokens)"
+    )
+    for hint, end in (("", ""), ("use one tokenizer", "; use one tokenizer")):
+        with pytest.raises(ConfigError) as error:
+            check_same_vocabulary(PLAIN, "codec", other, "the data", hint)
+        assert str(error.value) == expected + end

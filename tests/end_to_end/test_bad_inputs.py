@@ -1,7 +1,8 @@
-"""Whatever is read from outside is right, or one line: over all formats of sources, datasets, checkpoints and weights."""
+"""Every damaged input is read or reported in one line: sources, datasets, checkpoints and weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from support.bad_inputs import damaged, lies
+from support.bad_inputs import damaged, wrong_json
 from support.small_datasets import make_record, small_vocabulary, write_dataset
 from support.tars import tar_of
 from support.tokenizing import TOKENIZER, png, tiny_vqgan, turns
@@ -41,33 +42,37 @@ from unitoken.train.checkpoint.integrity import damage
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
 from unitoken.train.checkpoint.tensors import decoder_source
 
-SECONDS = 20.0  # that any one may take
+SECONDS = 20.0  # for one input
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def outcomes(cases: Iterator[tuple[str, bytes]], path: Path, use: Callable[[], Any]) -> dict[str, int]:
-    """Put each in the place of a file and use it. Nothing but our own errors, each in one line and in time."""
-    found = {"read": 0, "error": 0}
+    """Write each case to `path` and call `use`, which may raise only our own errors, each in one line and in time.
+
+    Returns:
+        How many cases were read, and how many were errors.
+    """
+    counts = {"read": 0, "error": 0}
     wrong: list[str] = []
     for name, content in cases:
         path.write_bytes(content)
         begun = time.monotonic()
         try:
             use()
-            found["read"] += 1
+            counts["read"] += 1
         except (ConfigError, StoreError, ItemError, ShardError) as error:
-            found["error"] += 1
+            counts["error"] += 1
             if "\n" in str(error) or not str(error):
                 wrong.append(f"{name}: not one line: {error!r}")
         except BaseException as error:
             wrong.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
         if time.monotonic() - begun > SECONDS:
             wrong.append(f"{name}: took {time.monotonic() - begun:.0f} s")
-    assert not wrong, f"{len(wrong)} of {sum(found.values()) + len(wrong)}:\n" + "\n".join(wrong[:20])
-    return found
+    assert not wrong, f"{len(wrong)} of {sum(counts.values()) + len(wrong)}:\n" + "\n".join(wrong[:20])
+    return counts
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "tar", "parquet", "arrow"])
@@ -81,13 +86,10 @@ def test_sources(suffix: str, tmp_path: Path) -> None:
     if suffix == "json":
         path.write_text(json.dumps(texts))
     elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(one) + "\n" for one in texts))
+        path.write_text("".join(json.dumps(item) + "\n" for item in texts))
     elif suffix == "tar":
-        members = [(f"{n}.json", json.dumps(texts[n]).encode()) for n in range(6)] + [
-            ("6.png", png()),
-            ("6.txt", b"a"),
-        ]
-        tar_of(path, members)
+        members = [(f"{n}.json", json.dumps(texts[n]).encode()) for n in range(6)]
+        tar_of(path, [*members, ("6.png", png()), ("6.txt", b"a")])
     elif suffix == "parquet":
         pq.write_table(pa.Table.from_pylist(items), path, row_group_size=2)
     else:
@@ -106,13 +108,13 @@ def test_sources(suffix: str, tmp_path: Path) -> None:
                 except ItemError:
                     continue
 
-    found = outcomes(damaged(content, 0, 70), path, use)
-    assert found["error"] > 5
+    counts = outcomes(damaged(content, 0, 70), path, use)
+    assert counts["error"] > 5
     if suffix == "json":
-        outcomes(lies(content), path, use)
+        outcomes(wrong_json(content), path, use)
 
 
-# --- datasets --------------------------------------------------------------------------------------------------------
+# --- datasets -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ FILES = ("index.json", "samples.parquet", "manifest.json", "vocabulary.json", "c
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: Path, tmp_path: Path) -> None:
+def test_datasets_with_right_hashes_and_wrong_numbers(name: str, dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(dataset, folder)
     content, manifest = (folder / name).read_bytes(), (folder / "manifest.json").read_bytes()
@@ -134,7 +136,7 @@ def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: P
     views = Views(8, 4)
 
     def agree() -> None:
-        """Make the hashes those of the files that lie there now."""
+        """Make the recorded hashes those of the files as they are now."""
         if name.endswith(".mds"):
             fields = json.loads(index)
             entry = fields["shards"][0]["raw_data"]
@@ -143,16 +145,14 @@ def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: P
             (folder / "index.json").write_text(json.dumps(fields))
         if name != "manifest.json":
             fields = json.loads(manifest)
-            fields["files"] = {one: sha256_of_file(folder / one) for one in fields["files"]}
+            fields["files"] = {file: sha256_of_file(folder / file) for file in fields["files"]}
             (folder / "manifest.json").write_text(json.dumps(fields))
 
     def train() -> None:
         agree()
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        streams = {"a": {"local": str(folder)}}
-        config = DataConfig.model_validate(
-            {"streams": streams, "packed_length": 64, "global_batch": 1, "continuous": "questions"}
-        )
+        settings = {"packed_length": 64, "global_batch": 1, "continuous": "questions"}
+        config = DataConfig.model_validate({"streams": {"a": {"local": str(folder)}}, **settings})
         sources = open_sources(config)
         check_sources(sources, config, views)
         recipe = Recipe.of(config, sources, views)
@@ -169,18 +169,16 @@ def test_datasets_whose_hashes_agree_and_whose_numbers_lie(name: str, dataset: P
 
     cases = list(damaged(content, 1, 40))
     if name.endswith(".json"):
-        cases += list(lies(content, 250))
+        cases += list(wrong_json(content, 250))
     for use in (train, look):
         outcomes(iter(cases), folder / name, use)
 
 
 def _digest(algorithm: str, path: Path) -> str:
-    import hashlib
-
     return hashlib.new(algorithm, path.read_bytes()).hexdigest()
 
 
-# --- checkpoints and weights ------------------------------------------------------------------------------------------
+# --- checkpoints and weights ----------------------------------------------------------------------
 
 
 def test_checkpoints(tmp_path: Path) -> None:
@@ -188,12 +186,13 @@ def test_checkpoints(tmp_path: Path) -> None:
     torch.save({"state": {"model": {"network.x": torch.arange(300.0)}, "callbacks": {}}}, path)
 
     def use() -> None:
-        if (found := damage(path)) is not None:
-            raise ConfigError(found)
+        problem = damage(path)
+        if problem is not None:
+            raise ConfigError(problem)
         run_folder.source_of(path).load()
 
-    found = outcomes(damaged(path.read_bytes(), 2, 80), path, use)
-    assert found["error"] > 60
+    counts = outcomes(damaged(path.read_bytes(), 2, 80), path, use)
+    assert counts["error"] > 60
 
 
 def decoder_folder(folder: Path) -> Path:
@@ -205,15 +204,10 @@ def decoder_folder(folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     model = UniToken(DecoderConfig.model_validate(DECODER), None)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        folder / "model.safetensors",
-    )
-    config = {
-        "model_type": "chameleon",
-        "vision_config": {"hidden_size": 16, "image_size": 8, "patch_size": 4},
-        **DECODER,
-    }
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    vision = {"hidden_size": 16, "image_size": 8, "patch_size": 4}
+    config = {"model_type": "chameleon", "vision_config": vision, **DECODER}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -230,7 +224,7 @@ def test_model_folders(name: str, tmp_path: Path) -> None:
         else:
             decoder_source(str(folder)).load()
 
-    cases = list(damaged(content, 3, 60)) + (list(lies(content)) if name.endswith(".json") else [])
+    cases = list(damaged(content, 3, 60)) + (list(wrong_json(content)) if name.endswith(".json") else [])
     outcomes(iter(cases), folder / name, use)
 
 
@@ -254,5 +248,5 @@ def test_text_tokenizers(name: str, tmp_path: Path) -> None:
     def use() -> None:
         load_tokenizer(str(folder)).get_vocab()
 
-    cases = list(damaged(content, 5, 20)) + list(lies(content, 60))
+    cases = list(damaged(content, 5, 20)) + list(wrong_json(content, 60))
     outcomes(iter(cases), folder / name, use)

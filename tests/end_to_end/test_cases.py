@@ -1,9 +1,10 @@
-"""Inputs that once failed (tests/data/cases), through the whole tokenization, each with what is right."""
+"""Inputs that once failed (tests/data/cases) go through the whole tokenization, each to its expected result."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,9 @@ CASES = DATA / "cases"
 
 
 def tokenized(
-    source: Path, out: Path, vqgan: Path, **changes: object
+    source: Path, out: Path, vqgan: Path, **changes: Any
 ) -> tuple[list[tuple[str, int]], list[str]]:
-    """(id, pictures) of each sample, and the reasons of the rejects."""
+    """Tokenize a source. Returns the id and the number of pictures of each sample, and the reasons of rejects."""
     run_here(settings(vqgan, **changes), source, out)
     manifest = merge(str(out))
     shards = Shards("cases", out, None, out / "stamps", None)
@@ -39,11 +40,8 @@ def tokenized(
 @pytest.mark.parametrize("name", sorted(path.name for path in (CASES / "pictures").iterdir()))
 def test_pictures(name: str, vqgan: Path, tmp_path: Path) -> None:
     good = {"id": "text", "conversations": turns("a", "b")}
-    item = {
-        "id": "picture",
-        "conversations": turns("<|image|>", "b"),
-        "image": str(CASES / "pictures" / name),
-    }
+    path = CASES / "pictures" / name
+    item = {"id": "picture", "conversations": turns("<|image|>", "b"), "image": str(path)}
     samples, reasons = tokenized(write_items(tmp_path, [good, item]), tmp_path / "out", vqgan)
     if name in ("noitem.avif", "broken2.avif", "ftex.jpg"):
         assert samples == [("text", 0)]
@@ -71,18 +69,14 @@ def test_items_and_tars_that_are_read(
     assert tokenized(CASES / source, tmp_path / "out", vqgan, adapter=adapter) == (expected, [])
 
 
-def test_the_placeholder_of_messages_stands_at_its_place() -> None:
+def test_placeholders_in_messages_keep_their_place() -> None:
     _, second = json.loads((CASES / "items" / "messages_with_placeholders.json").read_text())
     conversation = parse(find_adapter("messages")(second), "0")
-    assert [turn.segments for turn in conversation.turns] == [
-        ("Hi",),
-        ("Hello.",),
-        ("", "What is it?"),
-        ("Shapes.",),
-    ]
+    segments = [turn.segments for turn in conversation.turns]
+    assert segments == [("Hi",), ("Hello.",), ("", "What is it?"), ("Shapes.",)]
 
 
-def test_names_with_dots_are_said_to_be_one_sample(vqgan: Path, tmp_path: Path) -> None:
+def test_names_with_dots_are_reported_as_one_sample(vqgan: Path, tmp_path: Path) -> None:
     samples, reasons = tokenized(CASES / "tars" / "dotted.tar", tmp_path / "out", vqgan, adapter="caption")
     assert samples == []
     assert len(reasons) == 1
@@ -90,7 +84,7 @@ def test_names_with_dots_are_said_to_be_one_sample(vqgan: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".tar", ".parquet", ".arrow"])
-def test_a_pointer_of_git_lfs_is_named_as_one(suffix: str, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_reported_as_one(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"i{suffix}").write_bytes((CASES / "items" / "lfs.jsonl").read_bytes())
     with pytest.raises(ConfigError, match="a pointer of Git LFS, not the file itself: git lfs pull"):
         find_files([str(tmp_path / f"i{suffix}")])

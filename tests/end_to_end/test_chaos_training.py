@@ -1,4 +1,7 @@
-"""Whatever disturbs training, the curve is that of a run that nothing disturbed, bit for bit; chaos_training.py says what does."""
+"""A training run that is disturbed has the losses of an undisturbed run, bit for bit.
+
+support/chaos_training.py disturbs it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def test_a_disturbed_run_has_the_curve_of_an_undisturbed_one(events: int, tmp_pa
     }
     (ours,) = (name for name in temporary if name.startswith("unitoken-"))
     assert temporary.pop(ours) == []
-    # A launcher that is killed leaves its own two: its ranks' output, and torch's.
+    # A launcher that is killed leaves two folders: its ranks' output, and torch's.
     killed = sum(count for kind, count in figures["kinds"].items() if kind.startswith("SIGKILL launcher"))
     own = (["_remote_module_non_scriptable.py"], ["rank1.stderr.txt", "rank1.stdout.txt"])
     assert len(temporary) <= 2 * killed

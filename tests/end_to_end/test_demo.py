@@ -15,12 +15,10 @@ from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.config import StageConfig
 
 
-def test_digits_become_conversations_of_both_directions_and_held_out_ones_are_in_neither(
-    tmp_path: Path,
-) -> None:
+def test_digits_are_read_and_drawn_and_held_out_ones_are_not(tmp_path: Path) -> None:
     digits.write(tmp_path)
     captions, drawings, held_out = (
-        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("captions", "drawings", "heldout")
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("captions", "drawings", "heldout")
     )
     assert (len(captions), len(drawings), len(held_out)) == (1500 * (digits.VIEWS + 2), 1500, 297)
     for item in captions + drawings + held_out:
@@ -32,7 +30,7 @@ def test_digits_become_conversations_of_both_directions_and_held_out_ones_are_in
     assert not seen & {item["image"][0][:-6] for item in held_out}
 
 
-def test_a_picture_shrinks_back_to_about_the_digit_it_was_made_of() -> None:
+def test_a_picture_shrinks_back_to_about_its_digit() -> None:
     digit = np.zeros((8, 8))
     digit[2:6, 3:5] = 16.0
     again = digits.small(np.asarray(digits.picture(digit).convert("RGB"))).reshape(8, 8)
@@ -54,9 +52,8 @@ def test_the_report_needs_nothing_but_itself(tmp_path: Path) -> None:
     drawings = [report.Drawing(picture, "seven", "one")]
     answers = [report.Answer(picture, "two", "<b>")]
     losses = {"base": [3.0, 1.0], "stage1": [2.0, 1.0], "stage2": [1.0, 0.5]}
-    report.write_report(
-        path, figures, losses, 1, drawings, answers, [[("Draw <x>", False), ("[image 4x4]", True)]]
-    )
+    samples = [[("Draw <x>", False), ("[image 4x4]", True)]]
+    report.write_report(path, report.Report(figures, losses, 1, drawings, answers, samples))
     page = path.read_text(encoding="utf-8")
     assert 'src="http' not in page
     assert 'href="http' not in page

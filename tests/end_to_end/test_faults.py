@@ -1,11 +1,13 @@
-"""Reading from a real S3 server through a network that fails: every sample right, or one clear error in every rank."""
+"""Reading from an S3 server over a bad network gives every sample, or one clear error in every rank."""
 
 import multiprocessing
 import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ TOKENS = [tuple(record.tokens.tolist()) for record in RECORDS]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("s3")
     with started("s3", root / "store") as service, used(service):
         write_dataset(root / "store" / "bucket" / "data", RECORDS, shard_bytes=512)
@@ -32,12 +34,12 @@ def service(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch):
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(shard_cache, "PAUSE", 0.01)
 
 
-def config(service: Service, faults: Faults, folder: Path, **settings) -> DataConfig:
+def config(service: Service, faults: Faults, folder: Path, **settings: Any) -> DataConfig:
     stream = {"remote": service.url("data"), "endpoint": faults.address}
     defaults = {
         "streams": {"text": stream},
@@ -51,7 +53,7 @@ def config(service: Service, faults: Faults, folder: Path, **settings) -> DataCo
 
 
 def read_epoch(service: Service, faults: Faults, folder: Path, workers: int) -> None:
-    """Every sample of the plan, right, as often as it is there."""
+    """Read an epoch, and check that every sample of the plan comes as often as the plan has it."""
     loader = build_loader(
         config(service, faults, folder, workers=workers),
         views=None,
@@ -59,17 +61,19 @@ def read_epoch(service: Service, faults: Faults, folder: Path, workers: int) -> 
         batch_packs=4,
         compat=False,
     )
-    found: Counter[tuple[int, ...]] = Counter()
+    samples: Counter[tuple[int, ...]] = Counter()
     for batch in loader:
         for row, documents in zip(batch["input_ids"].tolist(), batch["document_ids"].tolist(), strict=True):
             for document in range(max(documents) + 1):
                 begin = documents.index(document)
-                found[tuple(row[begin : begin + documents.count(document)])] += 1
-    assert found == Counter(TOKENS[number] for number in loader.dataset.plan.ids.tolist())
+                samples[tuple(row[begin : begin + documents.count(document)])] += 1
+    assert samples == Counter(TOKENS[number] for number in loader.dataset.plan.ids.tolist())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_request_in_ten_fails_and_every_sample_is_right(service, tmp_path, workers):
+def test_every_sample_is_right_if_one_request_in_ten_fails(
+    service: Service, tmp_path: Path, workers: int
+) -> None:
     with faulty(service, rate=0.1) as faults:
         for again in range(2):
             read_epoch(service, faults, tmp_path / str(again), workers)
@@ -80,7 +84,7 @@ def test_one_request_in_ten_fails_and_every_sample_is_right(service, tmp_path, w
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_ten_thousand_shards_are_read_while_one_request_in_ten_fails(service, tmp_path):
+def test_ten_thousand_shards_are_read_from_a_bad_network(service: Service, tmp_path: Path) -> None:
     with faulty(service, rate=0.1) as faults:
         reads = again = 0
         while reads < 10_000:
@@ -93,9 +97,9 @@ def test_ten_thousand_shards_are_read_while_one_request_in_ten_fails(service, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["shard", "silent", "refused"])
-def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard_and_url(
-    service, tmp_path, loss
-):
+def test_a_lost_shard_is_an_error_in_every_rank_and_is_named(
+    loss: str, service: Service, tmp_path: Path
+) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with faulty(service, rate=0.0) as faults:
@@ -107,7 +111,7 @@ def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard
         for rank in ranks:
             rank.start()
         for _ in ranks:
-            assert results.get(timeout=120)[1] == "ready"  # the small files are here
+            assert results.get(timeout=120)[1] == "ready"  # the small files are fetched
         lost = shard_paths(Path(service.command[-3]) / "bucket" / "data")[150].name
         if loss == "shard":
             faults.lost.add(lost)
@@ -115,20 +119,20 @@ def test_what_is_lost_for_good_is_an_error_in_every_rank_that_names_stream_shard
             faults.silent.set()
         if loss != "refused":
             (tmp_path / "go").touch()
-            found = [results.get(timeout=60) for _ in ranks]
-    if loss == "refused":  # the proxy is gone
+            errors = [results.get(timeout=60)[1] for _ in ranks]
+    if loss == "refused":  # the proxy no longer runs
         (tmp_path / "go").touch()
-        found = [results.get(timeout=60) for _ in ranks]
+        errors = [results.get(timeout=60)[1] for _ in ranks]
     for rank in ranks:
         rank.join(30)
         assert rank.exitcode == 0
-    for _, words in found:
-        assert "a batch can not be read on rank" in words
-        assert f"stream 'text': the shard chunk-000000/{lost if loss == 'shard' else 'shard.'}" in words
-        assert "s3://bucket/data/chunk-000000/shard." in words
+    for error in errors:
+        assert "a batch can not be read on rank" in error
+        assert f"stream 'text': the shard chunk-000000/{lost if loss == 'shard' else 'shard.'}" in error
+        assert "s3://bucket/data/chunk-000000/shard." in error
 
 
-def _read_until_error(rank: int, settings: DataConfig, group: Path, results) -> None:
+def _read_until_error(rank: int, settings: DataConfig, group: Path, results: Any) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     shard_cache.SHARD_RETRY_SECONDS = sources.SHARD_RETRY_SECONDS = 5.0  # instead of 40
     torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)

@@ -70,7 +70,8 @@ LENGTH = 4096
 def _as_in_training() -> Iterator[None]:
     """float32 is float32: TF32 keeps 10 bits of 23. It is off by default in matrix products and on in convolutions.
 
-    And sizes are constants of what is compiled: after another test's sizes torch would take them for variables.
+    And sizes are constants of what is compiled: after another test's sizes torch would take them for
+    variables.
     """
     torch._dynamo.reset()
     decoder._compiled.cache_clear()
@@ -137,7 +138,7 @@ def test_losses_and_gradients_are_the_references(
 
 @pytest.mark.parametrize("name", ["two_understanding", "mixed_three"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flex_attention_compiled_is_sdpa_in_packs(
+def test_compiled_flex_attention_equals_sdpa_in_packs(
     variant: Variant, name: str, golden: Path, records: dict[str, Any]
 ) -> None:
     """And both are the reference's numbers, through our own packs of several documents with padding behind them."""
@@ -160,10 +161,11 @@ def test_flex_attention_compiled_is_sdpa_in_packs(
             assert (found["flex"][key] - expected).norm() <= 1e-4 * expected.norm(), key
 
 
-def test_flex_attention_compiled_keeps_documents_apart_at_real_size() -> None:
+def test_compiled_flex_attention_keeps_documents_apart() -> None:
     """32 heads of 128 in bf16: each document gets what plain causal attention gives it alone, and nothing of its neighbours.
 
-    Rounding: kernels that add in another order differ by 3e-3 of the whole, with single elements off by three hundredths.
+    Rounding: kernels that add in another order differ by 3e-3 of the whole, with single elements off by
+    three hundredths.
     """
     torch.manual_seed(0)
     layer = real_layer(dropout=0.0)
@@ -197,7 +199,7 @@ def real_layer(dropout: float) -> DecoderLayer:
     return layer.to(DEVICE, torch.bfloat16).train()
 
 
-def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
+def test_a_real_layer_keeps_the_computed_amount_of_memory() -> None:
     """Forward and backward of one layer of the 7B model over 4,096 tokens: about 1.07 GB of activations without recomputation."""
     from unitoken.train.accounting.memory import decoder_token
 
@@ -218,7 +220,8 @@ def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
     assert kept == pytest.approx(LENGTH * decoder_token(LAYER, "none", width=2, learns=True), rel=0.1)
     torch.cuda.reset_peak_memory_stats()
     out.float().square().mean().backward()
-    # The formula's working memory: gradients on the way back through the widest part, and those of the output in float32.
+    # The formula's working memory: gradients on the way back through the widest part, and those of the
+    # output in float32.
     working = (
         LENGTH * (3 * 2 * LAYER.intermediate_size + 12 * LAYER.hidden_size)
         + 3 * 4 * LENGTH * LAYER.hidden_size
@@ -232,7 +235,7 @@ def test_a_real_layer_keeps_as_much_memory_as_is_computed() -> None:
 
 
 @pytest.mark.parametrize("recomputed", ["none", "full"])
-def test_a_step_of_the_real_width_takes_no_more_memory_than_the_stage_says(recomputed: str) -> None:
+def test_a_step_needs_no_more_memory_than_the_stage_announces(recomputed: str) -> None:
     """Two layers of 32 and two of the tower's 27, Stage II on one GPU: the formula behind the README's figure for 7B."""
     from unitoken.train.accounting.memory import RUNTIME, needs
 

@@ -71,7 +71,7 @@ def start(folder: Path, run: str, *overrides: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_deterministic_stages_killed_on_a_gpu_go_on_bit_for_bit(folder: Path) -> None:
+def test_killed_deterministic_stages_on_a_gpu_resume_bit_for_bit(folder: Path) -> None:
     for name in ("full", "plain"):
         assert start(folder, f"{name}-whole", *SETTINGS[name]).wait() == 0
         killed = start(folder, f"{name}-killed", *SETTINGS[name])
@@ -87,7 +87,7 @@ def test_deterministic_stages_killed_on_a_gpu_go_on_bit_for_bit(folder: Path) ->
 
 
 @pytest.mark.parametrize("name", ["selective", "fp32"])
-def test_a_stage_on_a_gpu_learns_draws_answers_and_says_its_memory(folder: Path, name: str) -> None:
+def test_a_stage_on_a_gpu_learns_draws_and_logs_its_memory(folder: Path, name: str) -> None:
     assert start(folder, name, *SETTINGS[name]).wait() == 0
     steps = metrics(folder / name)
     assert np.isfinite([line["loss"] for line in steps]).all()

@@ -1,5 +1,6 @@
 """What the reference does wrong and this system does not, where no other test says so. Numbers are those of the list of its
-bugs that this project started from; `compat: unitoken` brings 16, 17, 22 and 29 back, and of 5 how the tower sees a picture.
+bugs that this project started from; `compat: unitoken` brings 16, 17, 22 and 29 back, and of 5 how the
+tower sees a picture.
 """
 
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_bug_16_no_separator_is_a_target(golden: Path, records: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("anyres", [False, True], ids=["base", "anyres"])
-def test_bug_17_a_drawn_image_ends_in_training_as_it_ends_when_it_is_drawn(
+def test_bug_17_a_drawn_image_ends_alike_in_training_and_drawing(
     anyres: bool, golden: Path, records: dict[str, Any]
 ) -> None:
     """After the last row comes the end of the image, and no feature of the picture that is to be drawn, nor its cost."""
@@ -118,7 +119,7 @@ def test_bug_17_a_drawn_image_ends_in_training_as_it_ends_when_it_is_drawn(
     assert reference["labels"][0, end] == SEPARATOR
 
 
-def test_bug_19_no_more_logits_exist_than_a_chunk_of_supervised_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_19_logits_exist_for_one_chunk_of_trained_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference made them for every position, in float32, and copied them twice: 8 GB at its batch of the base variant."""
     monkeypatch.setattr(loss_module, "CHUNK", 64)
     rows: list[int] = []
@@ -134,9 +135,7 @@ def test_bug_19_no_more_logits_exist_than_a_chunk_of_supervised_rows(monkeypatch
     assert sum(rows) == 2 * 4 * 50, "each supervised row forward, and again in the backward pass"
 
 
-def test_bug_20_the_tower_and_the_embedding_run_once_a_microbatch(
-    golden: Path, records: dict[str, Any]
-) -> None:
+def test_bug_20_tower_and_embedding_run_once_per_microbatch(golden: Path, records: dict[str, Any]) -> None:
     """With AnyRes the reference ran the tower for each sample, under FSDP with a gathering of its weights each, and the
     embedding four times.
     """

@@ -106,7 +106,7 @@ def test_losses_logits_and_gradients_are_the_references(
 
 @pytest.mark.parametrize("name", [name for name in BATCHES if name != "failed_image"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_in_compat_our_own_packs_give_the_references_losses_and_gradients(
+def test_our_packs_in_compat_give_the_references_gradients(
     variant: Variant, name: str, golden: Path, records: dict[str, Any], model: UniToken
 ) -> None:
     """All samples of a recorded batch in one pack, through the real collate function. What failed to decode is no sample of
@@ -144,7 +144,7 @@ def item_cases(golden: Path, *names: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_samples_pixels_are_those_of_the_references_item_processor(golden: Path) -> None:
+def test_pixels_are_those_of_the_references_item_processor(golden: Path) -> None:
     """Of several images the reference took the first alone (bug 1)."""
     found = item_cases(golden, "image", "image_transparent", "image_third", "two_images_first_is_used")
     assert len(found) == 8
@@ -158,7 +158,7 @@ def test_a_samples_pixels_are_those_of_the_references_item_processor(golden: Pat
         assert case["variant"] == "base" or list(size) == case["third"]
 
 
-def test_what_the_reference_showed_as_a_black_picture_is_an_error(golden: Path) -> None:
+def test_pictures_the_reference_replaced_by_black_are_errors(golden: Path) -> None:
     """Bug 2: a picture that can not be read became a black one with all labels masked, the separator's alone trained on."""
     for case in item_cases(golden, "not_an_image", "truncated"):
         assert set(case["labels_out"]) == {-100}

@@ -148,7 +148,7 @@ def test_an_item_without_labels_is_refused(golden: Path, vocabulary: Vocabulary)
 
 
 @pytest.mark.slow
-def test_the_command_keeps_what_pretokenize_kept_and_what_it_lost(
+def test_the_command_keeps_all_items_that_pretokenize_kept(
     golden: Path, tmp_path: Path, codes: dict[str, Codes]
 ) -> None:
     """Three ranks over the recorded input: the same tokens for what the reference wrote, a sample for the text-only item

@@ -44,7 +44,7 @@ PRIVATE += [
 ]
 
 
-# --- URLs ------------------------------------------------------------------------------------------------------------
+# --- URLs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_url_is_shown_without_user_password_and_query(text: str, expected: str
 
 
 @pytest.mark.parametrize("kind", [ConfigError, StoreError, MissingError, ItemError, ShardError])
-def test_no_error_of_ours_holds_a_secret_also_when_it_comes_from_another_process(kind: Any) -> None:
+def test_no_error_contains_a_secret_even_from_another_process(kind: Any) -> None:
     error = kind("https://me:secret@host/a.tar?sig=secret: not there")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "https://host/a.tar: not there"
 
@@ -105,7 +105,7 @@ def test_signed_urls_leave_no_trace_in_a_dataset(tmp_path: Path, served: Server,
     assert not [path for path, data in stored.items() if b"secret" in data]
 
 
-# --- the network -----------------------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_addresses_that_are_public(address: str) -> None:
         "0",
     ],
 )
-def test_a_private_host_is_refused_by_whatever_name(served: Server, host: str) -> None:  # noqa: F811
+def test_a_private_host_is_refused_under_every_name(served: Server, host: str) -> None:  # noqa: F811
     served.files["/a.png"] = b"abc"
     with pytest.raises(ItemError, match=r"^image not allowed: .*allow_private=true"):
         PictureReader(True, False, 5.0).read(".", f"http://{host}:{served.server_port}/a.png", 1000)
@@ -173,7 +173,7 @@ def test_a_redirect_to_a_private_host_is_refused(served: Server, monkeypatch: py
     assert served.asked == ["/a.png"]
 
 
-def test_a_name_that_changes_its_address_between_look_and_connection_is_refused(
+def test_a_name_that_changes_its_address_is_refused(
     served: Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -212,10 +212,12 @@ def test_credentials_are_never_taken_from_netrc(
     assert seen == [None, None, "Bearer token", "Basic bWU6cGFzcw==", None]
 
 
-# --- the scratch folder ----------------------------------------------------------------------------------------------
+# --- the scratch folder ---------------------------------------------------------------------------
 
 
-def test_the_scratch_folder_is_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scratch_folder_belongs_to_the_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(files.getpass, "getuser", lambda: "me")
     path = tmp_path / "unitoken-me"
@@ -236,7 +238,7 @@ def test_the_scratch_folder_is_a_folder_of_ones_own(tmp_path: Path, monkeypatch:
         files.scratch_folder()
 
 
-# --- the page itself -------------------------------------------------------------------------------------------------
+# --- the page itself ------------------------------------------------------------------------------
 
 
 def test_every_line_of_security_md_names_a_test_that_exists() -> None:

@@ -86,9 +86,7 @@ def cloud(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield service
 
 
-def test_runs_and_workers_killed_at_random_moments_lose_nothing_and_change_nothing(
-    expected: Undisturbed, tmp_path: Path
-) -> None:
+def test_kills_at_random_moments_lose_and_change_nothing(expected: Undisturbed, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     soak.kill_again_and_again(expected.source, out, expected.size)
     soak.finish(expected.source, out, expected.size, "--splits", "2")
@@ -138,7 +136,7 @@ def test_a_bucket_gets_the_same_bytes_and_streaming_reads_them(
 
 
 @pytest.mark.cloud
-def test_a_bucket_that_goes_away_ends_the_run_and_the_same_command_goes_on(
+def test_a_run_resumes_after_its_bucket_was_unreachable(
     short: Undisturbed, cloud: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from unitoken.tokenize.__main__ import app
@@ -168,7 +166,7 @@ def test_a_bucket_that_goes_away_ends_the_run_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_ends_the_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_run_resumes_after_its_disk_was_full(tmp_path: Path) -> None:
     """No file may be longer than 60 kB, which the shards are: the system's error is another number, nothing else."""
     size = soak.Size(items=600, chunk_size=300, kills=0)
     source, out = soak.make_source(tmp_path / "source", size.items), str(tmp_path / "out")

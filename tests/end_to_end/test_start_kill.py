@@ -111,7 +111,8 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0], (
             all_jobs[0].folder / "log.txt"
         ).read_text()[-2000:]
-        # What a killed program of somebody else's leaves, its resource tracker removes in a moment; ours would stay.
+        # What a killed program of somebody else's leaves, its resource tracker removes in a moment; ours
+        # would stay.
         wait_for(lambda: nobodys(files(Path("/dev/shm")) - shared_before) == {others.name}, seconds=30)
         assert others.read_bytes() == b"1"
     finally:
@@ -136,7 +137,7 @@ def run_cycles(root: Path, jobs: int, cycles: int) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_side_by_side_start_again_after_every_kill_and_leave_nothing(tmp_path):
+def test_jobs_start_again_after_every_kill_and_leave_nothing(tmp_path):
     run_cycles(tmp_path, jobs=2, cycles=2)
 
 

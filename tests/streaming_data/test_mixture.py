@@ -8,7 +8,7 @@ import pytest
 from support.small_datasets import make_record, small_vocabulary, text_records, write_dataset, write_manifest
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.images import crops
+from unitoken.dataset.images import allowed_crops
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, load_manifest
 from unitoken.streaming_data.check import check_mixture, check_streams_vocabulary, other_codes
 from unitoken.streaming_data.settings import DataConfig
@@ -297,7 +297,7 @@ def test_the_crops_of_a_mixture_are_those_of_its_pictures_the_most_frequent_firs
     many = dataset("many", 5, crop="aspect", target_size=64)
     text = dataset("text", 0, crop="square", target_size=512)
     config = settings(tmp_path, {"few": {"local": few}, "many": {"remote": many}, "text": {"local": text}})
-    aspect = crops("aspect", 64, 32)
+    aspect = allowed_crops("aspect", 64, 32)
     assert len(aspect) > 2
     assert crops_of([source.manifest for source in open_sources(config)]) == aspect
     assert (64, 64) in aspect

@@ -1,18 +1,21 @@
-"""Bad inputs, made from good ones: bytes cut, flipped, replaced; every value of a JSON file replaced by every lie."""
+"""Bad inputs made from good ones: damaged bytes, and JSON files with wrong values."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-LIES: tuple[Any, ...] = (None, -1, 10**12, 0, 1.5, True, "", "x", "../x", [], {}, [None], "\ud800")
+WRONG_VALUES: tuple[Any, ...] = (None, -1, 10**12, 0, 1.5, True, "", "x", "../x", [], {}, [None], "\ud800")
 
 
 def damaged(content: bytes, seed: int, count: int) -> Iterator[tuple[str, bytes]]:
-    """`count` or so: nothing, junk, cuts, flipped bits, bytes that are lost or put in, parts that are swapped."""
+    """Damage `content` in about `count` ways.
+
+    The first are empty or junk; in the others bytes are cut, flipped, lost, inserted, swapped or zeroed.
+    """
     choice = random.Random(seed)
     yield "empty", b""
     yield "junk", bytes(choice.randrange(256) for _ in range(200))
@@ -20,9 +23,8 @@ def damaged(content: bytes, seed: int, count: int) -> Iterator[tuple[str, bytes]
     yield "text", b"<html>not here</html>"
     for number in range(max(0, count - 4)):
         at = choice.randrange(len(content))
-        other = choice.randrange(len(content))
+        low, high = sorted((at, choice.randrange(len(content))))
         kind = ("cut", "flip", "lost", "put in", "swapped", "zeroed")[number % 6]
-        low, high = sorted((at, other))
         new = {
             "cut": content[:at],
             "flip": content[:at] + bytes([content[at] ^ (1 << choice.randrange(8))]) + content[at + 1 :],
@@ -34,29 +36,32 @@ def damaged(content: bytes, seed: int, count: int) -> Iterator[tuple[str, bytes]
         yield f"{kind} {number}", new
 
 
-def lies(content: bytes, most: int = 10**9, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Each value of a JSON file, once as each of `LIES`, once missing; `most` of them, drawn at random."""
+def wrong_json(content: bytes, most: int = 10**9, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Replace each value of a JSON file by each wrong value, or remove it; `most` of these, at random."""
     document = json.loads(content)
-    found = []
+    changes = []
     for path in _paths(document):
-        found += [(path, lie) for lie in LIES] + [(path, "(missing)")]
-    random.Random(seed).shuffle(found)
-    for path, lie in found[:most]:
-        other = copy.deepcopy(document)
-        place = other
+        changes += [(path, value) for value in WRONG_VALUES] + [(path, "(missing)")]
+    random.Random(seed).shuffle(changes)
+    for path, value in changes[:most]:
+        changed = copy.deepcopy(document)
+        place = changed
         for key in path[:-1]:
             place = place[key]
-        if lie == "(missing)":
+        if value == "(missing)":
             del place[path[-1]]
         else:
-            place[path[-1]] = lie
-        yield f"{'.'.join(map(str, path))} = {lie!r}", json.dumps(other).encode()
+            place[path[-1]] = value
+        yield f"{'.'.join(map(str, path))} = {value!r}", json.dumps(changed).encode()
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
-    )
+    """The keys that lead to each value; of a list, the first three items."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value[:3])
     for key, part in items:
         yield (*path, key)
         yield from _paths(part, (*path, key))

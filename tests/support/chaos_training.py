@@ -1,12 +1,16 @@
-"""A run of two ranks that is disturbed again and again, under the real launcher: support/chaos_training.py FOLDER EVENTS
+"""Train with two ranks under the real launcher, and disturb the run again and again.
 
-Prints one JSON object: how many of each event, and seconds. The run's curve is left in FOLDER/run/metrics.jsonl, the
-undisturbed one's in FOLDER/undisturbed/metrics.jsonl.
+    python tests/support/chaos_training.py FOLDER EVENTS
+
+It kills, stops and starves the run, and damages its checkpoints. It prints one JSON object with the number
+of each event and the seconds. The losses are in FOLDER/run/metrics.jsonl, and those of an undisturbed run
+in FOLDER/undisturbed/metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -20,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.paths import ROOT
@@ -27,30 +32,36 @@ from support.stages import write_data, write_stage
 
 STEPS = 36  # 4 epochs of 9
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-WHO = ("one rank", "all ranks", "launcher")
-PATIENCE = 120.0  # seconds until a start must have come to its moment, or its end
+TARGETS = ("one rank", "all ranks", "launcher")
+MOMENTS = ("starting", "planning", "training", "saving")
+WAIT_SECONDS = 120.0  # until a run must have come to its moment, or its end
+EXPORTING_KILLED = "SIGKILL all ranks exporting"
+
+
+class Event(NamedTuple):
+    """What happens to a run."""
+
+    name: str  # a signal, or another kind of trouble
+    target: str = ""  # of a signal
+    moment: str = "training"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.target} {self.moment}" if self.target else self.name
 
 
 class Start:
-    """The stage's command, started once."""
+    """One start of the stage's command."""
 
     def __init__(self, folder: Path, name: str, *overrides: str, small_files: bool = False) -> None:
-        def limit() -> None:  # as a full disk: no file can grow beyond it
+        def limit() -> None:  # no file can grow beyond it, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
         self.run = folder / name
         self._log = open(folder / f"{name}.log", "ab")  # noqa: SIM115 - closed in `wait`
         composer = str(Path(sys.executable).parent / "composer")
+        command = [composer, "-n", "2", "train.py", str(folder / "tiny.yaml"), f"save.folder={self.run}"]
         self.process = subprocess.Popen(
-            [
-                composer,
-                "-n",
-                "2",
-                "train.py",
-                str(folder / "tiny.yaml"),
-                f"save.folder={self.run}",
-                *overrides,
-            ],
+            [*command, *overrides],
             cwd=ROOT,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -60,17 +71,12 @@ class Start:
         )
 
     def ranks(self) -> list[int]:
-        found = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid), "-f", "train.py"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return [int(pid) for pid in found.stdout.split()]
+        """The ids of the ranks' processes."""
+        return [int(pid) for pid in _pgrep("-P", str(self.process.pid), "-f", "train.py")]
 
     def until(self, moment: Callable[[], bool]) -> bool:
-        """False where the run ended before."""
-        end = time.monotonic() + PATIENCE
+        """Wait for a moment. Returns False where the run ended before it."""
+        end = time.monotonic() + WAIT_SECONDS
         while not moment():
             if self.process.poll() is not None:
                 return False
@@ -78,50 +84,46 @@ class Start:
             time.sleep(0.002)
         return True
 
-    def send(self, who: str, number: int, choice: random.Random) -> None:
+    def send(self, target: str, number: int, choice: random.Random) -> None:
+        """Send a signal to one rank, to all ranks or to the launcher."""
         ranks = self.ranks()
-        pids = {
-            "one rank": ranks and [choice.choice(ranks)],
-            "all ranks": ranks,
-            "launcher": [self.process.pid],
-        }[who]
-        for pid in pids:
+        if target == "one rank":
+            ranks = ranks and [choice.choice(ranks)]
+        for pid in [self.process.pid] if target == "launcher" else ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def wait(self) -> int:
-        status = self.process.wait(PATIENCE)
+        status = self.process.wait(WAIT_SECONDS)
         self._log.close()
         return status
 
 
-def orphans(folder: Path) -> list[str]:
-    found = subprocess.run(
-        ["pgrep", "-f", f"train.py.*{folder}"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.split()
+def _pgrep(*arguments: str) -> list[str]:
+    return subprocess.run(["pgrep", *arguments], capture_output=True, text=True, check=False).stdout.split()
 
 
-def gone(folder: Path) -> None:
-    """Ranks whose launcher was killed end, too."""
+def wait_for_orphans(folder: Path) -> None:
+    """Wait until all ranks have ended, also those whose launcher was killed."""
     end = time.monotonic() + 40
-    while left := orphans(folder):
-        assert time.monotonic() < end, f"orphans: {left}"
+    while orphans := _pgrep("-f", f"train.py.*{folder}"):
+        assert time.monotonic() < end, f"orphans: {orphans}"
         time.sleep(0.05)
 
 
 def steps(run: Path) -> int:
+    """The number of steps that a run has logged."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def damage(run: Path, kind: str) -> bool:
-    """The newest of two checkpoints or more."""
+def damage(run: Path, event: Event) -> bool:
+    """Damage the newest checkpoint where there is another to resume from. Returns whether there is."""
     saved = sorted(run.glob("step-*.pt"))
     if len(saved) < 2:
         return False
     content = bytearray(saved[-1].read_bytes())
-    if kind == "cut":
+    if event.name == "cut checkpoint":
         content = content[:-1000]
     else:
         content[len(content) // 2] ^= 1
@@ -129,84 +131,101 @@ def damage(run: Path, kind: str) -> bool:
     return True
 
 
+def all_events(choice: random.Random) -> list[Event]:
+    """Every signal at every moment, and twice each other kind of trouble, in random order."""
+    signals = [Event(name, target, moment) for target in TARGETS for name in SIGNALS for moment in MOMENTS]
+    stopped, full = [Event("SIGSTOP")] * 2, [Event("disk full")] * 2
+    events = signals + stopped + full + [Event("cut checkpoint"), Event("flipped checkpoint")] * 2
+    choice.shuffle(events)
+    return events
+
+
 def disturb(folder: Path, count: int, seed: int) -> Counter[str]:
-    """`count` events, then to the end."""
+    """Let `count` events happen to the run, then kill it while it exports, then let it finish."""
     choice, run = random.Random(seed), folder / "run"
+    events = itertools.cycle(all_events(choice))
     done: Counter[str] = Counter()
-    kinds = [
-        (who, name, moment)
-        for who in WHO
-        for name in SIGNALS
-        for moment in ("starting", "planning", "training", "saving")
-    ]
-    kinds += (
-        [("", "SIGSTOP", "")] * 2
-        + [("", "disk full", "")] * 2
-        + [("", "cut checkpoint", ""), ("", "flipped checkpoint", "")] * 2
-    )
-    choice.shuffle(kinds)
-    export = f"save.export={folder}/model"
-    number = 0
     while sum(done.values()) < count:
-        who, name, moment = kinds[number % len(kinds)]
-        number += 1
-        if name in ("cut checkpoint", "flipped checkpoint"):
-            done[name] += damage(run, name.partition(" ")[0])
+        event = next(events)
+        if event.name in ("cut checkpoint", "flipped checkpoint"):
+            done[event.name] += damage(run, event)
             continue
-        if moment == "planning":
+        if event.moment == "planning":
             shutil.rmtree(folder / "cache" / "plans", ignore_errors=True)
-        before = steps(run)
-        start = Start(folder, "run", export, small_files=name == "disk full")
-        moments: dict[str, Callable[[], bool]] = {
-            "starting": lambda start=start: len(start.ranks()) == 2,  # type: ignore[misc]
-            "planning": lambda: (
-                any((folder / "cache" / "plans").glob("*/.aside-*"))
-                or any((folder / "cache").glob("plans/*/epoch-*"))
-            ),
-            "saving": lambda: any(run.glob(".aside-step-*")),
-            "training": lambda before=before: steps(run) not in (before, 0) and steps(run) % 3 == 1,  # type: ignore[misc]
-        }
-        if name == "disk full":
-            assert start.wait() == 1
-        elif start.until(moments[moment or "training"]):
-            if name == "SIGSTOP":
-                rank = choice.choice(start.ranks())
-                os.kill(rank, signal.SIGSTOP)
-                time.sleep(2)
-                os.kill(rank, signal.SIGCONT)
-                at = steps(run)
-                start.until(lambda at=at: steps(run) > at)  # type: ignore[misc]
-                start.send("launcher", signal.SIGTERM, choice)
-            else:
-                start.send(who, SIGNALS[name], choice)
-            start.wait()
-        else:
-            start.wait()
-            if steps(run) >= STEPS:  # it came to its end before the moment: once more from the beginning
-                shutil.rmtree(run)
-                continue
-        gone(folder)
-        done[" ".join(filter(None, (name, who, moment)))] += 1
-    while True:  # and while exporting, once
-        start = Start(folder, "run", export)
+        happened = start_and_disturb(folder, event, choice)
+        if not happened and steps(run) >= STEPS:  # it ended before the moment: begin again
+            shutil.rmtree(run)
+            continue
+        wait_for_orphans(folder)
+        done[str(event)] += 1
+    kill_while_exporting(folder, choice, done)
+    assert Start(folder, "run", export_to(folder)).wait() == 0
+    wait_for_orphans(folder)
+    return done
+
+
+def start_and_disturb(folder: Path, event: Event, choice: random.Random) -> bool:
+    """Start the run, and let the event happen. Returns False where the run ended before its moment."""
+    before = steps(folder / "run")
+    start = Start(folder, "run", export_to(folder), small_files=event.name == "disk full")
+    if event.name == "disk full":
+        assert start.wait() == 1
+        return True
+    if not start.until(lambda: has_come(event.moment, folder, start, before)):
+        start.wait()
+        return False
+    if event.name == "SIGSTOP":
+        stop_for_a_while(start, choice)
+        start.send("launcher", signal.SIGTERM, choice)
+    else:
+        start.send(event.target, SIGNALS[event.name], choice)
+    start.wait()
+    return True
+
+
+def has_come(moment: str, folder: Path, start: Start, before: int) -> bool:
+    """Whether a run that began with `before` steps is at a moment."""
+    run, plans = folder / "run", folder / "cache" / "plans"
+    if moment == "starting":
+        return len(start.ranks()) == 2
+    if moment == "planning":
+        return any(plans.glob("*/.aside-*")) or any(plans.glob("*/epoch-*"))
+    if moment == "saving":
+        return any(run.glob(".aside-step-*"))
+    return steps(run) not in (before, 0) and steps(run) % 3 == 1
+
+
+def stop_for_a_while(start: Start, choice: random.Random) -> None:
+    """Stop a rank for two seconds, and wait until the run makes another step."""
+    rank = choice.choice(start.ranks())
+    os.kill(rank, signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(rank, signal.SIGCONT)
+    at = steps(start.run)
+    start.until(lambda: steps(start.run) > at)
+
+
+def kill_while_exporting(folder: Path, choice: random.Random, done: Counter[str]) -> None:
+    """Kill the finished run while it exports its model, until an export succeeds or for four times."""
+    while done[EXPORTING_KILLED] <= 3:
+        start = Start(folder, "run", export_to(folder))
         if start.until(lambda: any(folder.glob(".aside-model-*"))):
             start.send("all ranks", signal.SIGKILL, choice)
-            done["SIGKILL all ranks exporting"] += 1
+            done[EXPORTING_KILLED] += 1
         status = start.wait()
-        gone(folder)
-        if status == 0 or done["SIGKILL all ranks exporting"] > 3:
-            break
-    final = Start(folder, "run", export)
-    assert final.wait() == 0
-    gone(folder)
-    return done
+        wait_for_orphans(folder)
+        if status == 0:
+            return
+
+
+def export_to(folder: Path) -> str:
+    return f"save.export={folder}/model"
 
 
 def main(folder: Path, count: int, seed: int = 0) -> None:
     (folder / "tmp").mkdir(parents=True)
-    with tempfile.TemporaryDirectory(
-        dir="/tmp"
-    ) as short:  # where paths are long ranks have no folder of their own
+    # With a long path, the ranks' sockets would not fit into a temporary folder of their own.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
         (Path(short) / "t").symlink_to(folder / "tmp")
         os.environ["SHORT_TMPDIR"] = f"{short}/t"
         run(folder, count, seed)
@@ -220,16 +239,9 @@ def run(folder: Path, count: int, seed: int) -> None:
     begun = time.monotonic()
     done = disturb(folder, count, seed)
     left = sorted(path.name for path in Path("/dev/shm").iterdir() if path.name not in shared)
-    print(
-        json.dumps(
-            {
-                "events": sum(done.values()),
-                "kinds": done,
-                "seconds": round(time.monotonic() - begun),
-                "left_in_shm": left,
-            }
-        )
-    )
+    seconds = round(time.monotonic() - begun)
+    result = {"events": sum(done.values()), "kinds": done, "seconds": seconds, "left_in_shm": left}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes on this machine, one CPU each.
 
-It has a password of its own: where none is set Ray makes one for its user's home, and every later cluster finds it there.
+It has a token of its own. Without one Ray would write a token to the user's home, where every later cluster
+would find it.
 """
 
 from __future__ import annotations
@@ -19,38 +20,29 @@ from pathlib import Path
 
 from support.services import free_port
 
-OBJECT_STORE = 100 << 20  # bytes; by itself Ray takes a third of the memory
+OBJECT_STORE = 100 << 20  # bytes; Ray's default is a third of the memory
 START_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Cluster:
-    environment: dict[str, str]  # of those who join it
+    environment: dict[str, str]  # of a process that connects to it
     nodes: tuple[int, int]  # the process groups of the head and of the other node
 
     def kill_node(self) -> None:
-        """All processes of the node that is not the head, at once."""
+        """Kill all processes of the node that is not the head, at once."""
         os.killpg(self.nodes[1], signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Cluster]:
+    """Start the cluster, and stop it at the end."""
     port, environment = free_port(), private()
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the names of its sockets may have 107 letters
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path has at most 107 characters
     groups: list[int] = []
     try:
-        groups.append(
-            _start(
-                environment,
-                "--head",
-                "--port",
-                str(port),
-                "--include-dashboard",
-                "false",
-                "--temp-dir",
-                folder,
-            )
-        )
+        head = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder]
+        groups.append(_start(environment, *head))
         groups.append(_start(environment, "--address", f"127.0.0.1:{port}"))
         yield Cluster(environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, (groups[0], groups[1]))
     finally:
@@ -61,12 +53,12 @@ def two_nodes() -> Iterator[Cluster]:
 
 
 def private() -> dict[str, str]:
-    """The environment of a Ray that leaves nothing in its user's home and tells nobody of its use."""
+    """The environment with which Ray writes nothing to the user's home and reports no usage."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _start(environment: dict[str, str], *arguments: str) -> int:
-    """A node in a process group of its own, whose number is returned."""
+    """Start a node in a process group of its own. Returns the group's id."""
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray), "start", *arguments, "--num-cpus", "1", "--num-gpus", "0", "--disable-usage-stats"]
     command += ["--object-store-memory", str(OBJECT_STORE)]

@@ -1,10 +1,11 @@
-"""Pictures in every format, and what is read of them."""
+"""Pictures encoded in every format, and functions to read them back."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decode
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -26,23 +27,26 @@ def gradient(width: int = 40, height: int = 24) -> Image.Image:
 
 
 def pixels(data: bytes) -> list[int]:
-    return np.asarray(decode(data)).reshape(-1).tolist()
+    """The decoded picture's numbers, in one row."""
+    return list(np.asarray(decode(data)).reshape(-1).tolist())
 
 
 def reason(data: bytes) -> str:
+    """The message of the error that a picture is rejected with."""
     with pytest.raises(ImageError) as error:
         decode(data)
     return str(error.value)
 
 
 def chunk(kind: bytes, data: bytes, broken: bool = False) -> bytes:
+    """A chunk of a PNG; `broken`: with a wrong checksum."""
     checksum = zlib.crc32(kind + data) ^ (0xFF if broken else 0)
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 
-
+# A program that prints by how many MB its peak memory grows when it decodes the picture on its stdin.
 PEAK = """
 import io, re, sys
 from PIL import Image
@@ -56,7 +60,7 @@ print(peak() - before)
 
 
 def seeds() -> dict[str, bytes]:
-    """Small pictures of every format, in several of its ways."""
+    """Small pictures in every format, some in several variants."""
     image, grey = gradient(), Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     clear = image.convert("RGBA")
     clear.putalpha(grey.resize(clear.size))

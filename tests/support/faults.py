@@ -1,4 +1,6 @@
-"""A proxy before a real object store that does what networks do: delays, cuts, corrupts, answers wrongly, or not at all.
+"""A proxy in front of an object store that behaves like a bad network.
+
+It delays, cuts or corrupts answers, gives wrong ones, or none at all.
 
 with faulty(service, rate=0.1) as faults:
     ... StreamConfig(remote=service.url("data"), endpoint=faults.address)
@@ -25,25 +27,23 @@ KINDS = ("delay", "cut", "corrupt", "500", "503", "404", "reset")
 @dataclass
 class Faults:
     port: int
-    rate: float  # of the requests for shards
+    rate: float  # share of the requests for shards that fail
     random: random.Random = field(default_factory=lambda: random.Random(0))
-    lost: set[str] = field(default_factory=set)  # what no request finds, by the ends of names
-    silent: threading.Event = field(
-        default_factory=threading.Event
-    )  # set: requests are taken and never answered
+    lost: set[str] = field(default_factory=set)  # names whose ends match are never found
+    silent: threading.Event = field(default_factory=threading.Event)  # while set, no request is answered
     over: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
     address: str = ""
 
     def draw(self, path: str) -> str:
+        """Decide what happens to a request, and count it."""
         if any(path.endswith(name) for name in self.lost):
             return "lost"
-        kind = (
-            self.random.choice(KINDS)
-            if path.endswith(".mds") and self.random.random() < self.rate
-            else "passed"
-        )
-        self.counts[kind if path.endswith(".mds") else "others"] += 1
+        if not path.endswith(".mds"):
+            self.counts["others"] += 1
+            return "passed"
+        kind = self.random.choice(KINDS) if self.random.random() < self.rate else "passed"
+        self.counts[kind] += 1
         return kind
 
 
@@ -96,11 +96,12 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients go away in the middle: that is what is tested."""
+        """Print nothing: clients that disconnect in the middle are part of the tests."""
 
 
 @contextlib.contextmanager
 def faulty(service: Service, rate: float) -> Iterator[Faults]:
+    """Run the proxy in a thread of this process."""
     faults = Faults(service.port, rate)
     with _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"faults": faults})) as server:
         faults.address = f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""Keys for servers of the tests: made anew each time, good for nothing else."""
+"""Keys for the servers of the tests; they are made anew each time and open nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def write_service_account(path: Path, tokens: int) -> None:
+def write_service_account(path: Path, token_port: int) -> None:
+    """Write a Google service account whose tokens come from a server on `token_port` of this machine."""
     from cryptography.hazmat.primitives import serialization
 
     pem = _rsa().private_bytes(
@@ -21,12 +22,13 @@ def write_service_account(path: Path, tokens: int) -> None:
         "project_id": "none",
         "private_key": pem.decode(),
         "client_email": "tests@none.invalid",
-        "token_uri": f"http://127.0.0.1:{tokens}/token",
+        "token_uri": f"http://127.0.0.1:{token_port}/token",
     }
     path.write_text(json.dumps(account))
 
 
 def write_certificate(key_path: Path, path: Path, host: str) -> None:
+    """Write a self-signed certificate for `host`, and its key."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 

@@ -1,4 +1,4 @@
-"""Where the repository and the tests' own files are."""
+"""The folders of the repository and of the tests' files."""
 
 from pathlib import Path
 

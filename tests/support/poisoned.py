@@ -1,4 +1,7 @@
-"""train.py with a loss that is not a number, at some steps and on one rank:  python poisoned.py 3,4 1 STAGE.yaml a.b=c ..."""
+"""Run train.py with a loss that is NaN at some steps on one rank.
+
+python poisoned.py 3,4 1 STAGE.yaml a.b=c ...       steps 3 and 4, rank 1
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ from unitoken.train.model.unitoken import UniToken
 
 
 def poisoned(steps: Sequence[int], microbatches: int, factor: float = torch.nan) -> Callable[..., Any]:
-    """A forward pass whose loss, in training, is multiplied by `factor` in the last microbatch of these steps, from 1."""
+    """Make a forward pass that multiplies the loss by `factor` in the last microbatch of some training steps.
+
+    Args:
+        steps: counted from 1.
+        microbatches: in each step.
+        factor: NaN by default.
+    """
     real, calls = UniToken.forward, 0
 
     def forward(self: UniToken, batch: Any) -> Any:
@@ -33,6 +42,7 @@ def poisoned(steps: Sequence[int], microbatches: int, factor: float = torch.nan)
 if __name__ == "__main__":
     steps, rank, *arguments = sys.argv[1:]
     if os.environ["RANK"] == rank:
-        UniToken.forward = poisoned([int(step) for step in steps.split(",")], microbatches=2)  # type: ignore[method-assign]
+        forward = poisoned([int(step) for step in steps.split(",")], microbatches=2)
+        UniToken.forward = forward  # type: ignore[method-assign]
     sys.argv = ["train.py", *arguments]
     runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""What the tests that kill processes share."""
+"""Functions for tests that kill processes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
+    """The ids of a process's children."""
     return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def workers(pid: int) -> list[int]:
-    """Those of the children that tokenize; another one only counts resources."""
+    """The ids of the children that tokenize; multiprocessing's resource tracker is a child too."""
     return [child for child in children(pid) if b"spawn_main" in _command(child)]
 
 
@@ -24,7 +25,7 @@ def _command(pid: int) -> bytes:
 
 
 def alive(pid: int) -> bool:
-    """Not a zombie either: an orphan's end is its new parent's to take note of."""
+    """Whether a process runs. A zombie does not: an orphan stays one until its new parent collects it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -32,6 +33,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    """Wait until `condition` is true, and fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -1,4 +1,4 @@
-"""The batches of the reference, made of what was recorded from it (tests/data/golden), to hold our model against its numbers."""
+"""The reference's batches, rebuilt from its recording in tests/data/golden, to compare our model with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,18 +31,18 @@ IMAGE_IDS = range(4, 8196)  # IMGIMGAZ ... IMGIMGIBJBZ
 class Sample(NamedTuple):
     tokens: list[int]
     labels: list[int]
-    pixels: Pixels  # (V, 3, 384, 384) of its first image; a text-only sample has one, too, for its padding
-    layout: np.ndarray  # (F,) view * 729 + patch, or NEWLINE
+    pixels: Pixels  # (V, 3, 384, 384) of its first image; a text-only sample has a black one
+    layout: npt.NDArray[np.int64]  # (F,) view * 729 + patch, or NEWLINE
 
 
 def read_records(golden: Path) -> dict[str, Any]:
-    """By id: the tokens and labels of part A."""
+    """Read the recorded tokens and labels (part A) by the id of their item."""
     lines = (golden / "dev/A_tokenization.jsonl").read_text(encoding="utf-8").splitlines()
     return {record["id"]: record for record in map(json.loads, lines)}
 
 
 def read_model(golden: Path) -> UniToken:
-    """The recording's tiny model, in float32 and in training."""
+    """Load the tiny model of the recording in float32 and in training mode."""
     assets = golden / "assets"
     decoder, vision = str(assets / "lm"), str(assets / "siglip")
     config = ModelConfig(decoder=decoder, vision=vision, dropout=0.0)
@@ -55,8 +56,10 @@ def read_model(golden: Path) -> UniToken:
 
 
 def sample(golden: Path, record: dict[str, Any], variant: Variant, failed: bool = False) -> Sample:
-    """A record with its first image. Without one, or with one that `failed`, the reference takes one black view, and masks
-    all labels of the latter.
+    """Make the reference's sample of a record with its first image.
+
+    Where there is no image, or where it `failed` to load, the reference takes one black view; it masks all
+    labels of a sample whose image failed.
     """
     image = record["record"].get("image")
     labels = [IGNORED] * len(record["labels"]) if failed else record["labels"]
@@ -70,7 +73,7 @@ def sample(golden: Path, record: dict[str, Any], variant: Variant, failed: bool 
 
 
 def samples_of(golden: Path, records: dict[str, Any], case: dict[str, Any]) -> list[Sample]:
-    """Those of a batch of part D; their pixels are the recorded ones to the bit."""
+    """Make the samples of a recorded batch (part D), and check that their pixels are the recorded ones."""
     found = []
     for entry in case["samples"]:
         failed = entry["labels_all_masked"]
@@ -81,33 +84,33 @@ def samples_of(golden: Path, records: dict[str, Any], case: dict[str, Any]) -> l
 
 
 def sha256_of(pixels: Pixels) -> str:
-    """Of the float32 numbers that the reference's processor makes of them."""
+    """Hash the float32 pixels as the reference's processor makes them."""
     normalised = ((pixels / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
     return hashlib.sha256(np.ascontiguousarray(normalised).tobytes()).hexdigest()
 
 
 def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[str, Tensor]:
-    """The batch of the reference: cropped, padded with id 0 on the right, features and newlines put before the end of the
-    image, one document a row with positions over the padding too.
+    """Make a batch as the reference does.
+
+    Samples are cropped and padded with id 0 on the right; features and newlines are inserted before the end
+    of the image; each row is one document, whose positions go on over the padding.
     """
-    # It pads to the longest before it inserts, and what has no image by as much as the longest of the images takes.
-    longest = (
-        max(min(len(one.tokens), max_length) for one in samples) + max(len(one.layout) for one in samples) + 1
-    )
+    # It pads to the longest sample before it inserts, and then adds room for the longest image to every row.
+    longest_text = max(min(len(one.tokens), max_length) for one in samples)
+    longest = longest_text + max(len(one.layout) for one in samples) + 1
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     targets = torch.full((len(samples), longest), IGNORED)
     pixels: list[Pixels] = [np.zeros((0, 3, 384, 384), np.uint8)]
     view_rows: list[int] = []
-    features: list[np.ndarray] = [np.zeros((0, 4), np.int64)]  # row, column, view, patch
+    features = [np.zeros((0, 4), np.int64)]  # row, column, view, patch
     for row, one in enumerate(samples):
         tokens, labels = one.tokens[:max_length], one.labels[:max_length]
         if IMAGE_END in tokens:
             at = tokens.index(IMAGE_END)
             places = np.flatnonzero(one.layout != NEWLINE)
             view, patch = np.divmod(one.layout[places], 729)
-            features.append(
-                np.stack([np.full(len(places), row), at + 1 + places, view + len(view_rows), patch], axis=1)
-            )
+            rows = np.full(len(places), row)
+            features.append(np.stack([rows, at + 1 + places, view + len(view_rows), patch], axis=1))
             pixels.append(one.pixels)
             view_rows += [row] * len(one.pixels)
             inserted = np.where(one.layout == NEWLINE, NEWLINE_ID, 0).tolist()
@@ -130,13 +133,12 @@ def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[s
 
 
 def record_of(golden: Path, record: dict[str, Any]) -> Record:
-    """As `tokenize` would write it, with its image as encoded bytes."""
+    """Make the record that `tokenize` would write, with its images as encoded bytes."""
     tokens, image = np.array(record["tokens"], np.uint16), record["record"].get("image")
     starts = np.flatnonzero(tokens == IMAGE_START)
     ends = np.flatnonzero(tokens == IMAGE_END) + 1
-    spans = np.stack([starts, ends, np.full(len(starts), 32), np.full(len(starts), 32)], axis=1).astype(
-        np.uint32
-    )
+    latents = np.full(len(starts), 32)  # each way
+    spans = np.stack([starts, ends, latents, latents], axis=1).astype(np.uint32)
     paths = [image] if isinstance(image, str) else image or []
     originals = tuple((golden / "assets" / path).read_bytes() for path in paths)
     return Record(record["id"], tokens, spans_of(np.array(record["labels"]) != IGNORED), spans, originals)

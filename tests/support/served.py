@@ -1,4 +1,4 @@
-"""A web server inside the test's process: files by path, or a function for what a server should not do."""
+"""A web server inside the test's process, which can also misbehave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`files`: content by path, or `function(handler, count)` for the request's count-th coming."""
+    """Serves `files`: their content by path, or a function (handler, how often the path was requested)."""
 
     daemon_threads = True
     block_on_close = False
@@ -21,10 +21,10 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes | Callable[[Any, int], None]] = {}
-        self.asked: list[str] = []
+        self.asked: list[str] = []  # the paths of all requests
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are part of the tests."""
+        """Print nothing: clients that disconnect are part of the tests."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -33,18 +33,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
-        found = self.server.files.get(path)
-        if callable(found):
-            return found(self, self.server.asked.count(path))
-        if found is None:
+        content = self.server.files.get(path)
+        if callable(content):
+            return content(self, self.server.asked.count(path))
+        if content is None:
             return self.answer(404, b"")
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not wanted:
-            return self.answer(200, found)
-        start, last = map(int, wanted.groups())
-        return self.answer(
-            206, found[start : last + 1], {"Content-Range": f"bytes {start}-{last}/{len(found)}"}
-        )
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not part:
+            return self.answer(200, content)
+        start, last = map(int, part.groups())
+        headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}"}
+        return self.answer(206, content[start : last + 1], headers)
 
     def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

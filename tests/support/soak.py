@@ -1,4 +1,4 @@
-"""20,000 items of which 3 % are bad in ten ways, and a tokenization of them that is killed again and again."""
+"""20,000 items, of which 3 % are bad in ten ways, and their tokenization, which is killed again and again."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from unitoken.storage.store import Store
 from unitoken.tokenize.output import Output
 
 PICTURES = 500
-BAD_EVERY = 33  # 3 %
-LOADING_SECONDS = 5.0  # less than what a worker takes until its first chunk
+BAD_EVERY = 33  # items: 3 % of them
+LOADING_SECONDS = 5.0  # a worker takes longer until its first chunk is done
 
 
 @dataclass(frozen=True)
 class Size:
+    """How large a test is."""
+
     items: int
     chunk_size: int
     kills: int
@@ -47,17 +49,16 @@ class Size:
 
 FULL = Size(20_000, 20, 50)
 SHORT = Size(990, 10, 3)
-SHORT_OF_CLOUDS = Size(
-    330, 10, 1
-)  # each of three servers: in the short form they took eight minutes with 990
+SHORT_OF_CLOUDS = Size(330, 10, 1)  # for each of three servers; with 990 items they took eight minutes
 
 
 def is_bad(n: int) -> bool:
+    """Whether the n-th item is to be rejected."""
     return n % BAD_EVERY == 5
 
 
 def make_source(folder: Path, items: int) -> Path:
-    """`items.jsonl` and its pictures, digits that the demo's image tokenizer knows."""
+    """Write items.jsonl and its pictures: digits, which the demo's image tokenizer was trained on."""
     from sklearn.datasets import load_digits
 
     from demo.digits import picture
@@ -68,9 +69,12 @@ def make_source(folder: Path, items: int) -> Path:
     _write_bad_pictures(folder / "images")
     with open(folder / "items.jsonl", "w", encoding="utf-8") as file:
         for n in range(items):
-            item = _bad(n, n // BAD_EVERY % len(WAYS)) if is_bad(n) else _good(n)
+            item = _bad(n, list(REASONS)[n // BAD_EVERY % len(REASONS)]) if is_bad(n) else _good(n)
             file.write((item if isinstance(item, str) else json.dumps(item)) + "\n")
     return folder / "items.jsonl"
+
+
+THREE_IMAGES = ("<|image|> Read this digit: <|image|>", "a one", "Draw a one.", "<|image|>")
 
 
 def _good(n: int) -> dict[str, Any]:
@@ -79,17 +83,13 @@ def _good(n: int) -> dict[str, Any]:
         {"conversations": turns("What digit is this? <|image|>", "seven"), "image": image},
         {"conversations": turns("Draw a seven.", "<|image|>"), "image": [image]},
         {"conversations": turns("Someone wrote seven. Which digit do you see?", "seven")},
-        {
-            "conversations": turns(
-                "<|image|> Read this digit: <|image|>", "a one", "Draw a one.", "<|image|>"
-            ),
-            "image": [image] * 3,
-        },
+        {"conversations": turns(*THREE_IMAGES), "image": [image] * 3},
     ]
     return {"id": f"item-{n:05d}", **kinds[n % 4]}
 
 
-WAYS = {  # and how the reasons in rejects.jsonl begin
+# The ways in which items are bad, and the beginning of their reason in rejects.jsonl.
+REASONS = {
     "truncated.jpg": "unusable image: images/truncated.jpg: cannot be decoded",
     "empty.jpg": "unusable image: images/empty.jpg: not an image: 0 bytes",
     "page.jpg": "unusable image: images/page.jpg: not an image",
@@ -103,13 +103,12 @@ WAYS = {  # and how the reasons in rejects.jsonl begin
 }
 
 
-def _bad(n: int, way: int) -> dict[str, Any] | str:
-    """An item that is a reject, or a line that is no JSON."""
-    kind, item = list(WAYS)[way], {"id": f"bad-{n:05d}"}
+def _bad(n: int, kind: str) -> dict[str, Any] | str:
+    """An item that is rejected, or a line that is not JSON."""
+    item = {"id": f"bad-{n:05d}"}
     if kind == "roles":
-        return item | {
-            "conversations": [{"from": "gpt", "value": "seven"}, {"from": "human", "value": "Why?"}]
-        }
+        wrong_order = [{"from": "gpt", "value": "seven"}, {"from": "human", "value": "Why?"}]
+        return item | {"conversations": wrong_order}
     if kind == "counts":
         return item | {"conversations": turns("<|image|> <|image|>", "seven"), "image": ["images/000.png"]}
     if kind == "empty text":
@@ -118,10 +117,8 @@ def _bad(n: int, way: int) -> dict[str, Any] | str:
         return item | {"conversations": "What digit is this?", "image": 7}
     if kind == "broken line":
         return json.dumps(item)[:-3]
-    return item | {
-        "conversations": turns("What digit is this? <|image|>", "seven"),
-        "image": f"images/{kind}",
-    }
+    question = turns("What digit is this? <|image|>", "seven")
+    return item | {"conversations": question, "image": f"images/{kind}"}
 
 
 def _write_bad_pictures(folder: Path) -> None:
@@ -140,34 +137,28 @@ def _write_bad_pictures(folder: Path) -> None:
 
 
 def command(source: Path, out: str, size: Size, *arguments: str) -> list[str]:
-    run = [
-        sys.executable,
-        "-m",
-        "unitoken.tokenize",
-        "run",
-        "--config",
-        "yamls/demo/tokenize.yaml",
-        *arguments,
-    ]
+    """The command that tokenizes the items."""
+    program = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/demo/tokenize.yaml"]
     settings = [f"chunk_size={size.chunk_size}", "max_reject_fraction=0.04"]
-    return [*run, "--in_filename", str(source), "--out_dir", out, *settings]
+    return [*program, *arguments, "--in_filename", str(source), "--out_dir", out, *settings]
 
 
 def content(url: str) -> dict[str, str]:
-    """Every file, with the hash of its bytes."""
+    """Every file of a folder or bucket, with the hash of its bytes."""
     store = open_store(url)
     return {name: hashlib.sha256(store.read(name)).hexdigest() for name in store.sizes()}
 
 
 def done(out: str) -> int:
+    """The number of finished chunks."""
     return len(Output(out).done())
 
 
 def kill_again_and_again(source: Path, out: str, size: Size, seed: int = 0) -> None:
-    """Start the command, kill it or one of its workers at a random moment, and so on for all of the kills.
+    """Start the command and kill it or one of its workers at a random moment, `size.kills` times.
 
-    The moments are spread over the work: each is a count of chunks that are done, and a little time. One run of five is
-    killed while it loads its models.
+    The moments are spread over the work: each is a number of finished chunks and a little time. One run of
+    five is killed while it loads its models.
     """
     moment = random.Random(seed)
     process: subprocess.Popen[bytes] | None = None
@@ -184,8 +175,9 @@ def kill_again_and_again(source: Path, out: str, size: Size, seed: int = 0) -> N
             if process.poll() is None:
                 break
             assert not Output(out).exists("manifest.json"), "ended before it could be killed"
-        if (mine := workers(process.pid)) and moment.random() < 0.6:
-            os.kill(moment.choice(mine), signal.SIGKILL)
+        running = workers(process.pid)
+        if running and moment.random() < 0.6:
+            os.kill(moment.choice(running), signal.SIGKILL)
         else:
             _kill(process)
     if process is not None:
@@ -202,28 +194,28 @@ def _start(source: Path, out: str, size: Size, splits: int) -> subprocess.Popen[
 
 
 def _wait_for_chunks(process: subprocess.Popen[bytes], out: str, count: int) -> None:
-    """Until the run has begun to work, `count` chunks are done, or it has ended."""
+    """Wait until at least one new chunk and `count` chunks in all are done, or the run has ended."""
     begun_with = done(out)
     while process.poll() is None and done(out) < max(count, begun_with + 1):
         time.sleep(0.05)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    mine = workers(process.pid) if process.poll() is None else []
+    running = workers(process.pid) if process.poll() is None else []
     process.kill()
     process.wait()
-    wait_for(lambda: not any(map(alive, mine)), seconds=20)
+    wait_for(lambda: not any(map(alive, running)), seconds=20)
 
 
 def finish(source: Path, out: str, size: Size, *arguments: str) -> str:
-    """Run to the end; returns what is printed."""
+    """Run the command to its end. Returns its output."""
     run = subprocess.run(command(source, out, size, *arguments), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
 def check_counts(out: str, size: Size) -> None:
-    """Every item is a sample or a line in rejects.jsonl: the bad ones and no others are lines, each with its reason."""
+    """Check that exactly the bad items are in rejects.jsonl, with their reasons, and the rest are samples."""
     store: Store = open_store(out)
     manifest = json.loads(store.read("manifest.json"))
     assert (manifest["items"], manifest["rejected"]) == (size.items, size.bad)
@@ -231,4 +223,5 @@ def check_counts(out: str, size: Size) -> None:
     rejects = [json.loads(line) for line in store.read("rejects.jsonl").splitlines()]
     assert [reject["position"] for reject in rejects] == [n for n in range(size.items) if is_bad(n)]
     for reject in rejects:
-        assert reject["reason"].startswith(list(WAYS.values())[reject["position"] // BAD_EVERY % len(WAYS)])
+        reasons = list(REASONS.values())
+        assert reject["reason"].startswith(reasons[reject["position"] // BAD_EVERY % len(reasons)])

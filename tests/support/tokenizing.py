@@ -14,7 +14,8 @@ from PIL import Image
 from support.paths import GOLDEN
 from unitoken.codec.config import ImageTokenizerConfig
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.job import Job, prepare
+from unitoken.tokenize.job import Job
+from unitoken.tokenize.prepare import prepare
 
 TOKENIZER = GOLDEN / "assets" / "tokenizer"
 

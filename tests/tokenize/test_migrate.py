@@ -1,11 +1,9 @@
-"""The reference's own datasets become ours, and their pickles run nothing."""
+"""Datasets that the reference tokenized are converted into ours."""
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,14 @@ import pytest
 from streaming import StreamingDataset
 
 from support.tokenizing import TOKENIZER, content, png
-from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import Manifest, load_vocabulary
 from unitoken.dataset.record import Record
-from unitoken.tokenize import migrate as module
 from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.migrate import load_plain, migrate
+from unitoken.tokenize.migrate import Migration, migrate
+from unitoken.tokenize.plain_pickle import MAX_BYTES
 
 BOS, START, END, NEWLINE, GRID_1, TURN = 0, 8197, 8196, 8803, 8805, 8710
 BLOCK = [START, GRID_1, GRID_1, 4, 5, NEWLINE, 6, 7, NEWLINE, END]  # 2 x 2 latents
@@ -35,13 +32,13 @@ def settings(**changes: Any) -> TokenizeConfig:
 
 
 def item(tokens: list[int], trained: int, **others: Any) -> dict[str, Any]:
-    """The last `trained` tokens are trained on."""
+    """Make an item of the reference whose last `trained` tokens are trained on."""
     labels = [-100] * (len(tokens) - trained) + tokens[len(tokens) - trained :]
     return {"token": tokens, "label": labels, "id": 0, "raw_image": [], **others}
 
 
 def dataset(folder: Path, values: list[Any]) -> Path:
-    """As the reference leaves it: pickles, or bytes as they are, and their list."""
+    """Write what the reference leaves: a pickle for each value (bytes as they are), and their list."""
     entries = []
     for number, value in enumerate(values):
         file = folder / f"{number}.pkl"
@@ -71,7 +68,7 @@ def records(out: Path) -> list[Record]:
     ]
 
 
-def test_the_recorded_output_of_the_reference_to_the_number(
+def test_recorded_output_of_the_reference_is_kept_exactly(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = json.loads((golden / "dev" / "A_pretokenize_cli.json").read_text())
@@ -84,7 +81,7 @@ def test_the_recorded_output_of_the_reference_to_the_number(
         {**line, "file": str(tmp_path / Path(line["file"]).name)} for line in recorded["concat_record"]
     ]
     (tmp_path / "record.json").write_text(json.dumps(entries))
-    monkeypatch.chdir(golden / "assets")  # names of images are meant from where the command runs
+    monkeypatch.chdir(golden / "assets")  # relative names of images start at the current folder
     manifest = run(tmp_path / "record.json", tmp_path / "out", settings(target_size=512))
 
     assert (manifest.items, manifest.rejected, manifest.images) == (4, 0, 3)
@@ -108,14 +105,14 @@ def test_a_stopped_migration_goes_on_and_gives_the_same_bytes(
 ) -> None:
     record = dataset(tmp_path, [item(TEXT, 3)] * 7)
     run(record, tmp_path / "whole")
-    written = module.Migration.write_chunk
+    written = Migration.write_chunk
 
     def stop(self: Any, chunk: Any, report: Any) -> None:
         if chunk.name == "chunk-000002":
             raise KeyboardInterrupt
         written(self, chunk, report)
 
-    monkeypatch.setattr(module.Migration, "write_chunk", stop)
+    monkeypatch.setattr(Migration, "write_chunk", stop)
     with pytest.raises(KeyboardInterrupt):
         migrate(record, str(tmp_path / "out"), settings())
     monkeypatch.undo()
@@ -180,7 +177,7 @@ def test_bad_lines_of_the_record_are_rejects(tmp_path: Path) -> None:
     good, other = json.loads(record.read_text())
     (tmp_path / "large.pkl").touch()
     with open(tmp_path / "large.pkl", "r+b") as file:
-        file.truncate(module.MAX_PICKLE + 1)
+        file.truncate(MAX_BYTES + 1)
     bad = [
         3,
         {"len": 6},
@@ -219,7 +216,9 @@ def test_without_images_for_datasets_that_have_none(tmp_path: Path) -> None:
     assert run(record, tmp_path / "with").rejected == 1
 
 
-def test_images_are_read_from_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_names_of_images_start_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.png").write_bytes(png())
     (tmp_path / "here" / "b.png").write_bytes(b"<html>")
@@ -234,64 +233,8 @@ def test_images_are_read_from_where_the_command_runs(tmp_path: Path, monkeypatch
 
 def test_a_tokenizer_without_image_codes_is_refused(tmp_path: Path) -> None:
     other = str(TOKENIZER.parent / "tokenizer_llama_style")
-    with pytest.raises(ConfigError, match="expected the one of the dataset, found no image codes in it"):
+    with pytest.raises(
+        ConfigError, match="expected the tokenizer of the dataset, found no image codes in it"
+    ):
         migrate(dataset(tmp_path, [item(TEXT, 3)]), str(tmp_path / "out"), settings(tokenizer=other))
     assert not (tmp_path / "out").exists()
-
-
-# --- pickles ---
-
-
-class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        import os
-
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
-    touched = tmp_path / "touched"
-    data = pickle.dumps({"token": Evil(touched)}, protocol)
-    with pytest.raises(
-        ItemError, match=r"not a plain pickle: a.pkl: (GLOBAL|STACK_GLOBAL|UNICODE|MARK|PUT|.*) at byte \d+"
-    ):
-        load_plain(data, "a.pkl")
-    with pytest.raises(pickle.UnpicklingError, match=r"system is not a list, dict, text or number"):
-        module._Plain(io.BytesIO(data)).load()  # the second wall, behind the first
-    assert not touched.exists()
-    pickle.loads(data)
-    assert touched.exists(), "it would have done harm"
-
-
-@pytest.mark.parametrize(
-    "value", [{"a": [1, -1, 256, 70000, -(2**40), 2**100, 1.5, True, False, None, "text", "x" * 300]}, [], {}]
-)
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_values_are_read(value: Any, protocol: int) -> None:
-    assert load_plain(pickle.dumps(value, protocol), "a.pkl") == value
-    many = [
-        [n] * 3 + [str(n)] for n in range(2000)
-    ]  # more than fit in one frame or a memo number of one byte
-    assert load_plain(pickle.dumps(many, protocol), "a.pkl") == many
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\x80\x04K\x01r" + struct.pack("<I", 1 << 31) + b".",  # a memo of 32 GB
-        b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",  # a bytearray of a terabyte
-        b"\x80\x04X" + struct.pack("<I", 1 << 31) + b".",  # a text longer than the file
-        b"\x80\x04\x8b" + struct.pack("<I", 1 << 30) + b".",  # a number of a gigabyte
-        b"\x80\x02cos\nsystem\n.",
-        b"\x80\x02}Pone\n.",  # a persistent id
-        b"\x80\x02\x82\x01.",  # an extension
-        b"\x80\x04]}b.",  # BUILD
-    ],
-)
-def test_what_pickles_can_do_besides_is_refused(data: bytes) -> None:
-    with pytest.raises(ItemError, match="not a plain pickle"):
-        load_plain(data, "a.pkl")

@@ -1,4 +1,4 @@
-"""A chunk is there whole or not at all, in a folder and in a bucket."""
+"""A chunk is published as a whole or not at all, in a folder and in a bucket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unitoken.tokenize.output import Output
 
 
 class Bucket(Folder):
-    """As a bucket behaves: files arrive one by one. `uploads` is the order in which they did."""
+    """Behaves like a bucket: files arrive one by one, in the order of `uploads`."""
 
     def __init__(self, path: Path, fails_at: str = "") -> None:
         super().__init__(path)
@@ -77,9 +77,7 @@ def test_the_index_is_uploaded_last_and_nothing_stays_behind(bucket: Bucket, tmp
 
 
 @pytest.mark.parametrize("name", ["shard.00001.mds", "index.json"])
-def test_an_upload_that_fails_leaves_the_chunk_undone_and_can_be_repeated(
-    name: str, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_a_failed_upload_leaves_the_chunk_undone(name: str, bucket: Bucket, tmp_path: Path) -> None:
     output = Output("s3://bucket/out")
     bucket.fails_at = name
     with pytest.raises(StoreError, match="the connection was lost"):
@@ -91,7 +89,7 @@ def test_an_upload_that_fails_leaves_the_chunk_undone_and_can_be_repeated(
     assert output.done() == {"chunk-000000"}
 
 
-def test_what_a_killed_upload_left_on_this_machine_is_removed(bucket: Bucket, tmp_path: Path) -> None:
+def test_the_rest_of_a_killed_upload_is_removed(bucket: Bucket, tmp_path: Path) -> None:
     output = Output("s3://bucket/out")
     with output.chunk("chunk-000001") as mine:
         abandoned = mine.path.with_name(".aside-chunk-000000-0123456789ab")
@@ -120,7 +118,7 @@ def test_the_first_claim_stays(
 def test_of_two_claims_at_the_same_moment_one_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other run writes between our look and our link."""
+    """The other run writes after our read and before our link."""
     output = Output(str(tmp_path))
     link = os.link
 

@@ -1,11 +1,9 @@
-"""What was rejected is shown by kind, and tried again without losing anything on the way."""
+"""Rejected items are tried again, and nothing is lost on the way."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,68 +13,16 @@ from unitoken.dataset.manifest import Manifest
 from unitoken.storage.folder import Folder
 from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.retry import begin_retry, grouped, show_rejects
-
-ITEMS = 10
-
-
-@pytest.fixture(scope="module")
-def made(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten items in chunks of four: of every second one the image is missing, item 9 has no turns."""
-    folder = tmp_path_factory.mktemp("rejects")
-    items: list[dict[str, Any]] = [
-        {"conversations": turns("<|image|>", f"n {n}"), "image": f"{n}.png"} for n in range(ITEMS)
-    ]
-    items[9] = {"conversations": []}
-    for n in range(1, ITEMS, 2):
-        picture(folder / f"{n}.png", n)
-    run_here(settings(vqgan), write_items(folder, items), folder / "out")
-    merge(str(folder / "out"))
-    return folder
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copy"))
+from unitoken.tokenize.rejects import group_rejects, show_rejects
+from unitoken.tokenize.retry import begin_retry
 
 
 def go_on(vqgan: Path, folder: Path) -> Manifest:
-    """What the command does after `begin_retry`."""
+    """Do what the command does after `begin_retry`."""
     run_here(settings(vqgan), folder / "items.json", folder / "out")
     manifest = merge(str(folder / "out"))
     assert verify(str(folder / "out")) == []
     return manifest
-
-
-def test_rejects_are_grouped_by_kind_the_most_frequent_first(folder: Path) -> None:
-    assert grouped(str(folder / "out")) == [
-        ("no such image", 5, "items.json item 0 (0) 0.png"),
-        (
-            "no conversations",
-            1,
-            "items.json item 9 (9) expected a list of turns under 'conversations', found []",
-        ),
-    ]
-
-
-def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show_rejects(str(folder / "out"))
-    assert capsys.readouterr().out == (
-        f"{folder / 'out'}: 6 of 10 items were rejected\n"
-        "       5  no such image     items.json item 0 (0) 0.png\n"
-        "       1  no conversations  items.json item 9 (9) expected a list of turns under 'conversations', found []\n"
-    )
-
-
-def test_a_long_table_is_cut(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = {"chunk": 0, "file": "f", "position": 1, "id": "i", "stage": "adapter"}
-    lines = [json.dumps(line | {"reason": f"kind {n % 40:02d}: {'x' * 200}"}) for n in range(90)]
-    (folder / "out" / "rejects.jsonl").write_text("\n".join(lines))
-    show_rejects(str(folder / "out"))
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 32
-    assert printed[1] == f"       3  kind 00  f item 1 (i) {'x' * 84}..."
-    assert printed[-1] == "      20  of 10 more kinds"
 
 
 def test_a_retry_takes_the_rejected_items_alone(vqgan: Path, folder: Path) -> None:
@@ -84,21 +30,21 @@ def test_a_retry_takes_the_rejected_items_alone(vqgan: Path, folder: Path) -> No
         picture(folder / f"{n}.png", n)
     before = content(folder / "out" / "chunk-000000")
     assert begin_retry(str(folder / "out")) == 6
-    assert (folder / "out" / "manifest.json").exists()  # until the merge the dataset is what it was
+    assert (folder / "out" / "manifest.json").exists()  # until the merge the dataset stays as it was
     manifest = go_on(vqgan, folder)
     assert (manifest.items, manifest.samples, manifest.rejected) == (10, 6, 4)
     assert content(folder / "out" / "chunk-000000") == before
-    assert {kind: count for kind, count, _ in grouped(str(folder / "out"))} == {
+    assert {kind: count for kind, count, _ in group_rejects(str(folder / "out"))} == {
         "no such image": 3,
         "no conversations": 1,
     }
-    # A second round tries what is left.
+    # A second round tries the remaining rejects.
     picture(folder / "2.png", 2)
     assert begin_retry(str(folder / "out"), ["no such image"]) == 3
     assert go_on(vqgan, folder).rejected == 3
 
 
-def test_an_unknown_kind_is_refused_with_those_there_are(folder: Path) -> None:
+def test_an_unknown_kind_is_refused_with_the_known_kinds(folder: Path) -> None:
     before = content(folder / "out")
     with pytest.raises(
         ConfigError,
@@ -108,7 +54,7 @@ def test_an_unknown_kind_is_refused_with_those_there_are(folder: Path) -> None:
     assert content(folder / "out") == before
 
 
-def test_where_nothing_was_rejected_nothing_is_done(
+def test_without_rejects_nothing_is_done(
     vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_here(settings(vqgan), write_items(tmp_path, [{"conversations": turns("a", "b")}]), tmp_path / "out")
@@ -148,7 +94,7 @@ def test_killed_at_any_step_the_same_command_goes_on(
     monkeypatch.undo()
     assert content(out) == before
 
-    assert begin_retry(str(out)) == 6  # killed behind it: whole as it was, and said to be begun
+    assert begin_retry(str(out)) == 6  # killed after it: the dataset is whole, and `verify` reports the retry
     assert {name: content(out)[name] for name in before} == before
     (line,) = verify(str(out))
     assert line.endswith("a retry was begun and did not end, run it again")

@@ -1,4 +1,4 @@
-"""SPLITS worker processes on this machine, and what to say when one of them dies."""
+"""Tokenize with worker processes on this machine, and report what happened to a worker that dies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from unitoken.common.cli import notify
 from unitoken.common.errors import ConfigError, one_line
-from unitoken.tokenize.executors.progress import Progress, share_of, show_progress
+from unitoken.tokenize.executors.progress import Progress, progress_of, show_progress
 from unitoken.tokenize.job import Job
 from unitoken.tokenize.pipeline.timing import Times
 
@@ -30,42 +31,50 @@ REPORT_SECONDS = 0.2
 class _Worker:
     rank: int
     process: SpawnProcess
-    # A pipe for each: with one queue for all, a worker killed while it holds the queue's lock would stop the others.
+    # Each has a pipe of its own: with one queue for all, a worker killed while it holds the queue's lock
+    # would stop the others.
     messages: Connection
     failure: str | None = None
 
 
 def launch(job: Job, splits: int) -> list[str]:
-    """Tokenize the missing chunks with up to `splits` processes. Returns what went wrong, a line for each that died.
+    """Tokenize the missing chunks with up to `splits` processes.
+
+    Returns:
+        What went wrong, a line for each worker that died.
 
     Raises:
-        ConfigError: what a worker found not to fit, such as weights.
+        ConfigError: a worker found that something does not fit, such as the weights.
     """
     chunks, done = job.chunks(), job.output.done()
     ranks = sorted({place % splits for place, chunk in enumerate(chunks) if chunk.name not in done})
     if not ranks:
         return []
     workers = [
-        _start(job, rank, splits, device) for rank, device in zip(ranks, _devices(len(ranks)), strict=True)
+        _start_worker(job, rank, splits, device)
+        for rank, device in zip(ranks, _devices(len(ranks)), strict=True)
     ]
     try:
-        with show_progress(share_of(job, chunks)) as bar:
-            times = _listen(workers, bar)
+        with show_progress(progress_of(job, chunks)) as bar:
+            times = _follow_workers(workers, bar)
     finally:
         for worker in workers:
             worker.process.terminate()
     for worker in workers:
         worker.process.join()
     show_times(times)
-    died = [worker for worker in workers if worker.process.exitcode]
-    return [f"worker {worker.rank} {worker.failure or _ending(worker.process.exitcode)}" for worker in died]
+    return [
+        f"worker {worker.rank} {worker.failure or _describe_exit(worker.process.exitcode)}"
+        for worker in workers
+        if worker.process.exitcode
+    ]
 
 
-def run_here(job: Job, rank: int, splits: int) -> None:
-    """One rank's share in this process, with its own progress."""
+def run_rank_here(job: Job, rank: int, splits: int) -> None:
+    """Write the chunks of one rank in this process, and show the progress of this rank."""
     from unitoken.tokenize.pipeline.worker import run_rank
 
-    with show_progress(share_of(job, job.chunks()[rank::splits])) as bar:
+    with show_progress(progress_of(job, job.chunks()[rank::splits])) as bar:
 
         def report(finished: int, rejected: int) -> None:
             bar.advance(finished, rejected)
@@ -76,12 +85,12 @@ def run_here(job: Job, rank: int, splits: int) -> None:
 
 
 def show_times(times: Sequence[Times]) -> None:
-    """Where the time went, over all processes."""
+    """Print on stderr where the time went, over all processes."""
     if times:
-        print(functools.reduce(operator.add, times).summary(), file=sys.stderr)
+        notify(functools.reduce(operator.add, times).summary())
 
 
-def _ending(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     if status is None or status >= 0:
         return f"ended with status {status}"
     memory = " (perhaps by the kernel, which is out of memory)" if -status == signal.SIGKILL else ""
@@ -89,30 +98,34 @@ def _ending(status: int | None) -> str:
 
 
 def _devices(count: int) -> list[str | None]:
-    """A value of CUDA_VISIBLE_DEVICES for each process: one GPU each, shared in turn if there are fewer."""
+    """Return CUDA_VISIBLE_DEVICES for each process: one GPU each, shared in turn if there are fewer."""
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     if not torch.cuda.is_available():
         return [None] * count
     return [gpus[number % len(gpus)] for number in range(count)]
 
 
-def _start(job: Job, rank: int, splits: int, device: str | None) -> _Worker:
+def _start_worker(job: Job, rank: int, splits: int, device: str | None) -> _Worker:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_work, args=(job, rank, splits, sender, tempfile.tempdir), name=f"tokenize-{rank}", daemon=True
+        target=run_worker,
+        args=(job, rank, splits, sender, tempfile.tempdir),
+        name=f"tokenize-{rank}",
+        daemon=True,
     )
     with _environment("CUDA_VISIBLE_DEVICES", device):
         process.start()
-    sender.close()  # else the end of the worker would not end its messages
+    sender.close()  # otherwise the pipe would stay open when the worker ends
     return _Worker(rank, process, receiver)
 
 
 @contextlib.contextmanager
 def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable for the block; None leaves it as it is."""
     before = os.environ.get(name)
     if value is not None:
         os.environ[name] = value
@@ -125,37 +138,49 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
             del os.environ[name]
 
 
-def _listen(workers: list[_Worker], bar: Progress) -> list[Times]:
-    """Until every worker has ended, however it did. Returns the times of those that came to their end."""
+def _follow_workers(workers: list[_Worker], bar: Progress) -> list[Times]:
+    """Receive messages until every worker has ended in some way. Returns the times of those that finished."""
     times: list[Times] = []
-    open_ends: dict[Any, _Worker] = {worker.messages: worker for worker in workers}
-    while open_ends:
-        for connection in wait(list(open_ends), timeout=1.0):
+    open_pipes: dict[Any, _Worker] = {worker.messages: worker for worker in workers}
+    while open_pipes:
+        for connection in wait(list(open_pipes), timeout=1.0):
             assert isinstance(connection, Connection)
             try:
                 message = connection.recv()
             except (EOFError, OSError):  # OSError: killed while it wrote
-                del open_ends[connection]
+                del open_pipes[connection]
                 continue
             if isinstance(message, ConfigError):
                 raise message
             if isinstance(message, tuple):
                 bar.advance(*message)
             elif isinstance(message, str):
-                open_ends[connection].failure = message
+                open_pipes[connection].failure = message
             else:
                 times.append(message)
         bar.show()
     return times
 
 
-# --- in the worker ---------------------------------------------------------------------------------------------------
+# --- in the worker ---
 
 
-def _work(job: Job, rank: int, splits: int, messages: Connection, temporary: str | None = None) -> None:
-    tempfile.tempdir = temporary  # the parent's own, which it removes
+def run_worker(job: Job, rank: int, splits: int, messages: Connection, temporary: str | None = None) -> None:
+    """Write the chunks of one rank, as a process of its own.
+
+    Args:
+        job: the run.
+        rank: the worker's number, below `splits`.
+        splits: how many workers share the chunks.
+        messages: takes counts as (finished, rejected), and at the end the times, a failure as text, or a
+            ConfigError.
+        temporary: the parent's folder for temporary files, which the parent removes.
+    """
+    tempfile.tempdir = temporary
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     reporter = Reporter(messages)
     try:
         from unitoken.tokenize.pipeline.worker import run_rank
@@ -172,10 +197,12 @@ def _work(job: Job, rank: int, splits: int, messages: Connection, temporary: str
 
 
 def failure_line(error: OSError | MemoryError) -> str:
+    """Return what stopped a worker, in one line."""
     return "out of memory" if isinstance(error, MemoryError) else one_line(error)
 
 
 def _end_with_parent() -> None:
+    """End this process when the parent ends, however it does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -187,7 +214,7 @@ def _end_with_parent() -> None:
 
 
 class Reporter:
-    """Collects counts, so that a fast worker does not fill its pipe."""
+    """Collects counts and sends them now and then, so that a fast worker does not fill its pipe."""
 
     def __init__(self, messages: Connection) -> None:
         self._messages = messages
@@ -195,12 +222,14 @@ class Reporter:
         self._sent = time.monotonic()
 
     def __call__(self, finished: int, rejected: int) -> None:
+        """Count items that were finished since the last call, and how many of them were rejected."""
         self._finished += finished
         self._rejected += rejected
         if time.monotonic() - self._sent > REPORT_SECONDS:
             self.flush()
 
     def flush(self) -> None:
+        """Send what was counted since the last time."""
         self._messages.send((self._finished, self._rejected))
         self._finished = self._rejected = 0
         self._sent = time.monotonic()

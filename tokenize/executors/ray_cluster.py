@@ -1,7 +1,8 @@
-"""The missing chunks as tasks of a Ray cluster, which starts them again elsewhere when a node dies.
+"""Tokenize with tasks of a Ray cluster, which starts them again elsewhere when a node dies.
 
-A node needs what this machine has: the same packages, and input, weights and output under the same names - shared
-folders or URLs. What a task writes depends on its chunks alone, so a task that is done twice does no harm.
+A node needs what this machine has: the same packages, and input, weights and output under the same names -
+shared folders or URLs. What a task writes depends on its chunks alone, so a task that runs twice does no
+harm.
 """
 
 from __future__ import annotations
@@ -13,40 +14,45 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, one_line
 from unitoken.tokenize.executors.local import failure_line, show_times
-from unitoken.tokenize.executors.progress import Progress, share_of, show_progress
+from unitoken.tokenize.executors.progress import Progress, progress_of, show_progress
 from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.pipeline.timing import Times
 
-GROUP = 4  # chunks a task at most: enough that the GPU's queue runs over their borders, few to do again
+CHUNKS_PER_TASK = (
+    4  # at most: enough to keep the GPU busy across their borders, few to repeat when a node dies
+)
 RETRIES = 5  # of a task whose node or process dies
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _TaskResult:
     items: int = 0
     rejected: int = 0
     times: Times | None = None
-    mistake: str | None = None  # of the user's: no other task will do better
+    mistake: str | None = None  # the text of a ConfigError: no other task would succeed
     failure: str | None = None
 
 
 def launch_on_ray(job: Job) -> list[str]:
-    """Tokenize the missing chunks. Returns what went wrong, a line for each task that failed.
+    """Tokenize the missing chunks.
 
-    Joins the cluster that RAY_ADDRESS names or that runs on this machine, and else starts one here.
+    Joins the cluster that RAY_ADDRESS names or that runs on this machine; otherwise starts a cluster here.
+
+    Returns:
+        What went wrong, a line for each task that failed.
 
     Raises:
-        ConfigError: no Ray, no such cluster, or what a task found not to fit.
+        ConfigError: Ray is not installed, there is no such cluster, or a task raised a ConfigError.
     """
     missing = job.missing()
     if not missing:
         return []
     ray = _start_ray()
     try:
-        with show_progress(share_of(job, job.chunks())) as bar:
-            return _run(ray, job, missing, bar)
+        with show_progress(progress_of(job, job.chunks())) as bar:
+            return _run_tasks(ray, job, missing, bar)
     finally:
         ray.shutdown()
 
@@ -61,84 +67,86 @@ def _start_ray() -> Any:
     try:
         host, colon, port = address.rpartition(":")
         if colon and port.isdigit():
-            socket.create_connection(
-                (host, int(port)), timeout=10
-            ).close()  # else Ray tries for two minutes, and exits
+            # Without a server there Ray would try for two minutes, and exit.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(
-            f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {one_line(error, 200)}") from None
     return ray
 
 
-def _run(ray: Any, job: Job, missing: list[Chunk], bar: Progress) -> list[str]:
+def _run_tasks(ray: Any, job: Job, missing: list[Chunk], bar: Progress) -> list[str]:
+    """Run tasks for all missing chunks. Returns a line for each task that failed."""
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     # max_calls=0: the process stays, and with it its models; a task with a GPU would take its process along.
     task = ray.remote(
         num_cpus=1, num_gpus=min(gpus, 1), max_calls=0, max_retries=RETRIES, retry_exceptions=False
-    )(_do)
-    shared = ray.put(job)
+    )(run_task)
+    shared_job = ray.put(job)
     pending = {
-        task.remote(shared, group, os.getcwd()): group  # noqa: PTH109 - as the shell has it
-        for group in _groups(missing, gpus or int(resources.get("CPU", 1)))
+        task.remote(shared_job, chunks, os.getcwd()): chunks  # noqa: PTH109 - as the shell has it
+        for chunks in _chunks_of_tasks(missing, gpus or int(resources.get("CPU", 1)))
     }
     failures: list[str] = []
     times: list[Times] = []
     while pending:
         ready, _ = ray.wait(list(pending), timeout=1.0)
         for reference in ready:
-            outcome = _outcome(ray, reference)
-            group = pending.pop(reference)
-            if outcome.mistake:
-                raise ConfigError(outcome.mistake)
-            bar.advance(outcome.items, outcome.rejected)
-            if outcome.failure:
-                failures.append(f"{', '.join(chunk.name for chunk in group)}: {outcome.failure}")
-            if outcome.times is not None:
-                times.append(outcome.times)
+            result = _get_result(ray, reference)
+            chunks = pending.pop(reference)
+            if result.mistake:
+                raise ConfigError(result.mistake)
+            bar.advance(result.items, result.rejected)
+            if result.failure:
+                failures.append(f"{', '.join(chunk.name for chunk in chunks)}: {result.failure}")
+            if result.times is not None:
+                times.append(result.times)
         bar.show()
     show_times(times)
     return failures
 
 
-def _groups(chunks: Sequence[Chunk], slots: int) -> Iterator[list[Chunk]]:
-    """Small enough that every slot has several tasks and none waits long for the last."""
-    size = max(1, min(GROUP, len(chunks) // (4 * max(slots, 1))))
+def _chunks_of_tasks(chunks: Sequence[Chunk], slots: int) -> Iterator[list[Chunk]]:
+    """Cut the chunks into tasks so small that every slot gets several, and none waits long for the last."""
+    size = max(1, min(CHUNKS_PER_TASK, len(chunks) // (4 * max(slots, 1))))
     for start in range(0, len(chunks), size):
         yield list(chunks[start : start + size])
 
 
-def _outcome(ray: Any, reference: Any) -> _Outcome:
+def _get_result(ray: Any, reference: Any) -> _TaskResult:
     try:
-        outcome: _Outcome = ray.get(reference)
-    except ray.exceptions.RayError as error:  # the process or its node died too often, or a mistake of ours
+        result: _TaskResult = ray.get(reference)
+    except ray.exceptions.RayError as error:  # the process or its node died too often, or a bug of ours
         cause = getattr(error, "cause", None) or error
-        return _Outcome(failure=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
-    return outcome
+        return _TaskResult(failure=f"{type(cause).__name__}: {one_line(cause, 300)}")
+    return result
 
 
-def _do(job: Job, chunks: list[Chunk], folder: str) -> _Outcome:
-    """In a process of the cluster."""
+def run_task(job: Job, chunks: list[Chunk], folder: str) -> _TaskResult:
+    """Write some chunks, in a process of the cluster.
+
+    Args:
+        job: the run.
+        chunks: the chunks to write; those that are done already are skipped, as this may be a second attempt.
+        folder: the current folder of the command, where relative names start.
+    """
     import torch
 
     from unitoken.tokenize.pipeline.worker import run_chunks
 
     items = rejected = 0
 
-    def report(finished: int, bad: int) -> None:
+    def report(more_items: int, more_rejected: int) -> None:
         nonlocal items, rejected
-        items, rejected = items + finished, rejected + bad
+        items, rejected = items + more_items, rejected + more_rejected
 
     try:
-        os.chdir(folder)  # where the command was given: relative names are seen from there
-        missing = [
-            chunk for chunk in chunks if not job.output.is_done(chunk.name)
-        ]  # this may be a second attempt
+        os.chdir(folder)
+        missing = [chunk for chunk in chunks if not job.output.is_done(chunk.name)]
         times = run_chunks(job, missing, report, "cuda" if torch.cuda.is_available() else "cpu")
     except ConfigError as error:
-        return _Outcome(mistake=str(error))
+        return _TaskResult(mistake=str(error))
     except (OSError, MemoryError) as error:
-        return _Outcome(items, rejected, failure=failure_line(error))
-    return _Outcome(items, rejected, times)
+        return _TaskResult(items, rejected, failure=failure_line(error))
+    return _TaskResult(items, rejected, times)

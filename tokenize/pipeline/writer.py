@@ -1,4 +1,4 @@
-"""Records -> the files of a chunk: shards with their index, and its part of the samples sidecar."""
+"""Write the files of a chunk: shards with their index, its part of the samples sidecar, and its rejects."""
 
 from __future__ import annotations
 
@@ -11,53 +11,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from streaming import MDSWriter
 
-from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR
 from unitoken.dataset.mds_index import dump_index
-from unitoken.dataset.record import Record, columns
-from unitoken.dataset.sidecar import samples_schema
+from unitoken.dataset.record import columns
+from unitoken.dataset.sidecar import samples_schema, sidecar_row
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.tokenize.pipeline.item import Rejects, Sample
 
 SHARD_BYTES = 1 << 26  # 64 MiB
 
-PictureSizes = list[tuple[int, int]]  # width, height of an item's images
 
-
-def write(
-    records: Iterable[tuple[Record, PictureSizes]],
+def write_chunk_files(
+    samples: Iterable[Sample],
+    rejects: Rejects,
     folder: Path,
     vocabulary: Vocabulary,
     report: Callable[[int, int], None],
 ) -> None:
+    """Write all files of a chunk into an empty folder.
+
+    Args:
+        samples: the chunk's samples, in order.
+        rejects: the chunk's rejects, complete once all samples are read.
+        folder: where to write.
+        vocabulary: the id space of the tokens, whose size decides their type.
+        report: called with (1, 0) for each sample.
+    """
     rows: list[dict[str, Any]] = []
+    turns_left_out = 0
     with MDSWriter(
         out=str(folder), columns=columns(vocabulary.size), hashes=["sha1"], size_limit=SHARD_BYTES
     ) as writer:
-        for record, sizes in records:
-            writer.write(record.to_mds())
-            rows.append(_row(record, sizes))
+        for sample in samples:
+            writer.write(sample.record.to_mds())
+            rows.append(sidecar_row(sample.record, sample.image_sizes))
+            turns_left_out += sample.turns_left_out
             report(1, 0)
-    write_samples(pa.Table.from_pylist(rows, samples_schema()), folder / SIDECAR)
+    write_sidecar(pa.Table.from_pylist(rows, samples_schema()), folder / SIDECAR)
+    (folder / REJECTS).write_bytes(rejects.dump())
+    if turns_left_out:
+        shards = json.loads((folder / INDEX).read_bytes())["shards"]
+        (folder / INDEX).write_bytes(dump_index(shards, turns_left_out))
 
 
-def note_left_out(path: Path, turns: int) -> None:
-    """In a chunk's index, which streaming has written."""
-    if turns:
-        path.write_bytes(dump_index(json.loads(path.read_bytes())["shards"], turns))
-
-
-def _row(record: Record, sizes: PictureSizes) -> dict[str, Any]:
-    targets = record.labels() >= 0
-    generated = targets[record.image_spans[:, 0]]
-    return {
-        "id": record.id,
-        "tokens": len(record.tokens),
-        "target_tokens": int(targets.sum()),
-        "images": len(sizes),
-        "question_images": int((~generated).sum()),
-        "image_sizes": [side for size in sizes for side in size],
-        "generated": generated.tolist(),
-    }
-
-
-def write_samples(table: pa.Table, path: Path) -> None:
+def write_sidecar(table: pa.Table, path: Path) -> None:
+    """Write rows of the samples sidecar."""
     pq.write_table(table, path, compression="zstd")

@@ -90,7 +90,7 @@ class Input(Config):
 
 
 @dataclass(frozen=True)
-class Item:
+class RawItem:
     piece: int
     file: int
     position: int  # in its file
@@ -124,7 +124,7 @@ def cut(files: Sequence[InputFile], chunk_size: int) -> Input:
     return Input(files=list(files), pieces=pieces)
 
 
-def read_piece(input: Input, piece: int, positions: Collection[int] | None = None) -> Iterator[Item]:
+def read_piece(input: Input, piece: int, positions: Collection[int] | None = None) -> Iterator[RawItem]:
     """The items of a piece, or those at `positions` of its file, one by one.
 
     Raises:
@@ -138,10 +138,10 @@ def read_piece(input: Input, piece: int, positions: Collection[int] | None = Non
     found = 0
     for number, value in _values(file, part, wanted):
         found += 1
-        yield Item(piece, part.file, part.position + number, value)
+        yield RawItem(piece, part.file, part.position + number, value)
     if part.cut is not None and part.items is not None and (wanted is None or part.items - 1 in wanted):
         found += 1
-        yield Item(piece, part.file, part.position + part.items - 1, ItemError(f"input cut: {part.cut}"))
+        yield RawItem(piece, part.file, part.position + part.items - 1, ItemError(f"input cut: {part.cut}"))
     if expected not in (None, found):
         raise ConfigError(
             f"{file.name}: has changed since it was cut: {found} items in piece {piece}, expected {expected}"
@@ -157,7 +157,7 @@ def base(input: Input, file: int) -> str:
     )[0]
 
 
-def item_name(input: Input, item: Item) -> str:
+def item_name(input: Input, item: RawItem) -> str:
     """The id of an item that has none: its key in a tar, else its place."""
     if isinstance(item.value, dict) and input.files[item.file].format in ("webdataset", "folder"):
         return str(item.value["__key__"])

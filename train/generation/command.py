@@ -69,7 +69,9 @@ def check_request(
 def reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> None:
     """Load the model, and batch by batch generate, write, print. One at a time in a folder."""
     lock = request.out / f"{ASIDE}lock"
-    with exclusive_lock(lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"):
+    with exclusive_lock(
+        lock, f"{request.out}: another `generate` is at work in it: name another folder, or wait"
+    ):
         _reply(request, checked, sampling)
     lock.unlink(missing_ok=True)
 

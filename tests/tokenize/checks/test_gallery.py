@@ -1,4 +1,4 @@
-"""A page with pictures: what the image tokenizer kept, before days of training on it."""
+"""A page that shows what the image tokenizer keeps of each picture."""
 
 from pathlib import Path
 
@@ -29,9 +29,7 @@ def folder(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(
-    folder: Path, vqgan: Path, tmp_path: Path
-) -> None:
+def test_each_image_is_shown_beside_its_decoded_codes(folder: Path, vqgan: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["preview", str(folder / "data"), "--out", str(tmp_path / "page")])
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/page/index.html: 2 samples\n"), result.stderr
     assert sorted(path.name for path in (tmp_path / "page").iterdir()) == [
@@ -42,7 +40,7 @@ def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(
     codec = load_vision(settings(vqgan).vision)
     for number in range(2):
         original = images.decode((folder / f"{number}.png").read_bytes())
-        cut = images.tokenizer_pixels(original, (16, 16), images.crop_chance(0, "a<b", number))
+        cut = images.tokenizer_pixels(original, (16, 16), images.crop_generator(0, "a<b", number))
         sheet = np.asarray(Image.open(tmp_path / "page" / f"0000-{number}.png"))
         assert (sheet[:, :16] == cut).all()
         assert (sheet[:, 16 + GAP :] == codec.decode(codec.encode([cut]))[0]).all()
@@ -55,7 +53,7 @@ def test_each_image_stands_as_it_was_cut_beside_what_its_codes_give(
     assert "<b>?" not in page
 
 
-def test_another_image_tokenizer_than_the_datasets_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_image_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     other = settings(tiny_vqgan(tmp_path / "other", seed=1))
     with pytest.raises(
         ConfigError,

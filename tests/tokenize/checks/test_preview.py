@@ -1,4 +1,4 @@
-"""Records in words."""
+"""Records as text."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.tokenize.__main__ import app
-from unitoken.tokenize.checks.preview import describe, records, show_samples
+from unitoken.tokenize.checks.preview import describe, read_records, show_samples
 from unitoken.tokenize.merge import merge
 
 
@@ -25,10 +25,10 @@ def dataset(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_a_record_in_pieces(dataset: Path) -> None:
-    record = list(records(open_store(str(dataset))))[3]
-    pieces = describe(record, Vocabulary.load(dataset / "vocabulary.json"), load_tokenizer(str(TOKENIZER)))
-    assert pieces == [
+def test_a_record_is_described_in_passages(dataset: Path) -> None:
+    record = list(read_records(open_store(str(dataset))))[3]
+    passages = describe(record, Vocabulary.load(dataset / "vocabulary.json"), load_tokenizer(str(TOKENIZER)))
+    assert passages == [
         ("special", "<s>", False),
         ("image", "[image 4x4]", False),
         ("text", " and ", False),
@@ -50,7 +50,7 @@ def test_the_command_shows_samples(dataset: Path, vqgan: Path) -> None:
     assert "[image 4x4]" in result.stdout
 
 
-def test_another_tokenizer_than_the_datasets_is_refused(dataset: Path) -> None:
+def test_another_tokenizer_is_refused(dataset: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=r"was made with another tokenizer: its vocabulary is [0-9a-f]{16}, .* is [0-9a-f]{16}",
@@ -58,10 +58,10 @@ def test_another_tokenizer_than_the_datasets_is_refused(dataset: Path) -> None:
         show_samples(str(dataset), str(TOKENIZER.parent / "tokenizer_llama_style"), 1)
 
 
-def test_the_samples_in_order_as_streaming_reads_them(dataset: Path) -> None:
+def test_records_are_read_in_order_as_by_streaming(dataset: Path) -> None:
     from streaming import StreamingDataset
 
-    ours = [record.to_mds() for record in records(open_store(str(dataset)))]
+    ours = [record.to_mds() for record in read_records(open_store(str(dataset)))]
     theirs = [
         Record.from_mds(sample).to_mds()
         for sample in StreamingDataset(local=str(dataset), batch_size=1, shuffle=False)

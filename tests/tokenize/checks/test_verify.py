@@ -1,4 +1,4 @@
-"""Whatever is wrong in a dataset is found, and said with the name of its file or sample."""
+"""Everything that is wrong in a dataset is found, with the name of its file or sample."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from unitoken.dataset.manifest import load_manifest
 from unitoken.dataset.record import Record
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
-from unitoken.tokenize.checks.preview import records
-from unitoken.tokenize.checks.verify import chosen, verify
-from unitoken.tokenize.checks.verify_records import Rules, crop_latents, wrong_with
+from unitoken.tokenize.checks.preview import read_records
+from unitoken.tokenize.checks.verify import choose_shards, verify
+from unitoken.tokenize.checks.verify_records import Rules, check_sample, crop_latents
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.pipeline import writer
+from unitoken.tokenize.pipeline.item import Place, Rejects, Sample
+from unitoken.tokenize.pipeline.writer import write_chunk_files, write_sidecar
 from unitoken.tokenize.retry import begin_retry
 
 
 @pytest.fixture(scope="module")
 def made(vqgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three chunks and a round of retries, with a reject of each."""
+    """Three chunks and a round of retries, each with a reject."""
     folder = tmp_path_factory.mktemp("verify")
     items = some_items(folder, 8)
     items += [
@@ -58,7 +60,7 @@ def out(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "out"))
 
 
-def test_a_whole_dataset(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_dataset_has_no_problems(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(out)
     assert verify(str(out)) == []
     assert capsys.readouterr().out.startswith(f"{out}: 8 samples; 3 of 3 shards read, ")
@@ -77,7 +79,11 @@ def test_an_unfinished_folder_is_no_dataset(out: Path, tmp_path: Path) -> None:
 
 
 def free(path: Path, data: bytes) -> list[tuple[int, int]]:
-    """What nothing depends on: names of inputs, a limit that may change, which pyarrow it was, rejects tried again, settings."""
+    """Return the bytes that may change.
+
+    They hold names of inputs, a limit that may change, the version of pyarrow, settings, or rejects that were
+    tried again.
+    """
     if path.match("chunk-000002/rejects.jsonl") or path.name == "settings.yaml":
         return [(0, len(data))]
     spans = []
@@ -140,20 +146,20 @@ def test_a_chunk_that_misses_a_file_is_found(out: Path, name: str) -> None:
     assert any(f"chunk-000001/{name}" in line for line in verify(str(out)))
 
 
-# --- a part of it ---
+# --- a sample of the shards ---
 
 
 @pytest.mark.parametrize(
     ("shards", "sample"), [(1000, 0.01), (1000, 0.25), (7, 0.5), (3, 0.001), (5, 1.0), (0, 0.5)]
 )
 def test_a_sample_is_that_share_and_at_least_one(shards: int, sample: float) -> None:
-    picked = chosen(shards, sample)
+    picked = choose_shards(shards, sample)
     assert len(picked) == max(int(shards * sample), min(1, shards))
     assert picked == sorted(set(picked))
     assert set(picked) <= set(range(shards))
 
 
-def test_a_sample_looks_at_no_other_shard(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_reads_no_other_shard(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(str(out), 0.34) == []
     assert "1 of 3 shards read" in capsys.readouterr().out
     found = []
@@ -165,7 +171,7 @@ def test_a_sample_looks_at_no_other_shard(out: Path, capsys: pytest.CaptureFixtu
     assert sorted(found) == [False, False, True]
 
 
-# --- wrong in itself, though every hash is right ---
+# --- broken rules where every hash is right ---
 
 
 def rewrite(
@@ -173,7 +179,7 @@ def rewrite(
     change: Callable[[list[Record]], list[Record]],
     row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> None:
-    """Chunk 0 anew with other records or rows, and everything that vouches for it."""
+    """Write chunk 0 anew with other records or rows, and every file that has hashes or counts of it."""
     from streaming import StreamingDataset
 
     chunk = out / "chunk-000000"
@@ -181,16 +187,20 @@ def rewrite(
         Record.from_mds(sample) for sample in StreamingDataset(local=str(chunk), batch_size=1, shuffle=False)
     ]
     rows = pq.read_table(chunk / "samples.parquet").to_pylist()
-    sizes = [list(zip(r["image_sizes"][::2], r["image_sizes"][1::2], strict=True)) for r in rows]
+    sizes = [tuple(zip(r["image_sizes"][::2], r["image_sizes"][1::2], strict=True)) for r in rows]
     rejects = (chunk / "rejects.jsonl").read_bytes()
     shutil.rmtree(chunk)
     chunk.mkdir()
     vocabulary = Vocabulary.load(out / "vocabulary.json")
-    writer.write(zip(change(records), sizes, strict=True), chunk, vocabulary, lambda finished, rejected: None)
+    samples = [
+        Sample(Place(0, "", number, record.id), record, size)
+        for number, (record, size) in enumerate(zip(change(records), sizes, strict=True))
+    ]
+    write_chunk_files(samples, Rejects(), chunk, vocabulary, lambda finished, rejected: None)
     (chunk / "rejects.jsonl").write_bytes(rejects)
     rows = pq.read_table(chunk / "samples.parquet").to_pylist()
     row(rows[1])
-    writer.write_samples(pa.Table.from_pylist(rows, samples_schema()), chunk / "samples.parquet")
+    write_sidecar(pa.Table.from_pylist(rows, samples_schema()), chunk / "samples.parquet")
     (out / "manifest.json").unlink()
     merge(str(out))
 
@@ -214,7 +224,7 @@ def with_span(*values: int) -> Callable[[Record, Vocabulary], Any]:
     return lambda record, vocabulary: np.array([values], np.uint32)
 
 
-def test_the_second_item_is_what_the_cases_below_take_it_for(out: Path) -> None:
+def test_a_rewritten_chunk_is_right(out: Path) -> None:
     rewrite(out, lambda records: records)
     assert verify(str(out)) == []
 
@@ -287,24 +297,21 @@ def test_a_broken_rule_is_found_though_every_hash_is_right(out: Path, name: str)
         ("image_sizes", [16], "1 images, 1 image spans, 1 sides in samples.parquet"),
     ],
 )
-def test_a_row_that_says_something_else_of_its_sample_is_found(
-    out: Path, name: str, value: Any, line: str
-) -> None:
+def test_a_row_that_differs_from_its_sample_is_found(out: Path, name: str, value: Any, line: str) -> None:
     rewrite(out, lambda records: records, lambda row: row.update({name: value}))
     found = verify(str(out))
     assert len(found) == 1
     assert re.fullmatch(f"chunk-000000/shard.00000.mds: sample 1 \\('.'\\): {line}", found[0])
 
 
-def test_of_many_problems_in_a_shard_the_first_are_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitoken.tokenize.checks.verify.LINES", 2)
+def test_of_many_problems_in_a_shard_the_first_are_listed(out: Path) -> None:
     rewrite(
         out,
         lambda records: [dataclasses.replace(record, id="x") for record in records],
         lambda row: row.update(id="y"),
     )
     rewrite(out, lambda records: records, lambda row: row.update(id="y", tokens=1, target_tokens=2, images=3))
-    assert [line.rpartition(": ")[2] for line in verify(str(out))][2] == "and 2 more"
+    assert [line.rpartition(": ")[2] for line in verify(str(out), listed_problems=2)][2] == "and 2 more"
 
 
 @pytest.mark.parametrize(
@@ -316,7 +323,7 @@ def test_of_many_problems_in_a_shard_the_first_are_listed(out: Path, monkeypatch
         ({"more": 1}, "line 1: the item at 6 of piece 1 is none of the chunk's"),
     ],
 )
-def test_a_reject_of_no_item_is_found(out: Path, change: dict[str, Any], line: str) -> None:
+def test_a_reject_without_an_item_is_found(out: Path, change: dict[str, Any], line: str) -> None:
     path = out / "chunk-000001" / "rejects.jsonl"
     path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
     found = verify(str(out))
@@ -329,7 +336,8 @@ def test_two_rejects_of_one_item_are_found(out: Path) -> None:
     first, _ = path.read_text().splitlines(keepends=True)
     path.write_text(first * 2)
     assert verify(str(out)) == [
-        "chunk-000002/rejects.jsonl: line 2: the item at 8 of piece 2 is none of the chunk's, or has a line already"
+        "chunk-000002/rejects.jsonl: line 2: the item at 8 of piece 2 is none of the chunk's, "
+        "or has a line already"
     ]
 
 
@@ -340,7 +348,7 @@ def test_a_manifest_that_miscounts_is_found(out: Path, name: str) -> None:
     path = out / "manifest.json"
     fields = json.loads(path.read_text())
     fields[name] = fields[name] + 1 if isinstance(fields[name], int) else "0" * 16
-    if name in ("items", "samples", "rejected"):  # else the manifest itself does not add up
+    if name in ("items", "samples", "rejected"):  # keeps the sum of the manifest right
         fields["items"] = fields["samples"] + fields["rejected"] + (name == "items")
         fields["rejected"] += name == "items"
     path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
@@ -350,7 +358,7 @@ def test_a_manifest_that_miscounts_is_found(out: Path, name: str) -> None:
 # --- rules of one sample ---
 
 
-def test_a_picture_on_its_side_by_exif_has_the_size_in_which_it_is_seen(out: Path) -> None:
+def test_a_picture_rotated_by_exif_has_its_displayed_size(out: Path) -> None:
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -376,27 +384,27 @@ def test_a_picture_on_its_side_by_exif_has_the_size_in_which_it_is_seen(out: Pat
         "image_sizes": [10, 30],
         "generated": [False],
     }
-    assert list(wrong_with(record, row, rules)) == []
-    assert list(wrong_with(record, row | {"image_sizes": [30, 10]}, rules)) == [
+    assert list(check_sample(record, row, rules)) == []
+    assert list(check_sample(record, row | {"image_sizes": [30, 10]}, rules)) == [
         "image 0: 10 x 30 pixels, samples.parquet has 30 x 10"
     ]
     as_stored = dataclasses.replace(rules, compat=True)
-    assert list(wrong_with(record, row | {"image_sizes": [30, 10]}, as_stored)) == []
-    assert list(wrong_with(record, row | {"image_sizes": [10, 30]}, as_stored)) != []
+    assert list(check_sample(record, row | {"image_sizes": [30, 10]}, as_stored)) == []
+    assert list(check_sample(record, row | {"image_sizes": [10, 30]}, as_stored)) != []
     without = dataclasses.replace(rules, originals=False)
-    assert list(wrong_with(record, row, without)) == ["image 0: bytes in a dataset without images"]
+    assert list(check_sample(record, row, without)) == ["image 0: bytes in a dataset without images"]
     bare = dataclasses.replace(record, images=(b"",))
-    assert list(wrong_with(bare, row | {"image_sizes": [0, 0]}, without)) == []
-    assert list(wrong_with(bare, row | {"image_sizes": [0, 0]}, rules)) != []
+    assert list(check_sample(bare, row | {"image_sizes": [0, 0]}, without)) == []
+    assert list(check_sample(bare, row | {"image_sizes": [0, 0]}, rules)) != []
     other = dataclasses.replace(rules, sizes=crop_latents("square", 32, 4))
-    assert list(wrong_with(record, row, other)) == [
+    assert list(check_sample(record, row, other)) == [
         "image 0: 4 x 4 latents, which the dataset's crops do not make"
     ]
     wider = dataclasses.replace(record, tokens=tokens.astype("u4"))
-    assert list(wrong_with(wider, row, rules)) == [f"tokens: uint32 ({len(tokens)},), expected uint16 (T,)"]
+    assert list(check_sample(wider, row, rules)) == [f"tokens: uint32 ({len(tokens)},), expected uint16 (T,)"]
 
 
-def test_latents_of_lists_of_crops() -> None:
+def test_crops_have_these_sizes_in_latents() -> None:
     assert crop_latents("square", 512, 16) == {(32, 32)}
     assert {(32, 32), (16, 64), (64, 16)} <= crop_latents("aspect", 512, 16)
     assert all(height % 2 == width % 2 == 0 for height, width in crop_latents("aspect", 512, 16))
@@ -409,7 +417,7 @@ def test_a_dataset_in_compat_may_hold_forged_tokens(vqgan: Path, tmp_path: Path)
     assert verify(str(tmp_path / "out")) == []
 
 
-def test_crops_of_other_shapes(vqgan: Path, tmp_path: Path) -> None:
+def test_other_crops_are_verified(vqgan: Path, tmp_path: Path) -> None:
     picture(tmp_path / "wide.png", 1, (90, 30))
     items = [{"conversations": turns("<|image|>", "a"), "image": "wide.png"}]
     run_here(settings(vqgan, crop="aspect", target_size=32), write_items(tmp_path, items), tmp_path / "out")
@@ -429,14 +437,22 @@ def test_a_shard_outside_the_folder_is_named_and_not_read(
     manifest = load_manifest(out)
     files = manifest.files | {"index.json": sha256_of_file(out / "index.json")}
     (out / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).dump())
-    monkeypatch.setattr("unitoken.tokenize.checks.verify._load", None)
+    read, names = Folder.read, []
+
+    def note_and_read(self: Folder, name: str) -> bytes:
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Folder, "read", note_and_read)
     assert verify(str(out)) == [
         f"{out}/index.json: expected shards named chunk-NNNNNN/shard.NNNNN.mds, found {name!r}"
     ]
+    assert names
+    assert not [name for name in names if "shard" in name or "passwd" in name or "secret" in name]
 
 
 @pytest.mark.cloud
-def test_a_dataset_in_a_bucket(out: Path, tmp_path: Path) -> None:
+def test_a_dataset_in_a_bucket_is_verified(out: Path, tmp_path: Path) -> None:
     from support.services import started, used
 
     (tmp_path / "server").mkdir()
@@ -446,8 +462,8 @@ def test_a_dataset_in_a_bucket(out: Path, tmp_path: Path) -> None:
         for path in sorted(path for path in out.rglob("*") if path.is_file()):
             store.upload(path, str(path.relative_to(out)))
         assert verify(url) == []
-        assert [record.id for record in records(store)] == [
-            record.id for record in records(open_store(str(out)))
+        assert [record.id for record in read_records(store)] == [
+            record.id for record in read_records(open_store(str(out)))
         ]
         shard = (out / "chunk-000001" / "shard.00000.mds").read_bytes()
         store.write("chunk-000001/shard.00000.mds", shard[:-1] + b"x")

@@ -1,9 +1,8 @@
-"""Several processes: killed at any moment, the same command gives the same bytes; a dead worker stops nobody."""
+"""Several processes: a killed run and a repeated one give the same bytes; a dead worker stops no other."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import random
 import signal
@@ -20,10 +19,9 @@ from support.processes import alive, children, wait_for
 from support.tokenizing import TOKENIZER, content, run_here, settings, some_items, write_items
 from unitoken.common.errors import ConfigError
 from unitoken.storage.store import StoreError
-from unitoken.tokenize.executors.local import Reporter, _work, launch
-from unitoken.tokenize.executors.progress import RunProgress, _Count, _Lines, share_of, show_progress
-from unitoken.tokenize.job import Round, prepare
+from unitoken.tokenize.executors.local import Reporter, launch, run_worker
 from unitoken.tokenize.merge import merge
+from unitoken.tokenize.prepare import prepare
 
 ITEMS = 24
 CHUNKS = 12
@@ -45,25 +43,10 @@ def expected(source: Path, vqgan: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def command(source: Path, vqgan: Path, out: Path, splits: int = 2) -> list[str]:
-    run = [
-        sys.executable,
-        "-m",
-        "unitoken.tokenize",
-        "run",
-        "--config",
-        "yamls/tokenize/chameleon.yaml",
-        "--splits",
-        str(splits),
-    ]
-    files = ["--in_filename", str(source), "--out_dir", str(out), "--target_size", "16"]
-    return [
-        *run,
-        *files,
-        f"tokenizer={TOKENIZER}",
-        f"vision.weights={vqgan}",
-        "vision.batch_size=3",
-        "chunk_size=2",
-    ]
+    run = [sys.executable, "-m", "unitoken.tokenize", "run", "--splits", str(splits)]
+    files = ["--config", "yamls/tokenize/chameleon.yaml", "--in_filename", str(source), "--out_dir", str(out)]
+    paths = [f"tokenizer={TOKENIZER}", f"vision.weights={vqgan}"]
+    return [*run, *files, "--target_size", "16", *paths, "vision.batch_size=3", "chunk_size=2"]
 
 
 def done(out: Path) -> int:
@@ -72,22 +55,22 @@ def done(out: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
-def test_a_run_killed_at_random_moments_and_repeated_gives_the_same_bytes(
+def test_a_run_killed_and_repeated_gives_the_same_bytes(
     source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """The parent is killed: its workers end, too. Then the command runs to its end, and once more to do nothing."""
+    """The parent is killed twice, and its workers end with it. Then the command runs to its end, twice."""
     out = tmp_path / "out"
     moment = random.Random(4)
     for chunks, splits in ((1, 3), (6, 2)):
         process = subprocess.Popen(
             command(source, vqgan, out, splits), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_for(lambda chunks=chunks: done(out) >= chunks)
+        wait_for(lambda chunks=chunks: done(out) >= chunks)  # type: ignore[misc]
         time.sleep(moment.uniform(0, 0.05))
         workers = children(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        wait_for(lambda workers=workers: not any(map(alive, workers)), seconds=10)
+        wait_for(lambda workers=workers: not any(map(alive, workers)), seconds=10)  # type: ignore[misc]
         assert not (out / "manifest.json").exists()
     for _ in range(2):
         finish = subprocess.run(
@@ -128,7 +111,7 @@ def test_a_worker_that_is_killed_does_not_stop_the_others(
 def test_ranks_by_hand_and_a_merge_give_the_same(
     source: Path, vqgan: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """As the seed document does it: one process a rank, started together."""
+    """One process for each rank, started together."""
     out = tmp_path / "out"
     ranks = [
         subprocess.Popen(
@@ -145,7 +128,7 @@ def test_ranks_by_hand_and_a_merge_give_the_same(
 
 
 @pytest.mark.slow
-def test_what_a_worker_finds_wrong_with_the_weights_is_the_parents_error(
+def test_a_config_error_in_a_worker_is_raised_in_the_parent(
     source: Path, vqgan: Path, tmp_path: Path
 ) -> None:
     weights = tmp_path / "weights"
@@ -177,83 +160,6 @@ def test_reports_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sum(column) for column in zip(*sent, strict=True)] == [1001, 1]
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress(RunProgress(10, 4, 3, lambda: 1)) as bar:
-        bar.show()
-        bar.advance(3, 1)
-        bar.show()
-        bar.advance(3, 0)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "tokenize: 4/10 items, loading the models"
-    assert lines[-1].startswith("tokenize: 10/10 items, ")
-    assert lines[-1].endswith(" 1 rejected")
-    assert len(lines) == 2  # the second came too soon
-
-
-def test_where_only_reading_tells_how_many_items_there_are_chunks_are_counted(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    done = iter([1, 3])
-    with show_progress(RunProgress(None, 0, 3, lambda: next(done))) as bar:
-        bar.show()
-        bar.advance(70, 0)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "tokenize: 0 items, 1/3 chunks, loading the models"
-    assert lines[-1].startswith("tokenize: 70 items, 3/3 chunks, ")
-
-
-def test_the_bar_of_a_terminal_shows_the_same(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "200")
-    for total in (10, None):
-        with show_progress(RunProgress(total, 4, 3, lambda: 2)) as bar:
-            bar.advance(5, 1)
-            bar.show()
-    shown = capsys.readouterr().err
-    assert "9/10 items, " in shown
-    assert "9 items, 2/3 chunks, " in shown
-    assert "1 rejected" in shown
-
-
-def test_80_columns_hold_all_that_the_bar_says(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(_Count, "rate", 1071.3)
-    monkeypatch.setenv("COLUMNS", "80")
-    with show_progress(RunProgress(10_000_000, 0, 3, lambda: 2)) as bar:
-        bar.advance(1_234_567, 12_345)
-        bar.show()
-    assert " 1,234,567/10,000,000 items, 1,071/s, 136.4 min left, 12,345 rejected" in capsys.readouterr().err
-
-
-def test_a_retry_counts_what_it_tries_again(source: Path, vqgan: Path, tmp_path: Path) -> None:
-    job = prepare(settings(vqgan, chunk_size=2), [str(source)], str(tmp_path / "out"))
-    job = dataclasses.replace(job, work=dataclasses.replace(job.work, rounds=(Round(items=[(0, 1)]),)))
-    assert share_of(job, job.chunks()).items == 1
-
-
-def test_the_rate_counts_the_first_seconds_too() -> None:
-    """Items come in bursts: from the first burst on it said 123/s where 0.6/s was true."""
-    count = _Lines(RunProgress(100, 50, 1, lambda: 0))
-    assert count.rate == 0
-    count.advance(10, 0)
-    count._start = time.monotonic() - 2.0
-    count.advance(10, 0)
-    assert count.rate == pytest.approx(10, rel=0.1)
-    assert "70/100 items, 10/s, 0.1 min left" in count.state()
-
-
-def test_a_share_counts_its_own_chunks(source: Path, vqgan: Path, tmp_path: Path) -> None:
-    job = prepare(settings(vqgan, chunk_size=2), [str(source)], str(tmp_path / "out"))
-    (tmp_path / "out" / "chunk-000003").mkdir()
-    (tmp_path / "out" / "chunk-000003" / "index.json").touch()
-    share = share_of(job, job.chunks()[1::2])
-    assert (share.items, share.done, share.chunks, share.chunks_done()) == (ITEMS // 2, 2, CHUNKS // 2, 1)
-
-
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -268,22 +174,22 @@ def test_a_share_counts_its_own_chunks(source: Path, vqgan: Path, tmp_path: Path
         (MemoryError(), "stopped: out of memory"),
     ],
 )
-def test_what_is_no_mistake_of_ours_ends_a_worker_with_one_line(
+def test_a_failing_disk_or_store_ends_a_worker_with_one_line(
     error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    messages = ended_with(error, monkeypatch)
+    messages = messages_of_worker(error, monkeypatch)
     assert messages[0] == (0, 0)
     assert messages[1].startswith(line)
     assert capsys.readouterr().err == ""
 
 
-def test_a_mistake_of_the_users_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    (message,) = ended_with(ConfigError("weights: no such folder"), monkeypatch)
+def test_a_config_error_is_sent_to_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    (message,) = messages_of_worker(ConfigError("weights: no such folder"), monkeypatch)
     assert isinstance(message, ConfigError)
 
 
-def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The messages of a worker, run in this process, whose work raises `error`."""
+def messages_of_worker(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the messages of a worker, run in this process, whose work raises `error`."""
 
     def run_rank(*_: object) -> None:
         raise error
@@ -298,5 +204,5 @@ def ended_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_rank=run_rank)
     )
     with contextlib.suppress(SystemExit):
-        _work(None, 0, 1, messages)  # type: ignore[arg-type]
+        run_worker(None, 0, 1, messages)  # type: ignore[arg-type]
     return messages

@@ -1,4 +1,4 @@
-"""Ray: what its tasks are, and what they end with. test_soak.py kills a node."""
+"""Ray: the chunks of a task, and how a task ends. test_soak.py kills a node."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from unitoken.common.errors import ConfigError
 from unitoken.storage.store import StoreError
 from unitoken.tokenize.executors import ray_cluster
 from unitoken.tokenize.executors.ray_cluster import launch_on_ray
-from unitoken.tokenize.job import Chunk, Job, prepare
+from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.pipeline.timing import Times
+from unitoken.tokenize.prepare import prepare
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def job(vqgan: Path, source: Path, tmp_path: Path) -> Job:
 
 @pytest.mark.slow
 def test_without_a_cluster_one_is_started_here(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a relative name is what it was where the command was given."""
+    """Relative names start at the current folder of the command."""
     monkeypatch.chdir(Path(job.out).parent)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name, value in private().items():
@@ -49,7 +50,7 @@ def test_without_a_cluster_one_is_started_here(job: Job, monkeypatch: pytest.Mon
     assert here.missing() == []
 
 
-def test_nothing_missing_starts_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_job_starts_no_cluster(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "_start_ray", lambda: pytest.fail("started"))
     for chunk in job.chunks():
         (Path(job.out) / chunk.name).mkdir()
@@ -63,9 +64,7 @@ def test_without_ray_the_error_says_how_to_have_it(job: Job, monkeypatch: pytest
         launch_on_ray(job)
 
 
-def test_an_address_where_no_cluster_is_is_an_error_at_once(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_without_a_cluster_is_an_error_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"no Ray cluster at 127.0.0.1:9: .*refused"):
@@ -73,14 +72,15 @@ def test_an_address_where_no_cluster_is_is_an_error_at_once(
 
 
 class InOneProcess:
-    """What `_run` needs of Ray: tasks are done when they are asked for."""
+    """The part of Ray that `_run_tasks` uses; a task runs when it is submitted."""
 
     class exceptions:  # noqa: N801
         class RayError(Exception):
             cause: Exception
 
     def __init__(self, cpus: float = 1, gpus: float = 0) -> None:
-        self.resources, self.options = {"CPU": cpus, "GPU": gpus}, {}
+        self.resources = {"CPU": cpus, "GPU": gpus}
+        self.options: dict[str, object] = {}
 
     def cluster_resources(self) -> dict[str, float]:
         return self.resources
@@ -120,7 +120,7 @@ class InOneProcess:
         pass
 
 
-def ended(
+def launched(
     job: Job, monkeypatch: pytest.MonkeyPatch, run_chunks: Any, ray: InOneProcess | None = None
 ) -> list[str]:
     monkeypatch.setattr(ray_cluster, "_start_ray", lambda: ray or InOneProcess())
@@ -130,9 +130,7 @@ def ended(
     return launch_on_ray(job)
 
 
-def test_tasks_are_a_few_chunks_each_and_every_chunk_is_in_one(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_chunk_is_in_one_task_of_a_few_chunks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
 
     def run_chunks(_: Job, chunks: list[Chunk], report: Any, device: str) -> Times:
@@ -140,25 +138,23 @@ def test_tasks_are_a_few_chunks_each_and_every_chunk_is_in_one(
         report(len(chunks), 0)
         return Times()
 
-    assert ended(job, monkeypatch, run_chunks) == []
+    assert launched(job, monkeypatch, run_chunks) == []
     assert [name for group in given for name in group] == [chunk.name for chunk in job.chunks()]
     chunks = [Chunk(f"chunk-{number:06d}", ((number, None),)) for number in range(1000)]
-    assert {len(group) for group in ray_cluster._groups(chunks, 8)} == {4}
-    assert [len(group) for group in ray_cluster._groups(chunks[:40], 8)] == [1] * 40
+    assert {len(group) for group in ray_cluster._chunks_of_tasks(chunks, 8)} == {4}
+    assert [len(group) for group in ray_cluster._chunks_of_tasks(chunks[:40], 8)] == [1] * 40
 
 
-def test_a_task_takes_a_gpu_where_the_cluster_has_them_and_keeps_its_process(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_takes_a_gpu_if_any_and_keeps_its_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus in (0, 16):
         ray = InOneProcess(cpus=64, gpus=gpus)
-        ended(job, monkeypatch, lambda *_: Times(), ray)
+        launched(job, monkeypatch, lambda *_: Times(), ray)
         assert ray.options["num_gpus"] == min(gpus, 1)
         assert ray.options["max_calls"] == 0
         assert ray.options["retry_exceptions"] is False
 
 
-def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_folder(
+def test_a_second_attempt_skips_what_the_first_has_done(
     job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given: list[str] = []
@@ -168,14 +164,13 @@ def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_
         given.extend(chunk.name for chunk in chunks)
         return Times()
 
-    monkeypatch.chdir("/")  # and back at the end
-
+    monkeypatch.chdir("/")  # run_task changes it; pytest changes it back
     monkeypatch.setitem(
         sys.modules, "unitoken.tokenize.pipeline.worker", types.SimpleNamespace(run_chunks=run_chunks)
     )
     (Path(job.out) / "chunk-000001").mkdir()
     (Path(job.out) / "chunk-000001" / "index.json").touch()
-    ray_cluster._do(job, job.chunks()[:3], str(tmp_path))
+    ray_cluster.run_task(job, job.chunks()[:3], str(tmp_path))
     assert given == ["chunk-000000", "chunk-000002"]
 
 
@@ -197,21 +192,21 @@ def test_a_second_attempt_does_only_what_the_first_has_not_done_in_the_commands_
         ),
     ],
 )
-def test_what_ends_a_task_is_one_line(
+def test_a_failed_task_is_reported_in_one_line(
     job: Job, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
     def run_chunks(*_: object) -> Times:
         raise error
 
-    lines = ended(job, monkeypatch, run_chunks)
+    lines = launched(job, monkeypatch, run_chunks)
     assert len(lines) == 6
     assert all("\n" not in text for text in lines)
     assert line in lines[0]
 
 
-def test_a_mistake_of_the_users_ends_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_error_in_a_task_ends_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_chunks(*_: object) -> Times:
         raise ConfigError("weights: no such folder")
 
     with pytest.raises(ConfigError, match="weights: no such folder"):
-        ended(job, monkeypatch, run_chunks)
+        launched(job, monkeypatch, run_chunks)

@@ -1,4 +1,4 @@
-"""Stages side by side: the order is kept, batches follow from the chunk alone, and every end is a prompt one."""
+"""Stages side by side: the order is kept, batches follow from the chunk alone, and ends are prompt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 
 from unitoken.codec.conversations import Conversation
-from unitoken.tokenize.pipeline import concurrency
-from unitoken.tokenize.pipeline.concurrency import Closed, Group, Room, ahead, encode
-from unitoken.tokenize.pipeline.item import Picture, Place
+from unitoken.tokenize.job import Chunk
+from unitoken.tokenize.pipeline.concurrency import (
+    IN_FLIGHT,
+    ChunkWork,
+    Closed,
+    Group,
+    Limits,
+    MemoryBudget,
+    encode_groups,
+    run_in_thread,
+)
+from unitoken.tokenize.pipeline.item import Item, Picture, Place
 from unitoken.tokenize.pipeline.timing import Times, timed
 
 
@@ -32,25 +41,25 @@ def no_thread_survives() -> Iterator[None]:
 
 
 def test_values_come_in_their_order_and_from_another_thread() -> None:
-    def who() -> Generator[str, None, None]:
+    def thread_name() -> Generator[str, None, None]:
         yield threading.current_thread().name
 
-    assert list(ahead(counting(1000), "a")) == list(range(1000))
-    assert list(ahead(who(), "maker")) == ["maker"]
+    assert list(run_in_thread(counting(1000), "a")) == list(range(1000))
+    assert list(run_in_thread(thread_name(), "maker")) == ["maker"]
 
 
-def test_what_is_raised_in_the_thread_is_raised_here_behind_the_values_before_it() -> None:
+def test_an_exception_of_the_thread_comes_after_its_values() -> None:
     def failing() -> Generator[int, None, None]:
         yield 1
         raise MemoryError("full")
 
-    values = ahead(failing(), "a")
+    values = run_in_thread(failing(), "a")
     assert next(values) == 1
     with pytest.raises(MemoryError, match="full"):
         next(values)
 
 
-def test_closing_ends_the_thread_and_what_it_reads_from() -> None:
+def test_closing_ends_the_thread_and_its_generator() -> None:
     closed = []
 
     def endless() -> Generator[int, None, None]:
@@ -62,56 +71,57 @@ def test_closing_ends_the_thread_and_what_it_reads_from() -> None:
         finally:
             closed.append(threading.current_thread().name)
 
-    values = ahead(endless(), "maker")
+    values = run_in_thread(endless(), "maker")
     assert next(values) == 1
     values.close()
     assert closed == ["maker"]
 
 
-def test_one_ahead_reads_from_another() -> None:
-    first = ahead(counting(100), "a")
-    assert list(ahead((2 * number for number in first), "b")) == [2 * number for number in range(100)]
+def test_one_thread_reads_from_another() -> None:
+    first = run_in_thread(counting(100), "a")
+    assert list(run_in_thread((2 * number for number in first), "b")) == [2 * number for number in range(100)]
 
 
-def test_who_brings_more_waits_until_there_is_room() -> None:
-    room, steps = Room(100), []
+def test_a_producer_waits_until_the_budget_has_room() -> None:
+    budget = MemoryBudget(100)
+    steps: list[str] = []
 
-    def bring() -> None:
+    def produce() -> None:
         for _ in range(3):
-            room.wait()
-            room.take(60)
+            budget.wait()
+            budget.take(60)
             steps.append("take")
 
-    thread = threading.Thread(target=bring)
+    thread = threading.Thread(target=produce)
     thread.start()
     while len(steps) < 2:  # 60 held is below the limit, 120 is not
         time.sleep(0.001)
     time.sleep(0.02)
-    steps.append("give")
-    room.give_back(60)
+    steps.append("release")
+    budget.release(60)
     thread.join(5)
-    assert steps == ["take", "take", "give", "take"]
+    assert steps == ["take", "take", "release", "take"]
 
 
-def test_a_closed_room_lets_nobody_wait() -> None:
-    room = Room(1)
-    room.take(5)
+def test_a_closed_budget_ends_all_waiting() -> None:
+    budget = MemoryBudget(1)
+    budget.take(5)
     ended: list[str] = []
 
     def wait() -> None:
         with pytest.raises(Closed):
-            room.wait()
+            budget.wait()
         ended.append("closed")
 
     thread = threading.Thread(target=wait)
     thread.start()
-    room.close()
+    budget.close()
     thread.join(5)
     assert ended == ["closed"]
 
 
 class Vision:
-    """Codes that say what was in which batch; they are there when asked for, and not before."""
+    """Its codes are the names of the pictures; they are made when they are collected, and not before."""
 
     codebook_size, downsampling, fingerprint = 10, 1, "fake"
 
@@ -138,17 +148,20 @@ class Pending:
 
 
 def group(chunk: str, *pictures: tuple[int, int], last: bool = False, held: int = 0) -> Group:
-    """Pictures as (their name, their side)."""
+    """Each picture is given as (its name, its side)."""
     items = []
     for name, side in pictures:
         picture = Picture(b"", (side, side), np.full((side, side, 3), name, np.uint8))
-        items.append((Place(0, "f", name, str(name)), (Conversation(str(name), (), ("x",)), [picture])))
-    return Group(chunk, items, last, held)
+        conversation = Conversation(str(name), (), ("x",))
+        items.append(Item(Place(0, "f", name, str(name)), conversation, ".", (picture,)))
+    return Group(ChunkWork(Chunk(chunk, ())), items, last, held)
 
 
-def run(groups: list[Group], batch_size: int) -> tuple[Vision, list[Group], Times]:
+def run(
+    groups: list[Group], batch_size: int, flushed_bytes: int = Limits.flushed_bytes
+) -> tuple[Vision, list[Group], Times]:
     vision, times = Vision(), Times()
-    out = list(encode(iter(groups), vision, batch_size, times))  # type: ignore[arg-type]
+    out = list(encode_groups(iter(groups), vision, batch_size, times, flushed_bytes))  # type: ignore[arg-type]
     return vision, out, times
 
 
@@ -164,9 +177,10 @@ def test_batches_hold_pictures_of_one_size_and_one_chunk() -> None:
     assert vision.batches == [[1, 3], [2, 5], [4], [6]]
     assert out == groups
     for one in out:
-        for place, (_, [picture]) in one.items:
+        for item in one.items:
+            (picture,) = item.pictures
             assert picture.codes is not None
-            assert picture.codes.tolist() == [[place.position]]
+            assert picture.codes.tolist() == [[item.place.position]]
             assert picture.pixels.size == 0
 
 
@@ -182,40 +196,39 @@ def test_batches_do_not_depend_on_the_chunks_before() -> None:
     assert both.batches == [*alone.batches, *alone.batches]
 
 
-def test_a_rare_size_holds_up_the_others_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concurrency, "FLUSHED_BYTES", 100)
+def test_a_rare_size_holds_up_the_others_for_a_while_only() -> None:
     groups = [
         group("a", (0, 16), held=25),
         *[group("a", (n, 8), held=25) for n in range(1, 8)],
         group("a", last=True),
     ]
-    vision, _, _ = run(groups, 4)
+    vision, _, _ = run(groups, 4, flushed_bytes=100)
     assert vision.batches == [[1, 2, 3], [0], [4, 5, 6, 7]]
 
 
-def test_a_second_batch_is_started_before_the_first_is_waited_for() -> None:
+def test_a_second_batch_starts_before_the_first_is_collected() -> None:
     vision, _, times = run([group("a", *[(n, 8) for n in range(12)]), group("a", last=True)], 2)
-    assert vision.most_in_flight == concurrency.IN_FLIGHT == 2
+    assert vision.most_in_flight == IN_FLIGHT == 2
     assert vision.landed == list(range(6))
     assert times.images == 12
 
 
-def test_a_chunk_goes_on_while_the_last_batch_of_the_one_before_is_on_its_way() -> None:
+def test_the_next_chunk_is_read_while_a_batch_is_in_flight() -> None:
     vision = Vision()
     groups = [group("a", (1, 8)), group("a", last=True), group("b", (2, 8)), group("b", last=True)]
     read: list[str] = []
 
     def reading() -> Iterator[Group]:
         for one in groups:
-            read.append(one.chunk)
+            read.append(one.work.chunk.name)
             yield one
 
-    first = next(encode(reading(), vision, 8, Times()))  # type: ignore[arg-type]
+    first = next(encode_groups(reading(), vision, 8, Times()))  # type: ignore[arg-type]
     assert first is groups[0]
     assert read == ["a", "a", "b", "b"]
 
 
-def test_times_say_how_long_the_image_tokenizer_waited() -> None:
+def test_times_show_how_long_the_image_tokenizer_waited() -> None:
     _, _, times = run([group("a", *[(n, 8) for n in range(4)]), group("a", last=True)], 1)
     assert times.encode == pytest.approx(4 * 4)
     assert times.encode_span == pytest.approx(39 - 5)

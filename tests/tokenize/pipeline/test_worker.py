@@ -1,4 +1,4 @@
-"""Chunks from start to end: every item is a sample or a reject, and the bytes depend on the input alone."""
+"""From items to published chunks: every item is a sample or a reject, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from PIL import Image
 from streaming import StreamingDataset
 
 from support.tokenizing import content, picture, png, run_here, settings, some_items, turns, write_items
+from unitoken.common.files import AsideFolder
 from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.tokenize.job import prepare
 from unitoken.tokenize.merge import merge
-from unitoken.tokenize.pipeline import concurrency, worker, writer
+from unitoken.tokenize.pipeline import tokenizer as tokenizer_module
+from unitoken.tokenize.pipeline import worker, writer
+from unitoken.tokenize.pipeline.concurrency import ITEM_BYTES, Limits
+from unitoken.tokenize.pipeline.tokenizer import Tokenizer
+from unitoken.tokenize.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -123,10 +127,8 @@ def test_bad_images_are_rejects_with_their_reason(vqgan: Path, tmp_path: Path, g
     assert merge(str(tmp_path / "out")).samples == 1
 
 
-def test_no_broken_file_stops_the_run_and_reasons_are_the_same_each_time(
-    vqgan: Path, tmp_path: Path, golden: Path
-) -> None:
-    """Images cut and changed at many places: each is used or rejected, twice alike (no addresses, no folders)."""
+def test_broken_files_give_the_same_rejects_each_time(vqgan: Path, tmp_path: Path, golden: Path) -> None:
+    """Images are cut and changed at many places. A reason must hold no addresses and no folders."""
     rng = np.random.default_rng(0)
     items = []
     for name in ("d14_square.png", "d06_exif6.jpg", "d04_palette.png", "d11_16bit.png"):
@@ -151,7 +153,7 @@ def test_no_broken_file_stops_the_run_and_reasons_are_the_same_each_time(
 
 
 def test_images_are_limited_in_bytes(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MAX_ITEM_BYTES", len(png()) + 10)
+    monkeypatch.setattr(tokenizer_module, "MAX_ITEM_BYTES", len(png()) + 10)
     (tmp_path / "a.png").write_bytes(png())
     item = {"conversations": turns("<|image|><|image|>", "a"), "image": ["a.png", "a.png"]}
     run_here(settings(vqgan), write_items(tmp_path, [item, image_item("a.png")]), tmp_path / "out")
@@ -167,12 +169,15 @@ def test_a_chunk_of_rejects_only_is_done_and_merges(vqgan: Path, tmp_path: Path)
     assert len(list(StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False))) == 1
 
 
-@pytest.mark.parametrize("victim", ["_open", "_adapt", "begin", "_row", "write_samples", "publish"])
-def test_a_chunk_that_fails_midway_is_not_there(
+@pytest.mark.parametrize(
+    "victim", ["open_pictures", "adapt", "begin", "sidecar_row", "write_sidecar", "publish"]
+)
+def test_a_chunk_that_fails_midway_is_not_published(
     vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    """In whichever thread: the error is raised, no thread survives, and there is no half of a chunk. An exception
-    inside MDSWriter leaves a complete-looking index.
+    """In every thread: the error is raised, no thread survives, and no part of the chunk is left.
+
+    An exception inside MDSWriter leaves an index that looks complete.
     """
     source = write_items(tmp_path, some_items(tmp_path, 30))
     calls = 0
@@ -183,17 +188,17 @@ def test_a_chunk_that_fails_midway_is_not_there(
         raise MemoryError(victim)
 
     job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
-    tokenizer = worker.Tokenizer(job, "cpu")
-    where = {
+    tokenizer = Tokenizer(job, "cpu")
+    owners = {
         "begin": tokenizer.vision,
-        "_row": writer,
-        "write_samples": writer,
-        "publish": pipeline_of_output(),
+        "sidecar_row": writer,
+        "write_sidecar": writer,
+        "publish": AsideFolder,
     }
     with monkeypatch.context() as patch:
-        patch.setattr(where.get(victim, tokenizer), victim, fail)
+        patch.setattr(owners.get(victim, tokenizer), victim, fail)
         with pytest.raises(MemoryError, match=victim):
-            tokenizer.write_chunks(job.chunks(), quiet)
+            worker.write_chunks(tokenizer, job.chunks(), quiet)
     assert calls
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == ["input.json", "job.json", "settings.yaml", "vocabulary.json"]
@@ -202,36 +207,27 @@ def test_a_chunk_that_fails_midway_is_not_there(
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def pipeline_of_output() -> Any:
-    from unitoken.common.files import AsideFolder
-
-    return AsideFolder
-
-
 def quiet(finished: int, rejected: int) -> None:
     pass
 
 
 def test_two_runs_into_one_folder_do_no_harm(vqgan: Path, tmp_path: Path) -> None:
-    """A chunk that another run has just finished stays as it is; ours was the same."""
+    """A chunk that another run has just finished stays as it is; ours is equal."""
     source = write_items(tmp_path, some_items(tmp_path, 4))
     job = run_here(settings(vqgan), source, tmp_path / "out")
     before = content(tmp_path / "out")
-    worker.Tokenizer(job, "cpu").write_chunks(job.chunks(), quiet)
+    worker.write_chunks(Tokenizer(job, "cpu"), job.chunks(), quiet)
     assert content(tmp_path / "out") == before
 
 
-def test_a_chunk_that_another_run_has_done_meanwhile_is_left_out(vqgan: Path, tmp_path: Path) -> None:
+def test_a_chunk_that_another_run_finished_is_skipped(vqgan: Path, tmp_path: Path) -> None:
     source = write_items(tmp_path, some_items(tmp_path, 8))
     job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
     reported: list[tuple[int, int]] = []
     run_here(settings(vqgan), source, tmp_path / "other")
 
-    def others(finished: int, rejected: int) -> None:
-        reported.append((finished, rejected))
-
     (tmp_path / "other" / "chunk-000001").rename(tmp_path / "out" / "chunk-000001")
-    worker.run_rank(job, 0, 1, others)
+    worker.run_rank(job, 0, 1, lambda finished, rejected: reported.append((finished, rejected)))
     assert sum(finished for finished, _ in reported) == 4
     assert content(tmp_path / "out") == content(tmp_path / "other") | {
         name: digest for name, digest in content(tmp_path / "out").items() if name.startswith("chunk-000001")
@@ -249,8 +245,8 @@ def test_every_item_is_reported_once(vqgan: Path, tmp_path: Path) -> None:
     assert worker.run_rank(job, 0, 1, quiet).images == 0  # nothing is left
 
 
-def test_torchs_threads_are_as_before_when_the_work_is_done(vqgan: Path, tmp_path: Path) -> None:
-    """One that stayed gave whatever ran later in the process, such as training, sums with other last digits."""
+def test_torch_has_its_threads_back_after_the_work(vqgan: Path, tmp_path: Path) -> None:
+    """A number that stayed changed the last digits of later sums in the process, such as in training."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -260,16 +256,14 @@ def test_torchs_threads_are_as_before_when_the_work_is_done(vqgan: Path, tmp_pat
         torch.set_num_threads(before)
 
 
-def test_bytes_do_not_depend_on_threads_nor_on_the_room(
-    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Little room: four items on the way, so that the reader waits for the writer."""
+def test_bytes_do_not_depend_on_threads_or_the_memory_limit(vqgan: Path, tmp_path: Path) -> None:
+    """With four items on the way the reader waits for the writer."""
     source = write_items(tmp_path, some_items(tmp_path, 40))
-    monkeypatch.setattr(worker, "GROUP_ITEMS", 2)
-    monkeypatch.setattr(concurrency, "FLUSHED_BYTES", concurrency.ITEM_BYTES)
-    run_here(settings(vqgan, threads=1, chunk_size=17), source, tmp_path / "one")
-    monkeypatch.setattr(concurrency, "HELD_BYTES", 4 * concurrency.ITEM_BYTES)
-    run_here(settings(vqgan, threads=7, chunk_size=17), source, tmp_path / "seven")
+    for name, threads, held_items in (("one", 1, 4096), ("seven", 7, 4)):
+        job = prepare(settings(vqgan, threads=threads, chunk_size=17), [str(source)], str(tmp_path / name))
+        limits = Limits(group_items=2, flushed_bytes=ITEM_BYTES, held_bytes=held_items * ITEM_BYTES)
+        worker.write_chunks(Tokenizer(job, "cpu"), job.chunks(), quiet, limits)
+        assert not job.missing()
     assert content(tmp_path / "one") == content(tmp_path / "seven")
 
 
@@ -279,15 +273,13 @@ def test_a_process_keeps_its_models_for_the_next_chunks(
     source = write_items(tmp_path, some_items(tmp_path, 8))
     job = prepare(settings(vqgan), [str(source)], str(tmp_path / "out"))
     worker.run_chunks(job, job.chunks()[:1], quiet, "cpu")
-    monkeypatch.setattr(worker, "load_vision", lambda *args: pytest.fail("loaded again"))
+    monkeypatch.setattr(tokenizer_module, "load_vision", lambda *args: pytest.fail("loaded again"))
     worker.run_chunks(job, job.chunks()[1:], quiet, "cpu")
     assert not job.missing()
 
 
-def test_items_longer_than_max_tokens_are_rejects(
-    vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those whose images alone are too long never reach the image tokenizer."""
+def test_items_longer_than_max_tokens_are_rejects(vqgan: Path, tmp_path: Path) -> None:
+    """Items whose images alone are too long never reach the image tokenizer."""
     name = picture(tmp_path / "a.png", 1)
     items = [
         {"conversations": turns("short", "text")},
@@ -310,7 +302,7 @@ def test_items_longer_than_max_tokens_are_rejects(
 
 
 def test_random_crops_depend_on_seed_and_id_alone(vqgan: Path, tmp_path: Path) -> None:
-    """Not on the item's place, so not on what else is in the input."""
+    """They do not depend on the item's place, and so not on other items of the input."""
     for n in range(4):
         rng = np.random.default_rng(n)
         Image.fromarray(rng.integers(0, 256, (16, 200, 3), np.uint8)).save(tmp_path / f"{n}.png")
@@ -330,9 +322,7 @@ def test_random_crops_depend_on_seed_and_id_alone(vqgan: Path, tmp_path: Path) -
     assert all(other[name] != found[name] for name in found)
 
 
-def test_what_the_source_or_an_adapter_can_not_use_is_a_reject_of_that_stage(
-    vqgan: Path, tmp_path: Path
-) -> None:
+def test_a_reject_names_the_stage_that_refused_it(vqgan: Path, tmp_path: Path) -> None:
     source = tmp_path / "items.jsonl"
     good = json.dumps({"conversations": turns("a", "b")})
     source.write_text(
@@ -350,8 +340,3 @@ def test_what_the_source_or_an_adapter_can_not_use_is_a_reject_of_that_stage(
     stages = [(line["stage"], line["reason"]) for line in rejects(tmp_path / "mine")]
     assert stages[0] == ("adapter", "adapter failed: KeyError: 'x'")
     assert [stage for stage, _ in stages] == ["adapter", "source", "adapter", "adapter"]
-
-
-def test_the_file_of_a_reject_shows_neither_folders_nor_signatures() -> None:
-    assert worker._file_name("/home/me/data/a.json") == "a.json"
-    assert worker._file_name("https://host/data/a.jsonl?signature=secret") == "a.jsonl"

@@ -11,7 +11,7 @@ from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.sources import base as formats
 from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.reader import Input, Item, base, cut, find_files, item_name, read_piece
+from unitoken.tokenize.sources.reader import Input, RawItem, base, cut, find_files, item_name, read_piece
 
 
 def whole(source: Input) -> list[object]:
@@ -154,7 +154,7 @@ def test_no_piece_crosses_a_file_and_an_input_survives_being_stored(tmp_path: Pa
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     source = cut(find_files([write(tmp_path / "i.jsonl", "".join(f"{n}\n" for n in range(10)))]), 4)
-    assert list(read_piece(source, 1, {5, 7})) == [Item(1, 0, 5, 5), Item(1, 0, 7, 7)]
+    assert list(read_piece(source, 1, {5, 7})) == [RawItem(1, 0, 5, 5), RawItem(1, 0, 7, 7)]
 
 
 def test_items_are_named_by_their_place(tmp_path: Path) -> None:
