@@ -1,4 +1,4 @@
-"""Which tokenizers turn text and pictures into ids, and back."""
+"""Settings of the tokenizers that turn text and pictures into ids, and back."""
 
 from typing import Literal
 
@@ -8,6 +8,8 @@ from unitoken.common.config import Config, Name
 
 
 class ImageTokenizerConfig(Config):
+    """The image tokenizer: its weights and how it runs."""
+
     kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
     weights: Name
     """Folder, file or hub id."""
@@ -18,20 +20,27 @@ class ImageTokenizerConfig(Config):
     compile: bool = False
 
 
-FOLDERS_BEGIN_WITH = (".", "/", "~", "weights/")  # and ids of the hub do not
-
-
-def how_to_get(name: str) -> str:
-    """For the end of a message that `name` is not there: where what our own `yamls/` name comes from."""
-    if not name.startswith("weights/"):
-        return ""
-    if name.startswith("weights/vqgan"):
-        return "; Meta gives it on request, and `python -m unitoken.tokenize convert-vqgan FOLDER weights/vqgan` converts it"
-    return "; `make weights` fetches it"
-
-
 class CodecConfig(Config):
+    """The two tokenizers that a dataset was made with."""
+
     tokenizer: Name
     """Folder or hub id of the text tokenizer."""
     vision: ImageTokenizerConfig
     """The image tokenizer."""
+
+
+FOLDERS_BEGIN_WITH = (".", "/", "~", "weights/")
+"""A name that begins with one of these is a folder; no hub id does."""
+
+
+def how_to_get(name: str) -> str:
+    """Return how to get a missing file or folder that our own `yamls/` name, as the end of an error message.
+
+    Returns "" for all other names.
+    """
+    if name.startswith("weights/vqgan"):
+        return (
+            "; Meta gives it on request, and "
+            "`python -m unitoken.tokenize convert-vqgan FOLDER weights/vqgan` converts it"
+        )
+    return "; `make weights` fetches it" if name.startswith("weights/") else ""

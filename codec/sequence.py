@@ -1,7 +1,7 @@
-"""Conversation + image codes -> `Record`. Pure: no files, no model.
+"""Conversation + image codes -> `Record`, without any files or model.
 
 <s>  human's text and images  end-of-turn  |  assistant's text and images  end-of-turn  |  ...
-not trained on ..........................  |  trained on, the end-of-turn included ...  |
+not trained on                             |  trained on, including the end-of-turn     |
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ def assemble(
     text: TextEncoder,
     vocabulary: Vocabulary,
 ) -> Record:
-    """`codes` (h, w) and `originals` (encoded bytes) stand in the order of the conversation's images."""
+    """Build the record of a conversation to train on.
+
+    Args:
+        conversation: the checked item.
+        codes: of each image in the conversation's order, shape (h, w).
+        originals: the encoded bytes of each image, in the same order.
+        text: encodes the texts.
+        vocabulary: gives the tokens of image codes and the special tokens.
+
+    Raises:
+        ItemError: there is nothing to train on.
+    """
     record = lay_out(conversation, codes, originals, text, vocabulary)
     if not len(record.target_spans):
         raise ItemError("nothing to train on: no assistant turn has a text")
@@ -39,7 +50,7 @@ def lay_out(
     text: TextEncoder,
     vocabulary: Vocabulary,
 ) -> Record:
-    """The same for a conversation that may end with a question, and so have nothing to train on: a prompt."""
+    """Build the record of a prompt: as `assemble`, but there may be nothing to train on."""
     pieces: list[npt.NDArray[np.int64]] = [np.array([vocabulary.bos])]
     trained = [False]
     image_spans: list[tuple[int, int, int, int]] = []
@@ -61,7 +72,7 @@ def lay_out(
                 image_spans.append((start, length, *image.shape))
             add(text.encode(segment, start=len(pieces) == 1), turn.trained)
         add([vocabulary.end_of_turn], turn.trained)
-    assert next(remaining, None) is None, "an image that stands nowhere in the text"
+    assert next(remaining, None) is None, "an image without a place in the text"
 
     target_spans = spans_of(np.repeat(trained, [len(piece) for piece in pieces]))
     return Record(
@@ -74,5 +85,6 @@ def lay_out(
 
 
 def check_length(tokens: int, limit: int | None, what: str = "tokens") -> None:
+    """Raise ItemError for more than `limit` tokens; None allows any number."""
     if limit is not None and tokens > limit:
         raise ItemError(f"too long: {tokens} {what}, max_tokens is {limit}")

@@ -1,7 +1,7 @@
-"""Text -> token ids, piece by piece, so that the pieces of a conversation add up to what it is as a whole.
+"""Text -> token ids, piece by piece: the pieces of a conversation add up to the ids of the whole text.
 
-By default a user's text can not become a token that only the system may write: `<eoss>` in a caption is seven
-characters. With `compat: unitoken` it is parsed, as the reference does.
+By default a user's text can not become a token that only the system may write: `<eoss>` in a caption is six
+plain characters. With `compat: unitoken` it becomes the token, as in the reference.
 """
 
 from __future__ import annotations
@@ -16,68 +16,85 @@ from unitoken.codec.conversations import ItemError, brief
 from unitoken.common.errors import ConfigError, one_line
 from unitoken.dataset.vocabulary import Vocabulary
 
-# Characters that rarely merge with what follows, so that a text can be encoded behind one of them and it be dropped:
-# this keeps the tokenizer from putting a space before the text.
-PREFIXES = ("@", "\n", "\\", "=", ">", "`")
+# Characters that rarely merge with the text after them. A text is encoded with one of them before it, whose
+# ids are then dropped: so the tokenizer puts no space before the text.
+SEPARATORS = ("@", "\n", "\\", "=", ">", "`")
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
-CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200  # characters
+CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200
+"""The ids of so many texts are cached, of at most this many characters each."""
 
 
 def check_tokenizer_folder(name: str) -> None:
-    """Raises ConfigError where `name` can only be a folder and is none; else the hub would be asked for it."""
+    """Raise ConfigError if `name` can only be a folder and is missing; it would be looked up on the hub."""
     if (name.startswith(FOLDERS_BEGIN_WITH) or name.count("/") > 1) and not Path(name).is_dir():
         raise ConfigError(f"tokenizer: {name}: no such folder{how_to_get(name)}")
 
 
 def load_tokenizer(name: str) -> Any:
-    """Any text tokenizer that `AutoTokenizer` loads, from a folder or the hub. No code from the hub is run."""
+    """Load a text tokenizer with `AutoTokenizer` from a folder or the hub. No code from the hub is run.
+
+    Raises:
+        ConfigError: there is no such folder, or no tokenizer that can be loaded.
+    """
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer  # 2 to 4 s
 
     check_tokenizer_folder(name)
     try:
-        # By one request: without a network, AutoTokenizer asks for each of its files again and again, 46 s long.
+        # One request: without a network, AutoTokenizer would retry each of its files, for 46 s.
         folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=TOKENIZER_FILES)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except KeyError:  # the model's kind has no tokenizer: its message is a class
+    except KeyError:  # this kind of model has no tokenizer; the error's message is only a class
         raise ConfigError(f"tokenizer: {name}: there is no text tokenizer in it") from None
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, tokenizers' bare Exception, ...
-        reason = one_line(error)
+    except Exception as error:  # transformers raises OSError, ValueError, tokenizers' bare Exception, ...
+        reason = one_line(error, 300)
         raise ConfigError(
-            f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason[:300]}"
+            f"tokenizer: {name}: cannot be loaded as a folder or from the hub: {reason}"
         ) from None
 
 
 class TextEncoder:
+    """Encodes the texts of conversations.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        vocabulary: names the special tokens that no text may become.
+        compat: whether special tokens in a text are parsed, as in the reference.
+    """
+
     def __init__(self, tokenizer: Any, vocabulary: Vocabulary, compat: bool = False) -> None:
         self._tokenizer = tokenizer
         self._encode_short = functools.lru_cache(CACHED_TEXTS)(self._encode_any)
         self._compat = compat
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # An unknown character is no forgery.
-        self._forbidden = (vocabulary.special_ids | added | set(tokenizer.all_special_ids)) - {
-            tokenizer.unk_token_id
-        }
-        # A tokenizer that puts a space before its text encodes the tail of a sentence as it encodes the sentence's tail.
-        tail = self._encode("my darling")
-        self._adds_space = self._encode("Hi my darling")[-len(tail) :] == tail
+        special = vocabulary.special_ids | added | set(tokenizer.all_special_ids)
+        self._forbidden = special - {tokenizer.unk_token_id}  # an unknown character is no forgery
+        # A tokenizer that prepends a space gives "my darling" the same ids alone and inside a sentence.
+        alone = self._encode("my darling")
+        self._adds_space = self._encode("Hi my darling")[-len(alone) :] == alone
 
     def encode(self, text: str, start: bool) -> Sequence[int]:
-        """`start`: the text begins the conversation. Later pieces get no space put before them."""
-        ids = self._encode(text) if start or not self._adds_space else self._without_prefix(text)
+        """Return the ids of a piece of text.
+
+        Args:
+            text: the piece.
+            start: whether it begins the conversation. No space is put before later pieces.
+
+        Raises:
+            ItemError: the text cannot be encoded without a special token in it.
+        """
+        ids = self._encode(text) if start or not self._adds_space else self._encode_after_separator(text)
         if self._compat or self._forbidden.isdisjoint(ids):
             return ids
-        # Some tokenizers hold special tokens as ordinary words. Cutting the text cuts the word.
+        # Some tokenizers hold special tokens as ordinary words. Splitting the text splits the word.
         if len(text) == 1:
             raise ItemError(f"text that forges a special token: {brief(text)} is one by itself")
         middle = len(text) // 2
         return [*self.encode(text[:middle], start), *self.encode(text[middle:], start=False)]
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Questions repeat, and most images have an empty text beside them: to encode a short text again takes 50 us."""
+        """Return the ids; short texts are cached: questions and empty texts repeat, and each takes 50 us."""
         return self._encode_short(text) if len(text) <= CACHED_LENGTH else self._encode_any(text)
 
     def _encode_any(self, text: str) -> tuple[int, ...]:
@@ -87,11 +104,11 @@ class TextEncoder:
         )
         return tuple(encoding["input_ids"])
 
-    def _without_prefix(self, text: str) -> Sequence[int]:
-        for prefix in PREFIXES:
-            alone, together = self._encode(prefix), self._encode(prefix + text)
+    def _encode_after_separator(self, text: str) -> Sequence[int]:
+        for separator in SEPARATORS:
+            alone, together = self._encode(separator), self._encode(separator + text)
             if together[: len(alone)] == alone:
                 return together[len(alone) :]
         raise ItemError(
-            f"text that merges with all of {' '.join(map(repr, PREFIXES))} before it: {brief(text)}"
+            f"text that merges with all of {' '.join(map(repr, SEPARATORS))} before it: {brief(text)}"
         )

@@ -19,7 +19,7 @@ def retry(action: Callable[[], T], is_transient: Callable[[Exception], bool], pa
     Args:
         action: called without arguments, once more than pauses are taken at most.
         is_transient: whether an error of `action` may go away.
-        pauses: seconds to sleep before each repetition; the next one is asked for only after a failure.
+        pauses: seconds to sleep before each repetition; the next one is taken only after a failure.
 
     Returns:
         The result of `action`.

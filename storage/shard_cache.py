@@ -165,7 +165,7 @@ class Cache:
         """Open a shard that is verified; download it first if it is missing or damaged.
 
         Raises:
-            ShardError: the shard cannot be had; the message names stream, shard and place.
+            ShardError: the shard cannot be opened; the message names stream, shard and place.
         """
         entry = self._entries[shard]
         path = self._folder / entry["basename"]
@@ -194,7 +194,9 @@ class Cache:
                 store, name, path, lambda downloaded: _find_damage(entry, downloaded), entry["bytes"]
             )
         except ShardError as error:
-            raise type(error)(f"stream '{self._stream}': the shard {name} can not be had: {error}") from None
+            raise type(error)(
+                f"stream '{self._stream}': the shard {name} cannot be downloaded: {error}"
+            ) from None
         self.downloads += 1
         self._write_stamp(shard, "downloaded", path, file)
         return file

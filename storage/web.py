@@ -120,7 +120,7 @@ class Web:
 
         if not hasattr(self._threads, "session"):
             session = WebSession(self._public_only)
-            session.max_redirects = 5  # and only to http:// and https://, as a session supports nothing else
+            session.max_redirects = 5  # only to http:// and https://, as a session supports no other scheme
             session.headers["Accept-Encoding"] = "identity"  # ranges count the file's own bytes
             session.headers["User-Agent"] = "unitoken-streaming"
             self._threads.session = session

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a mixture before anything is loaded."""
+"""Checks of a mixture that need no sample to be read."""
 
 from __future__ import annotations
 
@@ -9,57 +9,66 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import load_vocabulary
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.feature_cost import check_images_fit
+from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import StreamSource
 
 if TYPE_CHECKING:
     from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.settings import DataConfig
-from unitoken.streaming_data.sources import StreamSource, open_sources
-
-
-def check_mixture(config: DataConfig, views: Views | None = None) -> Vocabulary:
-    """Everything that can be said of the data without loading it; returns the streams' one vocabulary. Raises ConfigError."""
-    return check_sources(open_sources(config), config, views)
 
 
 def check_sources(sources: Sequence[StreamSource], config: DataConfig, views: Views | None) -> Vocabulary:
-    """The same, of datasets that are found already. Raises ConfigError."""
+    """Check that the datasets can be packed with these settings, and return their common vocabulary.
+
+    Args:
+        sources: the datasets of `config`, as `open_sources` returns them.
+        config: the `data:` part of a stage.
+        views: how the vision tower sees an image; None for a model without a vision tower.
+
+    Raises:
+        ConfigError: a stream has images, and none of them fits into a pack.
+    """
     for source in sources:
         check_images_fit(source, config, views)
     return load_vocabulary(sources[0].folder)
 
 
-def other_codes(sources: list[StreamSource]) -> list[str]:
-    """A warning each, no error: bf16 changes one code in eight, which may be meant; a migrated dataset's weights are unknown."""
-    lines = []
+def check_streams_vocabulary(sources: Sequence[StreamSource], vocabulary: Vocabulary, owner: str) -> None:
+    """Raise ConfigError unless the streams were tokenized with `vocabulary`, which is that of `owner`."""
+    for source in sources:
+        if source.manifest.vocabulary != vocabulary.fingerprint:
+            tokens = load_vocabulary(source.folder).size
+            raise ConfigError(
+                f"stream '{source.name}': {source.folder} has a vocabulary with fingerprint "
+                f"{source.manifest.vocabulary} ({tokens} tokens), "
+                f"{owner} has {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+            )
+
+
+def other_codes(sources: Sequence[StreamSource]) -> list[str]:
+    """Return a warning for each stream whose image tokenizer differs from the first stream's.
+
+    This is not an error, because it can be intended: the same tokenizer in bf16 gives another code for one
+    image token in eight, and the tokenizer's weights are unknown for a migrated dataset.
+    """
+    warnings = []
     with_images = [source for source in sources if source.manifest.images]
     for other in with_images[1:]:
         first = with_images[0]
         ours, theirs = first.manifest.vision.model_dump(), other.manifest.vision.model_dump()
-        if differences := [
-            f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]
-        ]:
+        differences = [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+        if differences:
             names = f"streams '{first.name}' and '{other.name}'"
-            lines.append(f"{names} have image codes of different tokenizers: {', '.join(differences)}")
-    return lines
+            warnings.append(f"{names} have image codes of different tokenizers: {', '.join(differences)}")
+    return warnings
 
 
 def uneven_proportions(config: DataConfig) -> list[str]:
-    """A warning where proportions look like shares of 1 and are not."""
+    """Return a warning if the proportions look like shares of 1 and do not sum to 1."""
     given = {
         name: stream.proportion for name, stream in config.streams.items() if stream.proportion is not None
     }
     total = sum(given.values())
     if not given or abs(total - 1) < 1e-6 or all(value.is_integer() for value in given.values()):
-        return []  # 3 to 1 is meant as it is said
+        return []  # whole numbers such as 3 and 1 are ratios
     shares = ", ".join(f"{name} {value / total:.1%}" for name, value in given.items())
     return [f"the proportions sum to {total:g} and not to 1: the shares are {shares}"]
-
-
-def check_streams_vocabulary(sources: list[StreamSource], vocabulary: Vocabulary, owner: str) -> None:
-    """Raise ConfigError unless the streams are tokenized in `vocabulary`, which is `owner`'s."""
-    for source in sources:
-        if source.manifest.vocabulary != vocabulary.fingerprint:
-            raise ConfigError(
-                f"stream '{source.name}': {source.folder} has a vocabulary with fingerprint {source.manifest.vocabulary} "
-                f"({load_vocabulary(source.folder).size} tokens), {owner} has {vocabulary.fingerprint} ({vocabulary.size} tokens)"
-            )

@@ -5,35 +5,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
 from unitoken.common.config import Bytes, Config, Count, Name, Seed, number_or_text
-
-if TYPE_CHECKING:
-    pass
-
+from unitoken.streaming_data.kinds import Kind
 
 Length = Annotated[int, Field(gt=0, le=2**24)]  # positions in a pack
-
-
 Unit = Literal["samples", "tokens", "target_tokens"]
-
-
-Kind = Literal[
-    "understanding", "generation", "text"
-]  # all images are asked about; one at least is generated; no image
-
-
 Continuous = Literal["questions", "all", "none"]
-
-
 OverLong = Literal["reject", "truncate_text"]
-
-
 BatchingMethod = Literal["stratified", "random", "per_stream"]
+Split = Literal["train", "held_out"]
 
 
 class StreamConfig(Config):
@@ -42,24 +27,25 @@ class StreamConfig(Config):
     local: Name | None = None
     """The dataset folder; with `remote`, the folder that caches it."""
     remote: Name | None = None
-    """A folder, s3://, gs://, azure://, hf:// ..."""
+    """The dataset's source: a folder, s3://, gs://, azure://, hf:// ..."""
     endpoint: Name | None = None
     """The S3 server of this stream; default S3_ENDPOINT_URL, or Amazon's."""
     proportion: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    """Share of the epoch in `unit`, relative to the other streams'."""
+    """Share of the epoch in `unit`, relative to the other streams' proportions."""
     repeat: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    """Times all it has."""
+    """How many times an epoch goes through the whole dataset; 0.5 takes a random half."""
     choose: Annotated[int, Field(ge=0, le=10**15)] | None = None
-    """So many of `unit`."""
+    """How much an epoch takes of the dataset, counted in `unit`."""
     max_tokens: Length | None = None
-    """A longer sample, features included, is over-long; default packed_length."""
+    """Samples longer than this, features included, are over-long; default packed_length."""
     kinds: Annotated[tuple[Kind, ...] | None, Field(min_length=1)] = None
-    """Only samples of these kinds; default all."""
+    """Use samples of these kinds only; default all. text: no images; understanding: images, none generated;
+    generation: at least one generated image."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the samples, by hash of their ids, that is not trained on."""
+    """Share of the samples, chosen by a hash of their ids, that is not trained on."""
 
     @pydantic.model_validator(mode="after")
-    def _one_weight(self) -> StreamConfig:
+    def _check_place_and_weight(self) -> StreamConfig:
         if not self.local and not self.remote:
             raise ValueError("a stream needs `local` or `remote`")
         if len(self.weight) > 1:
@@ -70,93 +56,105 @@ class StreamConfig(Config):
 
     @property
     def weight(self) -> dict[str, float]:
-        """The one weight given, by its name; empty where none is."""
+        """The stream's proportion, repeat or choose, by its name; empty without any."""
         return self.model_dump(include={"proportion", "repeat", "choose"}, exclude_none=True)
 
 
 class DataConfig(Config):
-    """What is streamed, and in which order. All but the last five settings decide the order of the samples."""
+    """Which datasets are streamed, and in which order.
+
+    Places (`local`, `remote`, `endpoint`, `cache`) and the settings of loading (`workers`, `prefetch`,
+    `timeout`, `cache_limit`) may change when a run resumes. All others are part of its data plan (`Recipe`).
+    """
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
     packed_length: Length
-    """Tokens a pack, image features included."""
+    """Positions in a pack, image features included."""
     global_batch: Annotated[Count, number_or_text("^[1-9][0-9]* *tok$")]
-    """Packs a step, over all ranks; or positions: 524288tok is 128 packs of 4,096."""
+    """Packs in a step, over all ranks; or positions: 524288tok is 128 packs of 4,096."""
     seed: Seed = 0
     unit: Unit = "samples"
     """What proportion and choose count."""
     epoch_samples: Annotated[int, Field(gt=0, lt=2**32)] | None = None
-    """An epoch's size, where the streams have proportions or no weights at all."""
+    """Size of an epoch, for streams with proportions or without weights."""
     epoch_tokens: Annotated[int, Field(gt=0, le=10**15)] | None = None
-    """The same in tokens, features included; default: what all streams have together."""
-    split: Literal["train", "held_out"] = "train"
-    """Held_out: what training leaves out, to evaluate on."""
+    """Size of an epoch in tokens, features included; default: as much as all streams have together."""
+    split: Split = "train"
+    """held_out: the samples that training leaves out, for evaluation."""
     continuous: Continuous = "questions"
-    """Which images bring their continuous features."""
+    """Which images have continuous features besides their tokens; questions: all that are not generated."""
     anyres: bool = False
-    """Besides the whole picture its tiles at full resolution."""
+    """Show the vision tower an image's tiles at full resolution besides the whole image."""
     canonical_nodes: Count = 1
-    """Rows of shards that are read side by side: the most nodes that share no shard."""
+    """Rows of shards that are read side by side: up to this many nodes share no shard."""
     shuffle: bool = True
     window: Annotated[int, Field(gt=0, lt=2**31)] = 131072
-    """Samples that are packed together."""
+    """Number of samples that are packed together."""
     batching_method: BatchingMethod = "stratified"
-    """Stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream:
-    each batch is of one stream, in proportion. Without `shuffle` packs come in the order of the samples."""
+    """stratified: every global batch holds the epoch's mixture. random: packs in random order. per_stream:
+    each batch is from one stream, in proportion. Without `shuffle` packs come in the order of the samples."""
     over_long: OverLong = "reject"
-    """Leave out what is longer than a pack; or cut it at its end, never inside an image."""
+    """Leave out samples that are longer than a pack; or cut them at their end, never inside an image."""
     null_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the drawings are trained on without their prompt's text."""
+    """Share of the prompts for an image that are trained on without their text."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes a rank; 0 loads in the training process."""
+    """Loader processes of each rank; 0 loads in the training process."""
     prefetch: Annotated[int, Field(gt=0, le=1024)] = 2
     """Batches that each worker prepares ahead."""
     timeout: Count = 600
-    """Seconds without a batch from a worker until that is an error."""
+    """Seconds without a batch from a worker after which training fails."""
     cache_limit: Bytes | None = None
-    """That downloaded shards may take in each cache folder: 500gb."""
+    """The most that downloaded shards may take in each cache folder, e.g. 500gb."""
     cache: Name | None = None
-    """Plans and caches of remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken."""
+    """Folder for plans and remote datasets; default $XDG_CACHE_HOME/unitoken or ~/.cache/unitoken."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _tokens_a_batch(cls, settings: Any) -> Any:
-        """`global_batch: 524288tok` -> packs."""
+    def _convert_tokens_to_packs(cls, settings: Any) -> Any:
+        """Convert `global_batch: 524288tok` to a number of packs."""
         batch = settings.get("global_batch") if isinstance(settings, dict) else None
         match = re.fullmatch(r"([1-9]\d*) *tok", batch) if isinstance(batch, str) else None
         length = settings.get("packed_length") if match else None
         if match is None or not isinstance(length, int) or length <= 0:
-            return settings  # what is wrong with packed_length is said of itself
+            return settings  # packed_length has its own validator
         packs, rest = divmod(int(match[1]), length)
         if not packs or rest:
-            raise ValueError(f"global_batch: {batch} are no whole number of packs of packed_length: {length}")
+            raise ValueError(
+                f"global_batch: {batch} is not a whole number of packs of packed_length: {length}"
+            )
         return {**settings, "global_batch": packs}
 
     @pydantic.model_validator(mode="after")
-    def _weights_fit(self) -> DataConfig:
-        kinds = {name: next(iter(stream.weight), "no weight") for name, stream in self.streams.items()}
-        proportional = [name for name, kind in kinds.items() if kind == "proportion"]
-        absolute = [f"'{name}' ({kind})" for name, kind in kinds.items() if kind != "proportion"]
+    def _check_weights(self) -> DataConfig:
+        weights = {name: next(iter(stream.weight), "no weight") for name, stream in self.streams.items()}
+        proportional = [name for name, weight in weights.items() if weight == "proportion"]
+        absolute = [f"'{name}' ({weight})" for name, weight in weights.items() if weight != "proportion"]
         if proportional and absolute:
             raise ValueError(
-                f"proportion is for all streams or for none: '{proportional[0]}' has it, {', '.join(absolute)} not"
+                "proportion must be set for all streams or for none: "
+                f"'{proportional[0]}' has it, {', '.join(absolute)} not"
             )
         if proportional and not any(stream.proportion for stream in self.streams.values()):
             raise ValueError("the proportions of all streams are 0")
         if self.epoch_samples and self.epoch_tokens:
             raise ValueError("give one of epoch_samples and epoch_tokens")
         size = "epoch_samples" if self.epoch_samples else "epoch_tokens" if self.epoch_tokens else None
-        if size and not proportional and any(kind != "no weight" for kind in kinds.values()):
+        if size and not proportional and any(weight != "no weight" for weight in weights.values()):
             raise ValueError(f"{size} does not go with repeat or choose: {', '.join(absolute)}")
-        everything = [name for name, stream in self.streams.items() if not stream.held_out]
-        if self.split == "held_out" and everything:
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_split(self) -> DataConfig:
+        without = [name for name, stream in self.streams.items() if not stream.held_out]
+        if self.split == "held_out" and without:
             raise ValueError(
-                f"split: held_out needs `held_out` above 0 in every stream: '{everything[0]}' has none"
+                f"split: held_out needs `held_out` above 0 in every stream: '{without[0]}' has none"
             )
         return self
 
     @property
     def cache_folder(self) -> Path:
+        """The folder that `cache` names, or its default."""
         if self.cache:
             return Path(self.cache)
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unitoken"

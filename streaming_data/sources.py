@@ -1,4 +1,4 @@
-"""Which datasets are mixed, and how: the YAML under `data:` and the checks that come before anything heavy.
+"""The datasets of a mixture: where they are, and checks that need only their small files.
 
     streams:
       captions: {local: data/captions, proportion: 0.7}
@@ -7,7 +7,8 @@
     packed_length: 4096
     global_batch: 128
 
-Nothing here imports torch or streaming, except to fetch the small files of a remote dataset.
+Of a remote dataset, `open_sources` downloads the small files (manifest, vocabulary, index, sidecar), and no
+shard. Neither torch nor streaming is imported, except by `to_streams`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StreamSource:
-    """A stream whose dataset was found, and whose small files are in `folder`."""
+    """A stream's dataset, whose small files are in `folder`."""
 
     name: str
     folder: Path
@@ -46,49 +47,57 @@ class StreamSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of the samples and their order: equal for a dataset that was moved, another for one that was changed."""
+        """A fingerprint of the samples and their order; moving the dataset does not change it."""
         files = [self.manifest.files.get(name) for name in (INDEX, SIDECAR)]
         return fingerprint(json.dumps(files).encode())
 
-    def check(self, file: str) -> None:
-        """Raise ConfigError unless a file of the folder is the one that the manifest names."""
-        wrong = _wrong_sha256(self.folder / file, self.manifest.files.get(file))
-        if wrong:
-            raise ConfigError(f"stream '{self.name}': {self.folder / file} is {wrong}")
+    def check_file(self, file: str) -> None:
+        """Raise ConfigError unless a file of the folder has the hash that the manifest lists."""
+        problem = _hash_problem(self.folder / file, self.manifest.files.get(file))
+        if problem:
+            raise ConfigError(f"stream '{self.name}': {self.folder / file} is {problem}")
 
 
 def open_sources(config: DataConfig) -> list[StreamSource]:
-    """Find every stream's dataset and check that they share one vocabulary. Raises ConfigError."""
-    sources = []
-    for name, stream in config.streams.items():
-        remote = stream.remote.removeprefix("file://").rstrip("/") if stream.remote else None
-        store: Store | None = None
-        if remote is None:
-            assert stream.local is not None, "checked by StreamConfig"
-            folder = Path(stream.local)
-        else:
-            store = open_store(remote, stream.endpoint, SHARD_RETRY_SECONDS)
-            key = fingerprint(f"{stream.endpoint or ''}{remote}".encode())
-            folder = Path(stream.local) if stream.local else config.cache_folder / "datasets" / key
-            _fetch_small_files(name, store, folder)
-        with _of_stream(name):
-            source = StreamSource(name, folder, store, stream, load_manifest(folder))
-        source.check(INDEX)
-        with _of_stream(name):
-            read_index(folder)
-        sources.append(source)
+    """Find every stream's dataset, download its small files if it is remote, and compare the vocabularies.
+
+    Raises:
+        ConfigError: a dataset is missing or damaged, or the streams have different vocabularies.
+    """
+    sources = [_open_source(name, stream, config.cache_folder) for name, stream in config.streams.items()]
     first = sources[0]
     for other in sources[1:]:
         if other.manifest.vocabulary != first.manifest.vocabulary:
             raise ConfigError(
-                f"streams '{first.name}' and '{other.name}' have different vocabularies: {first.folder} has fingerprint "
-                f"{first.manifest.vocabulary}, {other.folder} has {other.manifest.vocabulary}; tokenize both with one tokenizer"
+                f"streams '{first.name}' and '{other.name}' have different vocabularies: "
+                f"{first.folder} has fingerprint {first.manifest.vocabulary}, "
+                f"{other.folder} has {other.manifest.vocabulary}; tokenize both with one tokenizer"
             )
     return sources
 
 
+def _open_source(name: str, stream: StreamConfig, cache: Path) -> StreamSource:
+    remote = stream.remote.removeprefix("file://").rstrip("/") if stream.remote else None
+    store: Store | None = None
+    if remote is None:
+        assert stream.local is not None, "checked by StreamConfig"
+        folder = Path(stream.local)
+    else:
+        store = open_store(remote, stream.endpoint, SHARD_RETRY_SECONDS)
+        key = fingerprint(f"{stream.endpoint or ''}{remote}".encode())
+        folder = Path(stream.local) if stream.local else cache / "datasets" / key
+        _fetch_small_files(name, store, folder)
+    with _errors_of_stream(name):
+        source = StreamSource(name, folder, store, stream, load_manifest(folder))
+    source.check_file(INDEX)
+    with _errors_of_stream(name):
+        read_index(folder)
+    return source
+
+
 @contextlib.contextmanager
-def _of_stream(name: str) -> Iterator[None]:
+def _errors_of_stream(name: str) -> Iterator[None]:
+    """Name the stream in every ConfigError."""
     try:
         yield
     except ConfigError as error:
@@ -96,8 +105,10 @@ def _of_stream(name: str) -> Iterator[None]:
 
 
 def crops_of(manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
-    """The (width, height) in pixels that the pictures of all streams were cut to for the image tokenizer, those of most
-    pictures first.
+    """Return the sizes that the streams' images were cropped to for the image tokenizer.
+
+    Returns:
+        Different (width, height) in pixels, beginning with those of the dataset that has most images.
     """
     with_images = sorted(
         (manifest for manifest in manifests if manifest.images), key=lambda manifest: -manifest.images
@@ -105,8 +116,8 @@ def crops_of(manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(crop for manifest in with_images for crop in manifest.crops()))
 
 
-def to_streams(sources: list[StreamSource]) -> list[streaming.Stream]:
-    """The sources as streaming's own objects, weights included."""
+def to_streams(sources: Sequence[StreamSource]) -> list[streaming.Stream]:
+    """Return mosaicml-streaming's own `Stream` for each source, weights included."""
     from streaming import Stream
 
     return [
@@ -116,41 +127,41 @@ def to_streams(sources: list[StreamSource]) -> list[streaming.Stream]:
 
 
 def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
-    """Bring manifest, vocabulary, index and sidecar into the cache `folder`; the manifest last.
+    """Download manifest, vocabulary, index and sidecar into the cache `folder`; the manifest last.
 
-    The remote manifest is always read anew, so a cache of another dataset, or of an older state of this one, is found.
+    The remote manifest is read each time, which shows whether the cache holds another dataset or an older
+    state of this one.
     """
     try:
         with locked(folder / ".lock"):
-            remove_abandoned(folder)  # what killed runs left
-            manifest_path, fresh = folder / MANIFEST, store.read(MANIFEST)
-            if manifest_path.exists() and manifest_path.read_bytes() != fresh:
+            remove_abandoned(folder)  # left by killed runs
+            manifest_path, remote_manifest = folder / MANIFEST, store.read(MANIFEST)
+            if manifest_path.exists() and manifest_path.read_bytes() != remote_manifest:
                 raise ConfigError(
                     f"stream '{name}': {folder} caches another dataset than {store.url} holds now; "
                     "delete it, or name another `local`"
                 )
             try:
-                files = json.loads(fresh)["files"]
-                wanted = {file: files[file] for file in (VOCABULARY, INDEX, SIDECAR)}
+                files = json.loads(remote_manifest)["files"]
+                hashes = {file: files[file] for file in (VOCABULARY, INDEX, SIDECAR)}
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
                     f"stream '{name}': {store.url}/{MANIFEST} is not the manifest of a dataset"
                 ) from None
-            for file, sha256 in wanted.items():
-                wrong = functools.partial(_wrong_sha256, expected=sha256)
-                if wrong(folder / file):
-                    fetch(store, file, folder / file, wrong).close()
-            write_aside(manifest_path, fresh)
+            for file, sha256 in hashes.items():
+                problem = functools.partial(_hash_problem, expected=sha256)
+                if problem(folder / file):
+                    fetch(store, file, folder / file, problem).close()
+            write_aside(manifest_path, remote_manifest)
     except (OSError, ShardError) as error:
         raise ConfigError(f"stream '{name}': {error}") from None
 
 
-def _wrong_sha256(path: Path, expected: str | None) -> str | None:
+def _hash_problem(path: Path, expected: str | None) -> str | None:
+    """Return what is wrong with a file, to follow the words `FILE is`; None if it has the expected hash."""
     if not path.exists():
         return "missing"
     found = sha256_of_file(path)
-    return (
-        None
-        if found == expected
-        else f"not the file that {MANIFEST} names: its sha256 is {found}, expected {expected}"
-    )
+    if found == expected:
+        return None
+    return f"not the file that {MANIFEST} names: its sha256 is {found}, expected {expected}"

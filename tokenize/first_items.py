@@ -48,7 +48,7 @@ def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
             for source in conversation.images:
                 if time.monotonic() > end:
                     return
-                with decoded(pictures.read(reader.base(input, item.file), source, MAX_ITEM_BYTES)):
+                with decoded(pictures.read(reader.folder_of(input, item.file), source, MAX_ITEM_BYTES)):
                     pass
             return
         except (ItemError, ImageError) as error:

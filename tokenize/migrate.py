@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unitoken.codec.conversations import ItemError, brief, shown
+from unitoken.codec.conversations import ItemError, brief, short_name
 from unitoken.codec.sequence import check_length
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.errors import ConfigError
@@ -152,7 +152,7 @@ class Migration:
         fields = load_plain(read_pickle(Path(name)), name)
         if not isinstance(fields, dict) or not isinstance(tokens := fields.get("token"), list):
             raise ItemError(
-                f"bad pickle: {shown(name)}: expected a dict with 'token' and 'label', found {brief(fields)}"
+                f"bad pickle: {short_name(name)}: expected a dict with 'token' and 'label', found {brief(fields)}"
             )
         if entry.get("len", len(tokens)) != len(tokens):
             raise ItemError(f"length differs: {len(tokens)} tokens, the record says {brief(entry['len'])}")
@@ -234,7 +234,7 @@ class Migration:
                 with images.decoded(data, compat=True) as image:
                     sizes.append(image.size)
             except ImageError as error:
-                raise ItemError(f"unusable image: {shown(name)}: {error}") from None
+                raise ItemError(f"unusable image: {short_name(name)}: {error}") from None
             originals.append(data)
         return tuple(originals), tuple(sizes)
 

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from unitoken.codec.conversations import ItemError, shown
+from unitoken.codec.conversations import ItemError, short_name
 
 MAX_BYTES = 1 << 26  # an item of 4,096 tokens has 25 KB
 
@@ -43,14 +43,14 @@ def load_plain(data: bytes, name: str) -> object:
         if code not in _COUNTED:
             known = [op.name for op in pickletools.opcodes if op.code.encode("latin-1") == code]
             operation = known[0] if known else "no pickle"
-            raise ItemError(f"not a plain pickle: {shown(name)}: {operation} at byte {position}")
+            raise ItemError(f"not a plain pickle: {short_name(name)}: {operation} at byte {position}")
         start = position + 1 + _COUNTED[code]
         count = int.from_bytes(data[position + 1 : start], "little")
         position = _skip_fixed_length(data, start + count)
     try:
         return PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # operations that are each allowed, in an order that makes no sense
-        raise ItemError(f"not a plain pickle: {shown(name)}: {error}") from None
+        raise ItemError(f"not a plain pickle: {short_name(name)}: {error}") from None
 
 
 def _skip_fixed_length(data: bytes, start: int) -> int:
@@ -70,7 +70,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a file. Raises ItemError if it is missing, no regular file, too large or not readable."""
-    name = shown(str(path))
+    name = short_name(str(path))
     try:
         if not path.is_file():  # before it is opened: a pipe would never end
             raise ItemError(f"no such pickle: {name}")

@@ -22,10 +22,11 @@ from unitoken.streaming_data.check import check_sources, check_streams_vocabular
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
-from unitoken.train.checkpoint.compatibility import check_fits, other_constants
-from unitoken.train.checkpoint.export_mark import check_target
-from unitoken.train.checkpoint.layouts import checkpoint_folder, find_origin, latest_checkpoint, model_configs
-from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_about
+from unitoken.train.checkpoint.compatibility import check_fits, compare_constants
+from unitoken.train.checkpoint.export_mark import check_export_target
+from unitoken.train.checkpoint.layouts import model_configs
+from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
+from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_metadata
 from unitoken.train.config import DecoderConfig, SaveConfig, StageConfig, VisionTowerConfig
 from unitoken.train.generation.check_samples import check_samples
 
@@ -78,7 +79,7 @@ def _check_save(save: SaveConfig) -> None:
             raise ConfigError(
                 f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}"
             )
-        check_target(out)
+        check_export_target(out)
         _check_writable("save.export", out.resolve().parent)
     _check_writable("save.folder", Path(save.folder))
 
@@ -105,11 +106,11 @@ def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabular
         if isinstance(config.model.decoder, str):
             origins[f"model.decoder: {config.model.decoder}"] = checkpoint_folder(config.model.decoder)
     for where, origin in origins.items():
-        about = read_about(origin)
+        about = read_metadata(origin)
         if where.startswith("model.decoder"):  # its sizes are the model's, and its tower need not be used
             about = about._replace(sizes=None)
         check_fits(about, sizes, vocabulary, where)
-        if (difference := other_constants(about, sizes)) is not None:
+        if (difference := compare_constants(about, sizes)) is not None:
             if saved is not None:
                 raise ConfigError(f"{where}: {difference}; a run goes on with those it began with")
             notes.append(f"{where}: {difference}")

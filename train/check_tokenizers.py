@@ -1,4 +1,4 @@
-"""Whether the tokenizers that a stage's `codec` names are those that its data was made with. Torch is not needed."""
+"""Check that the tokenizers in a stage's `codec` are those of its data. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -15,44 +15,78 @@ from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.settings import DataConfig
 
 
+def describe_vocabulary(vocabulary: Vocabulary) -> str:
+    """Return a vocabulary's fingerprint and size, as "0123456789abcdef (65536 tokens)"."""
+    return f"{vocabulary.fingerprint} ({vocabulary.size} tokens)"
+
+
 def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:
-    """All that can be said before the tokenizer is loaded: what is odd, a line each. Raises ConfigError."""
+    """Check all that can be checked without loading the text tokenizer.
+
+    Args:
+        codec: the stage's tokenizers.
+        vocabulary: the vocabulary of the stage's datasets.
+        manifests: of the datasets.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ConfigError: no such tokenizer, or another codebook than the data's.
+    """
     check_tokenizer_folder(codec.tokenizer)
     return check_image_tokenizer(codec, find_image_tokenizer(codec.vision), vocabulary, manifests)
 
 
 def check_image_tokenizer(
-    codec: CodecConfig, found: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]
+    codec: CodecConfig, weights: Weights, vocabulary: Vocabulary, manifests: Iterable[Manifest]
 ) -> list[str]:
-    """Raises ConfigError for another codebook; a line for other weights of that size, maybe a copy of the data's."""
+    """Check that an image tokenizer has the codebook of the data.
+
+    Args:
+        codec: the stage's tokenizers.
+        weights: the weights that `codec.vision` names.
+        vocabulary: the vocabulary of the stage's datasets.
+        manifests: of the datasets.
+
+    Returns:
+        A warning for each of the data's fingerprints that differs; the weights may be a copy in another
+        format.
+
+    Raises:
+        ConfigError: the codebook has another size.
+    """
     name, codes = codec.vision.weights, len(vocabulary.image_ids)
-    if found.codebook_size != codes:
+    if weights.codebook_size != codes:
         raise ConfigError(
-            f"codec.vision.weights: {name} has {found.codebook_size} image codes, the data's vocabulary has {codes}"
+            f"codec.vision.weights: {name} has {weights.codebook_size} image codes, "
+            f"the data's vocabulary has {codes}"
         )
-    made_by = {manifest.vision.weights for manifest in manifests if manifest.images} - {
-        UNKNOWN,
-        found.fingerprint,
-    }
+    fingerprints = {manifest.vision.weights for manifest in manifests if manifest.images}
     return [
-        f"codec.vision.weights: {name} has fingerprint {found.fingerprint}, image codes of the data are of {other}"
-        for other in sorted(made_by)
+        f"codec.vision.weights: {name} has fingerprint {weights.fingerprint}, "
+        f"image codes of the data are of {other}"
+        for other in sorted(fingerprints - {UNKNOWN, weights.fingerprint})
     ]
 
 
-def checked_tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
-    """The text tokenizer (transformers: seconds). Raises ConfigError where it gives another vocabulary than the data's."""
+def load_checked_tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
+    """Load the text tokenizer, which takes transformers seconds.
+
+    Raises:
+        ConfigError: its vocabulary is not the data's.
+    """
     tokenizer = load_tokenizer(codec.tokenizer)
-    theirs = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
-    if theirs.fingerprint != vocabulary.fingerprint:
+    loaded = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
+    if loaded.fingerprint != vocabulary.fingerprint:
         raise ConfigError(
-            f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint {theirs.fingerprint} ({theirs.size} tokens), "
-            f"the data is in {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+            f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint "
+            f"{describe_vocabulary(loaded)}, the data is in {describe_vocabulary(vocabulary)}"
         )
     return tokenizer
 
 
-def manifests_here(data: DataConfig) -> list[Manifest]:
-    """Of the datasets that are still on this machine."""
+def read_local_manifests(data: DataConfig) -> list[Manifest]:
+    """Read the manifests of the datasets that are on this machine."""
     folders = [Path(stream.local) for stream in data.streams.values() if stream.local]
     return [load_manifest(folder) for folder in folders if (folder / MANIFEST).is_file()]

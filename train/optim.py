@@ -1,4 +1,4 @@
-"""What is trained, at which learning rate."""
+"""Which parameters are trained, in which groups of the optimizer, and at which learning rate."""
 
 from __future__ import annotations
 
@@ -11,57 +11,69 @@ from torch import nn
 from unitoken.common.errors import ConfigError
 from unitoken.train.config import OptimizerConfig
 
-# SigLIP's patch and position embeddings stay as they are, as in the reference, unless they are named explicitly.
+# SigLIP's patch and position embeddings stay frozen, as in the reference, unless they are named explicitly.
 FROZEN = "vit.embeddings"
 
 
-def names(entry: str, parameter: str) -> bool:
-    """Whether a setting's entry means this parameter: by its whole name, or by a module it is in."""
+def matches(entry: str, parameter: str) -> bool:
+    """Return whether an entry of a setting names a parameter or a module that holds it."""
     return parameter == entry or parameter.startswith(f"{entry}.")
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
-    """Leave gradients to the parameters that `trainable` names, by whole name or by module; gives back their names.
+    """Freeze all parameters but those that `trainable` names.
 
-    `vit` trains the tower without `vit.embeddings`; only an entry that begins with `vit.embeddings` trains those.
+    Args:
+        model: the model.
+        trainable: names of parameters or modules. `vit` trains the tower without `vit.embeddings`, which only
+            entries that begin with `vit.embeddings` train.
+
+    Returns:
+        The names of the trained parameters.
 
     Raises:
-        ConfigError: an entry that names nothing, or only what stays frozen.
+        ConfigError: an entry that names nothing, or only parameters that stay frozen.
     """
     unused = set(trainable)
-    chosen = []
+    trained = []
     for name, parameter in model.named_parameters():
-        matching = {entry for entry in trainable if names(entry, name)}
+        matching = {entry for entry in trainable if matches(entry, name)}
         if name.startswith(f"{FROZEN}."):
             matching = {entry for entry in matching if entry.startswith(FROZEN)}
         unused -= matching
         parameter.requires_grad_(bool(matching))
         if matching:
-            chosen.append(name)
+            trained.append(name)
     if unused:
         parts = ", ".join(name for name, _ in model.named_children())
         raise ConfigError(
             f"trainable: '{sorted(unused)[0]}' names no parameter of the model; its parts are {parts}"
         )
-    return chosen
+    return trained
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, compat: bool = False) -> torch.optim.AdamW:
-    """AdamW with a group for each entry of `lr_scales` and one for the rest; each carries its `name` and `lr_scale`.
+    """Build AdamW with a group for each entry of `lr_scales` and one for the rest.
 
-    An entry names parameters as `trainable` does; the longest that matches wins. Norms and biases are in groups of their
-    own without weight decay: pulled to zero, a gain is no longer a gain. With `compat` everything decays, as in the reference.
+    Norms and biases are in groups of their own without weight decay, as decay would pull their gains to zero.
+    Each group carries its `name` and `lr_scale`.
 
-    Not Composer's DecoupledAdamW: that one does not multiply the decay by the learning rate, and 0.1 would shrink
-    the weights by a tenth a step.
+    Not Composer's DecoupledAdamW: it does not multiply the decay by the learning rate, so that 0.1 would
+    shrink the weights by a tenth each step.
+
+    Args:
+        model: the model; its frozen parameters are left out.
+        config: the settings. Entries of `lr_scales` name parameters as `trainable` does; the longest match
+            wins.
+        compat: decay all parameters, as in the reference.
 
     Raises:
-        ConfigError: an entry of `lr_scales` that names nothing that is trained.
+        ConfigError: an entry of `lr_scales` that names no trained parameter.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matching = [entry for entry in config.lr_scales if names(entry, name)]
+            matching = [entry for entry in config.lr_scales if matches(entry, name)]
             decays = compat or not ("norm" in name or name.endswith("bias"))
             groups.setdefault((max(matching, key=len, default="rest"), decays), []).append(parameter)
     unused = set(config.lr_scales) - {name for name, _ in groups}
@@ -82,24 +94,35 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, compat: bool = Fa
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
-        foreach=True,  # torch takes shards one by one otherwise: for 7B a fifth of a second a step in which GPUs wait
+        # Otherwise torch takes sharded parameters one by one: for 7B a fifth of a second a step in which GPUs
+        # wait.
+        foreach=True,
     )
 
 
 def learning_rate(done: float, config: OptimizerConfig, warmup: float, total: float) -> float:
-    """The learning rate when `done` of `total` is done: linear from 0 over `warmup`, then as `schedule` says down to `min_lr`.
+    """Return the learning rate: linear from 0 over the warmup, then by the schedule down to `min_lr`.
 
-    The three are in one unit, epochs or steps. The first step has 0.
+    The first step has a learning rate of 0.
+
+    Args:
+        done: how far the run is. This and the next two are in the same unit, epochs or steps.
+        config: the settings.
+        warmup: length of the warmup.
+        total: length of the run, warmup included.
     """
     if done < warmup:
         return config.lr * done / warmup
     progress = (done - warmup) / (total - warmup) if total > warmup else 1.0
-    left = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}[
-        config.schedule
-    ]
-    return config.min_lr + (config.lr - config.min_lr) * left
+    schedules = {
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "linear": 1.0 - progress,
+        "constant": 1.0,
+    }
+    return config.min_lr + (config.lr - config.min_lr) * schedules[config.schedule]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of each group to `rate` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

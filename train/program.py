@@ -67,7 +67,7 @@ def train(arguments: Sequence[str]) -> None:
                 from unitoken.train.distributed import ranks
 
                 ranks.connect()
-                with ranks.together():
+                with ranks.share_errors():
                     raise
             raise
         # torch and Composer take ten seconds to import: only for settings that fit.

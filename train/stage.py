@@ -16,7 +16,7 @@ from unitoken.dataset.vision_views import CANVASES, Views
 from unitoken.streaming_data.check import other_codes, uneven_proportions
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.accounting.flops import step_flops
-from unitoken.train.accounting.memory import Need, needs
+from unitoken.train.accounting.memory import MemoryEstimate, estimate_memory
 from unitoken.train.callbacks.evaluation import Evaluation, evaluation_loader
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics
@@ -24,15 +24,15 @@ from unitoken.train.callbacks.optimisation import Optimisation
 from unitoken.train.callbacks.samples import samples_of
 from unitoken.train.callbacks.saver import Interruption, Saver
 from unitoken.train.check import ResolvedStage, needs_codec
-from unitoken.train.check_tokenizers import checked_tokenizer
+from unitoken.train.check_tokenizers import load_checked_tokenizer
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.compatibility import check_finished, shared
+from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
 from unitoken.train.checkpoint.export import export_at_end
 from unitoken.train.checkpoint.integrity import check_checkpoint
-from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
-from unitoken.train.checkpoint.loading import find_weights, load_weights, nan_weights, shapes_of
-from unitoken.train.checkpoint.metadata import ModelSizes, write_about
-from unitoken.train.checkpoint.tensors import TensorSource
+from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_weights
+from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
+from unitoken.train.checkpoint.metadata import ModelSizes, write_metadata
+from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.model.unitoken import UniToken, build_model
@@ -44,14 +44,14 @@ def run_stage(config: StageConfig, checked: ResolvedStage) -> None:
     composer_trainer.check_precision(config)
     ranks.connect()
     with (
-        ranks.together()
+        ranks.share_errors()
     ):  # the first word that ranks exchange: here they hear that `check` failed on another machine
         if config.codec is not None and needs_codec(config):
-            checked_tokenizer(config.codec, checked.vocabulary)
-    ranks.check_settings(shared(config))
+            load_checked_tokenizer(config.codec, checked.vocabulary)
+    ranks.check_same_settings(settings_of_all_machines(config))
     folder = Path(config.save.folder)
     with contextlib.ExitStack() as stack:
-        with ranks.together():
+        with ranks.share_errors():
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
                 at_work = f"save.folder: {folder}: another run is at work in it and holds {run_folder.LOCK}"
@@ -69,15 +69,15 @@ def _run(config: StageConfig, checked: ResolvedStage) -> None:
         if checked.vision
         else None
     )
-    with ranks.together():
+    with ranks.share_errors():
         held_out = evaluation_loader(config, checked, views)
         share = config.data.global_batch // ranks.world_size()
         loader = build_loader(
             config.data, views=views, vocabulary=checked.vocabulary, batch_packs=share, compat=compat
         )
         resume = latest_checkpoint(folder)
-    ranks.check_alike("save.folder", "no checkpoint" if resume is None else resume.name)
-    ranks.check_alike("data", f"order {loader.dataset.plan.report.order}")
+    ranks.check_same("save.folder", "no checkpoint" if resume is None else resume.name)
+    ranks.check_same("data", f"order {loader.dataset.plan.report.order}")
     report = loader.dataset.plan.report
     length = Lengths(
         report.packs // config.data.global_batch, report.fill * report.packs * config.data.packed_length
@@ -113,11 +113,11 @@ def _run(config: StageConfig, checked: ResolvedStage) -> None:
             export_at_end(config)
         return
     count = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.device_name()}"
+    where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.describe_devices()}"
     say(f"{config.name}: trains {count:,} parameters in {len(trained)} tensors for {where}")
     if composer_trainer.has_gpu():
         say(
-            f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).line()}"
+            f"{config.name}: needs {_need(config, checked, count, int(loader.dataset.plan.images.max())).summary()}"
         )
 
     warmup = length.steps(config.optimizer.warmup)
@@ -142,7 +142,7 @@ def _run(config: StageConfig, checked: ResolvedStage) -> None:
     if (
         ranks.is_first_rank()
     ):  # not before: a checkpoint that was refused is another stage's, and so is what the folder says
-        write_about(
+        write_metadata(
             folder,
             config,
             ModelSizes(decoder=checked.decoder, vision=checked.vision),
@@ -173,19 +173,19 @@ def _fill(network: UniToken, config: StageConfig, resume: Path | None, total_ste
 
     False where there is nothing left to train.
     """
-    with ranks.together():
+    with ranks.share_errors():
         if resume is None:
             earlier = _earlier(config.init_from) if config.init_from else None
             parts = find_weights(network, config.model, earlier)
             if ranks.is_first_rank():
                 say("\n".join(load_weights(network, parts, config.seed)))
             return True
-        run_folder.check_resumable(resume, shapes_of(network), stage_identity(config))
+        run_folder.check_resumable(resume, parameter_shapes(network), stage_identity(config))
     if run_folder.step_of(resume) >= total_steps:
         return False
     say(f"{config.name}: goes on from {resume}")
     if ranks.is_first_rank():
-        nan_weights(network)
+        fill_with_nan(network)
     return True
 
 
@@ -193,16 +193,16 @@ def _earlier(init_from: str) -> TensorSource:
     origin = find_origin(init_from)
     if origin.is_file() and ranks.is_first_rank():  # which alone reads the weights
         check_checkpoint(origin)
-    if origin.is_file() and (where := run_folder.unfinished(origin)) is not None:
+    if origin.is_file() and (where := run_folder.describe_unfinished(origin)) is not None:
         say(f"init_from: {origin}: {where}")
-    return run_folder.open_source(origin)
+    return run_folder.open_weights(origin)
 
 
-def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images: int) -> Need:
+def _need(config: StageConfig, checked: ResolvedStage, trained: int, most_images: int) -> MemoryEstimate:
     """What it takes of a GPU; `most_images` is the most that a pack of the plan has."""
     views = 1 + max(across * down for across, down in CANVASES) if config.data.anyres else 1
     views *= config.microbatch * most_images
-    return needs(
+    return estimate_memory(
         config, checked.decoder, checked.vision, ranks=ranks.world_size(), trained=trained, views=views
     )
 

@@ -1,9 +1,9 @@
-"""Meta's `vqgan.ckpt` -> `vqgan.safetensors`, once.
+"""Meta's `vqgan.ckpt` -> `vqgan.safetensors`.
 
-convert_vqgan(Path("chameleon/tokenizer"), Path("weights/vqgan"))     # vqgan.yaml is copied along
+    convert_vqgan(Path("chameleon/tokenizer"), Path("weights/vqgan"))     # copies vqgan.yaml, too
 
-The pickled file is read with `weights_only`: no code in it runs. The codes stay the same, and so does the fingerprint that
-datasets keep of the weights they were made with.
+The pickled file is read with `weights_only`: no code in it runs. The converted weights give the same codes
+and keep the fingerprint that is stored in datasets.
 """
 
 from __future__ import annotations
@@ -29,10 +29,17 @@ CHECKPOINT, CONVERTED = "vqgan.ckpt", "vqgan.safetensors"
 
 
 def convert_vqgan(source: Path, out: Path) -> str:
-    """`source` holds vqgan.yaml and vqgan.ckpt; the folder `out` must not be there yet. Returns the weights' fingerprint.
+    """Convert a checkpoint.
+
+    Args:
+        source: the folder with vqgan.yaml and vqgan.ckpt.
+        out: the folder to write, which must not exist.
+
+    Returns:
+        The weights' fingerprint.
 
     Raises:
-        ConfigError: what is missing or does not fit; nothing is written then.
+        ConfigError: a file is missing or does not fit. Nothing is written then.
     """
     if out.exists():
         raise ConfigError(f"{out}: it is there already")
@@ -51,11 +58,7 @@ def convert_vqgan(source: Path, out: Path) -> str:
         (folder.path / "vqgan.yaml").write_bytes(checkpoint.with_suffix(".yaml").read_bytes())
         target = folder.path / CONVERTED
         target.write_bytes(save(tensors))
-        target.write_bytes(
-            save(
-                tensors,
-                {"format": "pt", CONVERTED_FROM: weights.fingerprint, CONVERTED_TO: data_sha256(target)},
-            )
-        )
+        metadata = {"format": "pt", CONVERTED_FROM: weights.fingerprint, CONVERTED_TO: data_sha256(target)}
+        target.write_bytes(save(tensors, metadata))
         folder.publish()
     return weights.fingerprint

@@ -1,4 +1,4 @@
-"""The image tokenizers of Emu3 and of Janus (LlamaGen's) as networks: transformers' models, and what those leave out."""
+"""The image tokenizers of Emu3 and of Janus (LlamaGen's) as networks, made from transformers' models."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 
 class Emu3(Emu3VQVAE):  # type: ignore[misc]
-    def latents(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in -1..1 -> (B, embed_dim, h, w).
+    """Emu3's network for images, which computes what is equal for all frames of a video only once."""
 
-        Emu3 tokenizes videos; an image is `temporal_downsample_factor` times the same frame, which give one frame of
-        latents. Up to the convolutions over time all frames are equal, so they are computed once: 4 times faster than
-        `Emu3VQVAE.encode`, with its codes.
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (B, 3, H, W) in -1..1 as latents (B, embed_dim, h, w).
+
+        Emu3 tokenizes videos: an image is a video of `temporal_downsample_factor` equal frames, which become
+        one frame of latents. Up to the convolutions over time the frames are equal and are computed once.
+        This is 4 times faster than `Emu3VQVAE.encode` and gives the same codes.
         """
         encoder = self.encoder
         hidden = encoder.norm_out(encoder.middle_block(encoder.down_block(encoder.conv_in(pixels))))
         hidden = encoder.conv_out(hidden * torch.sigmoid(hidden))
-        frames = hidden.unsqueeze(2).repeat(
-            1, 1, self.config.temporal_downsample_factor, 1, 1
-        )  # (B, C, T, h, w)
+        # (B, C, T, h, w)
+        frames = hidden.unsqueeze(2).repeat(1, 1, self.config.temporal_downsample_factor, 1, 1)
         for convolution in encoder.time_conv:
             frames = convolution(frames)
             frames = frames * torch.sigmoid(frames)
@@ -32,27 +33,34 @@ class Emu3(Emu3VQVAE):  # type: ignore[misc]
         return latents
 
     def pixels(self, codes: Tensor) -> Tensor:
-        """(B, h, w) -> (B, 3, H, W), about -1..1."""
+        """Decode codes (B, h, w) to pixels (B, 3, H, W), which are about -1..1."""
         pixels: Tensor = self.decode(codes)
         return pixels
 
 
 class Janus(JanusVQVAE):  # type: ignore[misc]
+    """Janus' network for images of any size, with LlamaGen's comparison of latents and codes."""
+
     def normalize_codebook(self) -> None:
-        """To vectors of length 1: LlamaGen compares directions. Janus' own encoder does, transformers' does not (its
-        decoder does), which gives other codes wherever the lengths in a checkpoint differ. The length of a latent
-        changes no comparison with such vectors.
+        """Scale the vectors of the codebook to length 1, because LlamaGen compares directions.
+
+        Janus' own encoder does this, and transformers' decoder, but not transformers' encoder: its codes
+        differ wherever the lengths in a checkpoint differ. Latents need no scaling: their length changes no
+        comparison with vectors of length 1.
         """
         weight = self.quantize.embedding.weight
         weight.data = F.normalize(weight.data, p=2, dim=-1)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in -1..1 -> (B, embed_dim, h, w)."""
+        """Encode pixels (B, 3, H, W) in -1..1 as latents (B, embed_dim, h, w)."""
         latents: Tensor = self.quant_conv(self.encoder(pixels))
         return latents
 
     def pixels(self, codes: Tensor) -> Tensor:
-        """(B, h, w) -> (B, 3, H, W), about -1..1, of any size: transformers' `decode` knows one."""
+        """Decode codes (B, h, w) to pixels (B, 3, H, W), which are about -1..1.
+
+        They may have any size; transformers' `decode` is for one size only.
+        """
         quantized = self.quantize.embedding(codes).permute(0, 3, 1, 2).contiguous()
         pixels: Tensor = self.decoder(self.post_quant_conv(quantized))
         return pixels

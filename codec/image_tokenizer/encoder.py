@@ -1,8 +1,8 @@
-"""Image tokenizers: pixels -> codes -> pixels, in a precision chosen by name, on a CPU or a GPU.
+"""Image tokenizers: pixels -> codes -> pixels, in one of three precisions, on a CPU or a GPU.
 
-fp32   exact
-tf32   cuDNN's convolutions in TF32 and all else in float32, as torch has it by default and so the reference; on a CPU as fp32
-bf16   weights and activations in bfloat16; pictures are scaled, and codes compared, in float32
+fp32   everything in float32
+tf32   cuDNN's convolutions in TF32, the rest in float32: the default of torch and reference; fp32 on a CPU
+bf16   weights and activations in bfloat16; pictures are scaled and codes compared in float32
 """
 
 from __future__ import annotations
@@ -24,47 +24,54 @@ from unitoken.codec.image_tokenizer.network import load_network
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 Codes = npt.NDArray[np.int64]  # (h, w)
 
-DISTANCES = (
-    1 << 25
-)  # between latents and codes that are held at once: 128 MiB; Emu3 has 2**27 for one 512 x 512 image
-CPU_PIXELS = (
-    512 * 512
-)  # that a CPU encodes at once: more is no faster, and takes 0.7 GiB for each picture of 512 x 512
-COMPILED_SIZES = 64  # crop sizes that torch.compile may be asked for; Lumina's list for 512 pixels has 31
+MAX_DISTANCES = 1 << 25
+"""Distances between latents and codes in memory at once, 128 MiB. Emu3 has 2**27 for a 512 x 512 image."""
+CPU_PIXELS = 512 * 512
+"""Pixels that a CPU encodes at once: more is no faster, and takes 0.7 GiB for each picture of 512 x 512."""
+COMPILED_SIZES = 64
+"""The most crop sizes that torch.compile compiles for; Lumina's list for 512 pixels has 31."""
 
 
 class Pending(Protocol):
-    """A batch on its way through the encoder. Times are seconds on the codec's own clock, known once there are codes."""
+    """A batch in the encoder."""
 
     started: float
+    """Seconds on the codec's own clock; set by `codes`."""
     ended: float
 
     def codes(self) -> npt.NDArray[np.int64]:
-        """(B, h, w); waits for them."""
+        """Wait for the codes and return them, (B, h, w)."""
         ...
 
 
 class VisionCodec(Protocol):
-    """Arrays in, arrays out, whatever the device."""
+    """An image tokenizer with arrays as input and output, on any device."""
 
     codebook_size: int
-    downsampling: int  # pixels a latent, each way
-    fingerprint: str  # of the weights
+    downsampling: int
+    """Pixels per latent, in each direction."""
+    fingerprint: str
+    """The fingerprint of the weights."""
 
-    def begin(self, pictures: Sequence[Pixels]) -> Pending:
-        """Start to encode a batch of pictures of one size; on a GPU it returns before the codes are there."""
+    def begin(self, pictures: Sequence[Pixels] | Pixels) -> Pending:
+        """Start to encode a batch of pictures of one size; on a GPU, return before the codes are ready."""
         ...
 
     def encode(self, pixels: Sequence[Pixels] | Pixels) -> npt.NDArray[np.int64]:
-        """(B, H, W, 3) -> codes (B, H / downsampling, W / downsampling)."""
+        """Encode pictures (B, H, W, 3) as codes (B, H / downsampling, W / downsampling)."""
         ...
 
     def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
-        """Codes (B, h, w) -> (B, H, W, 3)."""
+        """Decode codes (B, h, w) to pictures (B, H, W, 3)."""
         ...
 
 
 def load_vision(config: ImageTokenizerConfig, device: str = "cpu") -> VisionCodec:
+    """Load an image tokenizer onto a device.
+
+    Raises:
+        ConfigError: its files are missing or do not fit.
+    """
     weights = find_image_tokenizer(config)
     return _Codec(load_network(config.kind, weights), weights, config, torch.device(device))
 
@@ -87,9 +94,8 @@ class _Codec:
             self._network.to(memory_format=torch.channels_last)
         self._padded_to = 0
         if config.compile:
-            torch._dynamo.config.recompile_limit = (
-                COMPILED_SIZES  # beyond it torch runs uncompiled without a word
-            )
+            # Beyond its limit torch runs uncompiled, without a warning.
+            torch._dynamo.config.recompile_limit = COMPILED_SIZES
             self._latents = torch.compile(network.latents, dynamic=False)
             self._padded_to = config.batch_size  # each new number of pictures would be compiled for minutes
         self._clock_start = _now(device)
@@ -98,14 +104,14 @@ class _Codec:
         with torch.inference_mode(), _arithmetic(self._precision, self._device):
             x = self._upload(pictures)
             started = _now(self._device)
-            # By way of float64, as the reference scales. GroupNorm on CPU takes the variance of channels-last data as
-            # E[x^2] - E[x]^2, and nearly white images lost all their codes: so not there.
+            # Scaled in float64, as in the reference. Channels-last on a GPU only: on a CPU, GroupNorm takes
+            # the variance of channels-last data as E[x^2] - E[x]^2, and nearly white images lost all their
+            # codes.
             format = torch.channels_last if self._channels_last else torch.contiguous_format
-            x = (x.permute(0, 3, 1, 2).contiguous(memory_format=format).double() / 255 * 2 - 1).to(
-                self._dtype
-            )
+            x = x.permute(0, 3, 1, 2).contiguous(memory_format=format)
+            x = (x.double() / 255 * 2 - 1).to(self._dtype)
             parts = [x] if x.is_cuda else torch.split(x, max(1, CPU_PIXELS // x[0, 0].numel()))
-            codes = torch.cat([nearest(self._latents(part), self._codebook) for part in parts])
+            codes = torch.cat([nearest_codes(self._latents(part), self._codebook) for part in parts])
             codes = codes[: len(pictures)].to("cpu", non_blocking=True)
             return _Batch(codes, self._clock_start, started, _now(self._device))
 
@@ -116,13 +122,12 @@ class _Codec:
         with torch.inference_mode(), _arithmetic(self._precision, self._device):
             x = self._network.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device)).float()
             x = (x.clamp(-1, 1) + 1) / 2 * 255
-            pixels: npt.NDArray[np.uint8] = (
-                x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
-            )  # truncated, as the reference
+            # Truncated, not rounded, as in the reference.
+            pixels: npt.NDArray[np.uint8] = x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
         return pixels
 
     def _upload(self, pictures: Sequence[Pixels] | Pixels) -> Tensor:
-        """(B, H, W, 3) as bytes, by way of pinned memory where there is a GPU, so that nothing waits for the copy."""
+        """Copy pictures to the device as bytes (B, H, W, 3), to a GPU from pinned memory without waiting."""
         count = max(len(pictures), self._padded_to)
         batch = torch.zeros(
             (count, *pictures[0].shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
@@ -132,6 +137,8 @@ class _Codec:
 
 
 class _Batch:
+    """The `Pending` of `_Codec`."""
+
     def __init__(self, codes: Tensor, origin: _Moment, started: _Moment, ended: _Moment) -> None:
         self._codes, self._origin, self._started, self._ended = codes, origin, started, ended
         self.started = self.ended = 0.0
@@ -139,7 +146,8 @@ class _Batch:
     def codes(self) -> npt.NDArray[np.int64]:
         if isinstance(self._ended, torch.cuda.Event):
             self._ended.synchronize()
-        self.started, self.ended = _between(self._origin, self._started), _between(self._origin, self._ended)
+        self.started = _seconds_between(self._origin, self._started)
+        self.ended = _seconds_between(self._origin, self._ended)
         codes: npt.NDArray[np.int64] = self._codes.numpy()
         return codes
 
@@ -148,7 +156,7 @@ _Moment = float | torch.cuda.Event
 
 
 def _now(device: torch.device) -> _Moment:
-    """On a GPU the moment at which it gets there."""
+    """Return the present moment; on a GPU, the moment at which it has finished its work so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -156,17 +164,26 @@ def _now(device: torch.device) -> _Moment:
     return event
 
 
-def _between(start: _Moment, end: _Moment) -> float:
+def _seconds_between(start: _Moment, end: _Moment) -> float:
     if isinstance(start, torch.cuda.Event):
         return float(start.elapsed_time(end)) / 1000  # type: ignore[no-untyped-call]
     assert not isinstance(end, torch.cuda.Event)
     return end - start
 
 
-def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
-    """(B, D, h, w), (codes, D) -> the code nearest to each latent, (B, h, w), compared in float32.
+def nearest_codes(latents: Tensor, codebook: Tensor, max_distances: int = MAX_DISTANCES) -> Tensor:
+    """Return the code nearest to each latent, compared in float32.
 
-    The terms stand as in transformers' quantizers, so that codes are theirs to the last bit.
+    The distance is computed as in transformers' `ChameleonVQVAEVectorQuantizer`, term by term, so that the
+    codes are the same in spite of rounding.
+
+    Args:
+        latents: (B, D, h, w).
+        codebook: (codes, D).
+        max_distances: the most distances in memory at once.
+
+    Returns:
+        The codes, (B, h, w).
     """
     batch, dimension, height, width = latents.shape
     rows = latents.float().permute(0, 2, 3, 1).reshape(-1, dimension)
@@ -176,14 +193,14 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
             torch.sum(z**2, dim=1, keepdim=True) + squares - 2 * torch.einsum("bd,dn->bn", z, codebook.T),
             dim=1,
         )
-        for z in torch.split(rows, max(1, DISTANCES // len(codebook)))
+        for z in torch.split(rows, max(1, max_distances // len(codebook)))
     ]
     return torch.cat(found).view(batch, height, width)
 
 
 @contextlib.contextmanager
 def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """What the precision says, whatever surrounds it: a run that draws samples is under autocast, and codes would differ."""
+    """Compute in the codec's precision even under autocast, as in a training run that draws samples."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,7 +1,7 @@
-"""Finds the files of an image tokenizer and reads what shape it has, without torch: settings are checked before that.
+"""Finds the files of an image tokenizer and reads its shape without torch, which is loaded after all checks.
 
 chameleon   Meta's layout: `vqgan.yaml` beside `vqgan.ckpt` (or .safetensors)
-emu3 janus  transformers' layout: `config.json` and `*.safetensors`, of the image tokenizer or of the whole model
+emu3 janus  transformers': `config.json` and `*.safetensors`, of the image tokenizer or of the whole model
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from unitoken.common.errors import ConfigError, one_line
 from unitoken.common.hashing import sha256_of_file
 from unitoken.dataset.manifest import VisionTokenizer
 
-SUFFIXES = (".safetensors", ".ckpt")  # in the order of preference
-PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # of the image tokenizer's tensors in transformers' files
+WEIGHTS_SUFFIXES = (".safetensors", ".ckpt")
+"""In the order of preference."""
+TENSOR_PREFIXES = ("", "vqmodel.", "model.vqmodel.")
+"""What the names of the image tokenizer's tensors begin with in transformers' files."""
 CODEBOOK = "quantize.embedding.weight"
-# In the header of a file that `convert-vqgan` wrote: the fingerprint of what it was made of, and the hash of its own tensors.
 CONVERTED_FROM, CONVERTED_TO = "converted_from", "converted_to"
+"""Keys in the header of a converted file: the fingerprint of the original, and the hash of the tensors."""
 
 
 class EncoderSizes(pydantic.BaseModel):
-    """`ddconfig` of a VQGAN: encoder and decoder. What else the file says (losses) is for its training."""
+    """`ddconfig` of a VQGAN: the sizes of encoder and decoder. Other keys (losses) are for its training."""
 
     double_z: bool = False
     z_channels: int
@@ -68,31 +70,36 @@ class Parameters(pydantic.BaseModel):
 
 
 class Emu3Sizes(pydantic.BaseModel):
-    """What must be known of Emu3's configuration; transformers leaves out what is as by default."""
+    """The part of Emu3's configuration that we need; transformers leaves out values that are its defaults."""
 
     codebook_size: int = 32768
     channel_multiplier: list[int] = [1, 2, 2, 4]
 
 
 class JanusSizes(pydantic.BaseModel):
+    """The part of Janus' configuration that we need; transformers leaves out values that are its defaults."""
+
     codebook_size: int = pydantic.Field(16384, alias="num_embeddings")
     channel_multiplier: list[int] = [1, 1, 2, 2, 4]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """`shape` is what the network is built from; `tensors` says for each of its tensors in which file it is, under
-    which name (chameleon: empty, all of `file`).
-    """
+    """An image tokenizer's files and its shape; the tensors are not read yet."""
 
-    file: Path  # for messages; chameleon: of the tensors
+    file: Path
+    """The file with the tensors (chameleon), or the folder (emu3, janus)."""
     shape: Parameters | Mapping[str, Any]
+    """The network's sizes."""
     tensors: Mapping[str, tuple[Path, str]]
+    """The file of each tensor and its name there; empty for chameleon, where all tensors are in `file`."""
     codebook_size: int
-    downsampling: int  # pixels a latent, each way
+    downsampling: int
+    """Pixels per latent, in each direction."""
     fingerprint: str
 
     def describe(self, config: ImageTokenizerConfig) -> VisionTokenizer:
+        """Return the entry for a dataset's manifest."""
         return VisionTokenizer(
             kind=config.kind,
             weights=self.fingerprint,
@@ -103,20 +110,21 @@ class Weights:
 
 
 def find_image_tokenizer(config: ImageTokenizerConfig) -> Weights:
-    """`config.weights` is a folder, a hub id, or (chameleon) a weights file with its .yaml beside it."""
+    """Find an image tokenizer: a folder, a hub id, or (chameleon) a weights file with its .yaml beside it.
+
+    Raises:
+        ConfigError: a file is missing, cannot be read, or is of another kind.
+    """
     path = Path(config.weights)
-    patterns = (
-        ["vqgan.*"]
-        if config.kind == "chameleon"
-        else ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    )
+    if config.kind == "chameleon":
+        patterns = ["vqgan.*"]
+    else:
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     if not path.exists():
         path = _from_hub(config.weights, patterns)
-    return (
-        _find_chameleon(config.weights, path)
-        if config.kind == "chameleon"
-        else _find_transformers(config, path)
-    )
+    if config.kind == "chameleon":
+        return _find_chameleon(config.weights, path)
+    return _find_transformers(config, path)
 
 
 def _from_hub(name: str, patterns: list[str]) -> Path:
@@ -126,35 +134,36 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub's, the network's and its cache's errors share no base
-        reason = one_line(error)
+    except Exception as error:  # errors of the hub, the network and the cache have no common base
         raise ConfigError(
-            f"vision.weights: {name}: no such folder here, and the hub says: {reason[:200]}"
+            f"vision.weights: {name}: no such folder here, and the hub says: {one_line(error, 200)}"
         ) from None
 
 
-# --- Meta's layout ---------------------------------------------------------------------------------------------------
+# --- Meta's layout ------------------------------------------------------------------------------------------
 
 
 def _find_chameleon(name: str, path: Path) -> Weights:
     if path.is_dir():
-        files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
+        files = [file for suffix in WEIGHTS_SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
         vqgan = [file for file in files if file.stem == "vqgan"] or files
         if not vqgan or (path / "config.json").exists():
             found = "transformers' config.json" if (path / "config.json").exists() else "none of them"
             raise ConfigError(
-                f"vision.weights: {name}: kind chameleon needs vqgan.yaml and vqgan.ckpt or vqgan.safetensors in it, found {found}"
+                f"vision.weights: {name}: kind chameleon needs vqgan.yaml and vqgan.ckpt "
+                f"or vqgan.safetensors in it, found {found}"
             )
         path = vqgan[0]
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"vision.weights: {name}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    if path.suffix not in WEIGHTS_SUFFIXES:
+        endings = " or ".join(WEIGHTS_SUFFIXES)
+        raise ConfigError(f"vision.weights: {name}: expected a file that ends in {endings}")
     parameters = read_parameters(path.with_suffix(".yaml"))
     downsampling = 1 << (len(parameters.ddconfig.ch_mult) - 1)
     return Weights(path, parameters, {}, parameters.n_embed, downsampling, _file_fingerprint(path))
 
 
 def _file_fingerprint(path: Path) -> str:
-    """Of the file; where it was converted and not changed since, of the file it was converted from."""
+    """Return the fingerprint of a file, or of its original if it was converted and has not changed since."""
     if path.suffix == ".safetensors":
         try:
             with open(path, "rb") as stream:
@@ -162,12 +171,22 @@ def _file_fingerprint(path: Path) -> str:
             if CONVERTED_FROM in metadata and metadata.get(CONVERTED_TO) == data_sha256(path):
                 return str(metadata[CONVERTED_FROM])
         except (OSError, ValueError, AttributeError):
-            pass  # no such file: said with its reason when it is read
+            pass  # not a safetensors file: the error comes when it is read
     return sha256_of_file(path)[:16]
 
 
 def read_safetensors_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where the tensors begin. Raises ValueError."""
+    """Read the header of a safetensors file: eight bytes for its length, then JSON.
+
+    This is not `safetensors.safe_open` because fingerprints are over the tensors' bytes. safe_open tells no
+    offsets, and without torch it returns no tensors in bfloat16, which numpy lacks.
+
+    Returns:
+        The header, and the offset at which the tensors begin.
+
+    Raises:
+        ValueError: this is not a safetensors file.
+    """
     size = int.from_bytes(stream.read(8), "little")
     if size > os.fstat(stream.fileno()).st_size:
         raise ValueError("its header is longer than the file")
@@ -178,13 +197,18 @@ def read_safetensors_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
 
 
 def data_sha256(path: Path) -> str:
-    """Over a safetensors file's tensors, without its header."""
+    """Return the SHA-256 of a safetensors file's tensors, without its header."""
     with open(path, "rb") as stream:
         stream.seek(read_safetensors_header(stream)[1])
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_parameters(path: Path) -> Parameters:
+    """Read the shape of a VQGAN from Meta's YAML.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a VQGAN's.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Parameters.model_validate(content["model"]["params"])
@@ -196,7 +220,7 @@ def read_parameters(path: Path) -> Parameters:
         raise ConfigError(f"{path}: expected a VQGAN's YAML with model.params.ddconfig") from None
 
 
-# --- transformers' layout --------------------------------------------------------------------------------------------
+# --- transformers' layout -----------------------------------------------------------------------------------
 
 
 def _find_transformers(config: ImageTokenizerConfig, folder: Path) -> Weights:
@@ -206,11 +230,10 @@ def _find_transformers(config: ImageTokenizerConfig, folder: Path) -> Weights:
     except pydantic.ValidationError as error:
         raise ConfigError(f"{folder / 'config.json'}: {first_problem(error)}") from None
     spans = _tensor_spans(folder)
-    prefix = next((prefix for prefix in reversed(PREFIXES) if prefix + CODEBOOK in spans), None)
+    prefix = next((prefix for prefix in reversed(TENSOR_PREFIXES) if prefix + CODEBOOK in spans), None)
     if prefix is None:
-        raise ConfigError(
-            f"vision.weights: {folder}: no tensor {' or '.join(prefix + CODEBOOK for prefix in PREFIXES)} in it"
-        )
+        names = " or ".join(prefix + CODEBOOK for prefix in TENSOR_PREFIXES)
+        raise ConfigError(f"vision.weights: {folder}: no tensor {names} in it")
     ours = {name.removeprefix(prefix): span for name, span in spans.items() if name.startswith(prefix)}
     return Weights(
         file=folder,
@@ -223,7 +246,7 @@ def _find_transformers(config: ImageTokenizerConfig, folder: Path) -> Weights:
 
 
 def _read_shape(kind: str, folder: Path) -> Mapping[str, Any]:
-    """The image tokenizer's part of `config.json`."""
+    """Read the image tokenizer's part of `config.json`."""
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -245,21 +268,22 @@ def _read_shape(kind: str, folder: Path) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """A tensor in a safetensors file."""
+class _TensorSpan:
+    """The bytes of a tensor in a safetensors file."""
 
     file: Path
     start: int
     end: int
-    described: str  # element type and shape
+    described: str
+    """Element type and shape."""
 
 
-def _tensor_spans(folder: Path) -> dict[str, _Span]:
-    """Every tensor of the folder's safetensors files, from their headers."""
+def _tensor_spans(folder: Path) -> dict[str, _TensorSpan]:
+    """Find all tensors in the safetensors files of a folder."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"vision.weights: {folder}: no *.safetensors in it")
-    spans: dict[str, _Span] = {}
+    spans: dict[str, _TensorSpan] = {}
     for file in files:
         try:
             with open(file, "rb") as stream:
@@ -267,15 +291,17 @@ def _tensor_spans(folder: Path) -> dict[str, _Span]:
             for name, entry in header.items():
                 if name != "__metadata__":
                     start, end = (begin + offset for offset in entry["data_offsets"])
-                    spans[name] = _Span(file, start, end, f"{entry['dtype']} {entry['shape']}")
+                    spans[name] = _TensorSpan(file, start, end, f"{entry['dtype']} {entry['shape']}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"vision.weights: {file}: cannot be read as safetensors: {error}") from None
     return spans
 
 
-def _fingerprint(spans: Mapping[str, _Span]) -> str:
-    """Over the image tokenizer's tensors alone: the same within a whole model (of which they are a part in a hundred)
-    as in a folder of their own.
+def _fingerprint(spans: Mapping[str, _TensorSpan]) -> str:
+    """Hash the image tokenizer's tensors alone, names and bytes.
+
+    So the fingerprint is the same for a whole model, of which they are one hundredth, and for a folder of
+    their own.
     """
     digest = hashlib.sha256()
     for name, span in sorted(spans.items()):

@@ -1,6 +1,7 @@
 """Weights -> the networks of image tokenizers, checked tensor by tensor.
 
-A network has `latents` (pixels -> what is quantized), `pixels` (codes -> pixels) and a codebook, `quantize.embedding`.
+A network has a method `latents` (pixels -> latents), a method `pixels` (codes -> pixels) and a codebook,
+`quantize.embedding`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from unitoken.common.errors import ConfigError, one_line
 
 
 def load_network(kind: str, weights: Weights) -> Any:
-    """On the CPU, in float32. Raises ConfigError for tensors that are missing, unknown or of another shape."""
+    """Build a network and load its weights, on the CPU and in float32.
+
+    Args:
+        kind: `chameleon`, `emu3` or `janus`.
+        weights: the files and the shape.
+
+    Raises:
+        ConfigError: tensors are missing, unknown or of another shape, or a file cannot be read.
+    """
     network = {"chameleon": _chameleon, "emu3": _emu3, "janus": _janus}[kind](weights)
     return network.eval().requires_grad_(False)
 
@@ -32,52 +41,60 @@ def _chameleon(weights: Weights) -> VQGAN:
         network = VQGAN(weights.shape)
     levels = len(weights.shape.ddconfig.ch_mult)
     names = {name: meta_name(name, levels) for name in network.state_dict()}  # ours -> Meta's
-    _fill(network, names, _read_all(weights), weights, "the .yaml")
+    _load(network, names, _read_all(weights), weights, "the .yaml")
     return network
 
 
 def _emu3(weights: Weights) -> Any:
-    network = _from_config(weights, lambda shape: Emu3(Emu3VQVAEConfig.from_dict(shape)))
-    _fill(
-        network, {name: name for name in network.state_dict()}, _read_named(weights), weights, "config.json"
-    )
+    network = _build(weights, lambda shape: Emu3(Emu3VQVAEConfig.from_dict(shape)))
+    names = {name: name for name in network.state_dict()}
+    _load(network, names, _read_named(weights), weights, "config.json")
     return network
 
 
 def _janus(weights: Weights) -> Any:
-    network = _from_config(weights, lambda shape: Janus(JanusVQVAEConfig.from_dict(shape)))
-    _fill(
-        network, {name: name for name in network.state_dict()}, _read_named(weights), weights, "config.json"
-    )
+    network = _build(weights, lambda shape: Janus(JanusVQVAEConfig.from_dict(shape)))
+    names = {name: name for name in network.state_dict()}
+    _load(network, names, _read_named(weights), weights, "config.json")
     network.normalize_codebook()
     return network
 
 
-def _from_config(weights: Weights, build: Callable[[dict[str, Any]], Any]) -> Any:
+def _build(weights: Weights, build: Callable[[dict[str, Any]], Any]) -> Any:
     assert not isinstance(weights.shape, Parameters)
     try:
         with torch.device("meta"):
             return build(dict(weights.shape))
-    except Exception as error:  # whatever a network's constructor says to a shape that is none
-        reason = one_line(error)
+    except Exception as error:  # the networks' constructors fail in many ways
         raise ConfigError(
-            f"vision.weights: {weights.file}/config.json: no shape of this kind: {reason[:200]}"
+            f"vision.weights: {weights.file}/config.json: no shape of this kind: {one_line(error, 200)}"
         ) from None
 
 
-def _fill(
-    network: nn.Module, names: Mapping[str, str], found: Mapping[str, Tensor], weights: Weights, source: str
+def _load(
+    network: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], weights: Weights, source: str
 ) -> None:
-    """`names` are the network's names -> the files'."""
+    """Load tensors into a network.
+
+    Args:
+        network: the network, on the meta device.
+        names: the name in `tensors` of each of the network's parameters.
+        tensors: what the files hold.
+        weights: the files, for messages.
+        source: the file that says the network's shape, for messages.
+    """
     needed = {names[name]: tensor for name, tensor in network.state_dict().items()}
-    _check(found, needed, weights, source)
-    state = {name: found[theirs].to(needed[theirs].dtype) for name, theirs in names.items()}
+    _check(tensors, needed, weights, source)
+    state = {name: tensors[theirs].to(needed[theirs].dtype) for name, theirs in names.items()}
     network.load_state_dict(state, assign=True)
 
 
 def _read_all(weights: Weights) -> dict[str, Tensor]:
-    """Name -> tensor. Pickled files are read with `weights_only`: no code in them runs."""
-    with _reading(weights):
+    """Read all tensors of Meta's file, without those of its training.
+
+    A pickled file is read with `weights_only`: no code in it runs.
+    """
+    with _read_errors(weights):
         if weights.file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -89,10 +106,11 @@ def _read_all(weights: Weights) -> dict[str, Tensor]:
 
 
 def _read_named(weights: Weights) -> dict[str, Tensor]:
+    """Read the tensors of the image tokenizer out of transformers' files."""
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
-    with _reading(weights), contextlib.ExitStack() as stack:
+    with _read_errors(weights), contextlib.ExitStack() as stack:
         files = {file for file, _ in weights.tensors.values()}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         for name, (file, theirs) in weights.tensors.items():
@@ -101,17 +119,16 @@ def _read_named(weights: Weights) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _reading(weights: Weights) -> Iterator[None]:
+def _read_errors(weights: Weights) -> Iterator[None]:
+    """Turn the many errors of zip, pickle and safetensors into a ConfigError that names the weights."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # zip, pickle, safetensors and their kin, all for a file that is no weights file
-        reason = one_line(error)
-        raise ConfigError(f"vision.weights: {weights.file}: cannot be read: {reason[:200]}") from None
+    except Exception as error:
+        raise ConfigError(f"vision.weights: {weights.file}: cannot be read: {one_line(error, 200)}") from None
 
 
 def _check(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], weights: Weights, source: str) -> None:
+    """Raise ConfigError that lists the tensors which are missing, unknown or of another shape."""
     problems = [f"missing {name}" for name in needed if name not in found]
     problems += [f"unknown {name}" for name in found if name not in needed]
     problems += [

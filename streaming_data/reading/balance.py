@@ -1,7 +1,8 @@
 """The packs of a global batch -> ranks, so that no rank waits for another.
 
-All packs are of one length, so what differs between them is attention inside their documents (the sum of squared document
-lengths) and the vision tower's work (images). Which packs make up a batch is the plan's; who computes which is free.
+All packs have one length, so they differ in the attention inside their documents (the sum of squared document
+lengths) and in the vision tower's work (images). Which packs make up a batch is the plan's decision; which
+rank computes which is free.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
+from unitoken.streaming_data.arrays import Integers
 
 
-def balance(squares: npt.NDArray[np.floating[Any]], images: npt.NDArray[np.integer[Any]], ranks: int) -> Ids:
+def balance(
+    squares: npt.NDArray[np.floating[Any]], images: npt.NDArray[np.integer[Any]], ranks: int
+) -> Integers:
     """Deal packs to ranks, equally many each, with squares and images spread as evenly as a greedy rule can.
 
-    The heaviest pack first, each to the rank whose larger load, of the two, stays smallest with it. A rank's packs are
-    ordered from heavy to light, so that the ranks' first microbatches are alike, and their second.
+    The heaviest pack comes first; each goes to the rank for which the larger of its two loads stays smallest.
+    A rank's packs are ordered from heavy to light, so that the first microbatches of all ranks are alike, and
+    the second.
 
     Args:
-        squares, images: (G,) of each pack; `ranks` divides G.
+        squares: (G,) of each pack.
+        images: (G,) of each pack.
+        ranks: how many there are; a divisor of G.
 
     Returns:
         (ranks, G / ranks) numbers of packs.
@@ -29,21 +35,19 @@ def balance(squares: npt.NDArray[np.floating[Any]], images: npt.NDArray[np.integ
     count = len(squares)
     each = count // ranks
     loads = np.stack([squares, images], axis=1).astype(np.float64)  # (G, 2)
-    loads /= np.maximum(loads.sum(axis=0), 1e-9)  # a share of the batch's: both count alike
+    loads /= np.maximum(loads.sum(axis=0), 1e-9)  # as shares of the batch's, so that both count alike
     heaviest_first = np.argsort(-loads.max(axis=1), kind="stable")
     if each == 1 or ranks == 1:
         return heaviest_first.reshape(ranks, each)
-    first, second = (
-        np.zeros(ranks),
-        np.zeros(ranks),
-    )  # sums of either load; two arrays, as a maximum over pairs is slow
+    # Two arrays of sums, (ranks,) each, as a maximum over pairs is slow.
+    rank_squares, rank_images = np.zeros(ranks), np.zeros(ranks)
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for pack, (square, image) in zip(heaviest_first.tolist(), loads[heaviest_first].tolist(), strict=True):
-        rank = int(np.maximum(first + square, second + image).argmin())
+        rank = int(np.maximum(rank_squares + square, rank_images + image).argmin())
         dealt[rank].append(pack)
         if len(dealt[rank]) < each:
-            first[rank] += square
-            second[rank] += image
+            rank_squares[rank] += square
+            rank_images[rank] += image
         else:
-            first[rank] = np.inf  # full
+            rank_squares[rank] = np.inf  # full
     return np.array(dealt, np.int64)

@@ -1,4 +1,4 @@
-"""The reference's data file -> the `data:` part of a stage.
+"""Convert the reference's data file to the `data:` part of a stage.
 
 META:
   - path: /data/llava/record.json
@@ -17,29 +17,34 @@ from unitoken.common.config import Config, load_config
 from unitoken.common.errors import ConfigError
 from unitoken.storage.store import is_url
 
-COMMON = {
-    "record",
-    "train",
-    "data",
-    "annotations",
-    "json",
-    "output",
-    "tokens",
-}  # say nothing of what a dataset is
+# Parts of paths that do not tell one dataset from another.
+COMMON = {"record", "train", "data", "annotations", "json", "output", "tokens"}
 
 
 class Meta(Config):
+    """One source of the reference's data file."""
+
     path: str
     ratio: NonNegativeFloat = 1.0  # of the samples, drawn anew each epoch
     type: str = "default"  # groups batches by kind; packing needs no groups
 
 
 class MetaFile(Config):
+    """The reference's data file."""
+
     META: list[Meta] = Field(min_length=1)
 
 
 def convert_config(path: Path, datasets: str) -> str:
-    """A file of the reference -> YAML whose streams lie in the folder `datasets`. Raises ConfigError."""
+    """Return YAML with a stream for each source of a file of the reference.
+
+    Args:
+        path: of the reference's file.
+        datasets: folder or URL of the tokenized datasets.
+
+    Raises:
+        ConfigError: the file is not one of the reference's.
+    """
     entries = load_config(MetaFile, path).META
     names = _names([entry.path for entry in entries])
     lines = [
@@ -48,39 +53,38 @@ def convert_config(path: Path, datasets: str) -> str:
         "data:",
         "  streams:",
     ]
+    place = "remote" if is_url(datasets) else "local"
     for name, entry in zip(names, entries, strict=True):
-        stream: dict[str, str | float] = {
-            "remote" if is_url(datasets) else "local": f"{datasets.rstrip('/')}/{name}"
-        }
+        stream: dict[str, str | float] = {place: f"{datasets.rstrip('/')}/{name}"}
         if entry.ratio != 1:
             stream["repeat"] = entry.ratio
-        comment = " ".join(entry.path.split()) + (
-            "" if entry.type == "default" else f"; its type {entry.type!r} has no equivalent"
-        )
-        lines.append(f"    {name}: {_flow(stream)} # {comment}")
+        comment = " ".join(entry.path.split())
+        if entry.type != "default":
+            comment += f"; its type {entry.type!r} has no equivalent"
+        lines.append(f"    {name}: {_flow_mapping(stream)} # {comment}")
     lines += [
-        "  packed_length: 4096 # tokens a pack, image features included",
-        "  global_batch: 64 # packs a step, over all ranks: the reference's 128 samples at two a pack",
+        "  packed_length: 4096 # positions in a pack, image features included",
+        "  global_batch: 64 # packs in a step, over all ranks: the reference's 128 samples at two a pack",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _flow(stream: dict[str, str | float]) -> str:
-    """`{local: data/llava, repeat: 0.333}`, with quotes where YAML needs them."""
+def _flow_mapping(stream: dict[str, str | float]) -> str:
+    """Return `{local: data/llava, repeat: 0.333}`, with quotes where YAML needs them."""
     return yaml.safe_dump(
         stream, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000
     ).strip()
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Short, and each its own: the last parts of the paths that say something, numbered where they are equal."""
+    """Return a unique name for each path: its last part that is not a common word, numbered if necessary."""
     names: list[str] = []
     for path in paths:
         parts = [part for part in PurePosixPath(path).with_suffix("").parts if part not in ("/", "..", ".")]
-        telling = [part for part in parts if part.lower() not in COMMON] or parts
-        if not telling:
+        distinctive = [part for part in parts if part.lower() not in COMMON] or parts
+        if not distinctive:
             raise ConfigError(f"META: the path {path!r} names no file")
-        base = re.sub(r"\W+", "_", telling[-1]).strip("_") or "stream"
+        base = re.sub(r"\W+", "_", distinctive[-1]).strip("_") or "stream"
         base = base if base[0].isalpha() else f"d_{base}"
         name, number = base, 2
         while name in names:

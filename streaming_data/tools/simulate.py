@@ -1,9 +1,10 @@
-"""What streaming a mixture asks of each node, on paper: downloads, cache and bandwidth for any number of nodes.
+"""Simulate the downloads, cache and bandwidth that streaming a mixture needs of each node.
 
-The plan says which packs a node reads and in which order, the index how large shards are; what is played through here is
-what `dataset.py` and `cache.py` do with them: each process opens the shards of a run of packs, keeps some of them mapped, and
-the node's cache evicts what was opened longest ago. Counted, not estimated: equal to what a run of one download at a time
-really fetches. Times alone are an estimate: downloads share the bandwidth, and a step takes as long as it is said to.
+The plan says which packs a node reads and in which order, the index how large shards are. The simulation
+replays what `dataset.py` and `shard_cache.py` do with them: each process opens the shards of a group of packs
+and keeps some of them mapped, and the node's cache evicts what was opened longest ago. The numbers are
+counted, not estimated: they equal what a run with one download at a time really fetches. Only times are an
+estimate: downloads share the bandwidth, and every step takes equally long.
 """
 
 from __future__ import annotations
@@ -11,33 +12,34 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from unitoken.common.config import Config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.vision_views import Views
+from unitoken.streaming_data.arrays import Floats, Integers
 from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build
-from unitoken.streaming_data.reading.balance import balance
-from unitoken.streaming_data.reading.dataset import REMOTE_RUN, RUNS_AHEAD
-from unitoken.streaming_data.reading.shards import MOST_OPEN_LIMITED
+from unitoken.streaming_data.reading.dataset import GROUPS_AHEAD, REMOTE_GROUP, in_groups
+from unitoken.streaming_data.reading.shards import MOST_MAPPED_LIMITED, Newest
+from unitoken.streaming_data.reading.share import packs_of_node
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, open_sources
+from unitoken.streaming_data.tables import format_table
 
-NODES_LOOKED_AT = 4  # of many: they differ by chance alone
+SIMULATED_NODES = 4  # of many, which differ by chance alone
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9}
 
-Ids = npt.NDArray[np.int64]
+Opening = tuple[int, int]  # step and shard
 
 
 class Demand(Config):
-    """What a node needs for an epoch: of the nodes that were looked at, the one that needs most of it."""
+    """What a node needs for an epoch: of each number, the largest among the simulated nodes."""
 
     nodes: int
     steps: int
@@ -45,19 +47,19 @@ class Demand(Config):
     samples_bytes: int  # of the samples it reads
     shards: int  # different ones that it needs
     shards_bytes: int
-    active: float  # shards at a time that are begun and not yet done with
+    active: float  # mean number of shards between their first and last use
     most_active: int
-    cache_bytes: int  # with so much no shard is downloaded twice
+    cache_bytes: int  # the least limit with which no shard is downloaded twice
     downloads: int  # with the cache's limit
     downloaded_bytes: int
     most_cached_bytes: int  # at any time
     bytes_an_hour: float
-    bandwidth: float  # share of it that is in use
+    bandwidth: float  # share of it that is used
     wait: float  # share of the time in which training waits for data, the start included
 
 
 class Shape(NamedTuple):
-    """Of the world that reads."""
+    """The shape of the world that reads."""
 
     nodes: int
     ranks_per_node: int
@@ -69,13 +71,13 @@ class Shape(NamedTuple):
 class ShardTable(NamedTuple):
     """All streams' shards, numbered one after the other."""
 
-    bounds: Ids  # (shards + 1,) first sample of each
-    sizes: Ids  # (shards,) bytes
-    streams: Ids  # (shards,) of which stream
+    bounds: Integers  # (shards + 1,) first sample of each
+    sizes: Integers  # (shards,) bytes
+    streams: Integers  # (shards,) of which stream
 
 
 def parse_bandwidth(text: str) -> float:
-    """`10gbit` -> bits a second. Raises ConfigError."""
+    """Convert `10gbit` to bits a second. Raises ConfigError."""
     match = re.fullmatch(r"([\d.]+) *([kmg])bit", text.strip().lower())
     try:
         value = float(match[1]) * _BITS[match[2]] if match else 0.0
@@ -86,9 +88,23 @@ def parse_bandwidth(text: str) -> float:
     return value
 
 
+def parse_nodes(text: str) -> list[int]:
+    """Convert `1,2,64` to numbers of nodes, ascending. Raises ConfigError."""
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise ConfigError(f"nodes: expected numbers of nodes as 1,2,64, found {text!r}")
+    return counts
+
+
 def demand_table(demands: Sequence[Demand], cache_limit: int | None) -> str:
-    """For people."""
-    head = "nodes  steps  epoch  shards in use (most)  samples read  cache needed  downloads (times)  an hour  bandwidth  waiting"
+    """Return the demands as a table for people."""
+    head = (
+        "nodes  steps  epoch  shards in use (most)  samples read  cache needed  downloads (times)  "
+        "an hour  bandwidth  waiting"
+    )
     rows = [
         [
             f"{d.nodes:,}",
@@ -104,15 +120,13 @@ def demand_table(demands: Sequence[Demand], cache_limit: int | None) -> str:
         ]
         for d in demands
     ]
-    cells = [head.split("  "), *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    limit = "no limit of the cache" if cache_limit is None else f"a cache of {_size(cache_limit)}"
-    lines += [
-        f"Of one node, in one epoch. Downloads: with {limit}; times: how often each byte comes.",
-        "Cache needed: with so much no shard is downloaded twice. Bandwidth: over 100 % training is slower than it could be.",
+    limit = "an unlimited cache" if cache_limit is None else f"a cache of {_size(cache_limit)}"
+    notes = [
+        f"For one node and one epoch. Downloads: with {limit}; times: how often each byte is downloaded.",
+        "Cache needed: the least with which no shard is downloaded twice. "
+        "Bandwidth: above 100 % it slows training down.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*format_table([head.split("  "), *rows]), *notes])
 
 
 def _duration(hours: float) -> str:
@@ -129,6 +143,7 @@ def _size(count: float) -> str:
 
 
 def shard_table(sources: Sequence[StreamSource]) -> ShardTable:
+    """Return the shards that the sources' indices list."""
     entries = [
         (number, entry) for number, source in enumerate(sources) for entry in read_index(source.folder)
     ]
@@ -137,17 +152,6 @@ def shard_table(sources: Sequence[StreamSource]) -> ShardTable:
         np.array([entry["raw_data"]["bytes"] for _, entry in entries], np.int64),
         np.array([number for number, _ in entries], np.int64),
     )
-
-
-def parse_nodes(text: str) -> list[int]:
-    """`1,2,64` -> numbers of nodes, ascending. Raises ConfigError."""
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise ConfigError(f"nodes: expected numbers of nodes as 1,2,64, found {text!r}")
-    return counts
 
 
 def simulate_nodes(
@@ -159,18 +163,25 @@ def simulate_nodes(
     batch_seconds: float | None,
     tokens_per_second: float | None,
 ) -> tuple[list[Demand], list[int]]:
-    """The first epoch for each number of nodes, and the numbers of nodes that can not share its batches.
+    """Simulate the first epoch for each number of nodes.
 
     Args:
+        config: the `data:` part of a stage.
+        counts: numbers of nodes.
+        ranks_per_node: of each.
         view: image and patch size of the vision tower, in pixels.
         bandwidth: of a node, bits a second.
-        batch_seconds, tokens_per_second: of a step, or of a node; one of them.
+        batch_seconds: that a step takes; or give `tokens_per_second`.
+        tokens_per_second: that a node trains on.
+
+    Returns:
+        The demands, and the numbers of nodes whose ranks can not share a global batch evenly.
     """
-    if (batch_seconds is None) == (tokens_per_second is None) or (
-        batch_seconds or tokens_per_second or 0
-    ) <= 0:
+    speed = batch_seconds or tokens_per_second or 0
+    if (batch_seconds is None) == (tokens_per_second is None) or speed <= 0:
         raise ConfigError(
-            "how fast training is decides how fast data is needed: give --batch-seconds or --tokens-per-second"
+            "the speed of training decides how fast data is needed: "
+            "give --batch-seconds or --tokens-per-second"
         )
     possible = [nodes for nodes in counts if config.global_batch % (nodes * ranks_per_node) == 0]
     sources, views = open_sources(config), Views(*view, config.anyres)
@@ -181,17 +192,16 @@ def simulate_nodes(
         0,
         lambda: [read_lengths(source, recipe, views) for source in sources],
     )
-    shards, steps = shard_table(sources), plan.packs // config.global_batch
+    table, steps = shard_table(sources), plan.packs // config.global_batch
     tokens = sum(share.tokens for share in plan.report.streams)
     demands = []
     for nodes in possible:
-        shape = Shape(
-            nodes, ranks_per_node, max(config.workers, 1), config.global_batch, config.canonical_nodes
-        )
+        workers = max(config.workers, 1)
+        shape = Shape(nodes, ranks_per_node, workers, config.global_batch, config.canonical_nodes)
         seconds = tokens / nodes / tokens_per_second if tokens_per_second else steps * (batch_seconds or 0.0)
         limit = config.cache_limit
         demands.append(
-            simulate(plan, shards, shape, node_seconds=seconds, bandwidth=bandwidth, cache_limit=limit)
+            simulate(plan, table, shape, node_seconds=seconds, bandwidth=bandwidth, cache_limit=limit)
         )
     return demands, [nodes for nodes in counts if nodes not in possible]
 
@@ -205,110 +215,130 @@ def simulate(
     bandwidth: float,
     cache_limit: int | None,
 ) -> Demand:
-    """Play an epoch through.
+    """Simulate an epoch.
 
     Args:
+        plan: the epoch's.
+        table: the shards.
+        shape: of the world.
         node_seconds: that a node computes in the whole epoch.
         bandwidth: of a node, bits a second.
         cache_limit: bytes; None keeps everything.
     """
-    looked_at = sorted({n * (shape.nodes - 1) // (NODES_LOOKED_AT - 1) for n in range(NODES_LOOKED_AT)})
+    simulated = sorted({n * (shape.nodes - 1) // (SIMULATED_NODES - 1) for n in range(SIMULATED_NODES)})
+    demands = [
+        _simulate_node(plan, table, shape, node, node_seconds, bandwidth, cache_limit) for node in simulated
+    ]
+    largest = {name: max(getattr(demand, name) for demand in demands) for name in Demand.model_fields}
+    return Demand.model_validate(largest)
+
+
+def _simulate_node(
+    plan: Plan,
+    table: ShardTable,
+    shape: Shape,
+    node: int,
+    node_seconds: float,
+    bandwidth: float,
+    cache_limit: int | None,
+) -> Demand:
     steps = plan.packs // shape.global_batch
-    demands = []
-    for packs in _packs_of(plan, shape, looked_at):  # (steps, ranks_per_node, batch_packs)
-        step, process, shard, counts = _needs(plan, table, packs, shape)
-        opens = _opens(step, process, shard, table)
-        active = _active(step, shard, steps)
-        downloads, most_cached = _downloads(opens, table.sizes, cache_limit)
-        fetched = np.bincount(
-            [at for at, _ in downloads], [int(table.sizes[s]) for _, s in downloads], minlength=steps
+    packs = _packs_of(plan, shape, node)
+    reads = _reads(plan, table, packs, shape)
+    opens = _opens(reads, table)
+    shards = np.array([read.shard for read in reads])
+    active = _active(np.array([read.step for read in reads]), shards, steps)
+    downloads, most_cached = _downloads(opens, table.sizes, cache_limit)
+    sizes = [int(table.sizes[shard]) for _, shard in downloads]
+    fetched = np.bincount([step for step, _ in downloads], sizes, minlength=steps)  # (steps,) bytes
+    needed = np.unique(shards)
+    steps_ahead = GROUPS_AHEAD * REMOTE_GROUP * shape.workers / packs.shape[2]
+    return Demand(
+        nodes=shape.nodes,
+        steps=steps,
+        hours=node_seconds / 3600,
+        samples_bytes=_samples_bytes(plan, table, packs),
+        shards=len(needed),
+        shards_bytes=int(table.sizes[needed].sum()),
+        active=float(active.mean()),
+        most_active=int(active.max()),
+        cache_bytes=_cache_needed(opens, table.sizes),
+        downloads=len(downloads),
+        downloaded_bytes=int(fetched.sum()),
+        most_cached_bytes=most_cached,
+        bytes_an_hour=float(fetched.sum()) / node_seconds * 3600,
+        bandwidth=float(fetched.sum()) * 8 / bandwidth / node_seconds,
+        wait=_wait(fetched * 8 / bandwidth, node_seconds / steps, steps_ahead),
+    )
+
+
+def _packs_of(plan: Plan, shape: Shape, node: int) -> Integers:
+    """Return the packs of a node's ranks, (steps, ranks_per_node, packs of a rank)."""
+    steps = plan.packs // shape.global_batch
+    batches = np.arange(steps * shape.global_batch).reshape(steps, shape.global_batch)
+    dealt = [
+        packs_of_node(
+            plan,
+            batch,
+            node,
+            nodes=shape.nodes,
+            ranks_per_node=shape.ranks_per_node,
+            canonical_nodes=shape.canonical_nodes,
         )
-        different = np.unique(shard)
-        ahead = RUNS_AHEAD * REMOTE_RUN * shape.workers / packs.shape[2]
-        demands.append(
-            {
-                "samples_bytes": int((counts * table.sizes / np.maximum(np.diff(table.bounds), 1)).sum()),
-                "shards": len(different),
-                "shards_bytes": int(table.sizes[different].sum()),
-                "active": float(active.mean()),
-                "most_active": int(active.max()),
-                "cache_bytes": _cache_needed(opens, table.sizes),
-                "downloads": len(downloads),
-                "downloaded_bytes": int(fetched.sum()),
-                "most_cached_bytes": most_cached,
-                "bytes_an_hour": float(fetched.sum()) / node_seconds * 3600,
-                "bandwidth": float(fetched.sum()) * 8 / bandwidth / node_seconds,
-                "wait": _wait(fetched * 8 / bandwidth, node_seconds / steps, ahead),
-            }
-        )
-    worst: dict[str, Any] = {key: max(demand[key] for demand in demands) for key in demands[0]}
-    return Demand(nodes=shape.nodes, steps=steps, hours=node_seconds / 3600, **worst)
+        for batch in batches
+    ]
+    return np.stack(dealt)
 
 
-def _packs_of(plan: Plan, shape: Shape, nodes: Sequence[int]) -> list[Ids]:
-    """The packs of some nodes, (steps, ranks_per_node, batch_packs) each: what `Share` gives their ranks."""
-    batches = np.arange(plan.packs // shape.global_batch * shape.global_batch).reshape(-1, shape.global_batch)
-    ranks = shape.ranks_per_node
-    if shape.canonical_nodes % shape.nodes == 0:
-        return [
-            np.stack([_deal(plan, batch[node :: shape.nodes], ranks) for batch in batches]) for node in nodes
-        ]
-    mine = np.concatenate([np.arange(node * ranks, (node + 1) * ranks) for node in nodes])
-    dealt = np.stack([_deal(plan, batch, shape.nodes * ranks)[mine] for batch in batches])
-    return [dealt[:, n * ranks : (n + 1) * ranks] for n in range(len(nodes))]
+class _Read(NamedTuple):
+    """A process of a node needs a shard. They compare by time."""
+
+    step: int
+    process: int
+    group: int  # of packs that the process reads together
+    shard: int
 
 
-def _deal(plan: Plan, packs: Ids, ranks: int) -> Ids:
-    """(ranks, each)"""
-    if ranks == 1:
-        return packs[None]
-    dealt: Ids = packs[balance(plan.squares[packs], plan.images[packs], ranks)]
-    return dealt
-
-
-def _needs(plan: Plan, table: ShardTable, packs: Ids, shape: Shape) -> tuple[Ids, Ids, Ids, Ids]:
-    """Which shards each process needs for each of its runs, in the order of time.
-
-    Returns:
-        step, process, shard: (n,) each; and how many samples are read of each shard (shards,).
-    """
-    offsets = np.asarray(plan.offsets).astype(np.int64)
-    columns, counts = [], np.zeros(len(table.sizes), np.int64)
+def _reads(plan: Plan, table: ShardTable, packs: Integers, shape: Shape) -> list[_Read]:
+    """Return the shards that each process needs for each of its groups of packs, in the order of time."""
+    reads = []
     for process in range(shape.ranks_per_node * shape.workers):
         rank, worker = divmod(process, shape.workers)
-        mine = packs[worker :: shape.workers, rank].reshape(-1)
-        sizes = offsets[mine + 1] - offsets[mine]
-        run_of = np.repeat(np.arange(len(mine)) // REMOTE_RUN, sizes)
-        places = np.arange(sizes.sum()) + np.repeat(offsets[mine] - (np.cumsum(sizes) - sizes), sizes)
-        shards = np.searchsorted(table.bounds, plan.ids[places], side="right") - 1
-        counts += np.bincount(shards, minlength=len(counts))
-        run, shard = np.divmod(np.unique(run_of * len(counts) + shards), len(counts))
-        step = worker + run * REMOTE_RUN // packs.shape[2] * shape.workers
-        columns.append(np.stack([step, np.full(len(run), process), run, shard]))
-    step, process_of, run, shard = np.concatenate(columns, axis=1)
-    order = np.lexsort((shard, run, process_of, step))
-    return step[order], process_of[order], shard[order], counts
+        groups = in_groups(packs[worker :: shape.workers, rank], REMOTE_GROUP)
+        for number, group in enumerate(groups):
+            step = worker + number * REMOTE_GROUP // packs.shape[2] * shape.workers
+            shards = np.unique(_shards_of(plan, table, group))
+            reads += [_Read(step, process, number, shard) for shard in shards.tolist()]
+    return sorted(reads)
 
 
-def _opens(step: Ids, process: Ids, shard: Ids, table: ShardTable) -> list[tuple[int, int]]:
-    """(step, shard) of what is really opened: a process keeps the last ones of each stream mapped (`Shards.open`)."""
-    mapped: dict[tuple[int, int], dict[int, None]] = {}
+def _shards_of(plan: Plan, table: ShardTable, packs: Integers) -> Integers:
+    """Return the shard of each sample in `packs`."""
+    shards: Integers = np.searchsorted(table.bounds, plan.samples_of(packs)[0], side="right") - 1
+    return shards
+
+
+def _samples_bytes(plan: Plan, table: ShardTable, packs: Integers) -> int:
+    """Return the bytes of all samples in `packs`, each taken to be of its shard's mean size."""
+    counts = np.bincount(_shards_of(plan, table, packs.reshape(-1)), minlength=len(table.sizes))
+    return int((counts * table.sizes / np.maximum(np.diff(table.bounds), 1)).sum())
+
+
+def _opens(reads: Sequence[_Read], table: ShardTable) -> list[Opening]:
+    """Return the reads that open a shard: a process keeps some shards mapped (`Shards.open`)."""
+    mapped: dict[tuple[int, int], Newest[int, bool]] = {}  # of each process and stream
     opens = []
-    stream = table.streams[shard]
-    for at, who, what, where in zip(
-        step.tolist(), process.tolist(), shard.tolist(), stream.tolist(), strict=True
-    ):
-        mine = mapped.setdefault((who, where), {})
-        if what not in mine:
-            if len(mine) >= MOST_OPEN_LIMITED:
-                del mine[next(iter(mine))]
-            mine[what] = None
-            opens.append((at, what))
+    streams: list[int] = table.streams.tolist()
+    for read in reads:
+        shards = mapped.setdefault((read.process, streams[read.shard]), Newest(MOST_MAPPED_LIMITED))
+        if shards.get(read.shard) is None:
+            shards.add(read.shard, True)
+            opens.append((read.step, read.shard))
     return opens
 
 
-def _active(step: Ids, shard: Ids, steps: int) -> Ids:
-    """(steps,) shards between their first and their last use."""
+def _active(step: Integers, shard: Integers, steps: int) -> Integers:
+    """Return how many shards are between their first and their last use at each step, (steps,)."""
     first = np.unique(shard, return_index=True)[1]  # `shard` is in the order of time
     last = len(shard) - 1 - np.unique(shard[::-1], return_index=True)[1]
     changes = np.zeros(steps + 1, np.int64)
@@ -317,11 +347,12 @@ def _active(step: Ids, shard: Ids, steps: int) -> Ids:
     return np.cumsum(changes)[:steps]
 
 
-def _downloads(
-    opens: list[tuple[int, int]], sizes: Ids, limit: int | None
-) -> tuple[list[tuple[int, int]], int]:
-    """(step, shard) of each download, and the most bytes that are cached at a time."""
-    cached: OrderedDict[int, int] = OrderedDict()
+def _downloads(opens: Sequence[Opening], sizes: Integers, limit: int | None) -> tuple[list[Opening], int]:
+    """Return the openings that download, and the most bytes that are cached at a time.
+
+    The rule is that of `Cache`: before a download, evict what was opened longest ago until there is room.
+    """
+    cached: OrderedDict[int, int] = OrderedDict()  # least recently opened first
     downloads, total, most = [], 0, 0
     for step, shard in opens:
         if shard in cached:
@@ -337,44 +368,53 @@ def _downloads(
     return downloads, most
 
 
-def _cache_needed(opens: list[tuple[int, int]], sizes: Ids) -> int:
-    """The least limit with which nothing is downloaded twice: of all second uses, the most that was opened since the first."""
-    needed, total = 0, 0
-    recent: OrderedDict[int, int] = OrderedDict()  # all shards so far, that of the last opening last
-    within: OrderedDict[int, int] = OrderedDict()  # the last ones of these, as many as `needed` holds
+def _cache_needed(opens: Sequence[Opening], sizes: Integers) -> int:
+    """Return the least limit that downloads nothing twice: the largest LRU reuse distance, in bytes."""
+    needed = total = 0
+    stack: OrderedDict[int, int] = OrderedDict()  # all shards so far, least recently opened first
+    top: OrderedDict[int, int] = OrderedDict()  # the end of the stack that fits into `needed` bytes
     for _, shard in opens:
         size = int(sizes[shard])
-        if shard in within:
-            within.move_to_end(shard)
-        else:
-            if shard in recent:
-                within.clear()
-                total = 0
-                for other in reversed(recent):
-                    within[other] = recent[other]
-                    within.move_to_end(other, last=False)
-                    total += recent[other]
-                    if other == shard:
-                        break
-                within.move_to_end(shard)
-            else:
-                within[shard] = size
-                total += size
-            needed = max(needed, total if shard in recent else size)
-            while total > needed:
-                total -= within.popitem(last=False)[1]
-        recent[shard] = size
-        recent.move_to_end(shard)
+        if shard not in stack:
+            top[shard] = size
+            total += size
+            needed = max(needed, size)
+        elif shard not in top:  # its reuse distance is the largest so far
+            top = _end_of(stack, shard)
+            total = sum(top.values())
+            needed = max(needed, total)
+        top.move_to_end(shard)
+        stack[shard] = size
+        stack.move_to_end(shard)
+        while total > needed:
+            total -= top.popitem(last=False)[1]
     return needed
 
 
-def _wait(download_seconds: npt.NDArray[np.float64], step_seconds: float, ahead: float) -> float:
-    """Share of the epoch's time that is spent waiting. What a step needs is asked for when the step `ahead` of it begins."""
-    ahead = max(1, round(ahead))
+def _end_of(stack: OrderedDict[int, int], shard: int) -> OrderedDict[int, int]:
+    """Return the end of an LRU stack from `shard` on."""
+    newest_first = []
+    for other in reversed(stack):
+        newest_first.append((other, stack[other]))
+        if other == shard:
+            break
+    return OrderedDict(reversed(newest_first))
+
+
+def _wait(download_seconds: Floats, step_seconds: float, steps_ahead: float) -> float:
+    """Return the share of the epoch's time that is spent waiting for data.
+
+    Args:
+        download_seconds: (steps,) of the shards that each step needs first.
+        step_seconds: that a step computes.
+        steps_ahead: a step's shards are requested this many steps before.
+    """
+    ahead = max(1, round(steps_ahead))
     begun = [0.0] * len(download_seconds)  # when each step begins
-    line, now = 0.0, 0.0  # when the line is free
+    network_free = step_end = 0.0
     for step, seconds in enumerate(download_seconds.tolist()):
-        line = max(line, begun[step - ahead] if step >= ahead else 0.0) + seconds
-        begun[step] = max(now, line if seconds else 0.0)
-        now = begun[step] + step_seconds
-    return 1 - len(begun) * step_seconds / now
+        requested = begun[step - ahead] if step >= ahead else 0.0
+        network_free = max(network_free, requested) + seconds
+        begun[step] = max(step_end, network_free if seconds else 0.0)
+        step_end = begun[step] + step_seconds
+    return 1 - len(begun) * step_seconds / step_end

@@ -1,4 +1,4 @@
-"""The input's rules: what is accepted, and what an item is refused for."""
+"""The rules of the input: which items are accepted, and why others are refused."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_text_is_cut_at_images() -> None:
     assert parse(item, "0").images == ("1.png", "2.png")
 
 
-def test_images_that_stand_nowhere_come_first() -> None:
+def test_images_without_a_place_in_the_text_come_first() -> None:
     assert segments({"conversations": turns("What?", "It."), "image": ["1", "2"]}) == [
         ("", " ", " What?"),
         ("It.",),
@@ -67,12 +67,12 @@ def test_the_last_answer_may_be_open() -> None:
     assert len(parse({"conversations": turns("a", "b", "c", None)}, "0").turns) == 3
 
 
-def test_ids() -> None:
+def test_ids_are_text_or_numbers() -> None:
     assert parse({"id": "a/1", "conversations": turns("a", "b")}, "3").id == "a/1"
     assert parse({"id": 12, "conversations": turns("a", "b")}, "3").id == "12"
 
 
-BAD = {
+BAD: dict[str, list[Any]] = {
     "not an item": [[], "text", None, 3],
     "no conversations": [
         {},
@@ -115,13 +115,13 @@ def test_bad_items_are_refused_with_their_reason(kind: str, item: object) -> Non
         parse(item, "0")
 
 
-def test_reasons_hold_the_figures() -> None:
+def test_reasons_hold_the_numbers() -> None:
     with pytest.raises(ItemError, match=r"2 <\|image\|> in the text but 1 image$"):
         parse({"conversations": turns("<|image|><|image|>", "a"), "image": ["1"]}, "0")
 
 
 @pytest.mark.parametrize("texts", [("", "a"), ("a", " \n"), ("a", "b", "", "c")])
-def test_turns_that_hold_nothing_are_refused_unless_the_reference_is_to_be_met(
+def test_turns_without_text_and_images_are_refused(
     texts: tuple[str, ...],
 ) -> None:
     conversation = parse({"conversations": turns(*texts)}, "0")
@@ -133,7 +133,7 @@ def test_an_image_is_enough_for_a_turn() -> None:
     refuse_empty(parse({"conversations": turns("<|image|>", "<|image|>"), "image": ["1", "2"]}, "0"))
 
 
-def test_values_are_shown_without_reading_all_of_them() -> None:
+def test_large_values_are_shortened_for_messages() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -148,7 +148,7 @@ def test_reasons_stay_short_and_printable() -> None:
     assert str(error.value).isprintable()
 
 
-def test_what_the_reference_refuses_is_refused(golden: Path) -> None:
+def test_items_that_the_reference_refuses_are_refused(golden: Path) -> None:
     kinds = {
         "err_more_symbols": "image counts differ",
         "err_fewer_symbols": "image counts differ",

@@ -1,4 +1,4 @@
-"""Conversation + codes -> record: where images stand, and what is trained on."""
+"""Conversation + codes -> record: the places of images, and the tokens that are trained on."""
 
 import numpy as np
 import pytest
@@ -42,10 +42,10 @@ def test_a_conversation_of_text() -> None:
     assert found.image_spans.shape == (0, 4)
 
 
-def test_a_prompt_is_laid_out_as_the_conversation_that_it_becomes() -> None:
+def test_a_prompt_is_the_beginning_of_its_conversation() -> None:
     whole = record("See <|image|>!", "Mine", "And?", "Later", sizes=[(2, 4)])
-    asked = parse({"conversations": turns("See <|image|>!", "Mine", "And?", None), "image": ["0.png"]}, "0")
-    prompt = lay_out(asked, [np.random.default_rng(0).integers(0, 8192, (2, 4))], [b"0"], TEXT, VOCABULARY)
+    opened = parse({"conversations": turns("See <|image|>!", "Mine", "And?", None), "image": ["0.png"]}, "0")
+    prompt = lay_out(opened, [np.random.default_rng(0).integers(0, 8192, (2, 4))], [b"0"], TEXT, VOCABULARY)
     assert prompt.tokens.tolist() == whole.tokens[: whole.target_spans[1][0]].tolist()
     assert prompt.target_spans.tolist() == whole.target_spans[:1].tolist()
     question = parse({"conversations": turns("Hi")}, "0")
@@ -74,7 +74,7 @@ def test_wide_vocabularies_take_wide_tokens() -> None:
 
 
 @pytest.mark.parametrize("texts", [("Only a question",), ("A question", None)])
-def test_nothing_to_train_on_is_refused(texts: tuple[str | None, ...]) -> None:
+def test_a_record_without_targets_is_refused(texts: tuple[str | None, ...]) -> None:
     with pytest.raises(ItemError, match="nothing to train on: "):
         record(*texts)
 
@@ -93,7 +93,7 @@ def test_sides_of_odd_length_are_refused() -> None:
     )
 )
 def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tuple[str, bool]]]) -> None:
-    """Turn by turn: the texts, the images in order, and that exactly the answers are trained on."""
+    """The record gives back the texts and the order of the images; exactly the answers are trained on."""
     texts = [
         "".join(text.replace("<|image|>", "") + ("<|image|>" if image else "") for text, image in turn)
         for turn in conversation
@@ -102,7 +102,8 @@ def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tu
     found = record(*texts, sizes=[(2, 2 * (n + 1)) for n in range(count)])
     assert [width for _, _, _, width in found.image_spans.tolist()] == [2 * (n + 1) for n in range(count)]
     body, position, blocks = found.tokens[1:], 1, {int(span[0]): int(span[1]) for span in found.image_spans}
-    read, trained = [[]], [[]]
+    read: list[list[int | None]] = [[]]
+    trained: list[list[bool]] = [[]]
     while position <= len(body):
         end = blocks.get(position, position + 1)
         token = found.tokens[position]
@@ -115,7 +116,8 @@ def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tu
         position = end
 
     def text_of(pieces: list[int | None]) -> str:
-        result, run = "", []
+        result = ""
+        run: list[int] = []
         for piece in [*pieces, None]:
             if piece is None:
                 result, run = result + TOKENIZER.decode(run) + "<|image|>", []
@@ -128,11 +130,11 @@ def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tu
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 6), (32, 32)])
-def test_the_length_of_an_image_is_known_before_its_codes(height: int, width: int) -> None:
+def test_image_tokens_counts_the_tokens_of_a_block(height: int, width: int) -> None:
     assert image_tokens(height, width) == len(VOCABULARY.image_block(np.zeros((height, width), int)))
 
 
-def test_longer_than_allowed_is_refused() -> None:
+def test_too_many_tokens_are_refused() -> None:
     check_length(10, 10)
     check_length(10, None)
     with pytest.raises(ItemError, match=r"^too long: 11 tokens, max_tokens is 10$"):

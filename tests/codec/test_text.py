@@ -1,4 +1,4 @@
-"""Text tokens: pieces add up, and no text forges a special token."""
+"""Text tokens: the pieces of a text add up, and no text forges a special token."""
 
 from functools import cache
 from pathlib import Path
@@ -40,13 +40,13 @@ def test_special_tokens_in_a_text_are_plain_characters(style: str, start: bool) 
     assert tokenizer.decode(ids) == FORGED
 
 
-def test_compat_parses_them_as_the_reference_does() -> None:
+def test_compat_parses_special_tokens_as_the_reference_does() -> None:
     _, vocabulary = loaded("tokenizer")
     assert vocabulary.image_end in encoder(compat=True).encode("a <eoss> b", start=True)
 
 
-def test_a_tokenizer_with_special_tokens_among_its_words_is_guarded_too() -> None:
-    """As when `<eoss>` is in the vocabulary but not declared as added: nothing splits it, so the text is cut."""
+def test_special_tokens_that_are_ordinary_words_are_split() -> None:
+    """For example, `<eoss>` is in the vocabulary but is no added token: only splitting the text splits it."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -78,7 +78,7 @@ def test_no_text_ever_forges(style: str, text: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(text=texts)
-def test_what_was_encoded_is_read_again(text: str) -> None:
+def test_decoding_gives_back_the_text(text: str) -> None:
     tokenizer, _ = loaded("tokenizer")
     assert tokenizer.decode(encoder().encode(text, start=False)) == text
 
@@ -102,26 +102,26 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_of_another_kind_of_model_is_said_to_have_no_tokenizer() -> None:
+def test_a_folder_of_a_vision_model_has_no_tokenizer() -> None:
     with pytest.raises(ConfigError, match=r"siglip: there is no text tokenizer in it$"):
         load_tokenizer(str(GOLDEN / "assets" / "siglip"))
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests_sent = []
 
     def send(*_: object, **__: object) -> None:
-        asked.append(1)
+        requests_sent.append(1)
         raise requests.ConnectionError("no network")
 
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
     with pytest.raises(ConfigError, match="tokenizer: nobody/has-this: cannot be loaded"):
         load_tokenizer("nobody/has-this")
-    assert len(asked) == 1
+    assert len(requests_sent) == 1
 
 
-def test_long_texts_are_not_kept() -> None:
-    """Thousands of them would take gigabytes."""
+def test_long_texts_are_not_cached() -> None:
+    """Thousands of long texts would take gigabytes."""
     text = encoder()
     for n in range(50):
         text.encode(f"{n} " * 300, start=False)

@@ -38,9 +38,9 @@ from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.sources.adapters import find_adapter
 from unitoken.tokenize.sources.reader import cut, find_files, read_piece
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.integrity import damage
+from unitoken.train.checkpoint.integrity import find_damage
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
-from unitoken.train.checkpoint.tensors import decoder_source
+from unitoken.train.checkpoint.tensors import open_decoder_folder
 
 SECONDS = 20.0  # for one input
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -186,10 +186,9 @@ def test_checkpoints(tmp_path: Path) -> None:
     torch.save({"state": {"model": {"network.x": torch.arange(300.0)}, "callbacks": {}}}, path)
 
     def use() -> None:
-        problem = damage(path)
-        if problem is not None:
-            raise ConfigError(problem)
-        run_folder.source_of(path).load()
+        if (found := find_damage(path)) is not None:
+            raise ConfigError(found)
+        run_folder.open_checkpoint(path).load()
 
     counts = outcomes(damaged(path.read_bytes(), 2, 80), path, use)
     assert counts["error"] > 60
@@ -222,7 +221,7 @@ def test_model_folders(name: str, tmp_path: Path) -> None:
         if name == "config.json":
             read_vision(str(folder))
         else:
-            decoder_source(str(folder)).load()
+            open_decoder_folder(str(folder)).load()
 
     cases = list(damaged(content, 3, 60)) + (list(wrong_json(content)) if name.endswith(".json") else [])
     outcomes(iter(cases), folder / name, use)

@@ -30,7 +30,7 @@ from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model import decoder
-from unitoken.train.model.decoder import DecoderLayer, document_mask, rotary
+from unitoken.train.model.decoder import DecoderLayer, compute_rotary, document_mask
 from unitoken.train.model.loss import Loss
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
@@ -179,7 +179,7 @@ def test_compiled_flex_attention_keeps_documents_apart() -> None:
     other = hidden.clone()
     other[:, 1790:1797] += 1.0  # the second document
     with torch.no_grad():
-        cos, sin = rotary(positions, 128, LAYER.rope_theta)
+        cos, sin = compute_rotary(positions, 128, LAYER.rope_theta)
         packed, changed = layer(hidden, cos, sin, mask), layer(other, cos, sin, mask)
         begin = 0
         for number, n in enumerate(lengths):
@@ -201,13 +201,13 @@ def real_layer(dropout: float) -> DecoderLayer:
 
 def test_a_real_layer_keeps_the_computed_amount_of_memory() -> None:
     """Forward and backward of one layer of the 7B model over 4,096 tokens: about 1.07 GB of activations without recomputation."""
-    from unitoken.train.accounting.memory import decoder_token
+    from unitoken.train.accounting.memory import decoder_layer_bytes
 
     layer = real_layer(dropout=0.05)
     hidden = torch.randn(
         1, LENGTH, LAYER.hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True
     )
-    cos, sin = rotary(torch.arange(LENGTH, device=DEVICE)[None], 128, LAYER.rope_theta)
+    cos, sin = compute_rotary(torch.arange(LENGTH, device=DEVICE)[None], 128, LAYER.rope_theta)
 
     def step() -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -217,7 +217,7 @@ def test_a_real_layer_keeps_the_computed_amount_of_memory() -> None:
     before = torch.cuda.memory_allocated()
     out = step()
     kept = torch.cuda.memory_allocated() - before - out.nbytes
-    assert kept == pytest.approx(LENGTH * decoder_token(LAYER, "none", width=2, learns=True), rel=0.1)
+    assert kept == pytest.approx(LENGTH * decoder_layer_bytes(LAYER, "none", width=2, trains=True), rel=0.1)
     torch.cuda.reset_peak_memory_stats()
     out.float().square().mean().backward()
     # The formula's working memory: gradients on the way back through the widest part, and those of the
@@ -237,7 +237,7 @@ def test_a_real_layer_keeps_the_computed_amount_of_memory() -> None:
 @pytest.mark.parametrize("recomputed", ["none", "full"])
 def test_a_step_needs_no_more_memory_than_the_stage_announces(recomputed: str) -> None:
     """Two layers of 32 and two of the tower's 27, Stage II on one GPU: the formula behind the README's figure for 7B."""
-    from unitoken.train.accounting.memory import RUNTIME, needs
+    from unitoken.train.accounting.memory import RUNTIME, estimate_memory
 
     depth = LAYER.model_copy(update={"num_hidden_layers": 2})
     config = load_config(
@@ -261,9 +261,9 @@ def test_a_step_needs_no_more_memory_than_the_stage_announces(recomputed: str) -
         optimizer.step()
         optimizer.zero_grad()
     assert loss.isfinite()
-    need = needs(config, depth, vision, ranks=1, trained=number, views=2)
+    need = estimate_memory(config, depth, vision, ranks=1, trained=number, views=2)
     said = need.total - RUNTIME
-    assert 0.6 * said < found < said, f"{found / 1e9:.1f} GB, said was {need.line()}"
+    assert 0.6 * said < found < said, f"{found / 1e9:.1f} GB, said was {need.summary()}"
 
 
 def two_documents() -> dict[str, Tensor]:

@@ -121,7 +121,6 @@ def test_bug_17_a_drawn_image_ends_alike_in_training_and_drawing(
 
 def test_bug_19_logits_exist_for_one_chunk_of_trained_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference made them for every position, in float32, and copied them twice: 8 GB at its batch of the base variant."""
-    monkeypatch.setattr(loss_module, "CHUNK", 64)
     rows: list[int] = []
     real = loss_module.F.linear
     monkeypatch.setattr(
@@ -130,7 +129,7 @@ def test_bug_19_logits_exist_for_one_chunk_of_trained_rows_only(monkeypatch: pyt
     hidden, weight = torch.randn(4, 100, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (4, 100))
     labels[:, :50] = IGNORED
-    loss_module.token_loss(hidden, labels, weight, 1e-5).total.backward()
+    loss_module.token_loss(hidden, labels, weight, 1e-5, chunk_rows=64).total.backward()
     assert max(rows) == 64
     assert sum(rows) == 2 * 4 * 50, "each supervised row forward, and again in the backward pass"
 

@@ -71,7 +71,7 @@ def test_plan_sweeps_lengths_and_marks_the_best(stage):
     assert code == 0
     table = out[out.index("packed_length") :].splitlines()
     assert len(table) == 11
-    assert table[-1].startswith("too few packs to tell: ")
+    assert table[-1].startswith("too few packs to compare: ")
     assert sum("<- best" in line for line in table) == 1
     short = table[1]  # 729 features and the tokens of a picture go into 1,024
     assert "1,024" in short

@@ -9,7 +9,8 @@ from unitoken.train.model.decoder import Decoder
 LENGTHS = (7, 12, 3)
 
 
-def small(**changes: object) -> DecoderConfig:
+def small_config(**changes: object) -> DecoderConfig:
+    """Return the sizes of a small decoder, with some changed."""
     sizes = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -20,16 +21,17 @@ def small(**changes: object) -> DecoderConfig:
     return DecoderConfig.model_validate({**sizes, "qk_norm": "per_head", **changes})
 
 
-def build(config: DecoderConfig, dropout: float = 0.0) -> Decoder:
+def build_decoder(config: DecoderConfig, dropout: float = 0.0) -> Decoder:
+    """Build a decoder with random weights from a fixed seed."""
     torch.manual_seed(0)
     decoder = Decoder(config, dropout)
-    for parameter in decoder.parameters():  # norms too, or a mix-up of theirs would not be seen
+    for parameter in decoder.parameters():  # the norms too, so that a mix-up of their gains shows
         torch.nn.init.normal_(parameter, 0.5, 0.3)
     return decoder
 
 
-def packed(padding: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions and documents (1, L) of three documents in a pack, with padding behind them."""
+def packed_inputs(padding: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token, position and document ids, each (1, L), of a pack of three documents and padding."""
     total = sum(LENGTHS)
     ids = torch.cat([torch.arange(total) % 50, torch.zeros(padding, dtype=torch.int64)])
     positions = torch.cat([*(torch.arange(n) for n in LENGTHS), torch.zeros(padding, dtype=torch.int64)])

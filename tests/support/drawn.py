@@ -1,4 +1,4 @@
-"""A model that draws with the demo's tokenizers, untrained, as a run's folder; for tests of what is asked of one."""
+"""An untrained model that draws with the demo's tokenizers, as the folder of a run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ CODEC = {
     "tokenizer": str(ROOT / "demo/assets/tokenizer"),
     "vision": {"kind": "chameleon", "weights": str(ROOT / "demo/assets/vqgan")},
 }
-ROOM = 583  # ids of the demo's vocabulary
-UNIT = 8  # pixels of a picture's side are a multiple of it
+ROOM = 583
+"""The number of ids in the demo's vocabulary."""
+UNIT = 8
+"""The sides of a picture are a multiple of this many pixels."""
 
 
 def demo_vocabulary() -> Vocabulary:
+    """Return the vocabulary of the demo's two tokenizers."""
     from transformers import AutoTokenizer
 
     from unitoken.codec.image_tokenizer.files import find_image_tokenizer
@@ -37,6 +40,7 @@ def demo_vocabulary() -> Vocabulary:
 
 
 def drawing_stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
+    """Return a stage's settings with the demo's tokenizers and a vocabulary for them."""
     config = stage(folder, *overrides, codec=CODEC, **changes)
     return load_config(
         StageConfig, folder / f"{config.name}.yaml", [f"model.decoder.vocab_size={ROOM}", *overrides]
@@ -44,7 +48,7 @@ def drawing_stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
 
 
 def write_data(folder: Path) -> Path:
-    """90 samples in the demo's vocabulary, as those of `stages.write_data`."""
+    """Write 90 samples in the demo's vocabulary, as `stages.write_data` does in another."""
     vocabulary = demo_vocabulary()
     records = [make_record(f"q{n}", vocabulary, 8 + n % 5, question_images=n % 3) for n in range(60)]
     records += [make_record(f"a{n}", vocabulary, 6, answer_images=1) for n in range(30)]
@@ -52,7 +56,7 @@ def write_data(folder: Path) -> Path:
 
 
 def write_run(folder: Path, config: StageConfig) -> Path:
-    """`folder/run` with a checkpoint of new weights, as a run leaves it."""
+    """Write the folder of a run with a checkpoint of new weights."""
     run = Path(config.save.folder)
     run.mkdir()
     model = build_model(*model_configs(config.model), config.model)

@@ -1,7 +1,7 @@
-"""Pictures damaged with knowledge of their format, where `bad_inputs.damaged` knows only bytes.
+"""Pictures that are damaged with knowledge of their format; `bad_inputs.damaged` knows only bytes.
 
-Lies in header fields; pieces dropped, repeated, moved or taken from another picture. The check sums of a PNG are made right
-again, so that its decoder goes on.
+Header fields get wrong values; parts are dropped, repeated, moved or taken from another picture. The
+checksums of a PNG are corrected, so that its decoder goes on.
 """
 
 from __future__ import annotations
@@ -13,29 +13,13 @@ import zlib
 from collections.abc import Iterator
 
 NUMBERS = (
-    0,
-    1,
-    2,
-    7,
-    8,
-    16,
-    32,
-    127,
-    128,
-    255,
-    256,
-    4096,
-    32767,
-    65535,
-    1 << 20,
-    (1 << 24) - 1,
-    (1 << 31) - 1,
-    (1 << 32) - 1,
+    *(0, 1, 2, 7, 8, 16, 32, 127, 128, 255, 256, 4096, 32767, 65535),
+    *(1 << 20, (1 << 24) - 1, (1 << 31) - 1, (1 << 32) - 1),
 )
 
 
 def mutated(seeds: dict[str, bytes], count: int, start: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` pictures, the same in each run; each says of which seed it is and what was done."""
+    """Yield `count` pictures with a description of the damage, the same in each run."""
     names = list(seeds)
     for number in range(start, start + count):
         choice = random.Random(number)
@@ -50,7 +34,9 @@ def mutated(seeds: dict[str, bytes], count: int, start: int = 0) -> Iterator[tup
             other = seeds[choice.choice(names)]
             pieces = _mutate(pieces, kind, choice, other)
         data = b"".join(pieces)
-        yield f"{name}: {', '.join(done)} {number}", _with_checksums(data) if choice.random() < 0.9 else data
+        if choice.random() < 0.9:
+            data = _correct_checksums(data)
+        yield f"{name}: {', '.join(done)} {number}", data
 
 
 def _mutate(pieces: list[bytes], kind: str, choice: random.Random, other: bytes) -> list[bytes]:
@@ -58,9 +44,8 @@ def _mutate(pieces: list[bytes], kind: str, choice: random.Random, other: bytes)
     at = choice.randrange(len(pieces))
     if kind in ("field", "byte"):
         piece = bytearray(pieces[at])
-        place = min(
-            choice.randrange(len(piece) + 1), choice.randrange(len(piece) + 1)
-        )  # rather near its begin
+        # The smaller of two numbers: headers are at the beginning.
+        place = min(choice.randrange(len(piece) + 1), choice.randrange(len(piece) + 1))
         width = 1 if kind == "byte" else choice.choice((1, 2, 4))
         order = choice.choice(("big", "little"))
         piece[place : place + width] = (choice.choice(NUMBERS) & (256**width - 1)).to_bytes(width, order)  # type: ignore[arg-type]
@@ -81,7 +66,7 @@ def _mutate(pieces: list[bytes], kind: str, choice: random.Random, other: bytes)
 
 
 def _pieces(data: bytes) -> list[bytes]:
-    """The chunks of a PNG, boxes of an AVIF or JPEG 2000, chunks of a WebP, segments of a JPEG; else runs of a few bytes."""
+    """Split a picture into the chunks, boxes or segments of its format, or else into runs of a few bytes."""
     ends = [0]
     try:
         if data.startswith(b"\x89PNG"):
@@ -109,7 +94,7 @@ def _pieces(data: bytes) -> list[bytes]:
     return [data[low:high] for low, high in itertools.pairwise(ends)] or [b""]
 
 
-def _with_checksums(data: bytes) -> bytes:
+def _correct_checksums(data: bytes) -> bytes:
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     parts, at = [data[:8]], 8

@@ -1,11 +1,11 @@
 """Recipes and streams of made-up lengths, and the samples that a plan holds."""
 
 import math
+from typing import Any
 
 import numpy as np
-import pytest
 
-from unitoken.streaming_data.plan.build import Plan, build
+from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.recipe import Recipe, StreamRecipe
 
@@ -19,10 +19,12 @@ def make_stream(
     shards = np.full(math.ceil(samples / 17), 17)
     shards[-1] -= shards.sum() - samples
     thirds = (lengths % 3).astype(np.uint8)
-    return StreamSamples(name, shards, lengths, lengths // 2, thirds.astype(np.uint16), thirds, weight)
+    return StreamSamples(
+        name, shards, lengths, lengths // np.uint32(2), thirds.astype(np.uint16), thirds, weight
+    )
 
 
-def make_recipe(streams: list[StreamSamples], **settings) -> Recipe:
+def make_recipe(streams: list[StreamSamples], **settings: Any) -> Recipe:
     defaults = {"seed": 0, "global_batch": 4, "canonical_nodes": 1, "window": 100, "shuffle": True}
     recipes = {s.name: StreamRecipe(dataset="d", samples=len(s.lengths), weight=s.weight) for s in streams}
     return Recipe(
@@ -32,11 +34,3 @@ def make_recipe(streams: list[StreamSamples], **settings) -> Recipe:
 
 def samples_of(plan: Plan) -> list[list[int]]:
     return [ids.tolist() for ids in np.split(plan.ids, plan.offsets[1:-1].astype(int))]
-
-
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    streams = [make_stream("a", 400)]
-    plan = build(make_recipe(streams, global_batch=12, canonical_nodes=2), streams, 0, None)
-    assert plan.packs >= 120
-    return plan

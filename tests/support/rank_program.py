@@ -1,8 +1,10 @@
-"""Runs stages one after the other, as one rank of several: what a rank imports takes longer than what these tests train.
+"""Runs stages one after the other, as one rank of several.
+
+One process runs many stages because importing takes a rank longer than these tests train.
 
 python tests/support/rank_program.py '[{"yaml": "stage.yaml", "overrides": ["seed=1"], "stop": 5}, ...]'
 
-`stop`: the run is cut off after the metrics of that step and before its checkpoint. Layers that are compiled are so by a backend
+`stop`: end the run after the metrics of that step and before its checkpoint. Compiled layers use a backend
 that starts no C++ compiler.
 """
 
@@ -22,10 +24,11 @@ from unitoken.train.stage import run_stage
 
 
 class StoppedError(Exception):
-    pass
+    """Raised to end a run before it saves."""
 
 
 def train(yaml: str, overrides: list[str], stop: int = 0) -> None:
+    """Run a stage, until after the metrics of step `stop` if it is not 0."""
     real = Metrics.batch_end
 
     def batch_end(self: Any, state: Any, logger: Any) -> None:

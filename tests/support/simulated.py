@@ -1,8 +1,11 @@
-"""A step of training at its real size, without its memory: fake tensors on a CPU, sharded by FSDP2 over a fake process group.
+"""Simulate a training step at its real size without its memory.
 
-What is counted are the bytes of all storages alive at once, at most, in the forward and backward pass of a run's second step.
-Attention is sdpa's, whose mask becomes numbers a layer; all tokens are trained on. Where a CPU keeps other things than a GPU it is
-made to do the same: autocast computes LayerNorm in float32, and dropout's mask has a byte an element.
+The tensors are fake tensors on a CPU, sharded by FSDP2 over a fake process group.
+
+It counts the most bytes of all storages alive at once in the forward and backward pass of a run's second
+step. Attention is sdpa's, whose mask becomes numbers in each layer; all tokens are supervised. Where a CPU
+keeps other tensors than a GPU it is made to keep the same: autocast computes LayerNorm in float32, and
+dropout's mask has a byte an element.
 """
 
 import weakref
@@ -12,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed._tools.fake_collectives  # what FSDP2 calls, for fake tensors
+import torch.distributed._tools.fake_collectives  # the collectives that FSDP2 calls, for fake tensors
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,15 +24,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
 
-class Peak(TorchDispatchMode):
-    """Bytes alive now, and at most, of all that operations give back and FSDP2 resizes."""
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes alive of all storages that operations return and FSDP2 resizes, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +40,7 @@ class Peak(TorchDispatchMode):
         self.now = self.most = 0
 
     def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         storage = local.untyped_storage()
         if storage._cdata not in self.sizes:
@@ -51,8 +55,8 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
-            return NotImplemented  # its local tensors come by here
-        if func is torch.ops.aten.nonzero.default:  # all of them are not zero: fake tensors have no values
+            return NotImplemented  # its local tensors are dispatched here in turn
+        if func is torch.ops.aten.nonzero.default:  # fake tensors have no values: take all as nonzero
             result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.int64)
         else:
             result = func(*args, **(kwargs or {}))
@@ -61,7 +65,7 @@ class Peak(TorchDispatchMode):
                 self.count(leaf)
         return result
 
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> "PeakBytes":
         self._resize, peak = UntypedStorage.resize_, self
 
         def resize_(storage: UntypedStorage, size: int) -> None:
@@ -86,7 +90,10 @@ def peak_bytes(
     views: int,
     microbatches: int = 1,
 ) -> int:
-    """Of one of `ranks` GPUs, its microbatches each of `config.microbatch` packs and `views` pictures that the tower sees."""
+    """Return the peak bytes of one of `ranks` GPUs.
+
+    Each of its microbatches has `config.microbatch` packs and `views` views (images or tiles) for the tower.
+    """
     with ExitStack() as stack:
         stack.enter_context(_as_on_a_gpu())
         mesh = None
@@ -107,7 +114,7 @@ def peak_bytes(
         optimizer = build_optimizer(model, config.optimizer)
         set_learning_rate(optimizer, 1e-5)
         batch = _batch(config, vision, views)
-        peak = Peak()
+        peak = PeakBytes()
         for tensor in (*model.parameters(), *batch.values()):
             peak.count(tensor)
         with peak:
@@ -125,7 +132,7 @@ def peak_bytes(
 
 
 def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
-    """As Composer does by `fsdp_wrap_fn` of train/parallel.py."""
+    """Shard as Composer does with `fsdp_wrap_fn` of train/distributed/composer_trainer.py."""
     reduced = torch.bfloat16 if config.fsdp.reduce == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
     for module in (*model.model.layers, model.vit, model):
@@ -134,30 +141,34 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
 
 def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:
     packs, length = config.microbatch, config.data.packed_length
-    tokens, features = (
-        torch.zeros(packs, length, dtype=torch.int64),
-        torch.zeros(views * vision.features, dtype=torch.int64),
-    )
+    tokens = torch.zeros(packs, length, dtype=torch.int64)
+    features = torch.zeros(views * vision.features, dtype=torch.int64)
     return {
-        "input_ids": tokens, "labels": tokens.clone(), "position_ids": tokens.clone(), "document_ids": tokens.int(),
+        "input_ids": tokens,
+        "labels": tokens.clone(),
+        "position_ids": tokens.clone(),
+        "document_ids": tokens.int(),
         "pixel_values": torch.zeros(views, 3, vision.image_size, vision.image_size, dtype=torch.uint8),
         "view_rows": torch.zeros(views, dtype=torch.int64),
-        "feature_rows": features, "feature_columns": features, "feature_views": features, "feature_patches": features,
-    }  # fmt: skip
+        "feature_rows": features,
+        "feature_columns": features,
+        "feature_views": features,
+        "feature_patches": features,
+    }
 
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
+    """Make LayerNorm under autocast and dropout keep the tensors that they keep on a GPU."""
     plain = F.layer_norm
 
     def layer_norm(*args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
             return plain(*args, **kwargs)
-        wide = [value.float() if isinstance(value, Tensor) else value for value in args]
-        return plain(
-            *wide,
-            **{key: value.float() if isinstance(value, Tensor) else value for key, value in kwargs.items()},
+        args, kwargs = tree_map(
+            lambda value: value.float() if isinstance(value, Tensor) else value, (args, kwargs)
         )
+        return plain(*args, **kwargs)
 
     def dropout(states: Tensor, p: float, training: bool) -> Tensor:
         return torch.native_dropout(states, p, training)[0]

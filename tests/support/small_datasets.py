@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -18,6 +19,7 @@ from unitoken.dataset.manifest import INDEX, MANIFEST, REJECTS, SIDECAR, VOCABUL
 from unitoken.dataset.record import IGNORED, Record, columns, spans_of
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.streaming_data.settings import DataConfig
 
 LATENTS = 2  # each way, so that an image block has 4 + 2 * 3 tokens
 BLOCK = 4 + LATENTS * (LATENTS + 1)
@@ -36,9 +38,9 @@ def png(value: int) -> bytes:
 def make_record(
     name: str, vocabulary: Vocabulary, text: int, question_images: int = 0, answer_images: int = 0
 ) -> Record:
-    """bos, the question's images, `text` tokens of which the last half is trained on, the answer's images, end of turn.
+    """Return bos, the question's images, text (half of it trained on), the answer's images, end of turn.
 
-    The tokens are drawn from the name, so that a sample is known by its tokens.
+    The tokens are drawn from the name, so that a sample can be recognized by its tokens.
     """
     rng = np.random.default_rng(list(name.encode()))
     tokens, trained, spans = [vocabulary.bos], [False], []
@@ -75,7 +77,7 @@ def text_records(count: int, prefix: str = "s", longest: int = 40, seed: int = 0
 def write_dataset(
     folder: Path, records: Sequence[Record], vocabulary: Vocabulary | None = None, shard_bytes: int = 1 << 11
 ) -> Path:
-    """A whole dataset folder: shards, index, sidecar, vocabulary, manifest."""
+    """Write a whole dataset folder: shards, index, sidecar, vocabulary, manifest."""
     from streaming import MDSWriter
 
     vocabulary = vocabulary or small_vocabulary()
@@ -111,7 +113,7 @@ def write_dataset(
 
 
 def write_manifest(folder: Path, records: Sequence[Record], vocabulary: Vocabulary) -> None:
-    """The manifest of what lies in `folder` now."""
+    """Write the manifest of the files in `folder`."""
     manifest = Manifest(
         vocabulary=vocabulary.fingerprint,
         vision=VisionTokenizer(
@@ -132,6 +134,12 @@ def write_manifest(folder: Path, records: Sequence[Record], vocabulary: Vocabula
         files={name: sha256_of_file(folder / name) for name in (INDEX, SIDECAR, REJECTS, VOCABULARY)},
     )
     (folder / MANIFEST).write_bytes(manifest.dump())
+
+
+def data_config(folder: Path, streams: dict[str, dict[str, Any]], **settings: Any) -> DataConfig:
+    """Return the settings of a mixture with its caches in `folder`."""
+    defaults = {"packed_length": 64, "global_batch": 4, "cache": str(folder / "cache")}
+    return DataConfig.model_validate({"streams": streams, **defaults, **settings})
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """Write a tar of (name, content) and return its path."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)

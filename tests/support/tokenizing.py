@@ -1,4 +1,4 @@
-"""What the tests of `tokenize` share: a tiny image tokenizer, pictures, items, a job run inside the test's process."""
+"""Parts of tokenization tests: a tiny image tokenizer, pictures, items, and a job in the test's process."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from unitoken.tokenize.prepare import prepare
 
 TOKENIZER = GOLDEN / "assets" / "tokenizer"
 
+# Four pixels per latent, in each direction.
 TINY = """
 model:
   params:
     embed_dim: 4
     n_embed: 64
-    ddconfig: {z_channels: 8, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 1, 2], num_res_blocks: 1}
-"""  # 4 pixels a latent
+    ddconfig:
+      {z_channels: 8, resolution: 16, in_channels: 3, out_ch: 3,
+       ch: 32, ch_mult: [1, 1, 2], num_res_blocks: 1}
+"""
 
 
 def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
-    """A folder with random weights in Meta's layout."""
+    """Write a folder in Meta's layout with random weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -49,13 +52,18 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_transformers(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A folder as transformers saves Emu3's or Janus' image tokenizer, with random weights: 64 codes, 4 pixels a latent."""
+    """Write a folder of Emu3's or Janus' image tokenizer with random weights, as transformers saves it.
+
+    It has 64 codes and 4 pixels per latent.
+    """
     import torch
 
     model = tiny_model(kind, seed)
-    if kind == "emu3":  # a fresh model's statistics would do nothing
+    if kind == "emu3":  # the statistics of a new model have no effect
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm3d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 2)
     model.save_pretrained(folder)
@@ -63,6 +71,7 @@ def tiny_transformers(folder: Path, kind: str, seed: int = 0) -> Path:
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
+    """Return transformers' Emu3VQVAE or JanusVQVAE with random weights."""
     import torch
     from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
     from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
@@ -88,28 +97,31 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
 
 
 def vision_config(folder: Path | str, **changes: Any) -> ImageTokenizerConfig:
+    """Return the settings of an image tokenizer in float32."""
     return ImageTokenizerConfig.model_validate({"weights": str(folder), "precision": "fp32"} | changes)
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (20, 16)) -> str:
-    """A PNG of smooth random colours; returns its name."""
+    """Write a PNG of smooth random colours and return its file name."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
     return path.name
 
 
 def png(size: tuple[int, int] = (20, 16)) -> bytes:
+    """Return a PNG of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (200, 30, 30)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def turns(*texts: str | None) -> list[dict[str, str | None]]:
+    """Return the turns of a conversation, human first."""
     return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
 
 
 def some_items(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Text only, one image, images in answers, several images, and every seventh item a bad one."""
+    """Return items with text only, one image, an image in the answer, several images; one in seven is bad."""
     items: list[dict[str, Any]] = []
     for n in range(count):
         kinds: list[dict[str, Any]] = [
@@ -135,6 +147,7 @@ def some_items(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def write_items(folder: Path, items: object) -> Path:
+    """Write `items.json` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "items.json"
     path.write_text(json.dumps(items))
@@ -142,6 +155,7 @@ def write_items(folder: Path, items: object) -> Path:
 
 
 def settings(vqgan: Path, **changes: Any) -> TokenizeConfig:
+    """Return the settings of a tokenization with small chunks and pictures."""
     fields = {
         "tokenizer": str(TOKENIZER),
         "vision": {"weights": str(vqgan), "batch_size": 3},
@@ -152,7 +166,7 @@ def settings(vqgan: Path, **changes: Any) -> TokenizeConfig:
 
 
 def run_here(config: TokenizeConfig, source: Path | str, out: Path, splits: int = 1) -> Job:
-    """All ranks one after the other, in this process, without the merge."""
+    """Run all ranks one after the other in this process, without the merge."""
     from unitoken.tokenize.pipeline.worker import run_rank
 
     job = prepare(config, [str(source)], str(out))
@@ -162,6 +176,6 @@ def run_here(config: TokenizeConfig, source: Path | str, out: Path, splits: int 
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file, hidden ones too, with the hash of its bytes."""
+    """Return the hash of each file in a folder, including hidden ones."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -15,7 +15,8 @@ from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint.layouts import checkpoint_folder, find_origin, read_decoder, read_vision
+from unitoken.train.checkpoint.layouts import read_decoder, read_vision
+from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin
 from unitoken.train.config import StageConfig
 
 
@@ -104,20 +105,20 @@ def test_every_stage_in_the_repository_is_readable(path: Path) -> None:
         ("data.global_batch=5", r"data\.global_batch: 5 packs can not be shared evenly by 2 ranks"),
         (
             "data.packed_length=14",
-            r"data\.packed_length: 14 is too short for any image of stream 'all' that is asked about: "
+            r"data\.packed_length: 14 is too short for any question image of stream 'all': "
             r"the smallest takes 15 \(10 tokens, a separator and 4 features\)",
         ),
         (
             ("data.packed_length=14", "compat=unitoken", "data.streams.all.kinds=[generation]"),
-            r"14 is too short for any image of stream 'all' that is drawn: the smallest takes 15",
+            r"14 is too short for any generated image of stream 'all': the smallest takes 15",
         ),
         (
             ("data.packed_length=9", "data.streams.all.kinds=[generation]"),
-            r"9 is too short for any image of stream 'all' that is drawn: the smallest takes 10 \(10 tokens\)",
+            r"9 is too short for any generated image of stream 'all': the smallest takes 10 \(10 tokens\)",
         ),
         (
             ("data.anyres=true", "data.packed_length=48", "data.streams.all.max_tokens=20"),
-            r"data\.streams\.all\.max_tokens: 20 is too short for any image of stream 'all' that is asked about: "
+            r"data\.streams\.all\.max_tokens: 20 is too short for any question image of stream 'all': "
             r"the smallest takes 21 \(10 tokens, a separator and 10 features\)",
         ),
         ("fsdp.replicas=3", r"fsdp\.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
@@ -318,7 +319,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: not readable"):
         read_decoder(str(tmp_path))
     folder = write_checkpoint(tmp_path / "x", DECODER, {"other": (1,)})
-    with pytest.raises(ConfigError, match="no Chameleon decoder"):
+    with pytest.raises(ConfigError, match="not a Chameleon decoder"):
         read_decoder(str(folder))
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ConfigError, match="not readable as safetensors"):
@@ -355,7 +356,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_of_our_own(name: str, hint: st
         find_origin(str(tmp_path / name))
     assert (
         str(caught.value)
-        == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or not all of it{hint}"
+        == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or a truncated one{hint}"
     )
 
 
@@ -365,6 +366,7 @@ def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        ConfigError, match=r"^owner/name: no such folder, and the hub did not give it: Cannot reach the hub$"
+        ConfigError,
+        match=r"^owner/name: no such folder, and the download from the hub failed: Cannot reach the hub$",
     ):
         checkpoint_folder("owner/name")

@@ -1,4 +1,4 @@
-"""What a stage exports and samples with is what its data was made with, and is looked at before it trains."""
+"""The tokenizers of exports and samples are those of the data, which is checked before training."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ ANOTHER = r"codec\.vision\.weights: .*/other has 64 image codes, the data's voca
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_image_tokenizer_of_another_codebook_is_not_exported(
+def test_an_image_tokenizer_of_another_codebook_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(folder, with_codec(folder, tmp_path / "run"))
@@ -49,9 +49,9 @@ def test_an_image_tokenizer_of_another_codebook_is_not_exported(
         )
     assert not (tmp_path / "out").exists()
     export_model(str(tmp_path / "run"), tmp_path / "out", stage=with_codec(folder, tmp_path / "run"))
-    said = capsys.readouterr().out
+    warnings = capsys.readouterr().err
     assert re.search(
-        r"warning: .*weights: .* has fingerprint \w{16}, image codes of the data are of 0{16}\n", said
+        r"warning: .*weights: .* has fingerprint \w{16}, image codes of the data are of 0{16}\n", warnings
     )
 
 
@@ -63,7 +63,7 @@ def test_an_image_tokenizer_of_another_codebook_is_not_exported(
         ({"tokenizer": "/nowhere"}, r"tokenizer: /nowhere: no such folder"),
     ],
 )
-def test_what_an_export_needs_is_looked_for_with_the_settings(
+def test_the_tokenizers_of_an_export_are_checked_with_settings(
     changes: dict[str, str], message: str, folder: Path, tmp_path: Path
 ) -> None:
     config = with_codec(
@@ -73,7 +73,7 @@ def test_what_an_export_needs_is_looked_for_with_the_settings(
         check_stage(config, 1)
 
 
-def test_other_weights_of_the_image_tokenizer_are_warned_of(folder: Path, tmp_path: Path) -> None:
+def test_other_image_tokenizer_weights_give_a_warning(folder: Path, tmp_path: Path) -> None:
     (note,) = check_stage(with_codec(folder, tmp_path), 1).notes
     assert re.fullmatch(
         r"codec\.vision\.weights: .*/vqgan has fingerprint \w{16}, .* of the data are of 0{16}", note
@@ -81,7 +81,7 @@ def test_other_weights_of_the_image_tokenizer_are_warned_of(folder: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_another_tokenizer_is_found_before_weights_are_loaded(
+def test_a_wrong_tokenizer_is_an_error_before_loading_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from unitoken.train.stage import run_stage

@@ -1,4 +1,7 @@
-"""Which parameters are trained, in which groups."""
+"""Which parameters are trained, and in which groups of the optimizer."""
+
+import math
+from typing import Literal
 
 import pytest
 import torch
@@ -25,14 +28,14 @@ def trained(model: UniToken) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_stage_one_trains_the_tower_without_its_embeddings_and_the_adapter(model: UniToken) -> None:
+def test_stage_one_trains_adapter_and_tower_without_embeddings(model: UniToken) -> None:
     names = freeze(model, ["vit", "adapter"])
     assert set(names) == trained(model)
     assert {name.split(".")[0] for name in names} == {"vit", "adapter"}
     assert not any(name.startswith("vit.embeddings") for name in names)
 
 
-def test_the_towers_embeddings_train_where_they_are_named(model: UniToken) -> None:
+def test_the_towers_embeddings_train_if_they_are_named(model: UniToken) -> None:
     assert any(
         name.startswith("vit.embeddings.patch_embedding") for name in freeze(model, ["vit", "vit.embeddings"])
     )
@@ -40,7 +43,7 @@ def test_the_towers_embeddings_train_where_they_are_named(model: UniToken) -> No
 
 
 def test_a_name_is_a_whole_name_not_a_substring(model: UniToken) -> None:
-    """In the reference it was: `vit` would have trained all that has it anywhere in its name (bug 30)."""
+    """In the reference `vit` trains every parameter with `vit` anywhere in its name (bug 30)."""
     names = freeze(model, ["model.layers.1"])
     assert names
     assert all(name.startswith("model.layers.1.") for name in names)  # and not model.layers.10
@@ -55,7 +58,7 @@ def test_a_name_that_trains_nothing_is_an_error(name: str, model: UniToken) -> N
         freeze(model, ["adapter", name])
 
 
-def test_groups_are_the_tower_and_the_rest_and_the_reference_decays_everything(model: UniToken) -> None:
+def test_groups_are_the_tower_and_the_rest_all_with_decay(model: UniToken) -> None:
     freeze(model, ["vit", "adapter", "model", "lm_head"])
     optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"vit": 0.01}), compat=True)
     set_learning_rate(optimizer, 2.0)
@@ -91,15 +94,18 @@ def test_the_longest_name_decides_the_learning_rate(model: UniToken) -> None:
     assert rate[id(model.lm_head.weight)] == 1.0
 
 
-def test_a_learning_rate_for_what_is_not_trained_is_an_error(model: UniToken) -> None:
+def test_a_learning_rate_for_a_frozen_part_is_an_error(model: UniToken) -> None:
     freeze(model, ["lm_head"])
     with pytest.raises(ConfigError, match=r"optimizer.lr_scales: 'vit' names no parameter that is trained"):
         build_optimizer(model, OptimizerConfig(lr=1.0, lr_scales={"vit": 0.01}))
 
 
-def test_schedules() -> None:
-    rates = {s: [learning_rate(n, OptimizerConfig(lr=1.0, min_lr=0.2, schedule=s), 2, 10) for n in (0, 1, 2, 6, 10)]
-             for s in ("cosine", "linear", "constant")}  # fmt: skip
-    assert rates["cosine"] == pytest.approx([0, 0.5, 1.0, 0.6, 0.2])
-    assert rates["linear"] == pytest.approx([0, 0.5, 1.0, 0.6, 0.2])
-    assert rates["constant"] == pytest.approx([0, 0.5, 1.0, 1.0, 1.0])
+def test_schedules_warm_up_and_fall_to_the_minimum() -> None:
+    def rates(schedule: Literal["cosine", "linear", "constant"]) -> list[float]:
+        config = OptimizerConfig(lr=1.0, min_lr=0.2, schedule=schedule)
+        return [learning_rate(done, config, warmup=2, total=10) for done in (0, 1, 2, 6, 8, 10)]
+
+    fallen = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 0.75))
+    assert rates("cosine") == pytest.approx([0, 0.5, 1.0, 0.6, fallen, 0.2])
+    assert rates("linear") == pytest.approx([0, 0.5, 1.0, 0.6, 0.4, 0.2])
+    assert rates("constant") == pytest.approx([0, 0.5, 1.0, 1.0, 1.0, 1.0])

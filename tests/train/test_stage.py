@@ -18,8 +18,8 @@ from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder as checkpoints
 from unitoken.train.checkpoint.export import export_model
-from unitoken.train.checkpoint.layouts import find_origin, latest_checkpoint
 from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
@@ -41,7 +41,7 @@ def train(config: StageConfig) -> Path:
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.source_of(find_origin(str(run_folder))).load()
+    return checkpoints.open_checkpoint(find_origin(str(run_folder))).load()
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_a_chain_of_stages_never_loses_trained_weights(
         if name.startswith(("vit.encoder", "adapter", "model", "lm_head")):
             assert not torch.equal(tensor, after_two[name]), f"{name} trains in Stage II"
     export_model(str(tmp_path / "two"), tmp_path / "exported", "fp32")  # in the place of the first
-    again = checkpoints.open_source(find_origin(str(tmp_path / "exported"))).load()
+    again = checkpoints.open_weights(find_origin(str(tmp_path / "exported"))).load()
     for name, tensor in after_two.items():
         assert torch.equal(
             tensor if tensor.shape == again[name].shape else tensor.expand_as(again[name]), again[name]
@@ -395,7 +395,7 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     train(config)
     assert "finished" in (said := capsys.readouterr().out)
     assert "exported to" in said
-    source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
+    source = checkpoints.open_weights(find_origin(str(tmp_path / "run/model")))
     assert torch.equal(
         source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float()
     )
@@ -403,7 +403,7 @@ def test_a_stage_exports_at_its_end_and_after_a_kill_before_it(
     assert "exported to" not in capsys.readouterr().out
     train(config.model_copy(update={"max_duration": "4ba"}))  # longer: a newer model in its place
     assert "exported to" in capsys.readouterr().out
-    exported = checkpoints.open_source(tmp_path / "run/model").load()
+    exported = checkpoints.open_weights(tmp_path / "run/model").load()
     assert torch.equal(
         weights(tmp_path / "run")["lm_head.weight"].bfloat16().float(), exported["lm_head.weight"]
     )
@@ -528,7 +528,7 @@ def test_another_runs_export_of_the_same_step_is_replaced(
 
     def head(seed: int) -> torch.Tensor:
         train(config.model_copy(update={"seed": seed}))
-        exported = checkpoints.open_source(tmp_path / "model").load()["lm_head.weight"]
+        exported = checkpoints.open_weights(tmp_path / "model").load()["lm_head.weight"]
         assert torch.equal(exported, weights(tmp_path / "run")["lm_head.weight"].bfloat16().float())
         shutil.rmtree(tmp_path / "run")
         return exported

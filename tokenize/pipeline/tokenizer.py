@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from unitoken.codec.conversations import ItemError, item_id, parse, refuse_empty, shown
+from unitoken.codec.conversations import ItemError, item_id, parse, refuse_empty, short_name
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
@@ -88,7 +88,7 @@ class Tokenizer:
             try:
                 picture = self._crop(data, item.conversation.id, number)
             except ImageError as error:
-                raise ItemError(f"unusable image: {shown(source)}: {error}") from None
+                raise ItemError(f"unusable image: {short_name(source)}: {error}") from None
             height, width = picture.pixels.shape[:2]
             tokens += image_tokens(height // self.vision.downsampling, width // self.vision.downsampling)
             check_length(tokens, self._config.max_tokens, "tokens in its images alone")
@@ -116,7 +116,7 @@ class Tokenizer:
 def read_items(input: reader.Input, chunk: Chunk) -> Iterator[SourceItem]:
     """Read the items of a chunk, in the order of the input."""
     for piece, positions in chunk.parts:
-        folder = reader.base(input, input.pieces[piece].file)
+        folder = reader.folder_of(input, input.pieces[piece].file)
         for item in reader.read_piece(input, piece, positions):
             yield SourceItem(_place_of(input, item), item.value, folder)
 

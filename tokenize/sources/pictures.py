@@ -1,26 +1,27 @@
-"""The bytes of an item's images, wherever they are: a file, an object store, the web, or the item itself."""
+"""The bytes of an item's images: from a file, an object store, the web, or the item itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from unitoken.codec.conversations import ItemError, inline, is_inline, shown
+from unitoken.codec.conversations import ItemError, decode_data_url, is_data_url, short_name
 from unitoken.common.errors import ConfigError
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, StoreError, is_url, join
 from unitoken.storage.web import PrivateHostError, TooLargeError, Web, is_web
 
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull"
-MAX_ITEM_BYTES = 1 << 30  # of encoded images; a shard's offsets end at 4 GiB
+MAX_ITEM_BYTES = 1 << 30
+"""The most bytes of all encoded images of an item together: the offsets in a shard end at 4 GiB."""
 
 
 class PictureReader:
-    """Safe over threads.
+    """Reads images. Threads may share one reader.
 
     Args:
-        allow_http: fetch what http:// and https:// name.
-        allow_private: also from hosts of this machine and of private networks.
-        timeout_seconds: for one such image, with all repetitions.
+        allow_http: whether to fetch http:// and https:// URLs.
+        allow_private: whether to fetch also from this machine and from private networks.
+        timeout_seconds: the limit for one image from the web, including all retries.
     """
 
     def __init__(self, allow_http: bool, allow_private: bool, timeout_seconds: float) -> None:
@@ -28,31 +29,38 @@ class PictureReader:
         self._web = Web(timeout_seconds, public_only=not allow_private)
 
     def read(self, base: str, source: str | bytes, room: int) -> bytes:
-        """An image's bytes, `room` at most. `base` is the folder or URL where relative names begin.
+        """Return an image's bytes.
+
+        Args:
+            base: the folder or URL to which relative names belong.
+            source: a path, a URL (also `data:`), or the bytes themselves.
+            room: the most bytes that the image may have.
 
         Raises:
-            ItemError: there is no such image, it can not or may not be read, or it is too large.
+            ItemError: the image does not exist, cannot be read, must not be read, or is too large.
         """
         if isinstance(source, bytes):
-            return _checked(source, shown(source), room)
-        if is_inline(source):
+            return _checked(source, short_name(source), room)
+        if is_data_url(source):
             if len(source) * 3 // 4 > room + 1024:
-                raise _too_large(shown(source), room)
-            return _checked(inline(source), shown(source), room)
+                raise _images_too_large(short_name(source), room)
+            return _checked(decode_data_url(source), short_name(source), room)
         where = join(base, source)
         try:
             if is_web(where):
                 return self._fetch(where, room)
             data = _from_store(where, room) if is_url(where) else _from_file(Path(where), source, room)
         except MissingError:
-            raise ItemError(f"no such image: {shown(source)}") from None
+            raise ItemError(f"no such image: {short_name(source)}") from None
         except TooLargeError:
-            raise _too_large(shown(source), room) from None
-        return _checked(data, shown(source), room)
+            raise _images_too_large(short_name(source), room) from None
+        return _checked(data, short_name(source), room)
 
     def _fetch(self, url: str, room: int) -> bytes:
         if not self._allow_http:
-            raise ItemError(f"image not allowed: {shown(url)}: allow_http=true fetches images from the web")
+            raise ItemError(
+                f"image not allowed: {short_name(url)}: allow_http=true fetches images from the web"
+            )
         try:
             return self._web.read(url, room)
         except (MissingError, TooLargeError):
@@ -65,42 +73,45 @@ class PictureReader:
 
 def _from_store(url: str, room: int) -> bytes:
     scheme, _, path = url.partition("://")
-    parts = path.split("/", 2 if scheme == "azure" else 1)  # azure://account/container/...
+    # One client for the whole bucket: one for each folder would be too many. azure://account/container/name
+    depth = 2 if scheme == "azure" else 1
+    *bucket, name = path.split("/", depth)
     try:
-        # From the bucket's root: a client for every folder would be too many. One byte more shows what is too large.
-        store = open_store(f"{scheme}://{'/'.join(parts[:-1])}")
-        return store.read_range(parts[-1], 0, room + 1)
+        store = open_store(f"{scheme}://{'/'.join(bucket)}")
+        return store.read_range(name, 0, room + 1)  # one byte more, so that the caller sees what is too large
     except MissingError:
         raise
     except StoreError as error:
         reason = "permission denied" if "permission denied" in str(error) else "the store does not answer"
-        raise ItemError(f"image not reachable: {shown(url)}: {reason}") from None
+        raise ItemError(f"image not reachable: {short_name(url)}: {reason}") from None
     except ConfigError as error:
         raise ItemError(f"image not allowed: {error}") from None
 
 
 def _from_file(file: Path, name: str, room: int) -> bytes:
     try:
-        if not file.is_file():  # before it is opened: a pipe would never end
-            raise ItemError(f"no such image: {shown(name)}")
+        if not file.is_file():  # checked before opening: reading a pipe would never end
+            raise ItemError(f"no such image: {short_name(name)}")
         if file.stat().st_size > room:
-            raise _too_large(shown(name), room)
+            raise _images_too_large(short_name(name), room)
         return file.read_bytes()
     except OSError as error:
-        raise ItemError(f"image not reachable: {shown(name)}: {error.strerror}") from None
+        raise ItemError(f"image not reachable: {short_name(name)}: {error.strerror}") from None
 
 
 def is_lfs_pointer(data: bytes) -> bool:
+    """Return whether `data` is the small text file that Git LFS leaves in place of a large file."""
     return data.startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def _checked(data: bytes, name: str, room: int) -> bytes:
+    """Return `data`, or raise ItemError where it is a Git LFS pointer or larger than `room`."""
     if is_lfs_pointer(data):
         raise ItemError(f"not downloaded: {name}: {LFS_POINTER}")
     if len(data) > room:
-        raise _too_large(name, room)
+        raise _images_too_large(name, room)
     return data
 
 
-def _too_large(name: str, room: int) -> ItemError:
+def _images_too_large(name: str, room: int) -> ItemError:
     return ItemError(f"images too large: {name}: {room} bytes are left of {MAX_ITEM_BYTES} for an item")

@@ -1,16 +1,16 @@
-"""The floating-point operations that a step of training needs, by the model's sizes, and the MFU that follows.
+"""The floating-point operations that a training step needs, from the model's sizes, and the MFU that follows.
 
-    MFU = FLOPs of the step / (seconds of the step * GPUs * peak of one GPU)
+    MFU = FLOPs of the step / (seconds of the step * GPUs * peak FLOP/s of one GPU)
 
-A multiplication with a matrix of m x n is 2mn FLOPs a row: forward, once more in the backward pass for the gradient of its
-weight if that is trained, and once more for the gradient of what it was given if anything below it is trained. So in Stage I
-the frozen decoder counts twice (its weights need no gradient, but the adapter below it does) and the frozen patch embedding
-once. The two products of attention have no weights: once forward, twice backward. Norms, activations and the rotary
-embedding are not counted.
+A product with an m x n matrix takes 2mn FLOPs a row in the forward pass; in the backward pass as many again
+for the gradient of the matrix if it is trained, and as many again for the gradient of the row if anything
+below is trained. So in Stage I each frozen decoder matrix counts twice (it needs no gradient, but the adapter
+below it does) and the frozen patch embedding once. The two products of attention have no weights: they count
+once forward and twice backward. Norms, activations and the rotary embedding are not counted.
 
-Counted is what the model needs, not what is computed: no padding; attention by each document's own length squared (not
-halved for causality, as is the custom); only supervised rows meet the output layer; nothing is counted twice for
-activation checkpointing (MFU, not HFU).
+The count is what the model needs, not what is computed: padding is left out; attention counts each document's
+own length squared (not halved for causality, as is the custom); only supervised rows meet the output layer;
+recomputation by activation checkpointing is not counted (MFU, not HFU).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from unitoken.train.config import DecoderConfig, VisionTowerConfig
 
-# Dense bfloat16 with float32 accumulation, in FLOP/s, as the makers' data sheets say; by what the driver calls the device.
-PEAKS = {
+# Dense bfloat16 with float32 accumulation, in FLOP/s, from the makers' data sheets, by the driver's name of
+# the device.
+PEAK_FLOPS = {
     "H100 80GB HBM3": 989.4e12,
     "H100 NVL": 835.5e12,
     "H100 PCIe": 756.0e12,
@@ -34,100 +35,134 @@ PEAKS = {
 }
 
 
-def peak(device: str) -> float | None:
-    """Of one device, by the name that torch.cuda.get_device_name gives; None where it is not known."""
-    words = device.replace("NVIDIA ", "")
-    return next(
-        (
-            flops
-            for name, flops in PEAKS.items()
-            if words == name or words.startswith((f"{name} ", f"{name}-"))
-        ),
-        None,
-    )
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak FLOP/s of a device, or None where it is not known.
+
+    Args:
+        device_name: as torch.cuda.get_device_name gives it.
+    """
+    model = device_name.replace("NVIDIA ", "")
+    for name, flops in PEAK_FLOPS.items():
+        if model == name or model.startswith((f"{name} ", f"{name}-")):
+            return flops
+    return None
 
 
-class Flops(NamedTuple):
-    """FLOPs of forward and backward pass, each for one of what it is named for."""
+class FlopsPerUnit(NamedTuple):
+    """FLOPs of the forward and backward pass, for each unit of work.
 
-    token: float  # a token in the decoder, padding left out
-    square: float  # a unit of the documents' lengths squared
-    view: float  # an image or tile in the tower and the adapter
-    target: float  # a supervised token at the output layer
+    Attributes:
+        token: for a token in the decoder, padding left out.
+        square: for a unit of the sum of the documents' squared lengths.
+        view: for a view (image or tile) in the tower and the adapter.
+        target: for a supervised token at the output layer.
+    """
 
-    def of(self, tokens: int, squares: int, views: int, targets: int) -> float:
+    token: float
+    square: float
+    view: float
+    target: float
+
+    def total(self, tokens: int, squares: int, views: int, targets: int) -> float:
+        """Return the FLOPs of a step with these numbers of units."""
         return self.token * tokens + self.square * squares + self.view * views + self.target * targets
 
 
-class _Pass:
-    """Goes through the model in the order of the forward pass; `flows` once what comes next is given something trained."""
+class _ForwardPass:
+    """A walk through the model in the order of the forward pass, counting FLOPs on its way.
+
+    Args:
+        trained: names of the trained parameters.
+    """
 
     def __init__(self, trained: Collection[str]) -> None:
         self.trained = trained
-        self.flows = False
+        self.input_needs_gradient = False  # whether anything before this point is trained
 
-    def trains(self, *modules: str) -> bool:
+    def _trains(self, *modules: str) -> bool:
         return any(name.startswith(f"{module}.") for module in modules for name in self.trained)
 
-    def norm(self, *modules: str) -> None:
-        self.flows |= self.trains(*modules)
+    def pass_uncounted(self, *modules: str) -> None:
+        """Pass modules whose operations are not counted, such as norms."""
+        self.input_needs_gradient |= self._trains(*modules)
 
-    def matrices(self, modules: dict[str, int]) -> float:
-        """Of matrices, with their numbers of weights, that are given the same: FLOPs a row."""
-        flops = sum(2.0 * size * (1 + self.flows + self.trains(module)) for module, size in modules.items())
-        self.flows |= self.trains(*modules)
+    def multiply(self, weights: dict[str, int]) -> float:
+        """Multiply the same input with matrices, and return the FLOPs a row.
+
+        Args:
+            weights: the number of weights of each module.
+        """
+        flops = sum(
+            2.0 * size * (1 + self.input_needs_gradient + self._trains(module))
+            for module, size in weights.items()
+        )
+        self.input_needs_gradient |= self._trains(*weights)
         return flops
 
-    def attention(self, width: int) -> float:
-        """Scores and mixing: FLOPs a unit of length squared, for all heads together."""
-        return 4.0 * width * (3 if self.flows else 1)
+    def attend(self, width: int) -> float:
+        """Return the FLOPs of attention's two products for a unit of squared length.
+
+        Args:
+            width: hidden size, of all heads together.
+        """
+        return 4.0 * width * (3 if self.input_needs_gradient else 1)
 
 
-def step_flops(decoder: DecoderConfig, vision: VisionTowerConfig | None, trained: Collection[str]) -> Flops:
-    """What a step costs in which the parameters of these names are trained."""
-    on = _Pass(trained)
-    view = _view(on, decoder, vision) if vision else 0.0
-    on.norm("model.embed_tokens")  # looked up, not multiplied; features are put among its rows
+def step_flops(
+    decoder: DecoderConfig, vision: VisionTowerConfig | None, trained: Collection[str]
+) -> FlopsPerUnit:
+    """Return the FLOPs per unit of work of a training step.
+
+    Args:
+        decoder: sizes of the decoder.
+        vision: sizes of the vision tower, or None.
+        trained: names of the trained parameters.
+    """
+    forward = _ForwardPass(trained)
+    view = _view_flops(forward, decoder, vision) if vision else 0.0
+    # Looked up, not multiplied; the image features are put among its rows.
+    forward.pass_uncounted("model.embed_tokens")
 
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    shared = hidden // decoder.num_attention_heads * decoder.kv_heads
+    key_size = hidden // decoder.num_attention_heads * decoder.kv_heads
     token = square = 0.0
     for number in range(decoder.num_hidden_layers):
         layer = f"model.layers.{number}"
-        on.norm(f"{layer}.input_layernorm")
-        projections = {"q_proj": hidden * hidden, "k_proj": hidden * shared, "v_proj": hidden * shared}
-        token += on.matrices({f"{layer}.self_attn.{name}": size for name, size in projections.items()})
-        on.norm(f"{layer}.self_attn.q_norm", f"{layer}.self_attn.k_norm")
-        square += on.attention(hidden)
-        token += on.matrices({f"{layer}.self_attn.o_proj": hidden * hidden})
-        on.norm(f"{layer}.post_attention_layernorm")
-        token += on.matrices(
-            {f"{layer}.mlp.gate_proj": hidden * inner, f"{layer}.mlp.up_proj": hidden * inner}
-        )
-        token += on.matrices({f"{layer}.mlp.down_proj": hidden * inner})
-    on.norm("model.norm")
-    return Flops(token, square, view, target=on.matrices({"lm_head": hidden * decoder.vocab_size}))
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        forward.pass_uncounted(f"{layer}.input_layernorm")
+        token += forward.multiply({
+            f"{attention}.q_proj": hidden * hidden,
+            f"{attention}.k_proj": hidden * key_size,
+            f"{attention}.v_proj": hidden * key_size,
+        })  # fmt: skip
+        forward.pass_uncounted(f"{attention}.q_norm", f"{attention}.k_norm")
+        square += forward.attend(hidden)
+        token += forward.multiply({f"{attention}.o_proj": hidden * hidden})
+        forward.pass_uncounted(f"{layer}.post_attention_layernorm")
+        token += forward.multiply({f"{mlp}.gate_proj": hidden * inner, f"{mlp}.up_proj": hidden * inner})
+        token += forward.multiply({f"{mlp}.down_proj": hidden * inner})
+    forward.pass_uncounted("model.norm")
+    target = forward.multiply({"lm_head": hidden * decoder.vocab_size})
+    return FlopsPerUnit(token, square, view, target)
 
 
-def _view(on: _Pass, decoder: DecoderConfig, vision: VisionTowerConfig) -> float:
+def _view_flops(forward: _ForwardPass, decoder: DecoderConfig, vision: VisionTowerConfig) -> float:
+    """Return the FLOPs of a view in the tower and the adapter."""
     hidden, inner = vision.hidden_size, vision.intermediate_size
-    rows = on.matrices(
-        {"vit.embeddings.patch_embedding": 3 * vision.patch_size**2 * hidden}
-    )  # FLOPs a feature
-    on.norm("vit.embeddings.position_embedding")
-    attention = 0.0
+    feature = forward.multiply({"vit.embeddings.patch_embedding": 3 * vision.patch_size**2 * hidden})
+    forward.pass_uncounted("vit.embeddings.position_embedding")
+    square = 0.0
     for number in range(vision.num_hidden_layers):
         layer = f"vit.encoder.layers.{number}"
-        on.norm(f"{layer}.layer_norm1")
-        rows += on.matrices(
-            {f"{layer}.self_attn.{name}": hidden * hidden for name in ("q_proj", "k_proj", "v_proj")}
-        )
-        attention += on.attention(hidden)
-        rows += on.matrices({f"{layer}.self_attn.out_proj": hidden * hidden})
-        on.norm(f"{layer}.layer_norm2")
-        rows += on.matrices({f"{layer}.mlp.fc1": hidden * inner})
-        rows += on.matrices({f"{layer}.mlp.fc2": hidden * inner})
-    on.norm("vit.post_layernorm")
-    rows += on.matrices({"adapter.0": hidden * decoder.hidden_size})
-    rows += on.matrices({"adapter.2": decoder.hidden_size**2})
-    return vision.features * (rows + attention * vision.features)
+        forward.pass_uncounted(f"{layer}.layer_norm1")
+        projections = [f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        feature += forward.multiply(dict.fromkeys(projections, hidden * hidden))
+        square += forward.attend(hidden)
+        feature += forward.multiply({f"{layer}.self_attn.out_proj": hidden * hidden})
+        forward.pass_uncounted(f"{layer}.layer_norm2")
+        feature += forward.multiply({f"{layer}.mlp.fc1": hidden * inner})
+        feature += forward.multiply({f"{layer}.mlp.fc2": hidden * inner})
+    forward.pass_uncounted("vit.post_layernorm")
+    feature += forward.multiply({"adapter.0": hidden * decoder.hidden_size})
+    feature += forward.multiply({"adapter.2": decoder.hidden_size**2})
+    return vision.features * (feature + square * vision.features)

@@ -1,48 +1,50 @@
-"""What a stage takes of a GPU's memory, computed before anything is loaded.
+"""Estimate what a stage takes of a GPU's memory, before anything is loaded.
 
-need = needs(config, decoder, vision, ranks=8, trained=7_442_880_560, views=16)
-print(need.line())
+estimate = estimate_memory(config, decoder, vision, ranks=8, trained=7_442_880_560, views=16)
+print(estimate.summary())
 
-The peak is in the backward pass: at its beginning, when all that was kept of the forward pass is still there, or at its end, when
-all gradients are. The sizes of a token's activations are those of the code in decoder.py and vision.py: a test counts what they
-really keep, and another runs whole steps of the 7B model on tensors without memory, which take what is said here or up to a tenth
-less. Compiled layers keep somewhat less.
+The peak is in the backward pass: at its beginning, when everything kept by the forward pass still exists, or
+at its end, when all gradients exist. The activation sizes per token follow the code in decoder.py and
+vision_tower.py: a test counts what these modules really keep, and another runs whole steps of the 7B model on
+tensors without memory, which take the estimate or up to a tenth less. Compiled layers keep somewhat less.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
-
-Mode = Literal["none", "full", "selective"]
+from unitoken.train.model.activation_checkpointing import RecomputeMode
+from unitoken.train.model.loss import CHUNK_ROWS
 
 GB = 1e9
-CHUNK = 2048  # of loss.py
-RUNTIME = 3e9  # CUDA's and NCCL's own, and what the allocator can not use: a guess
+RUNTIME = 3e9  # CUDA's and NCCL's own memory, and what the allocator can not use: a guess
+MODES: tuple[RecomputeMode, ...] = ("none", "full", "selective")
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes a GPU, by what they are for."""
+class MemoryEstimate:
+    """Bytes of memory on each GPU at the peak of a step, by purpose."""
 
     parts: dict[str, float]
 
     @property
     def total(self) -> float:
+        """Bytes in all."""
         return sum(self.parts.values())
 
-    def line(self) -> str:
-        most = sorted(self.parts.items(), key=lambda part: -part[1])
+    def summary(self) -> str:
+        """Return the total and its parts in GB, largest first, without parts below 0.05 GB."""
+        largest_first = sorted(self.parts.items(), key=lambda part: -part[1])
         return f"about {self.total / GB:.1f} GB a GPU: " + ", ".join(
-            f"{name} {size / GB:.1f}" for name, size in most if size >= 5e7
+            f"{name} {size / GB:.1f}" for name, size in largest_first if size >= 5e7
         )
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Parameters in the units that FSDP gathers: a decoder layer, the tower, and the rest."""
+class ParameterCounts:
+    """Numbers of parameters in the units that FSDP gathers: each decoder layer, the tower, and the rest."""
 
     layer: int
     layers: int
@@ -51,77 +53,199 @@ class Counts:
 
     @property
     def total(self) -> int:
+        """Parameters of the whole model."""
         return self.layer * self.layers + self.tower + self.rest
 
 
-def counts(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> Counts:
+def count_parameters(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> ParameterCounts:
+    """Count the parameters of a model of these sizes."""
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    head = hidden // decoder.num_attention_heads
-    keys = decoder.kv_heads * head
+    head_dim = hidden // decoder.num_attention_heads
+    key_size = decoder.kv_heads * head_dim
     shared = decoder.qk_norm == "shared"
-    norms = 2 * hidden + 2 * head * (
-        (1 if shared else decoder.num_attention_heads) + (1 if shared else decoder.kv_heads)
-    )
-    layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner + norms
+    query_norms, key_norms = (1, 1) if shared else (decoder.num_attention_heads, decoder.kv_heads)
+    norms = 2 * hidden + 2 * head_dim * (query_norms + key_norms)
+    layer = 2 * hidden * hidden + 2 * hidden * key_size + 3 * hidden * inner + norms
     rest, tower = 2 * decoder.vocab_size * hidden + hidden, 0
     if vision is not None:
         size, wide = vision.hidden_size, vision.intermediate_size
-        each = 4 * (size * size + size) + 2 * size * wide + wide + size + 4 * size
-        tower = vision.num_hidden_layers * each + (3 * vision.patch_size**2 + 1 + vision.features + 2) * size
+        tower_layer = 4 * (size * size + size) + 2 * size * wide + wide + size + 4 * size
+        embeddings = (3 * vision.patch_size**2 + 1 + vision.features + 2) * size  # and the last norm
+        tower = vision.num_hidden_layers * tower_layer + embeddings
         rest += size * hidden + hidden + hidden * hidden + hidden
-    return Counts(layer, decoder.num_hidden_layers, tower, rest)
+    return ParameterCounts(layer, decoder.num_hidden_layers, tower, rest)
 
 
-def decoder_token(
-    decoder: DecoderConfig, mode: Mode, *, width: int, learns: bool, mask: int = 0, dropout: int = 1
+def decoder_layer_bytes(
+    decoder: DecoderConfig, mode: RecomputeMode, *, width: int, trains: bool, mask: int = 0, dropout: int = 1
 ) -> int:
-    """Bytes that a layer keeps of a token for the backward pass.
+    """Return the bytes per token that a decoder layer keeps for the backward pass.
 
     Args:
+        decoder: sizes of the decoder.
+        mode: what the backward pass recomputes.
         width: bytes of an activation: 2 under bf16, else 4. Norms compute in float32 in any case.
-        learns: its weights are trained; the inputs of a product with frozen weights are not needed.
-        mask: bytes of its row of the attention mask, of which sdpa keeps a copy a layer; flex has one for all.
+        trains: whether its weights are trained; products with frozen weights do not need their inputs.
+        mask: bytes of a token's row of the attention mask. Sdpa keeps a copy in each layer; flex has one mask
+            for all.
         dropout: bytes of an element of dropout's mask: 1 on a GPU, 4 on a CPU, 0 without dropout.
     """
     hidden, inner, heads = decoder.hidden_size, decoder.intermediate_size, decoder.num_attention_heads
-    keys = hidden // heads * decoder.kv_heads
+    key_size = hidden // heads * decoder.kv_heads
     if mode == "full":
-        return width * hidden  # its input
-    if mode == "selective":  # its input; q, k, v; attention and its normaliser; o; gate and up; down
-        return width * (hidden + hidden + 2 * keys + hidden + hidden + 2 * inner + hidden) + 4 * heads
-    norm = (
-        4 * hidden + 4 + learns * 2 * width * hidden
-    )  # input, scale; normalised, and times the gain for the next product
-    head_norms = 4 * (hidden + keys) * (1 + learns) + 8 * (
-        heads + decoder.kv_heads
-    )  # inputs, normalised; means and scales
-    attention = (
-        width * 4 * hidden + 4 * heads + mask
-    )  # q, k, v, all repeated to as many heads; output; normaliser
-    mlp = width * (3 + learns) * inner  # gate, its silu, up; their product
+        return width * hidden  # the layer's input
+    if mode == "selective":
+        # Input; query, key, value; attention and its log-sum-exp; o_proj; gate and up; down.
+        return width * (hidden + hidden + 2 * key_size + hidden + hidden + 2 * inner + hidden) + 4 * heads
+    # Input and scale; normalised, and times the gain for the next product.
+    norm = 4 * hidden + 4 + trains * 2 * width * hidden
+    # Inputs and normalised; means and scales.
+    head_norms = 4 * (hidden + key_size) * (1 + trains) + 8 * (heads + decoder.kv_heads)
+    # Query, key and value, repeated to the same number of heads; output; log-sum-exp.
+    attention = width * 4 * hidden + 4 * heads + mask
+    mlp = width * (3 + trains) * inner  # gate, its silu, up; their product
     return 2 * norm + head_norms + attention + mlp + 2 * dropout * hidden
 
 
-def tower_token(vision: VisionTowerConfig, mode: Mode, *, width: int) -> int:
-    """The same for a feature in a layer of the vision tower. One that is frozen keeps nothing: no gradient passes it."""
+def tower_layer_bytes(vision: VisionTowerConfig, mode: RecomputeMode, *, width: int) -> int:
+    """Return the bytes per feature that a trained layer of the vision tower keeps for the backward pass.
+
+    A frozen tower keeps nothing, as no gradient passes through it.
+
+    Args:
+        vision: sizes of the tower.
+        mode: what the backward pass recomputes.
+        width: bytes of an activation: 2 under bf16, else 4.
+    """
     size, wide, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
     if mode == "full":
         return width * size
-    if mode == "selective":  # its input; q, k, v; attention; o; fc1; fc2
+    if mode == "selective":  # input; query, key, value; attention; out_proj; fc1; fc2
         return width * (7 * size + wide) + 4 * heads
     norm = 4 * size + 8 + width * size  # input, mean and scale; output for the next product
     return 2 * norm + width * 4 * size + 4 * heads + width * 2 * wide
 
 
-def kept(setting: Literal["none", "full", "selective"] | int, layers: int, each: dict[Mode, int]) -> int:
-    """Bytes of a token in a stack of layers, by `activation_checkpointing`."""
+def stack_bytes(setting: RecomputeMode | int, layers: int, layer_bytes: Mapping[RecomputeMode, int]) -> int:
+    """Return the bytes per token that a stack of layers keeps for the backward pass.
+
+    Args:
+        setting: `activation_checkpointing`: a mode, or k to recompute every k-th layer in full.
+        layers: number of layers.
+        layer_bytes: bytes per token of one layer in each mode.
+    """
     if isinstance(setting, str):
-        return layers * each[setting]
+        return layers * layer_bytes[setting]
     recomputed = len(range(0, layers, setting))
-    return recomputed * each["full"] + (layers - recomputed) * each["none"]
+    return recomputed * layer_bytes["full"] + (layers - recomputed) * layer_bytes["none"]
 
 
-def needs(
+@dataclass(frozen=True)
+class _GatheredBytes:
+    """Bytes of gathered parameters, and of gradients in reduction, while a unit's gradients are computed."""
+
+    layer: float
+    tower: float
+    rest: float
+    not_resharded: float  # layers that stay gathered from the forward pass to the backward pass
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of a stage on one GPU: what its memory depends on."""
+
+    config: StageConfig
+    decoder: DecoderConfig
+    vision: VisionTowerConfig | None
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation and of a gathered parameter."""
+        return 2 if self.config.precision == "bf16" else 4
+
+    @property
+    def reduced(self) -> int:
+        """Bytes of a gradient in reduction."""
+        return 2 if self.config.precision == "bf16" and self.config.fsdp.reduce == "bf16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a microbatch."""
+        return self.config.microbatch * self.config.data.packed_length
+
+    def trains(self, part: str) -> bool:
+        """Return whether any parameter of a part of the model (`model`, `vit`, ...) is trained."""
+        return any(name.split(".")[0] == part for name in self.config.trainable)
+
+    def layer_bytes(self) -> dict[RecomputeMode, int]:
+        """Return the bytes per token that a decoder layer keeps in each mode."""
+        mask = self.width * self.config.data.packed_length if self.config.model.attention == "sdpa" else 0
+        dropout = 1 if self.config.model.dropout else 0
+        trains = self.trains("model")
+        return {
+            mode: decoder_layer_bytes(
+                self.decoder, mode, width=self.width, trains=trains, mask=mask, dropout=dropout
+            )
+            for mode in MODES
+        }
+
+    def decoder_activations(self) -> int:
+        """Return the bytes that the decoder's layers, the last norm and the supervised rows keep."""
+        setting, layers = self.config.activation_checkpointing, self.decoder.num_hidden_layers
+        activations = self.tokens * stack_bytes(setting, layers, self.layer_bytes())
+        # The last norm and the supervised rows, which are at most all rows.
+        return activations + self.tokens * self.decoder.hidden_size * (4 + 3 * self.width)
+
+    def tower_activations(self, views: int) -> int:
+        """Return the bytes that the tower and the adapter keep of `views` views."""
+        if self.vision is None:
+            return 0
+        features, activations = views * self.vision.features, 0
+        if self.trains("vit"):
+            layer_bytes = {mode: tower_layer_bytes(self.vision, mode, width=self.width) for mode in MODES}
+            setting, layers = self.config.activation_checkpointing, self.vision.num_hidden_layers
+            activations = features * stack_bytes(setting, layers, layer_bytes)
+        # The adapter's inputs, and the features that are put into the sequence.
+        return activations + features * self.width * (self.vision.hidden_size + 3 * self.decoder.hidden_size)
+
+    def recomputed_layer(self) -> int:
+        """Return the bytes of a layer's recomputed activations, and of gradients through its widest part."""
+        setting, layer_bytes = self.config.activation_checkpointing, self.layer_bytes()
+        recomputed = layer_bytes["none"] - (layer_bytes[setting] if isinstance(setting, str) else 0)
+        gradients = 2 * self.width * self.decoder.intermediate_size + 8 * self.decoder.hidden_size
+        return self.tokens * (recomputed + gradients)
+
+    def logits(self) -> int:
+        """Return the bytes of a chunk's logits, rounded and in float32, and three times their gradient."""
+        return CHUNK_ROWS * self.decoder.vocab_size * (self.width + 4 * 4)
+
+    def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
+        """Return the bytes of gathered parameters at the turn of each unit in the backward pass."""
+        if ranks == 1:  # nothing is gathered, but autocast keeps copies of the weights
+            one_layer = self.config.activation_checkpointing != "none"
+            copied = number.rest + number.layer if one_layer else number.total
+            copies = 2 * copied if self.width == 2 else 0
+            return _GatheredBytes(copies, copies, copies, 0)
+        trained_rest = number.rest if self.trains("model") else 0
+
+        def two_units(size: int, trains: bool) -> float:
+            """Return the bytes of two gathered units plus gradients in reduction.
+
+            The root unit stays gathered, with the output layer's gradients.
+            """
+            gathered = self.width * (number.rest + 2 * size + trained_rest / 2)
+            return gathered + trains * (self.width + self.reduced) * size
+
+        other_layers = self.width * (number.total - number.rest - number.layer)
+        return _GatheredBytes(
+            layer=two_units(number.layer, self.trains("model")),
+            tower=two_units(number.tower, self.trains("vit")),
+            rest=(2 * self.width + self.reduced) * trained_rest,
+            not_resharded=0 if self.config.fsdp.reshard else other_layers,
+        )
+
+
+def estimate_memory(
     config: StageConfig,
     decoder: DecoderConfig,
     vision: VisionTowerConfig | None,
@@ -129,79 +253,45 @@ def needs(
     ranks: int,
     trained: int,
     views: int,
-) -> Need:
-    """Args:
-    trained: parameters that are.
-    views: pictures that the tower sees in a microbatch, at most.
+) -> MemoryEstimate:
+    """Estimate the bytes that a stage takes on each GPU.
+
+    Args:
+        config: the stage.
+        decoder: sizes of the decoder.
+        vision: sizes of the vision tower, or None.
+        ranks: number of GPUs.
+        trained: number of trainable parameters.
+        views: the most views (images or tiles) that the tower sees in a microbatch.
     """
-    width, reduced = (2, 2 if config.fsdp.reduce == "bf16" else 4) if config.precision == "bf16" else (4, 4)
-    number = counts(decoder, vision)
-    parts = {name.split(".")[0] for name in config.trainable}
-    learns, looks = "model" in parts, "vit" in parts
-    hidden, tokens = decoder.hidden_size, config.microbatch * config.data.packed_length
-    setting = config.activation_checkpointing
-    dropout = 1 if config.model.dropout else 0
-    mask = width * config.data.packed_length if config.model.attention == "sdpa" else 0
-
-    modes: tuple[Mode, ...] = ("none", "full", "selective")
-    of_layer = {
-        mode: decoder_token(decoder, mode, width=width, learns=learns, mask=mask, dropout=dropout)
-        for mode in modes
-    }
-    activations = tokens * kept(setting, number.layers, of_layer)
-    # The last norm and the supervised rows, all of them at most.
-    activations += tokens * hidden * (4 + 3 * width)
-    tower = 0
-    if vision is not None:
-        features = views * vision.features
-        if looks:
-            of_tower = {mode: tower_token(vision, mode, width=width) for mode in modes}
-            tower = features * kept(setting, vision.num_hidden_layers, of_tower)
-        tower += (
-            features * width * (vision.hidden_size + 3 * hidden)
-        )  # the adapter's inputs, and what is put into the sequence
-    # What is computed again of one layer, and the gradients on the way back through its widest part.
-    again = of_layer["none"] - (of_layer[setting] if isinstance(setting, str) else 0)
-    working = tokens * (again + 2 * width * decoder.intermediate_size + 8 * hidden)
-    # A chunk's logits, rounded and in float32; their gradient and two passing copies of it.
-    logits = CHUNK * decoder.vocab_size * (width + 4 * 4)
-
+    step, number = _Step(config, decoder, vision), count_parameters(decoder, vision)
+    gathered, recomputed = step.gathered(number, ranks), step.recomputed_layer()
     shards = max(ranks // config.fsdp.replicas, 1)
     gradients = 4 * trained / shards
-    earlier = (
-        gradients if config.data.global_batch // ranks > config.microbatch else 0.0
-    )  # of the microbatches before
-    rest = number.rest if learns else 0  # what is summed and freed last of all
-
-    def units(size: int, trains: bool) -> float:
-        """One in use and the next, their gradients and those that are being summed; the rest stays, with the output layer's."""
-        return width * (number.rest + 2 * size + rest / 2) + trains * (width + reduced) * size
-
-    of_layers, of_the_tower, of_the_rest = (
-        units(number.layer, learns),
-        units(number.tower, looks),
-        (2 * width + reduced) * rest,
-    )
-    not_freed = 0 if config.fsdp.reshard else width * (number.total - number.rest - number.layer)
-    if ranks == 1:  # autocast's copies of the weights
-        copied = number.total if setting == "none" else number.rest + number.layer
-        of_layers = of_the_tower = of_the_rest = 2 * copied if width == 2 else 0
-        not_freed = 0
-    of_units = gradients - 4 * rest / shards
-    moments: tuple[dict[str, float], ...] = (  # the last layer's turn, the first layer's, the tower's, the rest's
-        {
-            "decoder activations": activations, "one layer again": max(working, logits), "gathered units": of_layers + not_freed,
-            "gradients": earlier,
+    rest_gradients = (
+        4 * (number.rest if step.trains("model") else 0) / shards
+    )  # reduced and freed last of all
+    accumulates = config.data.global_batch // ranks > config.microbatch
+    moments: tuple[dict[str, float], ...] = (
+        {  # the backward pass of the last layer
+            "decoder activations": step.decoder_activations(),
+            "recomputed layer": max(recomputed, step.logits()),
+            "gathered units": gathered.layer + gathered.not_resharded,
+            "gradients": gradients if accumulates else 0.0,  # of earlier microbatches
         },
-        {"one layer again": working, "gathered units": of_layers, "gradients": of_units},
-        {"gathered units": of_the_tower, "gradients": of_units},
-        {"gathered units": of_the_rest, "gradients": gradients},
-    )  # fmt: skip
-    most = max(moments, key=lambda moment: sum(moment.values()))
-    return Need({
+        {  # of the first layer
+            "recomputed layer": recomputed,
+            "gathered units": gathered.layer,
+            "gradients": gradients - rest_gradients,
+        },
+        {"gathered units": gathered.tower, "gradients": gradients - rest_gradients},  # of the tower
+        {"gathered units": gathered.rest, "gradients": gradients},  # of the rest
+    )
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    return MemoryEstimate({
         "parameters": 4 * number.total / shards,
         "Adam's moments": 8 * trained / shards,
-        "tower activations": float(tower),
-        **most,
+        "tower activations": float(step.tower_activations(views)),
+        **peak,
         "runtime": RUNTIME,
     })  # fmt: skip

@@ -1,14 +1,15 @@
-"""What a step measures: sums that stay on the device until its end, then one all-reduce and one transfer to the host.
+"""Measure a step: sums stay on the device until its end, then one all-reduce and one transfer to the host.
 
-    of each microbatch:  losses, cross-entropy by kind of token and document, tokens by stream, what FLOPs are counted from
-    of each rank:        the most memory it has held; a signal that asks it to end
+    of each microbatch:  losses, cross-entropy by kind of token and document, tokens by stream, what FLOPs are
+    counted from of each rank:        the most memory it has held; a signal that asks it to end
 
-The cross-entropies are those of the loss itself, so `loss_text` and `loss_image`, weighted by their tokens, are `ce`;
-so are the three kinds of documents.
+The cross-entropies are those of the loss itself, so `loss_text` and `loss_image`, weighted by their tokens,
+give `ce`, and so do the losses of the three kinds of documents.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,61 +18,82 @@ import torch
 from torch import Tensor
 
 from unitoken.common.interruption import received_signal
-from unitoken.streaming_data.reading.collate import KINDS, Batch, num_packs
+from unitoken.streaming_data.kinds import KINDS
+from unitoken.streaming_data.reading.collate import Batch, num_packs
 from unitoken.train.distributed import ranks
 
 BUCKETS = 2 * len(KINDS)  # the values of batch["kinds"]
-# Losses by what the token is, and by what the document is; "text" documents have no image.
-NAMES = {
+# The buckets of each loss: by what the token is, and by what the document is; "text_only" documents have no
+# image.
+LOSS_BUCKETS = {
     "loss_text": (0, 2, 4),
     "loss_image": (1, 3, 5),
     "loss_text_only": (0, 1),
     "loss_understanding": (2, 3),
     "loss_generation": (4, 5),
 }
-HEAD = 6  # weight; loss, ce and z times it; squares; views
+SCALARS = 6  # weight; loss, ce and z times the weight; squares; views
 
 
-class Measured(NamedTuple):
-    """Of one step, or of one evaluation, over all ranks."""
+class StepResult(NamedTuple):
+    """What was measured in a step or an evaluation, over all ranks.
+
+    Attributes:
+        loss: the mean loss that was trained on.
+        ce: its cross-entropy.
+        z: its mean squared logsumexp.
+        squares: sum of the squared lengths of the documents.
+        views: images and tiles that the vision tower saw.
+        by_kind: (BUCKETS,) pairs of the sum of cross-entropies and the number of supervised tokens.
+        stream_tokens: tokens of each stream of the mixture.
+        memory: bytes held by the rank with the most; 0 without a GPU.
+        norm: L2 norm of the gradients before clipping.
+        signal: a signal that any rank received, SIGTERM or SIGINT; 0 for none.
+    """
 
     loss: float
     ce: float
     z: float
-    squares: int  # sum of the squares of the documents' lengths
-    views: int  # images and tiles that the vision tower saw
-    by_kind: list[tuple[float, int]]  # (BUCKETS,) sum of cross-entropies, supervised tokens
+    squares: int
+    views: int
+    by_kind: list[tuple[float, int]]
     stream_tokens: list[int]
-    memory: float  # bytes, of the rank with the most; 0 without a GPU
-    norm: float  # of the gradients, before clipping
-    signal: int = 0  # that some rank has got, SIGTERM or SIGINT; 0: none
+    memory: float
+    norm: float
+    signal: int = 0
 
     @property
     def tokens(self) -> int:
-        """That are no padding."""
+        """Number of tokens, padding left out."""
         return sum(self.stream_tokens)
 
     @property
     def targets(self) -> int:
-        """That are trained on."""
+        """Number of supervised tokens."""
         return sum(count for _, count in self.by_kind)
 
     @property
     def finite(self) -> bool:
-        """The same on all ranks: a rank's NaN or infinity goes into every sum."""
+        """Whether loss and gradients are finite, on all ranks: a rank's NaN or infinity enters every sum."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
     def losses(self) -> dict[str, float]:
-        """Mean cross-entropy by `NAMES`, of those that have any token."""
-        found = {}
-        for name, buckets in NAMES.items():
-            if count := sum(self.by_kind[bucket][1] for bucket in buckets):
-                found[name] = sum(self.by_kind[bucket][0] for bucket in buckets) / count
-        return found
+        """Return the mean cross-entropy by the names in `LOSS_BUCKETS`, without those that have no token."""
+        losses = {}
+        for name, buckets in LOSS_BUCKETS.items():
+            count = sum(self.by_kind[bucket][1] for bucket in buckets)
+            if count:
+                losses[name] = sum(self.by_kind[bucket][0] for bucket in buckets) / count
+        return losses
 
 
-class Measures:
-    """Adds up microbatches. Ranks are weighted by their supervised tokens, or with `by_packs` by packs, as the reference."""
+class StepSums:
+    """The sums over the microbatches of a step.
+
+    Args:
+        by_packs: weight microbatches and ranks by their packs, as the reference does, instead of their
+            supervised tokens.
+    """
 
     def __init__(self, by_packs: bool = False) -> None:
         self.by_packs = by_packs
@@ -79,53 +101,70 @@ class Measures:
 
     @torch.no_grad()
     def add(self, outputs: Mapping[str, Any], batch: Batch) -> None:
-        """Of a microbatch: what the model gave (loss.py) for what it was given (collate.py). Nothing waits for the device."""
-        tokens = outputs["tokens"].double()  # (n,)
-        weight = torch.full(
-            (), num_packs(batch) if self.by_packs else len(tokens), dtype=torch.float64, device=tokens.device
-        )
-        real = batch["document_ids"] >= 0
-        head = [
+        """Add a microbatch, without waiting for the device.
+
+        Args:
+            outputs: the model's `Loss` as a dictionary.
+            batch: the microbatch.
+        """
+        token_ce = outputs["token_ce"].double()  # (n,)
+        device = token_ce.device
+        count = num_packs(batch) if self.by_packs else len(token_ce)
+        weight = torch.full((), count, dtype=torch.float64, device=device)
+        # 1 + 3 + 5 + ... over the positions of a document is its length squared.
+        odd_numbers = (2 * batch["position_ids"] + 1) * (batch["document_ids"] >= 0)
+        scalars = [
             weight,
             *(weight * outputs[name].double() for name in ("total", "ce", "z")),
-            ((2 * batch["position_ids"] + 1) * real)
-            .sum()
-            .double(),  # 1 + 3 + 5 + ... over a document is its length squared
+            odd_numbers.sum().double(),
             torch.full_like(weight, len(batch["pixel_values"])),
         ]
         # Not index_add_: on a GPU its order, and so the last bit of its sums, changes from run to run.
-        member = batch["kinds"][outputs["places"]][:, None] == torch.arange(
-            BUCKETS, device=tokens.device
-        )  # (n, BUCKETS)
-        of_kind = torch.where(member, tokens[:, None], 0.0).sum(0), member.sum(0)
-        sums = torch.cat([torch.stack(head), *of_kind, batch["stream_tokens"].sum(0)])
+        buckets = batch["kinds"][outputs["label_indices"]]  # (n,)
+        in_bucket = buckets[:, None] == torch.arange(BUCKETS, device=device)  # (n, BUCKETS)
+        ce_sums, counts = torch.where(in_bucket, token_ce[:, None], 0.0).sum(0), in_bucket.sum(0)
+        sums = torch.cat([torch.stack(scalars), ce_sums, counts, batch["stream_tokens"].sum(0)])
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def take(self, norm: Tensor | None = None) -> Measured:
-        """What was added up, over all ranks; the next step begins at 0. `norm` is the same on all ranks already."""
+    def take(self, norm: Tensor | None = None) -> StepResult:
+        """Return the sums over all ranks, and start again at 0.
+
+        Args:
+            norm: the gradients' norm, which already is the same on all ranks; None for an evaluation.
+        """
         assert self.sums is not None, "no microbatch was added"
         local, self.sums = self.sums, None
-        memory = local.new_zeros(
-            ranks.world_size()
-        )  # each rank has a place of its own, so that the sum is all of them
-        memory[ranks.rank()] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
-        signals = torch.zeros_like(memory)  # so ranks agree at which step they stop
-        signals[ranks.rank()] = received_signal()
-        total = ranks.sum_over_ranks(torch.cat([local, signals, memory]))
-        last = total.new_zeros(1) if norm is None else norm.double().reshape(1)
-        values: list[float] = torch.cat([total, last]).tolist()
-        weight, loss, ce, z, squares, views = values[:HEAD]
+        world_size, rank = ranks.world_size(), ranks.rank()
+        # Each rank has an element of its own, so that the sums over ranks hold the values of all.
+        signals, memory = local.new_zeros(world_size), local.new_zeros(world_size)
+        signals[rank] = received_signal()  # so that the ranks agree at which step they stop
+        memory[rank] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
+        sums = ranks.sum_over_ranks(torch.cat([local, signals, memory]))
+        norm = sums.new_zeros(1) if norm is None else norm.double().reshape(1)
+        values: list[float] = torch.cat([sums, norm]).tolist()  # the only transfer to the host
+        streams = len(local) - SCALARS - 2 * BUCKETS
+        scalars, ce_sums, counts, stream_tokens, all_signals, all_memory, (norm_value,) = _cut(
+            values, (SCALARS, BUCKETS, BUCKETS, streams, world_size, world_size, 1)
+        )
+        weight, loss, ce, z, squares, views = scalars
         weight = weight or 1.0  # nothing was trained on: the sums are 0
-        sums, counts = values[HEAD : HEAD + BUCKETS], values[HEAD + BUCKETS : HEAD + 2 * BUCKETS]
-        return Measured(
+        return StepResult(
             loss=loss / weight,
             ce=ce / weight,
             z=z / weight,
             squares=int(squares),
             views=int(views),
-            by_kind=[(value, int(count)) for value, count in zip(sums, counts, strict=True)],
-            stream_tokens=[int(count) for count in values[HEAD + 2 * BUCKETS : -1 - 2 * len(memory)]],
-            memory=max(values[-1 - len(memory) : -1]),
-            norm=values[-1],
-            signal=int(max(values[-1 - 2 * len(memory) : -1 - len(memory)])),
+            by_kind=[(value, int(count)) for value, count in zip(ce_sums, counts, strict=True)],
+            stream_tokens=[int(count) for count in stream_tokens],
+            memory=max(all_memory),
+            norm=norm_value,
+            signal=int(max(all_signals)),
         )
+
+
+def _cut(values: list[float], lengths: tuple[int, ...]) -> list[list[float]]:
+    """Cut a list into consecutive parts of these lengths, which add up to its own."""
+    remaining = iter(values)
+    parts = [list(itertools.islice(remaining, length)) for length in lengths]
+    assert next(remaining, None) is None, "values are left over"
+    return parts

@@ -18,7 +18,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.collate import Batch, split_batch
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
-from unitoken.train.accounting.step_sums import Measured, Measures
+from unitoken.train.accounting.step_sums import StepResult, StepSums
 from unitoken.train.callbacks.metrics import Metrics, losses, named
 from unitoken.train.check import ResolvedStage
 from unitoken.train.config import StageConfig
@@ -84,8 +84,8 @@ class Evaluation(Callback):  # type: ignore[misc]
         )
         self.metrics.say(f"evaluation at step {step}: {words}  ({time.monotonic() - begun:.0f} s)")
 
-    def measure(self, state: State) -> Measured:
-        measures = Measures()
+    def measure(self, state: State) -> StepResult:
+        measures = StepSums()
         self.loader.dataset.load_state_dict(self.first_epoch)  # the same packs each time
         state.model.eval()
         with torch.no_grad():

@@ -29,8 +29,8 @@ import torch
 from composer import Callback, Logger, State
 
 from unitoken.common.files import write_aside
-from unitoken.train.accounting.flops import Flops, peak
-from unitoken.train.accounting.step_sums import Measured
+from unitoken.train.accounting.flops import FlopsPerUnit, peak_flops
+from unitoken.train.accounting.step_sums import StepResult
 from unitoken.train.callbacks.optimisation import Optimisation
 from unitoken.train.callbacks.progress import progress_of
 from unitoken.train.config import StageConfig
@@ -46,7 +46,7 @@ class Metrics(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: StageConfig, optimisation: Optimisation, total_steps: int, flops: Flops
+        self, config: StageConfig, optimisation: Optimisation, total_steps: int, flops: FlopsPerUnit
     ) -> None:
         self.path = Path(config.save.folder) / METRICS
         self.optimisation, self.total_steps, self.flops, self.every = (
@@ -59,7 +59,7 @@ class Metrics(Callback):  # type: ignore[misc]
         self.tokens_seen = dict.fromkeys(config.data.streams, 0)
         self.progress = progress_of(config.name, total_steps, config.log.every, config.log.progress)
         on_gpu = torch.cuda.is_available() and config.precision == "bf16"
-        self.peak = peak(torch.cuda.get_device_name()) if on_gpu else None
+        self.peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
         self.clock = 0.0
         self.file: TextIO | None = None  # of the first rank
 
@@ -103,7 +103,7 @@ class Metrics(Callback):  # type: ignore[misc]
         if measured.memory:
             line["memory_gib"] = measured.memory / 2**30
         if self.peak:
-            needed = self.flops.of(measured.tokens, measured.squares, measured.views, measured.targets)
+            needed = self.flops.total(measured.tokens, measured.squares, measured.views, measured.targets)
             line["mfu"] = needed / (seconds * ranks.world_size() * self.peak)
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -137,7 +137,7 @@ class Metrics(Callback):  # type: ignore[misc]
             self.file = None
 
 
-def losses(measured: Measured) -> dict[str, float]:
+def losses(measured: StepResult) -> dict[str, float]:
     return {"loss": measured.loss, "ce": measured.ce, "z": measured.z, **measured.losses()}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from composer import Callback, Logger, State
 
-from unitoken.train.accounting.step_sums import Measured, Measures
+from unitoken.train.accounting.step_sums import StepResult, StepSums
 from unitoken.train.config import OptimizerConfig
 from unitoken.train.distributed import composer_trainer
 from unitoken.train.optim import learning_rate, set_learning_rate
@@ -21,7 +21,7 @@ class Optimisation(Callback):  # type: ignore[misc]
     list of callbacks, so that a run that gives up does not save.
 
     Args:
-        by_packs: how the loss is averaged over microbatches, see `Measures`.
+        by_packs: how the loss is averaged over microbatches, see `StepSums`.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class Optimisation(Callback):  # type: ignore[misc]
         self.config, self.epoch_steps = config, epoch_steps
         self.warmup_epochs, self.epochs = warmup_steps / epoch_steps, total_steps / epoch_steps
         self.rate = 0.0
-        self.measures = Measures(by_packs)
-        self.measured: Measured  # of the last step
+        self.measures = StepSums(by_packs)
+        self.measured: StepResult  # of the last step
         self.skipped = self.in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Samples(Callback):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Load the tokenizers, and tokenize what will be asked, which is always the same."""
         samples = self._samples
-        with ranks.together(), composer_trainer.paused(state) as network:
+        with ranks.share_errors(), composer_trainer.evaluation_mode(state) as network:
             self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
             check_trained_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
             self._requests = self._dialogue.prompts([asked(text) for text in samples.draw], self._crops)
@@ -96,8 +96,8 @@ class Samples(Callback):  # type: ignore[misc]
             Sampling(samples.temperature, None, samples.top_k, guidance, self._config.seed),
             Sampling(temperature=0.0),
         )
-        with composer_trainer.paused(state) as network, torch.no_grad():
-            reading, agree = Reading.of(self._config, network.vision), ranks.first_ranks
+        with composer_trainer.evaluation_mode(state) as network, torch.no_grad():
+            reading, agree = Reading.of(self._config, network.vision), ranks.broadcast_from_first_rank
             sizes = [dialogue.latents(size) for size in self._sizes]
             drawings = generate(
                 network,

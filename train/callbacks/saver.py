@@ -43,7 +43,7 @@ class Saver(Callback):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         self.saved_at = state.timestamp.batch.value
         if ranks.is_first_rank():
-            run_folder.clean_up(self.folder)
+            run_folder.remove_partial_files(self.folder)
         ranks.barrier()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:  # noqa: ARG002
@@ -66,12 +66,14 @@ class Saver(Callback):  # type: ignore[misc]
         if step == self.saved_at:
             return
         self.saved_at = step
-        written = run_folder.unpublished(self.folder, step)
-        with ranks.together():
+        written = run_folder.temporary_path(self.folder, step)
+        with ranks.share_errors():
             try:
                 composer_trainer.write_checkpoint(state, written)
                 if ranks.is_first_rank():
-                    run_folder.publish_checkpoint(written, run_folder.path_of(self.folder, step), self.keep)
+                    run_folder.publish_checkpoint(
+                        written, run_folder.checkpoint_path(self.folder, step), self.keep
+                    )
             except OSError as error:  # a full disk: what is half written must not keep it full
                 written.unlink(missing_ok=True)
                 raise store_error(

@@ -1,4 +1,4 @@
-"""Whether a stage can go on from, or is already done by, what is in a folder."""
+"""Check whether a stage can start from trained weights, or was already finished by the run in its folder."""
 
 from __future__ import annotations
 
@@ -9,75 +9,28 @@ from unitoken.common.config import Config, changed_names, flatten
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.check import check_mixture
+from unitoken.streaming_data.check import check_sources
+from unitoken.streaming_data.sources import open_sources
+from unitoken.train.check_tokenizers import describe_vocabulary
 from unitoken.train.checkpoint.layouts import model_configs
-from unitoken.train.checkpoint.metadata import MODEL, About, ModelSizes, PictureCrops, read_about, read_stage
+from unitoken.train.checkpoint.metadata import (
+    MODEL,
+    CheckpointMetadata,
+    ModelSizes,
+    PictureCrops,
+    read_metadata,
+    read_stage,
+)
 from unitoken.train.config import StageConfig
 
-
-def shared(stage: StageConfig) -> dict[str, Any]:
-    """The settings by their dotted names, without the places of data and folders, which machines may name in their own way."""
-    places = ("save.folder", "data.cache")
-    return {
-        name: value
-        for name, value in flatten(stage.model_dump(mode="json")).items()
-        if not name.startswith(places) and not name.endswith(".local")
-    }
-
-
-# What the weights of a finished run depend on: not how it was computed, nor what was written beside.
-_OF_WEIGHTS = ("model.", "init_from", "trainable", "optimizer.", "data.", "precision", "compat", "seed")
-
-
-_OF_COMPUTING = ("model.attention", "model.compile", "data.cache", "data.workers", "data.prefetch")
-
-
-def check_finished(run: Path, stage: StageConfig) -> None:
-    """Raises ConfigError where a finished run was another one: taken for done, what is asked for would never be trained."""
-    made_by = read_stage(run)
-    then, now = (flatten(one.model_dump(mode="json")) if one is not None else {} for one in (made_by, stage))
-    names = [
-        name
-        for name in changed_names(then, now)
-        if name.startswith(_OF_WEIGHTS) and not name.startswith(_OF_COMPUTING)
-    ]
-    found = [f"{name} {then.get(name)}, now {now.get(name)}" for name in names]
-    if made_by is not None and found:
-        raise ConfigError(
-            f"{run}: finished with other settings: {'; '.join(found)}. Choose another save.folder"
-        )
-
-
-class Whole(NamedTuple):
-    """`About` with nothing missing that a model needs."""
-
-    stage: StageConfig | None
-    sizes: ModelSizes
-    vocabulary: Vocabulary
-    pictures: PictureCrops | None
-
-
-def read_whole(origin: Path, stage: StageConfig | None = None) -> Whole:
-    """What `origin` says of itself; what it does not say, `stage` says. Raises ConfigError where neither does."""
-    about, stage = read_about(origin), stage or read_stage(origin)
-    if stage is None and (about.sizes is None or about.vocabulary is None):
-        missing = VOCABULARY if about.vocabulary is None else MODEL
-        raise ConfigError(
-            f"{origin}: no {missing} beside it; name the stage that made it: --config yamls/stage1.yaml"
-        )
-    sizes, vocabulary = about.sizes, about.vocabulary
-    if sizes is None:
-        assert stage is not None
-        decoder, vision = model_configs(stage.model)
-        sizes = ModelSizes(decoder=decoder, vision=vision)
-    if vocabulary is None:
-        assert stage is not None
-        vocabulary = check_mixture(stage.data)
-    return Whole(stage, sizes, vocabulary, about.pictures)
-
-
-# What gives tensors their shapes and layers their order; `other_constants` has the rest.
-_DECODER = (
+# Paths that may differ between the machines of a run.
+_MACHINE_PATHS = ("save.folder", "data.cache")
+# Settings that the weights of a finished run depend on: not what was written beside them.
+_WEIGHT_SETTINGS = ("model.", "init_from", "trainable", "optimizer.", "data.", "precision", "compat", "seed")
+# Settings among these that only say how the weights are computed.
+_COMPUTE_SETTINGS = ("model.attention", "model.compile", "data.cache", "data.workers", "data.prefetch")
+# Sizes that decide the shapes of tensors and the order of layers.
+_DECODER_SHAPES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -86,9 +39,7 @@ _DECODER = (
     "kv_heads",
     "swin_norm",
 )
-
-
-_VISION = (
+_VISION_SHAPES = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -96,41 +47,118 @@ _VISION = (
     "image_size",
     "patch_size",
 )
+# Constants of the model that no tensor's shape shows.
+_DECODER_CONSTANTS = ("rope_theta", "rms_norm_eps")
+_VISION_CONSTANTS = ("layer_norm_eps",)
 
 
-def check_fits(about: About, sizes: ModelSizes, vocabulary: Vocabulary, where: str) -> None:
-    """Raises ConfigError where weights are of another architecture, or were trained in another vocabulary, than is needed."""
-    if about.sizes is not None:
-        _same(about.sizes.decoder, sizes.decoder, _DECODER, where, "decoder")
-        if about.sizes.vision is not None and sizes.vision is None:
-            raise ConfigError(f"{where}: it has a vision tower, this stage's model has none (model.vision)")
-        if about.sizes.vision is not None and sizes.vision is not None:
-            _same(about.sizes.vision, sizes.vision, _VISION, where, "vision tower")
-    if about.vocabulary is not None and about.vocabulary.fingerprint != vocabulary.fingerprint:
+def settings_of_all_machines(stage: StageConfig) -> dict[str, Any]:
+    """Return the settings that all machines of a run share, by dotted name: all but their own paths."""
+    return {
+        name: value
+        for name, value in flatten(stage.model_dump(mode="json")).items()
+        if not name.startswith(_MACHINE_PATHS) and not name.endswith(".local")
+    }
+
+
+def check_finished(run: Path, stage: StageConfig) -> None:
+    """Raise ConfigError if a finished run had other settings, with which these would never be trained."""
+    finished = read_stage(run)
+    if finished is None:
+        return
+    then, now = flatten(finished.model_dump(mode="json")), flatten(stage.model_dump(mode="json"))
+    differences = [
+        f"{name} {then.get(name)}, now {now.get(name)}"
+        for name in changed_names(then, now)
+        if name.startswith(_WEIGHT_SETTINGS) and not name.startswith(_COMPUTE_SETTINGS)
+    ]
+    if differences:
         raise ConfigError(
-            f"{where}: it was trained in a vocabulary with fingerprint {about.vocabulary.fingerprint} "
-            f"({about.vocabulary.size} tokens), the datasets have {vocabulary.fingerprint} ({vocabulary.size} tokens)"
+            f"{run}: finished with other settings: {'; '.join(differences)}. Choose another save.folder"
         )
 
 
-def other_constants(about: About, sizes: ModelSizes) -> str | None:
-    """Numbers that no tensor shows and that differ: the same weights are another model with them."""
-    if about.sizes is None:
+class CompleteMetadata(NamedTuple):
+    """Metadata of trained weights with all that a model needs, and the stage if it is known."""
+
+    stage: StageConfig | None
+    sizes: ModelSizes
+    vocabulary: Vocabulary
+    pictures: PictureCrops | None
+
+
+def read_complete_metadata(origin: Path, stage: StageConfig | None = None) -> CompleteMetadata:
+    """Read the metadata beside trained weights, completed from the stage.
+
+    Args:
+        origin: the file or folder that `find_origin` found.
+        stage: the stage that made the weights; None reads it from beside them.
+
+    Raises:
+        ConfigError: something is missing in both.
+    """
+    metadata, stage = read_metadata(origin), stage or read_stage(origin)
+    sizes, vocabulary = metadata.sizes, metadata.vocabulary
+    if stage is None and (sizes is None or vocabulary is None):
+        missing = VOCABULARY if vocabulary is None else MODEL
+        raise ConfigError(
+            f"{origin}: no {missing} beside it; name the stage that made it: --config yamls/stage1.yaml"
+        )
+    if sizes is None:
+        assert stage is not None
+        decoder, vision = model_configs(stage.model)
+        sizes = ModelSizes(decoder=decoder, vision=vision)
+    if vocabulary is None:
+        assert stage is not None
+        vocabulary = check_sources(open_sources(stage.data), stage.data, views=None)
+    return CompleteMetadata(stage, sizes, vocabulary, metadata.pictures)
+
+
+def check_fits(metadata: CheckpointMetadata, sizes: ModelSizes, vocabulary: Vocabulary, where: str) -> None:
+    """Raise ConfigError if weights have another architecture or vocabulary than a stage.
+
+    Args:
+        metadata: of the weights; what it does not have is not compared.
+        sizes: the stage's sizes.
+        vocabulary: the vocabulary of the stage's datasets.
+        where: the setting and the weights, for the message.
+    """
+    if metadata.sizes is not None:
+        _check_same(metadata.sizes.decoder, sizes.decoder, _DECODER_SHAPES, where, "decoder")
+        if metadata.sizes.vision is not None and sizes.vision is None:
+            raise ConfigError(f"{where}: it has a vision tower, this stage's model has none (model.vision)")
+        if metadata.sizes.vision is not None and sizes.vision is not None:
+            _check_same(metadata.sizes.vision, sizes.vision, _VISION_SHAPES, where, "vision tower")
+    if metadata.vocabulary is not None and metadata.vocabulary.fingerprint != vocabulary.fingerprint:
+        raise ConfigError(
+            f"{where}: it was trained in a vocabulary with fingerprint "
+            f"{describe_vocabulary(metadata.vocabulary)}, the datasets have {describe_vocabulary(vocabulary)}"
+        )
+
+
+def compare_constants(metadata: CheckpointMetadata, sizes: ModelSizes) -> str | None:
+    """Describe how constants that no tensor's shape shows differ from the stage's, or return None.
+
+    With other constants the same weights are another model.
+    """
+    if metadata.sizes is None:
         return None
-    found = _differences(about.sizes.decoder, sizes.decoder, ("rope_theta", "rms_norm_eps"))
-    if about.sizes.vision is not None and sizes.vision is not None:
-        found += _differences(about.sizes.vision, sizes.vision, ("layer_norm_eps",))
-    return f"its model and this stage's have {', '.join(found)}" if found else None
+    differences = _differences(metadata.sizes.decoder, sizes.decoder, _DECODER_CONSTANTS)
+    if metadata.sizes.vision is not None and sizes.vision is not None:
+        differences += _differences(metadata.sizes.vision, sizes.vision, _VISION_CONSTANTS)
+    return f"its model and this stage's have {', '.join(differences)}" if differences else None
 
 
-def _same(found: Config, needed: Config, fields: tuple[str, ...], where: str, part: str) -> None:
-    if differences := _differences(found, needed, fields):
+def _check_same(found: Config, needed: Config, fields: tuple[str, ...], where: str, part: str) -> None:
+    differences = _differences(found, needed, fields)
+    if differences:
         raise ConfigError(
             f"{where}: another architecture: its {part} and this stage's have {', '.join(differences)}"
         )
 
 
 def _differences(found: Config, needed: Config, fields: tuple[str, ...]) -> list[str]:
+    """Return the fields whose values differ, each as "field found and needed"."""
     return [
         f"{field} {getattr(found, field)} and {getattr(needed, field)}"
         for field in fields

@@ -1,13 +1,16 @@
-"""A trained model as a folder of Hugging Face's layout, which transformers' Chameleon and this program load to the same logits.
+"""Export a trained model as a folder of Hugging Face's layout.
+
+transformers' Chameleon and this program load it to the same logits.
 
 config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
-model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; and model.vqmodel.* where the stage's `codec` names a Chameleon VQGAN
-tokenizer*.json        where `codec` names a tokenizer
-tower/                 preprocessor_config.json of the tower: beside config.json transformers takes it for Chameleon's
+model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; model.vqmodel.* if `codec` names a Chameleon
+VQGAN tokenizer*.json        if `codec` names a tokenizer tower/                 preprocessor_config.json of
+the tower; beside config.json transformers would take it for
+                       Chameleon's
 vocabulary.json, pictures.json, stage.yaml
 
-The folder is written aside and renamed: what bears its name is whole. Weights pass one file at a time, so that a model of any
-size takes 15 GB of memory.
+The folder is written aside and renamed: a folder of its name is complete. Weights are read and written one
+file at a time, so that exporting a model of any size takes 15 GB of memory.
 """
 
 from __future__ import annotations
@@ -19,214 +22,251 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
+from unitoken.common.cli import report, warn
 from unitoken.common.files import AsideFolder
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
-from unitoken.train.check_tokenizers import check_image_tokenizer, checked_tokenizer, manifests_here
+from unitoken.train.check_tokenizers import (
+    check_image_tokenizer,
+    load_checked_tokenizer,
+    read_local_manifests,
+)
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.compatibility import read_whole
-from unitoken.train.checkpoint.export_mark import check_target, mark_of
-from unitoken.train.checkpoint.integrity import check_checkpoint, digests
-from unitoken.train.checkpoint.layouts import CONFIG, find_origin, latest_checkpoint
-from unitoken.train.checkpoint.loading import shapes_of
-from unitoken.train.checkpoint.metadata import PICTURES, STAGE, ModelSizes, dump_stage, found_anywhere
-from unitoken.train.checkpoint.tensors import Tensors, TensorSource, check_shapes, fit_norms
+from unitoken.train.checkpoint.compatibility import CompleteMetadata, read_complete_metadata
+from unitoken.train.checkpoint.export_mark import check_export_target, read_mark
+from unitoken.train.checkpoint.integrity import check_checkpoint, compute_digests
+from unitoken.train.checkpoint.locations import CONFIG, find_origin, latest_checkpoint
+from unitoken.train.checkpoint.metadata import PICTURES, STAGE, ModelSizes, dump_stage, with_absolute_paths
+from unitoken.train.checkpoint.tensors import (
+    Tensors,
+    TensorSource,
+    check_shapes,
+    fit_norms,
+    parameter_shapes,
+)
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
 VQ = "model.vqmodel."
 TOWER = "tower"
-IMAGE_NAMES = (
-    "<image>",
-    "<reserved08707>",
-)  # what transformers writes where an image will be: its name there, and Chameleon's
+# The token that transformers writes where an image will be: by its own name, and by Chameleon's.
+IMAGE_NAMES = ("<image>", "<reserved08707>")
 
 
 def export_at_end(config: StageConfig) -> None:
-    """What `save.export` asks for, on the first rank; where a run was killed before, the same command again does it.
+    """Export the last checkpoint of a finished stage to `save.export`, on the first rank.
 
-    Nothing where that very checkpoint is exported already: another run may have ended at the same step.
+    Nothing is done if that very checkpoint is exported already, so the same command completes an export that
+    was killed. Checkpoints are compared by id, as another run may have ended at the same step.
     """
     if config.save.export is None:
         return
     checkpoint = latest_checkpoint(Path(config.save.folder))
-    assert checkpoint is not None, "a run that ends has saved"
+    assert checkpoint is not None, "a finished run has a checkpoint"
     out = Path(config.save.export)
-    wanted = run_folder.id_of(checkpoint)
-    if wanted is None or (mark_of(out) or {}).get("checkpoint") != wanted:
+    identity = run_folder.id_of(checkpoint)
+    if identity is None or (read_mark(out) or {}).get("checkpoint") != identity:
         export_model(str(checkpoint), out, stage=config)
-        print(f"{config.name}: exported to {out}", flush=True)
+        report(f"{config.name}: exported to {out}")
+
+
+def export_model(
+    source: str,
+    out: Path,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    stage: StageConfig | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Export a model to a folder, which may hold an earlier export.
+
+    Args:
+        source: the model: anything that `init_from` takes.
+        out: the folder to write or replace.
+        dtype: of the tensors.
+        stage: supplies the metadata that is missing beside the source, and the tokenizers; None reads it from
+            there.
+        max_shard_bytes: the largest size of a safetensors file with more than one tensor.
+
+    Raises:
+        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is or holds something
+            else.
+    """
+    check_export_target(out)
+    out = out.resolve()  # so that a link stays a link
+    _restore_previous(out)
+    origin = find_origin(source)
+    metadata = read_complete_metadata(origin, stage)
+    if origin.is_file():
+        check_checkpoint(origin)
+    weights = _in_transformers_layout(run_folder.open_weights(origin), metadata.sizes)
+    codec = metadata.stage.codec if metadata.stage else None
+    tokenizer = load_checked_tokenizer(codec, metadata.vocabulary) if codec else None
+    image_tokenizer = _find_image_tokenizer(metadata)
+    if image_tokenizer is not None:
+        weights = _add_image_tokenizer(weights, image_tokenizer)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with AsideFolder(out) as folder:
+        _write_tensors(folder.path, weights, DTYPES[dtype], max_shard_bytes)
+        _write_metadata(folder.path, metadata, tokenizer)
+        fields = _config(metadata, tokenizer, image_tokenizer, DTYPES[dtype])
+        files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
+        mark = {"vocabulary": metadata.vocabulary.fingerprint, **_origin_fields(origin), "files": files}
+        fields["unitoken"] = {**mark, "sha256": compute_digests(folder.path, fields)}
+        _write_json(folder.path / CONFIG, fields)
+        _publish(folder, out)
+    if codec is None:
+        report(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights")
 
 
 def _origin_fields(origin: Path) -> dict[str, Any]:
-    """Which checkpoint it is, for `export_at_end`."""
+    """Return the mark's fields about the exported checkpoint, which `export_at_end` compares."""
     if origin.is_dir():
         return {}
     return {"step": run_folder.step_of(origin), "checkpoint": run_folder.id_of(origin)}
 
 
-def export_model(
-    source: str, out: Path, dtype: Literal["bf16", "fp32"] = "bf16", stage: StageConfig | None = None
-) -> None:
-    """Write the model in `source` (anything that `init_from` takes) to the folder `out`, or in the place of an exported one there.
+def _find_image_tokenizer(metadata: CompleteMetadata) -> Weights | None:
+    """Return the stage's image tokenizer if it is Chameleon's VQGAN, which the folder can hold."""
+    stage = metadata.stage
+    if stage is None or stage.codec is None or stage.codec.vision.kind != "chameleon":
+        return None
+    weights = find_image_tokenizer(stage.codec.vision)
+    manifests = read_local_manifests(stage.data)
+    for warning in check_image_tokenizer(stage.codec, weights, metadata.vocabulary, manifests):
+        warn(warning)
+    return weights
 
-    `stage` says what the source's folder does not say itself, and where the tokenizers are.
 
-    Raises:
-        ConfigError: no checkpoint, one that does not fit its own settings, or `out` is or holds something else.
-    """
-    check_target(out)
-    out = out.resolve()  # a link stays one
-    _settle(out)
-    origin = find_origin(source)
-    whole = read_whole(origin, stage)
-    if origin.is_file():
-        check_checkpoint(origin)
-    weights = _in_transformers_layout(run_folder.open_source(origin), whole.sizes)
-    codec = whole.stage.codec if whole.stage else None
-    tokenizer = checked_tokenizer(codec, whole.vocabulary) if codec else None
-    image_tokenizer = (
-        find_image_tokenizer(codec.vision) if codec and codec.vision.kind == "chameleon" else None
-    )
-    if codec is not None and whole.stage is not None and image_tokenizer is not None:
-        for odd in check_image_tokenizer(
-            codec, image_tokenizer, whole.vocabulary, manifests_here(whole.stage.data)
-        ):
-            print(f"warning: {odd}", flush=True)
-        weights = _with_image_tokenizer(weights, image_tokenizer)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with AsideFolder(out) as folder:
-        _write_tensors(folder.path, weights, DTYPES[dtype])
-        if whole.sizes.vision is not None:
-            (folder.path / TOWER).mkdir()
-            _write_json(folder.path / TOWER / "preprocessor_config.json", _preprocessor(whole.sizes.vision))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder.path)
-        if whole.stage is not None:
-            (folder.path / STAGE).write_bytes(dump_stage(found_anywhere(whole.stage)))
-        if whole.pictures is not None:
-            _write_json(folder.path / PICTURES, whole.pictures.model_dump())
-        whole.vocabulary.save(folder.path / VOCABULARY)
-        files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
-        fields = {
-            **_config(whole.sizes, whole.vocabulary, tokenizer),
-            **({"vq_config": _vq_config(image_tokenizer)} if image_tokenizer else {}),
-            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        }
-        mark = {"vocabulary": whole.vocabulary.fingerprint, **_origin_fields(origin), "files": files}
-        fields["unitoken"] = {**mark, "sha256": digests(folder.path, fields)}
-        _write_json(folder.path / CONFIG, fields)
-        _publish(folder, out)
-    if codec is None:
-        print(
-            f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights",
-            flush=True,
-        )
+def _write_metadata(folder: Path, metadata: CompleteMetadata, tokenizer: Any) -> None:
+    """Write all files of the export but config.json and the tensors."""
+    if metadata.sizes.vision is not None:
+        (folder / TOWER).mkdir()
+        _write_json(folder / TOWER / "preprocessor_config.json", _preprocessor(metadata.sizes.vision))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if metadata.stage is not None:
+        (folder / STAGE).write_bytes(dump_stage(with_absolute_paths(metadata.stage)))
+    if metadata.pictures is not None:
+        _write_json(folder / PICTURES, metadata.pictures.model_dump())
+    metadata.vocabulary.save(folder / VOCABULARY)
 
 
 def _publish(folder: AsideFolder, out: Path) -> None:
-    """Give the folder its name; a model that bears it steps aside, and comes back if that fails.
+    """Rename the folder to `out`; a model of that name steps aside, and comes back if that fails.
 
-    What takes a while is done before: between the two renames a kill would leave no model of that name, until `_settle`.
+    Everything slow is done before: a kill between the two renames leaves no model of that name until
+    `_restore_previous` runs.
     """
     folder.sync()
     if out.exists():
-        out.rename(_before(out))
+        out.rename(_previous(out))
     try:
         folder.publish()
     finally:
-        _settle(out)
+        _restore_previous(out)
 
 
-def _settle(out: Path) -> None:
-    """The model that stepped aside comes back where no new one took its place, and else goes."""
-    before = _before(out)
-    if before.exists() and not out.exists():
-        before.rename(out)
-    shutil.rmtree(before, ignore_errors=True)
+def _restore_previous(out: Path) -> None:
+    """Bring back the model that stepped aside if no new one took its place; otherwise remove it."""
+    previous = _previous(out)
+    if previous.exists() and not out.exists():
+        previous.rename(out)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def _before(out: Path) -> Path:
+def _previous(out: Path) -> Path:
     return out.with_name(f".before-{out.name}")
 
 
 def _in_transformers_layout(source: TensorSource, sizes: ModelSizes) -> TensorSource:
-    """With a row a head in the norms of queries and keys, as transformers builds them; checked against the model's sizes."""
+    """Convert query and key norms to transformers' row for each head, and check the shapes of all weights."""
     decoder = sizes.decoder.model_copy(update={"qk_norm": "per_head"})
-    expected = shapes_of(
-        build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision))
-    )
+    model = build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision))
+    expected = parameter_shapes(model)
     fitted = fit_norms(source, expected)
     check_shapes(fitted.shapes, expected, source.where)
     return fitted
 
 
-def _with_image_tokenizer(source: TensorSource, found: Weights) -> TensorSource:
-    """And encoder and codebook of the VQGAN, which transformers keeps inside its Chameleon; its decoder has no place there."""
+def _add_image_tokenizer(source: TensorSource, weights: Weights) -> TensorSource:
+    """Add the VQGAN's encoder and codebook; transformers' Chameleon has no place for its decoder."""
     from unitoken.codec.image_tokenizer.network import load_network
 
-    state: Tensors = load_network("chameleon", found).state_dict()
-    kept = {f"{VQ}{name}": tensor for name, tensor in state.items() if not name.startswith("decoder.")}
+    state: Tensors = load_network("chameleon", weights).state_dict()
+    added = {f"{VQ}{name}": tensor for name, tensor in state.items() if not name.startswith("decoder.")}
 
     def read(names: Collection[str]) -> Tensors:
-        return source.read([name for name in names if name not in kept]) | {
-            name: kept[name] for name in names if name in kept
-        }
+        tensors = source.read([name for name in names if name not in added])
+        return tensors | {name: added[name] for name in names if name in added}
 
-    return TensorSource(
-        source.where, source.shapes | {name: tuple(tensor.shape) for name, tensor in kept.items()}, read
-    )
+    added_shapes = {name: tuple(tensor.shape) for name, tensor in added.items()}
+    return TensorSource(source.where, source.shapes | added_shapes, read)
 
 
-def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype) -> None:
-    """`model.safetensors`, or several files and their index. The image tokenizer stays in float32: less precision, other codes."""
+def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Write `model.safetensors`, or several shards and their index.
+
+    The image tokenizer stays in float32, as a lower precision would give other codes.
+    """
     dtypes = {name: torch.float32 if name.startswith(VQ) else dtype for name in source.shapes}
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in source.shapes.items()}
-    files: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if files[-1] and sum(sizes[other] for other in files[-1]) + size > SHARD_BYTES:
-            files.append([])
-        files[-1].append(name)
-    paths = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    if len(files) == 1:
-        paths = ["model.safetensors"]
-    for path, names in zip(paths, files, strict=True):
+    shards = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in source.read(names).items()}
-        (folder / path).touch()
-        mode = (folder / path).stat().st_mode
-        save_file(tensors, folder / path, metadata={"format": "pt"})
-        (folder / path).chmod(mode)  # as of any file here: safetensors leaves one that nobody else may read
-    if len(files) > 1:
-        places = {name: path for path, names in zip(paths, files, strict=True) for name in names}
-        _write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places},
-        )
+        path = folder / file
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # that of a new file: safetensors' own can be read by its owner only
+    if shards.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _config(sizes: ModelSizes, vocabulary: Vocabulary, tokenizer: Any) -> dict[str, Any]:
-    """Transformers' ChameleonConfig. It keeps `qk_norm`, which says that the rows of a norm are one, and `vision_config` unread."""
-    names = {image_code_name(code): token for code, token in enumerate(vocabulary.image_ids)}
-    ids = tokenizer.get_vocab() if tokenizer is not None else {}
-    image = next((ids[name] for name in IMAGE_NAMES if name in ids), None)
-    return {
+def _config(
+    metadata: CompleteMetadata, tokenizer: Any, image_tokenizer: Weights | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the fields of transformers' ChameleonConfig.
+
+    Transformers ignores two of them: `qk_norm`, which says that the rows of a norm are equal, and
+    `vision_config`.
+    """
+    sizes, vocabulary = metadata.sizes, metadata.vocabulary
+    fields = {
         "architectures": ["ChameleonForConditionalGeneration"],
         "model_type": "chameleon",
         **_decoder_fields(sizes.decoder),
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.end_of_turn,
-        "vocabulary_map": names | ({} if image is None else {"<image>": image}),
-        "vq_config": {
-            "num_embeddings": len(vocabulary.image_ids)
-        },  # where nobody names the image tokenizer, it is a random one
-        **({} if sizes.vision is None else {"vision_config": _vision_fields(sizes.vision)}),
+        "vocabulary_map": _vocabulary_map(vocabulary, tokenizer),
+        # Without image tokenizer transformers makes a random one of this size.
+        "vq_config": {"num_embeddings": len(vocabulary.image_ids)},
     }
+    if sizes.vision is not None:
+        fields["vision_config"] = _vision_fields(sizes.vision)
+    if image_tokenizer is not None:
+        fields["vq_config"] = _vq_config(image_tokenizer)
+    return {**fields, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _vocabulary_map(vocabulary: Vocabulary, tokenizer: Any) -> dict[str, int]:
+    """Return the ids of the image codes and, if the tokenizer has it, of the image's placeholder."""
+    names = {image_code_name(code): token for code, token in enumerate(vocabulary.image_ids)}
+    ids = tokenizer.get_vocab() if tokenizer is not None else {}
+    placeholders = [ids[name] for name in IMAGE_NAMES if name in ids]
+    return {**names, "<image>": placeholders[0]} if placeholders else names
 
 
 def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
@@ -246,14 +286,15 @@ def _vision_fields(vision: VisionTowerConfig) -> dict[str, Any]:
 
 
 def _vq_config(weights: Weights) -> dict[str, Any]:
-    """A VQGAN's YAML in transformers' words."""
+    """Return the settings of a Chameleon VQGAN under transformers' names."""
     from unitoken.codec.image_tokenizer.chameleon import shape_of
 
-    assert isinstance(weights.shape, Parameters), "asked for a VQGAN of Chameleon's only"
+    assert isinstance(weights.shape, Parameters), "only a Chameleon VQGAN is exported"
     return shape_of(weights.shape)
 
 
 def _preprocessor(vision: VisionTowerConfig) -> dict[str, Any]:
+    """Return the settings of transformers' SiglipImageProcessor."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True,

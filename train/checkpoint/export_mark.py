@@ -1,4 +1,4 @@
-"""What marks a folder as an exported model, so that an export replaces nothing else."""
+"""The mark of an exported model in its config.json, so that an export replaces nothing else."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.layouts import CONFIG
+from unitoken.train.checkpoint.locations import CONFIG
 
 
-def check_target(out: Path) -> None:
-    """Raises ConfigError where an export would replace something that is none, or something that somebody put into one."""
+def check_export_target(out: Path) -> None:
+    """Raise ConfigError if an export to `out` would replace anything but the files of an earlier export."""
     if not out.exists():
         if out.is_symlink():
-            raise ConfigError(f"{out}: it is a link to {out.readlink()}, which is not there")
+            raise ConfigError(f"{out}: it is a link to {out.readlink()}, which does not exist")
         return
-    mark = mark_of(out)
+    mark = read_mark(out)
     if mark is None:
-        raise ConfigError(f"{out}: it is there and is no exported model, so it is not replaced")
-    files = mark.get("files")  # none: exported before they were listed, and an export makes no folders
-    more = sorted(
-        path.name for path in out.iterdir() if (path.is_dir() if files is None else path.name not in files)
-    )
-    if more:
+        raise ConfigError(f"{out}: it exists and is not an exported model, so it is not replaced")
+    files = mark.get("files")
+    if files is None:  # exported before files were listed, when an export had no folders in it
+        foreign = [path.name for path in out.iterdir() if path.is_dir()]
+    else:
+        foreign = [path.name for path in out.iterdir() if path.name not in files]
+    if foreign:
         raise ConfigError(
-            f"{out}: it holds {', '.join(more)} besides the exported model, so it is not replaced"
+            f"{out}: it holds {', '.join(sorted(foreign))} besides the exported model, so it is not replaced"
         )
 
 
 def is_export(folder: Path) -> bool:
-    return mark_of(folder) is not None
+    """Return whether a folder is an exported model."""
+    return read_mark(folder) is not None
 
 
-def mark_of(folder: Path) -> dict[str, Any] | None:
-    """What an exported model's config.json says of the export; None where it is another's, or none at all."""
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """Return the mark in a folder's config.json, or None if the folder is not an exported model."""
     try:
         mark = json.loads((folder / CONFIG).read_bytes())["unitoken"]
     except (OSError, ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Where each part of a new model gets its weights, and giving them to it."""
+"""Find the weights of each part of a new model, and load them."""
 
 from __future__ import annotations
 
@@ -12,96 +12,109 @@ from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.tensors import (
     Shapes,
     TensorSource,
-    decoder_source,
+    compare_shapes,
     fit_norms,
-    misfits,
-    vision_source,
+    open_decoder_folder,
+    open_vision_folder,
+    parameter_shapes,
 )
 from unitoken.train.config import ModelConfig
 from unitoken.train.model.unitoken import UniToken
 
-PAIRS = (
-    ("model", "lm_head"),
-    ("vit", "adapter"),
-)  # trained together: where one is and the other is not, it was lost
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+# Parts that are trained together: where only one of them is there, the other was lost.
+PAIRS = (("model", "lm_head"), ("vit", "adapter"))
 
 
 def find_weights(
     model: UniToken, config: ModelConfig, trained: TensorSource | None
 ) -> dict[str, TensorSource]:
-    """Where each part of a `meta` model gets its weights: from `trained` (an earlier stage), else from the configured folders.
+    """Find the weights of each part of a model, without loading any.
 
-    Tower and adapter that `trained` lacks (the base stage has none) are what they would be without it; a part that is in
-    none of them is new. A part whose companion is there (`PAIRS`) was lost and is not replaced. Nothing is loaded yet.
+    They come from `trained`, else from the configured folders. A tower and an adapter that `trained` lacks
+    (the base stage has none) are what they would be without it. A part that is in none of them is not in the
+    result and will be new. A part whose companion is there (`PAIRS`) was lost, which is an error.
+
+    Args:
+        model: the model on the `meta` device.
+        config: its settings, with the folders of pretrained weights.
+        trained: the weights of an earlier stage, or None.
 
     Raises:
-        ConfigError: tensors of a part are missing, have no place in the model, or have another shape; all of them.
+        ConfigError: tensors of a part are missing, are not part of the model, or have another shape; it names
+            all.
     """
-    parts: dict[str, TensorSource] = _in_pairs(trained) if trained is not None else {}
+    parts: dict[str, TensorSource] = _split_with_companions(trained) if trained is not None else {}
     if isinstance(config.decoder, str) and "model" not in parts:
-        parts = _in_pairs(decoder_source(config.decoder)) | parts
+        parts = _split_with_companions(open_decoder_folder(config.decoder)) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
-        parts |= _by_part(vision_source(config.vision))
-    expected = {
-        part: source.shapes
-        for part, source in _by_part(TensorSource("", shapes_of(model), lambda _: {})).items()
-    }
-    found: dict[str, tuple[Shapes, Shapes]] = {}  # by where it is: what is there, what is needed of it
+        parts |= _split_by_part(open_vision_folder(config.vision))
+    expected = _shapes_by_part(parameter_shapes(model))
+    shapes: dict[str, tuple[Shapes, Shapes]] = {}  # of each file or folder: found, and expected of it
     for part, source in parts.items():
         parts[part] = fit_norms(source, expected.get(part, {}))
-        there, needed = found.setdefault(source.where, ({}, {}))
-        there |= parts[part].shapes
+        found, needed = shapes.setdefault(source.where, ({}, {}))
+        found |= parts[part].shapes
         needed |= expected.get(part, {})
-    problems = [text for where, (there, needed) in found.items() if (text := misfits(there, needed, where))]
-    if problems:
-        raise ConfigError("; ".join(problems))
+    problems = [compare_shapes(found, needed, where) for where, (found, needed) in shapes.items()]
+    if any(problems):
+        raise ConfigError("; ".join(problem for problem in problems if problem))
     return parts
 
 
 def load_weights(model: UniToken, parts: Mapping[str, TensorSource], seed: int) -> list[str]:
-    """Give a `meta` model what `find_weights` found, and new weights to the rest. Says where from, a line a part."""
+    """Load the weights that `find_weights` found into a `meta` model, and draw those of the other parts.
+
+    Args:
+        model: the model, on the CPU afterwards.
+        parts: the weights of each part; a part that is not among them is new.
+        seed: of new weights.
+
+    Returns:
+        A line about each part: its size and where its weights come from.
+    """
     lines = []
     for part, module in model.named_children():
         if part in parts:
-            tensors = parts[part].read([name for name in parts[part].shapes if name.startswith(f"{part}.")])
-            module.load_state_dict(
-                {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}, assign=True
-            )
+            source = parts[part]
+            tensors = source.read([name for name in source.shapes if name.startswith(f"{part}.")])
+            state = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+            module.load_state_dict(state, assign=True)
         else:
             module.to_empty(device="cpu")
-            _new_weights(module, part, seed)
+            _draw_weights(module, part, seed)
         count = sum(parameter.numel() for parameter in module.parameters())
-        lines.append(
-            f"{part}: {count:,} parameters, {parts[part].where if part in parts else f'new, seed {seed}'}"
-        )
+        origin = parts[part].where if part in parts else f"new, seed {seed}"
+        lines.append(f"{part}: {count:,} parameters, {origin}")
     return lines
 
 
-def _in_pairs(source: TensorSource) -> dict[str, TensorSource]:
-    """By part, where a part that lacks its companion brings it along, without a tensor."""
-    parts = _by_part(source)
+def _split_with_companions(source: TensorSource) -> dict[str, TensorSource]:
+    """Split weights by part; a missing companion of a part gets an entry without tensors."""
+    parts = _split_by_part(source)
     for pair in PAIRS:
         if any(part in parts for part in pair):
             parts = {part: source._replace(shapes={}) for part in pair} | parts
     return parts
 
 
-def _by_part(source: TensorSource) -> dict[str, TensorSource]:
+def _split_by_part(source: TensorSource) -> dict[str, TensorSource]:
+    shapes_by_part = _shapes_by_part(source.shapes)
+    return {part: source._replace(shapes=shapes) for part, shapes in shapes_by_part.items()}
+
+
+def _shapes_by_part(shapes: Shapes) -> dict[str, Shapes]:
     parts: dict[str, Shapes] = {}
-    for name, shape in source.shapes.items():
+    for name, shape in shapes.items():
         parts.setdefault(name.split(".")[0], {})[name] = shape
-    return {part: source._replace(shapes=shapes) for part, shapes in parts.items()}
+    return parts
 
 
 @torch.no_grad()
-def _new_weights(module: nn.Module, part: str, seed: int) -> None:
-    """N(0, 0.02) as the reference; the tower as SigLIP: Xavier, with position embeddings of unit length.
+def _draw_weights(module: nn.Module, part: str, seed: int) -> None:
+    """Draw new weights: N(0, 0.02) as the reference; in the tower Xavier uniform as SigLIP.
 
-    Each part draws from a generator of its own, so that adding a part leaves the others as they were.
+    SigLIP's position embeddings have unit length. Each part draws from a generator of its own, so that adding
+    a part does not change the others.
     """
     generator = torch.Generator().manual_seed(seed * 4 + ("model", "lm_head", "vit", "adapter").index(part))
     for name, parameter in sorted(module.named_parameters()):
@@ -119,8 +132,8 @@ def _new_weights(module: nn.Module, part: str, seed: int) -> None:
             parameter.uniform_(-bound, bound, generator=generator)
 
 
-def nan_weights(model: UniToken) -> None:
-    """Memory for a run that resumes: its checkpoint overwrites all of it, and what it did not would be seen at once."""
+def fill_with_nan(model: UniToken) -> None:
+    """Give a `meta` model memory to resume into, filled with NaN so that an unloaded weight shows at once."""
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,8 +1,8 @@
 """A run's folder: `step-00000100.pt`, ..., and `latest`, a link to the newest of them.
 
-Checkpoints are Composer's, whole (not sharded), so any number of ranks can go on from them. Each is written aside and
-renamed, and `latest` is replaced in one step: whenever the run is killed, `latest` names a whole checkpoint. They are read
-with `weights_only=True`: a checkpoint from elsewhere can not run code.
+Checkpoints are Composer's, whole and not sharded, so any number of ranks can resume from them. Each is
+written aside and renamed, and `latest` is replaced atomically: whenever the run is killed, `latest` names a
+whole checkpoint. They are read with `weights_only=True`: a checkpoint from elsewhere can not run code.
 
 Saving the 7B model with its optimizer takes 84 GB of memory on the first rank's host, and as much disk.
 """
@@ -22,12 +22,19 @@ from torch import Tensor
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import aside, remove_abandoned
-from unitoken.train.checkpoint.integrity import check_finite, damage
-from unitoken.train.checkpoint.layouts import LATEST, STEP, latest_checkpoint
-from unitoken.train.checkpoint.tensors import Shapes, Tensors, TensorSource, check_shapes, decoder_source
+from unitoken.train.checkpoint.integrity import check_finite, find_damage
+from unitoken.train.checkpoint.locations import LATEST, STEP, latest_checkpoint
+from unitoken.train.checkpoint.tensors import (
+    Shapes,
+    Tensors,
+    TensorSource,
+    check_shapes,
+    open_decoder_folder,
+)
 
 LOCK = ".lock"
-NETWORK = "network."  # what the names of our model's tensors begin with in a checkpoint
+NETWORK = "network."  # the prefix of our model's tensors in a checkpoint
+# What a checkpoint holds beside tensors and plain values: times, and numpy's random state.
 SAFE_TYPES = [
     datetime.timedelta,
     torch.torch_version.TorchVersion,  # a kind of str
@@ -39,20 +46,22 @@ SAFE_TYPES = [
 
 
 def allow_safe_types() -> None:
-    """What a checkpoint holds beside tensors and plain values: times, and numpy's random state."""
+    """Let torch read `SAFE_TYPES` with `weights_only=True`."""
     torch.serialization.add_safe_globals(SAFE_TYPES)
 
 
-def path_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the path of a step's checkpoint."""
     return folder / f"step-{step:08d}.pt"
 
 
-def unpublished(folder: Path, step: int) -> Path:
-    """Where it is written first; the same name on all ranks."""
+def temporary_path(folder: Path, step: int) -> Path:
+    """Return the path at which a step's checkpoint is written first; the same on all ranks."""
     return folder / f".aside-step-{step:08d}.pt"
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name. Raises ConfigError for another name."""
     match = STEP.fullmatch(checkpoint.name)
     if match is None:
         raise ConfigError(f"{checkpoint}: not named like a checkpoint (step-00000100.pt)")
@@ -60,41 +69,48 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Composer's state; tensors stay on disk until they are used."""
+    """Return Composer's state, whose tensors stay on disk until they are used.
+
+    Raises:
+        ConfigError: not a checkpoint of this program, or one that could run code.
+    """
     allow_safe_types()
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state"]
         assert isinstance(state["model"], dict)
-    except Exception as error:  # torch raises a dozen kinds for a file that is no checkpoint
+    except Exception as error:  # torch raises a dozen kinds for a file that is not a checkpoint
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        why = (
-            f"it holds a {unsafe[1]}, which could run code"
-            if unsafe
-            else (str(error).splitlines() or [type(error).__name__])[0]
-        )
-        raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {why}") from None
+        if unsafe:
+            reason = f"it holds a {unsafe[1]}, which could run code"
+        else:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{checkpoint}: not a checkpoint of this program: {reason}") from None
     return dict(state)
 
 
 def id_of(checkpoint: Path) -> str | None:
-    """What tells it from all others, of other runs too; None where it is older than ids."""
-    found: str | None = _saved_by(read_checkpoint(checkpoint)).get("id")
-    return found
+    """Return a checkpoint's id, unique among all runs; None if it is older than ids."""
+    identity: str | None = _saver_state(read_checkpoint(checkpoint)).get("id")
+    return identity
 
 
-def unfinished(checkpoint: Path) -> str | None:
-    """`step 4 of 9 of that stage`; None at a stage's end, and where the checkpoint does not say."""
+def describe_unfinished(checkpoint: Path) -> str | None:
+    """Return "step 4 of 9 of that stage"; None at the end of a stage, or if its length is unknown."""
     state = read_checkpoint(checkpoint)
-    total = _saved_by(state).get("total_steps")
-    step = state["timestamp"]["Timestamp"]["batch"] if total else 0  # its name may be another's
-    return f"step {step} of {total} of that stage" if total and step < total else None
+    total = _saver_state(state).get("total_steps")
+    if not total:
+        return None
+    step = state["timestamp"]["Timestamp"]["batch"]  # not from the name: the file may have been renamed
+    return f"step {step} of {total} of that stage" if step < total else None
 
 
-def _saved_by(state: dict[str, Any]) -> dict[str, Any]:
+def _saver_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of the callback `Saver`."""
     return dict(state.get("callbacks", {}).get("Saver", {}))
 
 
-def _network(state: dict[str, Any]) -> Tensors:
+def _network_tensors(state: dict[str, Any]) -> Tensors:
+    """Return our model's tensors under our names."""
     return {
         name.removeprefix(NETWORK): tensor
         for name, tensor in state["model"].items()
@@ -102,90 +118,108 @@ def _network(state: dict[str, Any]) -> Tensors:
     }
 
 
-def source_of(checkpoint: Path) -> TensorSource:
-    """The model's weights in a checkpoint."""
-    shapes: Shapes = {
-        name: tuple(tensor.shape) for name, tensor in _network(read_checkpoint(checkpoint)).items()
-    }
-    return TensorSource(str(checkpoint), shapes, lambda names: _copies(checkpoint, names))
+def _shapes(tensors: Tensors) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _copies(checkpoint: Path, names: Collection[str]) -> Tensors:
-    tensors = _network(read_checkpoint(checkpoint))
-    copies = {name: tensors[name].clone() for name in names}
-    check_finite(copies.items(), str(checkpoint))
-    return copies
+def open_checkpoint(checkpoint: Path) -> TensorSource:
+    """Open the model's weights in a checkpoint."""
+
+    def read(names: Collection[str]) -> Tensors:
+        tensors = _network_tensors(read_checkpoint(checkpoint))
+        copies = {name: tensors[name].clone() for name in names}
+        check_finite(copies.items(), str(checkpoint))
+        return copies
+
+    return TensorSource(str(checkpoint), _shapes(_network_tensors(read_checkpoint(checkpoint))), read)
 
 
-def open_source(origin: Path) -> TensorSource:
-    """The weights that `find_origin` found, whichever form they are in."""
-    return decoder_source(str(origin)) if origin.is_dir() else source_of(origin)
+def open_weights(origin: Path) -> TensorSource:
+    """Open the weights that `find_origin` found: a checkpoint file or a folder of Hugging Face's layout."""
+    return open_decoder_folder(str(origin)) if origin.is_dir() else open_checkpoint(origin)
 
 
 def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
-    """Composer would load what fits and say nothing of the rest. Raises ConfigError where the checkpoint is not this stage's."""
+    """Check that a checkpoint is of this stage and model: Composer would load what fits and ignore the rest.
+
+    Args:
+        checkpoint: the checkpoint to resume from.
+        expected: the shapes of the model's parameters.
+        stage: what identifies the stage, as `Saver` keeps it in checkpoints.
+
+    Raises:
+        ConfigError: it is of another stage, or its tensors do not fit.
+    """
     state = read_checkpoint(checkpoint)
-    saved = _saved_by(state)
+    saved = _saver_state(state)
     for key, value in stage.items():
         if saved.get(key) != value:
             raise ConfigError(
-                f"save.folder: {checkpoint} was saved by a stage with `{key}` {saved.get(key)!r}, this one has {value!r}; "
-                "give each stage a folder of its own"
+                f"save.folder: {checkpoint} was saved by a stage with `{key}` {saved.get(key)!r}, "
+                f"this one has {value!r}; give each stage a folder of its own"
             )
-    check_shapes(
-        {name: tuple(tensor.shape) for name, tensor in _network(state).items()}, expected, str(checkpoint)
-    )
+    check_shapes(_shapes(_network_tensors(state)), expected, str(checkpoint))
 
 
 def set_aside_damaged(folder: Path) -> list[str]:
-    """Rename the newest checkpoint while it is damaged, so that the run goes on from the one before, which gives the same losses.
+    """Rename damaged checkpoints, newest first, so that the run resumes from an older one.
+
+    Resuming from an older checkpoint gives the same losses.
 
     Returns:
-        What was done, in lines.
+        A line about each renamed checkpoint.
 
     Raises:
-        ConfigError: none is whole. To begin anew is for the user to say, by removing them.
+        ConfigError: no checkpoint is whole. Only the user may start the run again, by removing them.
     """
     lines: list[str] = []
-    while (checkpoint := latest_checkpoint(folder)) is not None and (found := damage(checkpoint)) is not None:
-        before = [
-            path
-            for path in sorted(folder.glob("step-*.pt"))
-            if STEP.fullmatch(path.name) and path != checkpoint
-        ]
-        if not before:
+    while True:
+        checkpoint = latest_checkpoint(folder)
+        damage = find_damage(checkpoint) if checkpoint is not None else None
+        if checkpoint is None or damage is None:
+            return lines
+        saved = sorted(path for path in folder.glob("step-*.pt") if STEP.fullmatch(path.name))
+        others = [path for path in saved if path != checkpoint]
+        if not others:
             raise ConfigError(
-                f"{checkpoint}: damaged: {found}; there is no other to go on from: remove it to begin anew"
+                f"{checkpoint}: damaged: {damage}; there is no other to resume from: remove it to start again"
             )
-        _point_to(before[-1])
+        _set_latest(others[-1])
         checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
         lines.append(
-            f"{checkpoint}: damaged: {found}; renamed to damaged-{checkpoint.name}; goes on from {before[-1].name}"
+            f"{checkpoint}: damaged: {damage}; renamed to damaged-{checkpoint.name}; "
+            f"resumes from {others[-1].name}"
         )
-    return lines
 
 
-def _point_to(checkpoint: Path) -> None:
-    """Let `latest` name it."""
+def _set_latest(checkpoint: Path) -> None:
+    """Make `latest` a link to a checkpoint."""
     link = aside(checkpoint.parent / LATEST)
     link.symlink_to(checkpoint.name)
     os.replace(link, checkpoint.parent / LATEST)
 
 
 def publish_checkpoint(written: Path, checkpoint: Path, keep: int) -> None:
-    """Give a finished file its name, point `latest` at it, and delete all but the newest `keep`."""
+    """Give a written checkpoint its name, make it the latest, and delete all but the newest checkpoints.
+
+    Args:
+        written: the complete file, at its temporary path.
+        checkpoint: its final path.
+        keep: how many checkpoints to keep.
+    """
     with open(written, "rb") as file:
         os.fsync(file.fileno())
     os.replace(written, checkpoint)
     folder = checkpoint.parent
-    _point_to(checkpoint)
+    _set_latest(checkpoint)
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         if old != checkpoint:
             old.unlink()
 
 
-def clean_up(folder: Path) -> None:
-    """Remove what a killed run was writing."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove the files that a killed run was writing."""
     remove_abandoned(folder)
-    for left in folder.glob(".aside-step-*.pt"):  # by torch, unlocked: there is one run a folder
-        left.unlink()
+    # Torch writes checkpoints without a lock; no other run writes to this folder.
+    for partial in folder.glob(".aside-step-*.pt"):
+        partial.unlink()

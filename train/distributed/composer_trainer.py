@@ -1,11 +1,12 @@
-"""Everything that depends on how Composer 0.32 works inside: FSDP2, the training loop's own state, saving.
+"""All code that depends on Composer 0.32's internals: FSDP2, the state of the training loop, saving.
 
-The model, the data and the loss know nothing of it.
+The model, the data and the loss do not depend on Composer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,64 +36,74 @@ from unitoken.train.model.vision_tower import VisionTower
 
 
 class TrainingModel(ComposerModel):  # type: ignore[misc]
-    """Our model as Composer calls it."""
+    """Our model with Composer's interface."""
 
     def __init__(self, network: UniToken) -> None:
         super().__init__()
         self.network = network
-        # A unit of sharding is a decoder layer, the vision tower, and the rest: what is gathered and freed together.
+        # The sharding units, whose parameters are gathered and freed together: each decoder layer, the vision
+        # tower, and the rest.
         network.fsdp_wrap_fn = lambda module: isinstance(module, DecoderLayer | VisionTower)  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the fields of the model's `Loss` by name."""
         loss: dict[str, Any] = self.network(batch)._asdict()
         return loss
 
     def loss(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - Composer's signature
-        """What is trained on, alone: Composer reduces over the ranks, and waits for the GPU, once for each entry."""
+        """Return the total loss alone, as Composer reduces and waits for the GPU for each entry."""
         return {"total": outputs["total"]}
 
 
 class RestoreRandomState(Callback):  # type: ignore[misc]
-    """Composer restores random states at the beginning of an epoch only, though dropout goes on drawing in its middle."""
+    """Restores random states when resuming in mid-epoch; Composer does at the beginning of an epoch only."""
 
-    trainer: Trainer  # set once there is one
+    trainer: Trainer  # set once it is built
 
     def batch_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        """Load the random states of a checkpoint that was just resumed from."""
         if self.trainer._rng_state is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # another number of ranks: what is saved of them is used
+                # With another number of ranks Composer warns, and takes the saved states of some ranks.
+                warnings.simplefilter("ignore")
                 reproducibility.load_rng_state(self.trainer._rng_state)
             self.trainer._rng_state = None
 
 
 class AverageGradients(Callback):  # type: ignore[misc]
-    """Makes FSDP2's sum of the ranks' gradients their mean, where it is a sum."""
+    """Turns the ranks' sum of gradients into their mean, where FSDP2 gives the sum."""
 
     scale = 1.0  # set once the ranks are connected
 
     def after_train_batch(self, state: State, logger: Logger) -> None:  # noqa: ARG002
+        """Scale all gradients in place."""
         if self.scale != 1.0:
             for parameter in state.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.scale)
 
 
-def gradient_scale(device: torch.device, mesh: DeviceMesh) -> float:
-    """What FSDP2's gradients are to be multiplied by to be the mean over ranks: found out by trying.
+def measure_gradient_scale(device: torch.device, mesh: DeviceMesh) -> float:
+    """Return the factor that makes FSDP2's gradients the mean over ranks, measured on a small module.
 
-    FSDP2 asks for the mean; NCCL gives it, and gloo (torch 2.7) gives the sum without a word.
+    FSDP2 asks for the mean. NCCL gives it; gloo (torch 2.7) gives the sum without a warning.
     """
     probe = nn.Linear(1, dist.get_world_size(), bias=False, device=device)
     fully_shard(probe, mesh=mesh)
     if mesh.ndim > 1:
-        _let_cpus_replicate(probe)
+        _support_replicas_on_cpu(probe)
     probe(torch.ones(1, 1, device=device)).sum().backward()  # the gradient is 1 on every rank
     assert isinstance(probe.weight.grad, DTensor)
     return float(1.0 / probe.weight.grad.full_tensor()[0, 0].item())
 
 
-def _let_cpus_replicate(network: nn.Module) -> None:
-    """With replicas FSDP2 takes a second mean, over them, in a way of GPUs only: gloo refuses means, and CPUs have no events."""
+def _support_replicas_on_cpu(network: nn.Module) -> None:
+    """Let FSDP2 reduce gradients over replicas on CPUs.
+
+    With replicas FSDP2 takes a second mean, over them, in a way that only works on GPUs: gloo refuses means,
+    and CPUs have no events. Torch 2.7 has no setting for it; there its all-reduce over replicas is replaced
+    by a hook.
+    """
     if torch.cuda.is_available():
         return
     if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):  # newer than torch 2.7
@@ -102,18 +113,26 @@ def _let_cpus_replicate(network: nn.Module) -> None:
         return
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 
-    def reduce(*arguments: Any) -> Any:
-        given, (replicas, hook) = list(arguments), (8, 12)
-        group, given[replicas] = given[replicas], None
+    signature = inspect.signature(_fsdp_collectives.foreach_reduce)
+
+    def reduce(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        group = call.arguments["all_reduce_group"]
         if group is not None:
-            given[hook] = lambda gradients: torch.distributed.all_reduce(gradients, group=group)
-        return _fsdp_collectives.foreach_reduce(*given)
+            call.arguments["all_reduce_group"] = None
+            call.arguments["all_reduce_hook"] = lambda gradients: torch.distributed.all_reduce(
+                gradients, group=group
+            )
+        return _fsdp_collectives.foreach_reduce(*call.args, **call.kwargs)
 
-    _fsdp_param_group.foreach_reduce = reduce  # type: ignore[assignment,attr-defined]
+    _fsdp_param_group.foreach_reduce = reduce  # type: ignore[attr-defined]
 
 
-def _mesh(config: StageConfig) -> DeviceMesh:
-    """Ranks as (replicas, shards): neighbours, the GPUs of a machine first, share a copy of the model. One replica: (shards,)."""
+def _build_mesh(config: StageConfig) -> DeviceMesh:
+    """Arrange the ranks as (replicas, shards), or as (shards,) for one replica.
+
+    Neighbouring ranks, first of all the GPUs of a machine, share a copy of the model.
+    """
     ranks, replicas, kind = dist.get_world_size(), config.fsdp.replicas, get_device(None).name
     kind = "cuda" if kind == "gpu" else kind
     if replicas == 1:
@@ -122,22 +141,31 @@ def _mesh(config: StageConfig) -> DeviceMesh:
 
 
 def fsdp2_config(config: StageConfig, mesh: DeviceMesh) -> FSDP2Config:
+    """Return Composer's settings of FSDP2 for a stage."""
     return FSDP2Config(
         device_mesh=mesh,
         reshard_after_forward=config.fsdp.reshard,
-        # Under bf16 layers compute in it either way; PURE sums their gradients in it, too.
+        # Under bf16 layers compute in bf16 with both; PURE also sums their gradients in it.
         mixed_precision="PURE" if config.fsdp.reduce == "bf16" else "DEFAULT",
-        # Whole checkpoints are read by the first rank, which hands out the shards: 84 GB for the 7B model, not once a rank.
+        # The first rank reads whole checkpoints and sends the shards: 84 GB for the 7B model once, not on
+        # each rank.
         state_dict_type="full",
         load_monolith_rank0_only=True,
     )
 
 
+def _parallelism(config: StageConfig, mesh: DeviceMesh | None) -> ParallelismConfig | None:
+    """Return the form of settings that selects FSDP2; a dict would give DDP without a warning."""
+    return ParallelismConfig(fsdp2=fsdp2_config(config, mesh)) if mesh is not None else None
+
+
 def has_gpu() -> bool:
+    """Return whether training runs on a GPU."""
     return torch.cuda.is_available()
 
 
-def device_name() -> str:
+def describe_devices() -> str:
+    """Return the number and kind of a machine's GPUs, for a message."""
     if not torch.cuda.is_available():
         return "the CPU: no GPU was found"
     return f"{min(torch.cuda.device_count(), world_size())} x {torch.cuda.get_device_name()} a machine"
@@ -153,119 +181,155 @@ def build_trainer(
     resume: Path | None,
     max_duration: str,
 ) -> Trainer:
-    """Shard the model if there are several ranks, and load `resume` if there is one; the optimizer's settings are today's."""
-    wanted = [
-        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
-    mesh = _mesh(config) if world_size() > 1 else None
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = (
-        "1"  # Composer 0.32 would unpickle whatever a checkpoint holds
-    )
-    allow_safe_types()
+    """Build Composer's trainer: shard the model over several ranks, and load a checkpoint.
+
+    Args:
+        config: the stage.
+        network: the model.
+        optimizer: the optimizer, whose settings are kept when its state is loaded.
+        loader: the loader of this rank's batches, a DataLoader.
+        callbacks: run after our own.
+        loggers: destinations of metrics.
+        resume: the checkpoint to resume from, or None.
+        max_duration: in Composer's form.
+    """
+    settings = [_without_parameters(group) for group in optimizer.param_groups]
+    mesh = _build_mesh(config) if world_size() > 1 else None
+    _forbid_unpickling()
     restore, average = RestoreRandomState(), AverageGradients()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
         trainer = Trainer(
             model=TrainingModel(network),
             optimizers=optimizer,
-            train_dataloader=DataSpec(
-                loader,
-                split_batch=split_batch,
-                get_num_samples_in_batch=num_packs,
-                get_num_tokens_in_batch=num_tokens,
-            ),
+            train_dataloader=_data_spec(loader),
             max_duration=max_duration,
-            device_train_microbatch_size=config.microbatch,
-            # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
-            accumulate_train_batch_on_tokens=config.compat != "unitoken",
-            precision="amp_bf16" if config.precision == "bf16" else "fp32",
-            # Only this form selects FSDP2; a dict would give DDP without a word.
-            parallelism_config=ParallelismConfig(fsdp2=fsdp2_config(config, mesh))
-            if mesh is not None
-            else None,
-            deterministic_mode=config.deterministic,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
             load_path=str(resume) if resume else None,
-            load_progress_bar=False,
-            progress_bar=False,
-            run_name=config.name,
-            seed=config.seed,
-            dist_timeout=TIMEOUT,
+            parallelism_config=_parallelism(config, mesh),
+            **_trainer_settings(config),
         )
     restore.trainer = trainer
-    if (
-        config.precision == "fp32" and torch.cuda.is_available()
-    ):  # Composer lets products of float32 matrices be TF32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for group, ours in zip(trainer.state.optimizers[0].param_groups, wanted, strict=True):
-        group.update(
-            ours
-        )  # Composer loads the saved run's settings over them: weight decay, betas, eps and scales
+    _disable_tf32(config)
+    for group, own in zip(trainer.state.optimizers[0].param_groups, settings, strict=True):
+        group.update(own)  # Composer replaces weight decay, betas, eps and scales by those of the saved run
     if mesh is not None:
-        unsharded = [
-            name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)
-        ]
-        assert not unsharded, (
-            f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
-        )
-        if config.fsdp.replicas > 1:
-            _let_cpus_replicate(network)
-        average.scale = gradient_scale(next(network.parameters()).device, mesh)
-        if config.fsdp.reshard and hasattr(network, "set_reshard_after_forward"):
-            # Newer torch would free embeddings and output layer, too, which are needed again at once; 2.7 never frees a root.
-            network.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
-        register_fsdp_forward_method(network, "predict")
+        _finish_sharding(config, network)
+        average.scale = measure_gradient_scale(next(network.parameters()).device, mesh)
     return trainer
 
 
+def _forbid_unpickling() -> None:
+    """Make Composer 0.32 read checkpoints with `weights_only=True`, so that they can not run code."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    allow_safe_types()
+
+
+def _disable_tf32(config: StageConfig) -> None:
+    """Compute products of float32 matrices in float32, for which Composer allows TF32."""
+    if config.precision == "fp32" and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _data_spec(loader: Any) -> DataSpec:
+    return DataSpec(
+        loader,
+        split_batch=split_batch,
+        get_num_samples_in_batch=num_packs,
+        get_num_tokens_in_batch=num_tokens,
+    )
+
+
+def _trainer_settings(config: StageConfig) -> dict[str, Any]:
+    """Return the trainer's arguments that depend on the stage's settings alone."""
+    return {
+        "run_name": config.name,
+        "seed": config.seed,
+        "device_train_microbatch_size": config.microbatch,
+        # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
+        "accumulate_train_batch_on_tokens": config.compat != "unitoken",
+        "precision": "amp_bf16" if config.precision == "bf16" else "fp32",
+        "deterministic_mode": config.deterministic,
+        "dist_timeout": TIMEOUT,
+        "load_progress_bar": False,
+        "progress_bar": False,
+    }
+
+
+def _finish_sharding(config: StageConfig, network: UniToken) -> None:
+    """Check that Composer sharded the whole model, and set what it does not set."""
+    unsharded = [name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not unsharded, f"Composer left {len(unsharded)} parameters unsharded, {unsharded[0]} among them"
+    if config.fsdp.replicas > 1:
+        _support_replicas_on_cpu(network)
+    if config.fsdp.reshard and hasattr(network, "set_reshard_after_forward"):
+        # Newer versions of torch would also free embeddings and output layer, which are needed again at once;
+        # torch 2.7 never frees a root.
+        network.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+    register_fsdp_forward_method(network, "predict")
+
+
 def check_precision(config: StageConfig) -> None:
+    """Raise ConfigError if the machine can not train in the stage's precision."""
     if config.precision == "bf16" and not torch.cuda.is_available():
         raise ConfigError("precision: bf16 needs a GPU and there is none; on the CPU it is fp32")
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients together, over all shards."""
+    """Return the L2 norm of all gradients together, over all shards."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def write_checkpoint(state: State, path: Path) -> None:
-    """Called on all ranks; the first one writes. Raises OSError on the first rank alone where it can not."""
+    """Write Composer's state to a file, from the first rank; all ranks have to call it.
+
+    Raises:
+        OSError: the file can not be written; on the first rank alone.
+    """
     try:
         save_checkpoint(state, str(path))
     except (OSError, RuntimeError) as error:
-        of_file = (
-            isinstance(error, OSError)
-            or "PytorchStreamWriter" in str(error)
-            or "inline_container" in str(error)
-        )
-        if not of_file or dist.get_global_rank() > 0:
+        if not _is_file_error(error) or dist.get_global_rank() > 0:
             raise
-        dist.barrier()  # at which Composer lets the others wait until the file is written
+        dist.barrier()  # where Composer lets the other ranks wait until the file is written
         raise _os_error(error) or OSError(str(error).splitlines()[0]) from None
 
 
+def _is_file_error(error: Exception) -> bool:
+    """Return whether writing the file failed; torch raises RuntimeError for it."""
+    torch_names = ("PytorchStreamWriter", "inline_container")
+    return isinstance(error, OSError) or any(name in str(error) for name in torch_names)
+
+
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the operating system said: where a write fails torch can not end the file either, and says that alone."""
+    """Return the operating system's error behind torch's own error, that it can not close the file either."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 @contextlib.contextmanager
-def paused(state: State) -> Iterator[UniToken]:
-    """The network, to be asked something between two steps. Modes, random numbers and shards are then what they were."""
+def evaluation_mode(state: State) -> Iterator[UniToken]:
+    """Yield the network in evaluation mode, between two steps.
+
+    Modes, random numbers and shards are restored afterwards.
+    """
     network: UniToken = state.model.network
     modes = [(module, module.training) for module in network.modules()]
     device = network.lm_head.weight.device
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # drawing lots on a GPU sums in an order of its own
+    torch.use_deterministic_algorithms(False)  # sampling on a GPU uses a sum that has no deterministic form
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         get_precision_context(state.precision, state.precision_config),
-        torch.compiler.set_stance("force_eager"),  # each new length would be compiled anew
+        torch.compiler.set_stance("force_eager"),  # otherwise each new length would be compiled
     ):
         network.eval()
         try:

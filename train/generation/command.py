@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from unitoken.codec.conversations import Conversation, shown
+from unitoken.codec.conversations import Conversation, short_name
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE, exclusive_lock
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.checkpoint.layouts import find_origin
-from unitoken.train.checkpoint.metadata import read_about, sizes_of
+from unitoken.train.checkpoint.locations import find_origin
+from unitoken.train.checkpoint.metadata import read_metadata, read_sizes
 from unitoken.train.generation.check_samples import drawn_sizes, latents, parse_size, unguided, unusual
 from unitoken.train.generation.prompts import files_of, prompt_text
 from unitoken.train.generation.reply_folder import Line, Replies, check_reply_folder
@@ -52,7 +52,7 @@ def check_request(
         )
     inputs = files_of(request.conversations) + ([prompts] if prompts else [])
     origin = find_origin(str(request.checkpoint))
-    pictures = read_about(origin).pictures
+    pictures = read_metadata(origin).pictures
     sizes = [parse_size(size)] if size else drawn_sizes(config, pictures)
     for pixels in sizes:
         latents(pixels, find_image_tokenizer(codec.vision).downsampling)
@@ -86,7 +86,7 @@ def _reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> Non
     assert config.codec is not None, "checked"
     dialogue = Dialogue(config.codec, device)
     _check_room(dialogue.vocabulary, request, checked.origin)
-    reading = Reading.of(config, sizes_of(checked.origin, config.model)[1])
+    reading = Reading.of(config, read_sizes(checked.origin, config.model)[1])
     lengths = _lengths(request, checked, dialogue, reading)
     half = config.precision == "bf16" and device == "cuda"
     # Tensor by tensor: the whole in float32 may be too much for the device.
@@ -140,12 +140,12 @@ def say(line: str) -> None:
 
 
 def _check_room(vocabulary: Vocabulary, request: Request, origin: Path) -> None:
-    decoder, _ = sizes_of(origin, request.config.model)
+    decoder, _ = read_sizes(origin, request.config.model)
     if vocabulary.size > decoder.vocab_size:
         raise ConfigError(
             f"codec: its vocabulary has {vocabulary.size} ids, model.decoder has room for {decoder.vocab_size}"
         )
-    trained = read_about(origin).vocabulary
+    trained = read_metadata(origin).vocabulary
     if trained is not None:
         check_trained_vocabulary(vocabulary, trained, str(request.checkpoint))
 
@@ -212,7 +212,7 @@ def _line(number: int, conversation: Conversation, said: Said, ended: bool) -> t
     """`ended`: by the model itself, and not by --max-tokens."""
     name = f"{number:04d}"
     pictures = [f"{name}.png" if not n else f"{name}-{n}.png" for n in range(len(said.pictures))]
-    images = [shown(image) for image in conversation.images]
+    images = [short_name(image) for image in conversation.images]
     asked = prompt_text(conversation)
     line = {
         "number": number,

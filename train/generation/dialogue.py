@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unitoken.codec.config import CodecConfig
-from unitoken.codec.conversations import Conversation, ItemError, shown
+from unitoken.codec.conversations import Conversation, ItemError, short_name
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.sequence import lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
@@ -106,7 +106,7 @@ def _cut(name: str | bytes, data: bytes, crops: Crops) -> Picture:
         with decoded(data) as image:
             return tokenizer_pixels(image, choose_crop(image.size, list(crops)))
     except ImageError as error:
-        raise ConfigError(f"{shown(name)}: {error}") from None
+        raise ConfigError(f"{short_name(name)}: {error}") from None
 
 
 def _by_shape(arrays: Sequence[Any], batch: int, function: Callable[[Any], Any]) -> list[Any]:

@@ -24,17 +24,17 @@ from unitoken.dataset.images import decode
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.reading.collate import Batch, Collate, featured, insert_features
+from unitoken.streaming_data.reading.collate import Batch, Collate, featured_images, insert_features
 from unitoken.streaming_data.reading.null_prompts import without_text
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint
-from unitoken.train.checkpoint.layouts import find_origin
-from unitoken.train.checkpoint.loading import load_weights, shapes_of
-from unitoken.train.checkpoint.metadata import sizes_of
-from unitoken.train.checkpoint.tensors import check_shapes, fit_norms
+from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.checkpoint.locations import find_origin
+from unitoken.train.checkpoint.metadata import read_sizes
+from unitoken.train.checkpoint.tensors import check_shapes, fit_norms, parameter_shapes
 from unitoken.train.config import StageConfig, VisionTowerConfig
 from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, draw, generator_of
-from unitoken.train.model.decoder import KVCache, causal_mask
+from unitoken.train.model.decoder import KVCache, dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 
 PLAIN = Sampling()
@@ -53,11 +53,11 @@ READ = (
 def load_model(config: StageConfig, checkpoint: str | Path | None = None) -> UniToken:
     """The model of a stage with the weights of `checkpoint`, or of the stage's own last one. Raises ConfigError."""
     origin = find_origin(str(checkpoint or config.save.folder))
-    model = build_model(*sizes_of(origin, config.model), config.model)
+    model = build_model(*read_sizes(origin, config.model), config.model)
     if origin.is_file():
         check_checkpoint(origin)
-    source = fit_norms(run_folder.open_source(origin), shapes_of(model))
-    check_shapes(source.shapes, shapes_of(model), source.where)
+    source = fit_norms(run_folder.open_weights(origin), parameter_shapes(model))
+    check_shapes(source.shapes, parameter_shapes(model), source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     return model.eval()
 
@@ -89,11 +89,16 @@ class Reading:
         views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
         return cls(views, config.data.continuous, compat)
 
+    @property
+    def _continuous(self) -> str:
+        """Which images have features: `continuous`, or all where the reference is reproduced."""
+        return "all" if self.compat and self.continuous == "questions" else self.continuous
+
     def length(self, prompt: Record) -> int:
         """Positions of a prompt, features included."""
         if self.views is None or self.continuous == "none":
             return len(prompt.tokens)
-        images = featured(prompt.labels(), prompt.image_spans, "all" if self.compat else self.continuous)
+        images = featured_images(prompt.labels(), prompt.image_spans, self._continuous)
         sizes = {
             image: decode(prompt.images[image], self.compat).size if self.views.anyres else (1, 1)
             for image in images
@@ -106,7 +111,7 @@ class Reading:
         """A prompt a row, of `lengths` positions each, and all end together: what is missing is at the left."""
         longest = max(lengths)
         collate = Collate(
-            longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
+            longest, self.views, self._continuous, vocabulary.separator, vocabulary.newline, self.compat
         )
         batch = collate([[prompt] for prompt in prompts])
         shift = longest - torch.tensor(lengths)
@@ -251,7 +256,7 @@ class _Context:
         self._read[:, :length] = documents >= 0
         self._cache = KVCache(len(model.model.layers), length + room)
         self._no_pixels = batch["pixel_values"][:0].to(device)
-        mask = None if bool((documents >= 0).all()) else causal_mask(documents.to(device))
+        mask = None if bool((documents >= 0).all()) else dense_document_mask(documents.to(device))
         self.logits = model.predict({name: batch[name].to(device) for name in READ}, mask, self._cache)
 
     def read(self, tokens: Tensor, heard: Sequence[bool]) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unitoken.codec.conversations import Conversation, ItemError, brief, inline, is_inline, parse, shown
+from unitoken.codec.conversations import (
+    Conversation,
+    ItemError,
+    brief,
+    decode_data_url,
+    is_data_url,
+    parse,
+    short_name,
+)
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
@@ -101,7 +109,7 @@ def beside(item: Any, folder: Path) -> Any:
 def _beside(image: Any, folder: Path) -> Any:
     if isinstance(image, dict) and isinstance(image.get("path"), str):
         return {**image, "path": _beside(image["path"], folder)}
-    plain = isinstance(image, str) and image and not is_inline(image) and not _is_url(image)
+    plain = isinstance(image, str) and image and not is_data_url(image) and not _is_url(image)
     return str(folder / image) if plain else image
 
 
@@ -123,11 +131,11 @@ def _original(image: str | bytes) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        return inline(image) if is_inline(image) else Path(image).read_bytes()
+        return decode_data_url(image) if is_data_url(image) else Path(image).read_bytes()
     except ItemError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
-        raise ConfigError(f"{shown(image)}: cannot read the image: {error.strerror or error}") from None
+        raise ConfigError(f"{short_name(image)}: cannot read the image: {error.strerror or error}") from None
 
 
 def files_of(conversations: Sequence[Conversation]) -> list[Path]:
@@ -137,14 +145,14 @@ def files_of(conversations: Sequence[Conversation]) -> list[Path]:
     ]
     files = []
     for image in dict.fromkeys(named):
-        if is_inline(image):
+        if is_data_url(image):
             _original(image)
         elif _is_url(image):
             raise ConfigError(
-                f"{shown(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine"
+                f"{short_name(image)}: pictures of prompts are not fetched from anywhere: name a file of this machine"
             )
         elif not Path(image).is_file():
-            raise ConfigError(f"{shown(image)}: no such image")
+            raise ConfigError(f"{short_name(image)}: no such image")
         else:
             files.append(Path(image))
     return files

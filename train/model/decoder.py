@@ -1,10 +1,13 @@
 """Chameleon's decoder in plain torch, for packed sequences.
 
-Parameter names are those of the Hugging Face checkpoints (`embed_tokens`, `layers.N.self_attn.q_proj`, ..., `norm`).
-What sets Chameleon apart from Llama: query and key pass a LayerNorm over the head dimension before the rotary
-embedding, and dropout sits on both residual branches (attention has none).
+Parameter names are those of the Hugging Face checkpoints (`embed_tokens`, `layers.N.self_attn.q_proj`, ...,
+`norm`). Chameleon differs from Llama in two ways: query and key pass a LayerNorm over the head dimension
+before the rotary embedding, and both residual branches have dropout (attention has none). `swin_norm` is the
+34B model's variant.
 
-Positions and documents are data: tokens attend to earlier tokens of the same document only.
+Positions and documents are inputs: tokens attend to earlier tokens of the same document only.
+
+Shapes: P packs (rows), L positions, H query heads, K key-value heads, D head dimension, hidden = H * D.
 """
 
 from __future__ import annotations
@@ -21,60 +24,78 @@ from torch import Tensor, nn
 from unitoken.train.config import DecoderConfig
 from unitoken.train.model import activation_checkpointing
 
-if TYPE_CHECKING:  # three seconds to import; sdpa does without
+if TYPE_CHECKING:  # takes three seconds to import, and sdpa does not need it
     from torch.nn.attention.flex_attention import BlockMask
 
-Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causal
+Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causal attention
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for generation; `length` tokens at most."""
+    """Keys and values of the tokens seen so far, for generation.
+
+    Args:
+        layers: number of decoder layers.
+        length: the most tokens that the cache may hold.
+    """
 
     STEP = 256  # tokens of room added at once: doubling took twice the memory of a long prompt
 
     def __init__(self, layers: int, length: int) -> None:
         self.length = length
-        self.seen = 0  # moved on by the decoder after its last layer
+        self.seen = 0  # advanced by the decoder after its last layer
         self.stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, heads, T, head_dim) and give back all of (B, heads, seen + T, head_dim)."""
+        """Add keys and values of T new tokens to a layer, and return those of all tokens.
+
+        Args:
+            layer: number of the layer.
+            key: (P, K, T, D).
+            value: (P, K, T, D).
+
+        Returns:
+            Keys and values, each (P, K, seen + T, D).
+        """
         end = self.seen + key.shape[2]
-        assert end <= self.length, f"a cache for {self.length} tokens, asked to hold {end}"
-        room = self.stored[layer]
-        if room is None or room[0].shape[2] < end:
-            taken = min(self.length, end + self.STEP)
-            shape = (*key.shape[:2], taken, key.shape[3])
+        assert end <= self.length, f"a cache for {self.length} tokens can not hold {end}"
+        buffers = self.stored[layer]
+        if buffers is None or buffers[0].shape[2] < end:
+            capacity = min(self.length, end + self.STEP)
+            shape = (*key.shape[:2], capacity, key.shape[3])
             larger = (key.new_empty(shape), value.new_empty(shape))
-            for new, old in zip(larger, room or (), strict=False):
+            for new, old in zip(larger, buffers or (), strict=False):
                 new[:, :, : self.seen] = old[:, :, : self.seen]
-            room = self.stored[layer] = larger
-        room[0][:, :, self.seen : end] = key
-        room[1][:, :, self.seen : end] = value
-        return room[0][:, :, :end], room[1][:, :, :end]
+            buffers = self.stored[layer] = larger
+        buffers[0][:, :, self.seen : end] = key
+        buffers[1][:, :, self.seen : end] = value
+        return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
 
 def document_mask(document_ids: Tensor, kind: Literal["sdpa", "flex"]) -> Tensor | BlockMask:
-    """Who sees whom in packs (P, L): causal, and inside the same document.
+    """Return which keys each query sees in packs: earlier positions of the same document.
 
-    Padding (-1) sees padding, so that no row of the softmax is empty (an empty one gives NaN).
+    Padding (-1) sees padding, so that no row of the softmax is empty (an empty row gives NaN).
+
+    Args:
+        document_ids: (P, L), the number of the document at each position; -1 is padding.
+        kind: the attention implementation; "sdpa" takes a tensor (P, 1, L, L), "flex" a block mask.
     """
     if kind == "sdpa":
-        return causal_mask(document_ids)
+        return dense_document_mask(document_ids)
     rows, length = document_ids.shape
 
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - the signature is torch's
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - torch's signature
         return (query >= key) & (document_ids[row, query] == document_ids[row, key])
 
-    make = _compiled(create_block_mask) if document_ids.is_cuda else create_block_mask
-    mask: BlockMask = make(allowed, rows, None, length, length, device=str(document_ids.device))
+    create = _compiled(create_block_mask) if document_ids.is_cuda else create_block_mask
+    mask: BlockMask = create(allowed, rows, None, length, length, device=str(document_ids.device))
     return mask
 
 
-def causal_mask(document_ids: Tensor) -> Tensor:
-    """The same as a tensor (P, 1, L, L), for sdpa."""
+def dense_document_mask(document_ids: Tensor) -> Tensor:
+    """Return the mask of `document_mask` as a boolean tensor (P, 1, L, L), True where a query sees a key."""
     length = document_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
     return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
@@ -85,24 +106,25 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """Return flex attention of (P, H, L, D) tensors."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if torch.compiler.is_compiling():  # with the layer around it
+    if torch.compiler.is_compiling():  # compiled together with the layer around it
         return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
     if query.is_cuda:
         return cast(Tensor, _compiled(flex_attention)(query, key, value, block_mask=mask))
-    with (
-        warnings.catch_warnings()
-    ):  # newer versions of torch warn that eager is slow; on the CPU it is for tests
+    with warnings.catch_warnings():
+        # Newer versions of torch warn that eager flex attention is slow; on the CPU it is for tests.
         warnings.simplefilter("ignore")
         try:
             return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
         except NotImplementedError:  # torch 2.11 has no gradient of it on a CPU
-            return _dense(query, key, value, mask)
+            return _dense_attention(query, key, value, mask)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+def _dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """Return what flex attention would, computed by sdpa with the mask as a tensor."""
     from torch.nn.attention.flex_attention import create_mask
 
     rows, _, length, _ = query.shape
@@ -111,46 +133,72 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain over the last dimension, computed in float32 (arXiv 1910.07467)."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise (..., size)."""
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden.dtype)
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over the head dimension with a gain and a bias a head (transformers) or one for all (UniToken: groups = 1)."""
+    """LayerNorm over the head dimension, of the queries or keys.
+
+    Args:
+        groups: rows of gains and biases: the number of heads (transformers), or 1 for all heads (UniToken).
+        head_dim: D.
+    """
 
     def __init__(self, groups: int, head_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(groups, head_dim))
         self.bias = nn.Parameter(torch.zeros(groups, head_dim))
 
-    def forward(self, states: Tensor) -> Tensor:  # (P, L, heads, head_dim)
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalise (P, L, heads, D) over D."""
         return F.layer_norm(states, states.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
-def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (P, L, head_dim), in float32: bfloat16 can not tell neighbouring positions apart."""
-    steps = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+def compute_rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of the rotary embedding (arXiv 2104.09864), each (P, L, D).
+
+    They are in float32, as bfloat16 can not tell neighbouring positions apart.
+
+    Args:
+        position_ids: (P, L), positions inside the document.
+        head_dim: D.
+        theta: base of the wavelengths.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     with torch.autocast(position_ids.device.type, enabled=False):
-        angles = position_ids[:, :, None].float() * (1.0 / theta**steps)
+        angles = position_ids[:, :, None].float() * (1.0 / theta**exponents)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (P, heads, L, head_dim)
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to queries or keys (P, heads, L, D)."""
+    cos, sin = cos[:, None].to(states.dtype), sin[:, None].to(states.dtype)
     first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None].to(states.dtype) + torch.cat([-second, first], dim=-1) * sin[:, None].to(
-        states.dtype
-    )
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class DecoderAttention(nn.Module):
+    """Grouped-query self-attention: (P, L, hidden) -> (P, L, hidden).
+
+    Queries and keys pass a norm and the rotary embedding.
+
+    Args:
+        config: sizes of the decoder.
+        layer: number of the layer, by which the cache keeps its keys and values.
+    """
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -165,12 +213,20 @@ class DecoderAttention(nn.Module):
         self.k_norm = HeadNorm(1 if shared else self.kv_heads, self.head_dim)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
+        """Attend within documents, and to the tokens of `past`.
+
+        Args:
+            hidden: (P, L, hidden).
+            cos: (P, L, D) of the rotary embedding.
+            sin: (P, L, D) of the rotary embedding.
+            mask: which keys each query sees.
+            past: the cache to read and extend, or None.
+        """
         rows, length, _ = hidden.shape
-        query = self.q_norm(self.q_proj(hidden).view(rows, length, self.heads, self.head_dim)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden).view(rows, length, self.kv_heads, self.head_dim)).transpose(
-            1, 2
-        )
-        value = self.v_proj(hidden).view(rows, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        by_head = (rows, length, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden).view(by_head)).transpose(1, 2)  # (P, H, L, D)
+        key = self.k_norm(self.k_proj(hidden).view(by_head)).transpose(1, 2)  # (P, K, L, D)
+        value = self.v_proj(hidden).view(by_head).transpose(1, 2)  # (P, K, L, D)
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves the norms in float32
         if past is not None:
@@ -180,16 +236,20 @@ class DecoderAttention(nn.Module):
                 states.repeat_interleave(self.heads // self.kv_heads, dim=1) for states in (key, value)
             )
         if mask is not None and not isinstance(mask, Tensor):
-            mixed = _flex(query, key, value, mask)
-        else:  # without a mask one new token behind a cache sees everything; several at once only come where it is empty
-            mixed = F.scaled_dot_product_attention(
+            attended = _flex_attention(query, key, value, mask)
+        else:
+            # Without a mask a single new token sees the whole cache; several new tokens come with an empty
+            # cache only.
+            attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None and length > 1
             )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
+        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(rows, length, -1))
         return out
 
 
 class DecoderMLP(nn.Module):
+    """SwiGLU feed-forward network (arXiv 2002.05202): (P, L, hidden) -> (P, L, hidden)."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -197,12 +257,21 @@ class DecoderMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the network to each position."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
         return out
 
 
 class DecoderLayer(nn.Module):
-    """One layer. `recompute` says what of it the backward pass computes again instead of keeping it."""
+    """One transformer layer: (P, L, hidden) -> (P, L, hidden).
+
+    `recompute` says what the backward pass recomputes of it, in training.
+
+    Args:
+        config: sizes of the decoder.
+        layer: number of the layer.
+        dropout: probability on both residual branches.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, dropout: float) -> None:
         super().__init__()
@@ -212,36 +281,51 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.swin_norm = config.swin_norm
         self.dropout = dropout
-        self.recompute: activation_checkpointing.Mode = "none"
+        self.recompute: activation_checkpointing.RecomputeMode = "none"
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None = None
     ) -> Tensor:
+        """Apply the layer; the arguments are those of `DecoderAttention.forward`."""
         if self.training and past is None:
             return self._train(hidden, cos, sin, mask)
         return self._forward(hidden, cos, sin, mask, past)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """For training. Of the module its method, so that FSDP's hooks stay outside, and one compilation serves all layers."""
+        """Compile the layer for training, with the arguments of `torch.compile`.
+
+        Only a method is compiled, so that FSDP's hooks stay outside and one compilation serves all layers.
+        """
         self._train = torch.compile(self._train, *args, **kwargs)  # type: ignore[method-assign]
 
     def _train(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        return activation_checkpointing.run_layers(
+        return activation_checkpointing.run_recomputable(
             self._forward, self.recompute, hidden, cos, sin, mask, None
         )
 
     def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
-        if self.swin_norm:  # the 34B model norms what a branch gives, not what it takes
-            hidden = hidden + self._drop(self.input_layernorm(self.self_attn(hidden, cos, sin, mask, past)))
-            return hidden + self._drop(self.post_attention_layernorm(self.mlp(hidden)))
-        hidden = hidden + self._drop(self.self_attn(self.input_layernorm(hidden), cos, sin, mask, past))
-        return hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
+        if self.swin_norm:  # the 34B model normalises the output of each branch, not its input
+            hidden = hidden + self._dropout(
+                self.input_layernorm(self.self_attn(hidden, cos, sin, mask, past))
+            )
+            return hidden + self._dropout(self.post_attention_layernorm(self.mlp(hidden)))
+        hidden = hidden + self._dropout(self.self_attn(self.input_layernorm(hidden), cos, sin, mask, past))
+        return hidden + self._dropout(self.mlp(self.post_attention_layernorm(hidden)))
 
-    def _drop(self, hidden: Tensor) -> Tensor:
+    def _dropout(self, hidden: Tensor) -> Tensor:
         return F.dropout(hidden, self.dropout, self.training)
 
 
 class Decoder(nn.Module):
+    """The layers and the last norm: embeddings (P, L, hidden) -> hidden states (P, L, hidden).
+
+    It holds the token embedding `embed_tokens`, which its caller applies.
+
+    Args:
+        config: sizes of the decoder.
+        dropout: probability on both residual branches of each layer.
+    """
+
     def __init__(self, config: DecoderConfig, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -255,8 +339,15 @@ class Decoder(nn.Module):
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, mask: Mask, past: KVCache | None = None
     ) -> Tensor:
-        """Embeddings (P, L, hidden), positions (P, L) -> hidden states (P, L, hidden) after the last norm."""
-        cos, sin = rotary(position_ids, self.head_dim, self.rope_theta)
+        """Return the hidden states (P, L, hidden) after the last norm.
+
+        Args:
+            embeddings: (P, L, hidden), of tokens and image features.
+            position_ids: (P, L), positions inside the document.
+            mask: which keys each query sees; None for one document a row.
+            past: the cache of earlier tokens, extended by these; or None.
+        """
+        cos, sin = compute_rotary(position_ids, self.head_dim, self.rope_theta)
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, past)

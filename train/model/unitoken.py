@@ -1,8 +1,9 @@
-"""UniToken, base variant: Chameleon's decoder, SigLIP's tower, and the adapter between them.
+"""UniToken, base variant: Chameleon's decoder, SigLIP's vision tower, and the adapter between them.
 
-    batch -> embeddings of input_ids, features of the images put in their places -> decoder -> loss on supervised tokens
+    batch -> embeddings of input_ids, image features put in their positions -> decoder -> loss on supervised
+    tokens
 
-Children bear the reference's names: `model`, `lm_head`, and `vit`, `adapter` where there is a vision tower.
+Its children have the reference's names: `model`, `lm_head`, and with a vision tower `vit` and `adapter`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
-from unitoken.train.model.activation_checkpointing import Mode, set_recompute
+from unitoken.train.model.activation_checkpointing import RecomputeMode, set_recompute
 from unitoken.train.model.decoder import Decoder, KVCache, document_mask
 from unitoken.train.model.loss import Loss, token_loss
-from unitoken.train.model.vision_tower import VisionTower, adapter
+from unitoken.train.model.vision_tower import VisionTower, build_adapter
 
-Batch = Mapping[str, Tensor]  # see streaming_data/collate.py
+# The tensors of a batch by name; their shapes are at the top of streaming_data/reading/collate.py.
+ModelInputs = Mapping[str, Tensor]
 
 
 class UniToken(nn.Module):
+    """The model: a batch of P packs of L positions, with V views and M feature positions, to its loss.
+
+    Args:
+        decoder: sizes of the decoder.
+        vision: sizes of the vision tower; None builds neither tower nor adapter.
+        dropout: probability on both residual branches of the decoder.
+        z_loss: weight of the mean squared logsumexp in the loss.
+        attention: implementation of the decoder's attention.
+        masked_ids: token ids that get no probability in the loss.
+    """
+
     def __init__(
         self,
         decoder: DecoderConfig,
@@ -39,26 +52,33 @@ class UniToken(nn.Module):
         self.vision = vision
         if vision is not None:
             self.vit = VisionTower(vision)
-            self.adapter = adapter(vision.hidden_size, decoder.hidden_size)
+            self.adapter = build_adapter(vision.hidden_size, decoder.hidden_size)
         self.z_loss = z_loss
         self.attention = attention
         self.masked_ids = masked_ids
 
-    def forward(self, batch: Batch) -> Loss:
+    def forward(self, batch: ModelInputs) -> Loss:
+        """Return the loss over the supervised tokens of a batch."""
         embeddings = self.embed(batch)
         mask = document_mask(batch["document_ids"], self.attention)
         hidden = self.model(embeddings, batch["position_ids"], mask)
-        masked = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
-        return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss, masked)
+        masked_ids = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
+        return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss, masked_ids)
 
-    def predict(self, batch: Batch, mask: Tensor | None, past: KVCache) -> Tensor:
-        """Logits (P, vocabulary) in float32 of what follows the last token of each row of `batch`, which `past` keeps."""
+    def predict(self, batch: ModelInputs, mask: Tensor | None, past: KVCache) -> Tensor:
+        """Return the float32 logits (P, vocabulary) of the token after the last one of each row.
+
+        Args:
+            batch: the new tokens; `past` keeps their keys and values.
+            mask: (P, 1, L, L including the cache), True where a query sees a key; None means plain causal.
+            past: the cache of the tokens before.
+        """
         hidden = self.model(self.embed(batch), batch["position_ids"], mask, past)
         logits: Tensor = self.lm_head(hidden[:, -1]).float()
         return logits
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Embeddings (P, L, hidden) of a batch's ids, with the features of its views in their places."""
+    def embed(self, batch: ModelInputs) -> Tensor:
+        """Return the embeddings (P, L, hidden) of a batch's ids, with image features in their positions."""
         embeddings: Tensor = self.model.embed_tokens(batch["input_ids"])
         pixels = batch["pixel_values"]
         if self.vision is None:
@@ -69,8 +89,8 @@ class UniToken(nn.Module):
             features = features[batch["feature_views"], batch["feature_patches"]]  # (M, hidden)
             return embeddings.index_put((batch["feature_rows"], batch["feature_columns"]), features)
         if self.training:
-            # FSDP gathers and reduces the tower's shards on all ranks at once: one that has no image in its microbatch
-            # and left the tower out would leave the others waiting for ever.
+            # FSDP gathers and reduces the tower's shards on all ranks at once: a rank that has no image in
+            # its microbatch and skipped the tower would leave the other ranks waiting for ever.
             size = self.vision.image_size
             features = self.adapter(self.vit(pixels.new_zeros(1, 3, size, size)))
             embeddings = embeddings + 0.0 * features.sum().to(embeddings.dtype)
@@ -81,11 +101,18 @@ def build_model(
     decoder: DecoderConfig,
     vision: VisionTowerConfig | None,
     config: ModelConfig,
-    activation_checkpointing: Mode | int = "none",
+    activation_checkpointing: RecomputeMode | int = "none",
     image_ids: Sequence[int] = (),
 ) -> UniToken:
-    """The model on the `meta` device: names and shapes, no memory. `image_ids` are those of the codes, for mask_image_logits."""
-    masked = image_ids if config.mask_image_logits else ()
+    """Build the model on the `meta` device: names and shapes, no memory.
+
+    Args:
+        decoder: sizes of the decoder.
+        vision: sizes of the vision tower, or None.
+        config: the stage's other settings of the model.
+        activation_checkpointing: a mode for all layers, or k to recompute every k-th layer in full.
+        image_ids: token ids of the image codes, which `config.mask_image_logits` masks.
+    """
     with torch.device("meta"):
         model = UniToken(
             decoder,
@@ -93,10 +120,9 @@ def build_model(
             dropout=config.dropout,
             z_loss=config.z_loss,
             attention=config.attention,
-            masked_ids=masked,
+            masked_ids=image_ids if config.mask_image_logits else (),
         )
-    for layers in (
-        (model.model.layers, model.vit.encoder.layers) if vision is not None else (model.model.layers,)
-    ):
-        set_recompute(layers, activation_checkpointing)
+    set_recompute(model.model.layers, activation_checkpointing)
+    if vision is not None:
+        set_recompute(model.vit.encoder.layers, activation_checkpointing)
     return model

@@ -1,4 +1,4 @@
-"""Image tokenizers: codes depend on the picture alone, and are what transformers' own models say."""
+"""Image tokenizers: codes depend on the picture alone and are those of transformers' own models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.tokenizing import tiny_model, tiny_transformers, vision_config
-from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision, nearest
+from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision, nearest_codes
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
@@ -32,7 +32,7 @@ def pixels(count: int, size: tuple[int, int] = (16, 24)) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
 
 
-def test_shapes(vqgan: Path) -> None:
+def test_shapes_and_types_of_codes_and_pictures(vqgan: Path) -> None:
     vision = load(vqgan)
     assert (vision.codebook_size, vision.downsampling) == (64, 4)
     codes = vision.encode(pixels(2))
@@ -47,12 +47,12 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch(vqgan: Path) -> None:
     vision = load(vqgan)
     batch = pixels(5)
     alone = np.concatenate([vision.encode(one[None]) for one in batch])
-    assert (vision.encode(batch) == alone).mean() > 0.99  # last bits may differ, so chunks keep their batches
+    assert (vision.encode(batch) == alone).mean() > 0.99  # rounding may differ, so chunks keep their batches
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_autocast_around_it_changes_neither_codes_nor_pixels(vqgan: Path, precision: str) -> None:
-    """A run that trains in bf16 asks for samples inside of autocast."""
+    """A run that trains in bf16 draws its samples under autocast."""
     vision = load(vqgan, precision=precision)
     codes = vision.encode(pixels(4))
     decoded = vision.decode(codes)
@@ -62,8 +62,9 @@ def test_autocast_around_it_changes_neither_codes_nor_pixels(vqgan: Path, precis
 
 
 def test_flat_pictures_keep_their_codes(golden: Path) -> None:
-    """Torch's GroupNorm on CPU loses the variance of nearly constant pictures in channels-last memory: of this one,
-    which is all but white, a third of the codes was wrong at this size and all at 512 x 512.
+    """Torch's GroupNorm on CPU loses the variance of nearly constant pictures in channels-last memory.
+
+    Of this one, which is nearly white, a third of the codes was wrong at this size and all at 512 x 512.
     """
     folder = golden / "assets" / "vqgan"
     white = images.decode((golden / "assets" / "images" / "d11_16bit.png").read_bytes(), compat=True)
@@ -71,12 +72,12 @@ def test_flat_pictures_keep_their_codes(golden: Path) -> None:
     found = load(folder).encode(flat)
     exact = load_network("chameleon", find_image_tokenizer(vision_config(folder))).double()
     x = torch.tensor(flat).permute(0, 3, 1, 2).contiguous().double() / 255 * 2 - 1
-    expected = nearest(exact.latents(x), exact.quantize.embedding.weight.float()).numpy()
+    expected = nearest_codes(exact.latents(x), exact.quantize.embedding.weight.float()).numpy()
     assert (found == expected).mean() > 0.98
 
 
 def expected_codes(folder: Path, kind: str, batch: np.ndarray) -> np.ndarray:
-    """As transformers encodes (4.57 returns a tuple or list, 5 an object), picture by picture."""
+    """Encode with transformers, picture by picture. Version 4.57 returns a tuple or list, 5 an object."""
     model = tiny_model(kind).eval()
     state = load_file(folder / "model.safetensors")
     model.load_state_dict(state)
@@ -95,7 +96,7 @@ def expected_codes(folder: Path, kind: str, batch: np.ndarray) -> np.ndarray:
 
 
 def unit_codebook(folder: Path) -> None:
-    """Transformers' Janus forgets to bring codes to length 1 when it encodes; with such codes it is right."""
+    """Scale the codebook to length 1, which transformers' Janus forgets to do when it encodes."""
     state = load_file(folder / "model.safetensors")
     weight = state["quantize.embedding.weight"]
     save_file(
@@ -140,7 +141,7 @@ def test_decoded_pictures_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_janus_compares_directions(tmp_path: Path) -> None:
-    """As LlamaGen and Janus' own code; the length of a code's vector in the file says nothing."""
+    """LlamaGen and Janus' own code do so: the length of a vector in the file's codebook has no effect."""
     folder = tiny_transformers(tmp_path / "janus", "janus")
     before = load(folder, kind="janus").encode(pixels(2))
     state = load_file(folder / "model.safetensors")
@@ -155,7 +156,7 @@ def test_janus_compares_directions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", ["vqmodel.", "model.vqmodel."])
 def test_the_image_tokenizer_of_a_whole_model_is_read(tmp_path: Path, kind: str, prefix: str) -> None:
-    """From the shards of a model whose other tensors are not for us; its fingerprint is as on its own."""
+    """The model's files hold other tensors, too; the fingerprint is that of the image tokenizer alone."""
     alone = tiny_transformers(tmp_path / "alone", kind)
     state = {prefix + name: tensor for name, tensor in load_file(alone / "model.safetensors").items()}
     state |= {"model.text_model.weight": torch.zeros(3), "lm_head.weight": torch.zeros(3)}
@@ -192,7 +193,7 @@ def test_tensors_of_transformers_that_do_not_fit_are_listed(tmp_path: Path, kind
         assert problem in str(error.value)
 
 
-def test_a_shape_that_is_none_is_one_line(tmp_path: Path) -> None:
+def test_an_invalid_shape_is_one_line(tmp_path: Path) -> None:
     folder = tiny_transformers(tmp_path / "emu3", "emu3")
     shape = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(shape | {"num_res_blocks": "many"}))
@@ -201,7 +202,7 @@ def test_a_shape_that_is_none_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_precisions_are_near_each_other_and_tf32_is_fp32_on_a_cpu(vqgan: Path) -> None:
+def test_precisions_nearly_agree_and_tf32_is_fp32_on_a_cpu(vqgan: Path) -> None:
     codes = {
         precision: load(vqgan, precision=precision).encode(pixels(8))
         for precision in ("fp32", "tf32", "bf16")
@@ -211,7 +212,7 @@ def test_precisions_are_near_each_other_and_tf32_is_fp32_on_a_cpu(vqgan: Path) -
     assert load(vqgan, precision="bf16").decode(codes["fp32"]).shape == (8, 16, 24, 3)
 
 
-def test_settings_of_others_are_left_as_they_were(vqgan: Path) -> None:
+def test_torchs_global_settings_are_restored(vqgan: Path) -> None:
     before = (
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
@@ -226,15 +227,14 @@ def test_settings_of_others_are_left_as_they_were(vqgan: Path) -> None:
     assert now == before
 
 
-def test_many_distances_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_distances_are_compared_in_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     latents, codebook = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(64, 4, generator=generator)
-    expected = nearest(latents, codebook)
-    monkeypatch.setattr("unitoken.codec.image_tokenizer.encoder.DISTANCES", 640)
-    assert (nearest(latents, codebook) == expected).all()
+    expected = nearest_codes(latents, codebook)
+    assert (nearest_codes(latents, codebook, max_distances=640) == expected).all()
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------------------
 
 
 @GPU
@@ -273,7 +273,7 @@ def test_emu3_and_janus_run_on_a_gpu(tmp_path: Path, kind: str, precision: str) 
 @GPU
 @pytest.mark.gpu
 def test_flat_pictures_keep_their_codes_on_a_gpu(golden: Path) -> None:
-    """Channels-last there; on CPUs torch's GroupNorm could not do that."""
+    """Pictures are channels-last on a GPU, where torch's GroupNorm keeps their variance."""
     folder = golden / "assets" / "vqgan"
     white = images.decode((golden / "assets" / "images" / "d11_16bit.png").read_bytes(), compat=True)
     flat = images.tokenizer_pixels(white, (256, 256))[None]
@@ -284,7 +284,7 @@ def test_flat_pictures_keep_their_codes_on_a_gpu(golden: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_compiled_codes_are_near_the_others(vqgan: Path, precision: str) -> None:
+def test_compiled_codes_are_near_uncompiled_ones(vqgan: Path, precision: str) -> None:
     eager = load(vqgan, "cuda", precision=precision).encode(pixels(3))
     compiled = load(vqgan, "cuda", precision=precision, compile=True, batch_size=8)
     assert (compiled.encode(pixels(3)) == eager).mean() > 0.5

@@ -1,4 +1,4 @@
-"""Finding an image tokenizer's files: what they must be, and what is said of those that are not."""
+"""Finding an image tokenizer's files: which are accepted, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16, 24, 3), np.uint8)
 
 
-def test_one_file_and_checkpoints_of_taming_are_read(vqgan: Path, tmp_path: Path) -> None:
+def test_single_files_and_checkpoints_of_taming_are_read(vqgan: Path, tmp_path: Path) -> None:
     expected = load_vision_of(vqgan).encode(pixels(1))
     state = load_file(vqgan / "vqgan.safetensors")
     (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
@@ -53,7 +53,7 @@ def test_other_weights_have_another_fingerprint(vqgan: Path, tmp_path: Path) -> 
 
 
 def taming(vqgan: Path, folder: Path, **more: Any) -> Path:
-    """Meta's own layout: vqgan.ckpt, with the tensors of its training in it."""
+    """Write Meta's own layout: vqgan.ckpt, which also holds tensors of its training."""
     folder.mkdir()
     (folder / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
     state = load_file(vqgan / "vqgan.safetensors") | {"loss.discriminator.weight": torch.zeros(3)}
@@ -61,9 +61,7 @@ def taming(vqgan: Path, folder: Path, **more: Any) -> Path:
     return folder
 
 
-def test_a_converted_checkpoint_gives_the_same_codes_and_is_the_same_weights(
-    vqgan: Path, tmp_path: Path
-) -> None:
+def test_a_converted_checkpoint_keeps_codes_and_fingerprint(vqgan: Path, tmp_path: Path) -> None:
     folder, out = taming(vqgan, tmp_path / "meta"), tmp_path / "new" / "converted"
     done = CliRunner().invoke(app, ["convert-vqgan", str(folder), str(out)])
     assert done.exit_code == 0, done.output
@@ -76,7 +74,7 @@ def test_a_converted_checkpoint_gives_the_same_codes_and_is_the_same_weights(
     assert converted.fingerprint in done.output
 
 
-def test_a_converted_file_that_was_changed_has_a_fingerprint_of_its_own(vqgan: Path, tmp_path: Path) -> None:
+def test_a_changed_converted_file_has_its_own_fingerprint(vqgan: Path, tmp_path: Path) -> None:
     folder = taming(vqgan, tmp_path / "meta")
     convert_vqgan(folder, tmp_path / "out")
     path = tmp_path / "out" / "vqgan.safetensors"
@@ -86,7 +84,7 @@ def test_a_converted_file_that_was_changed_has_a_fingerprint_of_its_own(vqgan: P
     assert find_weights(tmp_path / "out").fingerprint != find_weights(folder).fingerprint
 
 
-def test_what_can_not_be_converted_is_one_line_and_leaves_nothing(vqgan: Path, tmp_path: Path) -> None:
+def test_a_failed_conversion_is_one_line_and_leaves_no_files(vqgan: Path, tmp_path: Path) -> None:
     folder = taming(vqgan, tmp_path / "meta")
     with pytest.raises(ConfigError, match="it is there already"):
         convert_vqgan(folder, folder)
@@ -101,7 +99,7 @@ def test_what_can_not_be_converted_is_one_line_and_leaves_nothing(vqgan: Path, t
 
 
 def changed(vqgan: Path, folder: Path, **changes: torch.Tensor | None) -> str:
-    """A copy in which tensors (`__` for `.`) are replaced or left out."""
+    """Write a copy in which tensors are replaced or left out; their names have `__` for `.`."""
     state = load_file(vqgan / "vqgan.safetensors")
     for name, tensor in changes.items():
         state.pop(name.replace("__", "."), None)
@@ -125,7 +123,7 @@ def test_tensors_that_do_not_fit_are_listed(vqgan: Path, tmp_path: Path) -> None
     assert "quantize.embedding.weight is [3], the .yaml says [64, 4]" in message
 
 
-def test_many_problems_are_cut_short(tmp_path: Path, vqgan: Path) -> None:
+def test_many_problems_are_shortened(tmp_path: Path, vqgan: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "vqgan.safetensors")
     (tmp_path / "vqgan.yaml").write_text((vqgan / "vqgan.yaml").read_text())
     with pytest.raises(ConfigError, match=r"and \d+ more$") as error:
@@ -160,7 +158,8 @@ def test_missing_weights_are_named(name: str) -> None:
         find_weights(name)
 
 
-SHAPE = "{params: {n_embed: 3, embed_dim: 3, ddconfig: {ch: 32, ch_mult: [1], z_channels: 3, resolution: 8, num_res_blocks: 1}}}"
+SIZES = "{ch: 32, ch_mult: [1], z_channels: 3, resolution: 8, num_res_blocks: 1}"
+SHAPE = f"{{params: {{n_embed: 3, embed_dim: 3, ddconfig: {SIZES}}}}}"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,7 @@ def test_a_bad_config_is_named(tmp_path: Path, config: str, needed: str) -> None
     assert str(tmp_path / "config.json") in str(error.value)
 
 
-def test_what_transformers_leaves_out_is_as_by_default(tmp_path: Path) -> None:
+def test_missing_values_are_transformers_defaults(tmp_path: Path) -> None:
     folder = tiny_transformers(tmp_path / "emu3", "emu3")
     (folder / "config.json").write_text(json.dumps({"model_type": "emu3"}))
     found = find_weights(folder, "emu3")
@@ -226,7 +225,7 @@ def test_what_transformers_leaves_out_is_as_by_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"])
-def test_what_is_no_safetensors_is_one_line(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_safetensors_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "janus"}))
     with pytest.raises(ConfigError, match=r"no \*.safetensors in it"):
         find_weights(tmp_path, "janus")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.plans import make_recipe, make_stream, samples_of
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.plan.batches import Surplus, deal, scheduled
+from unitoken.streaming_data.plan.batches import Surplus, deal, schedule_turns
 from unitoken.streaming_data.plan.build import Plan, build
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.mixing import mix
@@ -28,7 +28,7 @@ MIXTURES = [  # of docs/BENCHMARKS.md; samples of each stream, packed length
 
 
 def lengths_of(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
-    """An image takes 1,060 tokens, its features 730."""
+    """Draw lengths; an image takes 1,060 tokens, its features 730."""
     mean, sd, base = {"text": (5.8, 0.9, 0), "questions": (4.3, 0.8, 1790), "drawings": (3.8, 0.6, 1060)}[
         kind
     ]
@@ -46,7 +46,13 @@ def mixture(parts: dict[str, float], length: int, samples: int = SAMPLES) -> lis
         images = np.full(len(lengths), code == 1, np.uint16)
         streams.append(
             StreamSamples(
-                kind, shards, lengths, lengths // 2, images, np.full(len(lengths), code, np.uint8), {}
+                kind,
+                shards,
+                lengths,
+                lengths // np.uint32(2),
+                images,
+                np.full(len(lengths), code, np.uint8),
+                {},
             )
         )
     return streams
@@ -68,7 +74,7 @@ def recipe_of(streams: list[StreamSamples], length: int, **settings: object) -> 
 
 
 def shares(plan: Plan, streams: list[StreamSamples], batch: int) -> np.ndarray:
-    """(streams, batches) of the tokens, counted sample by sample."""
+    """Return the shares of the tokens, (streams, batches), counted sample by sample."""
     lengths = np.concatenate([s.lengths for s in streams]).astype(np.int64)
     stream = np.repeat(np.arange(len(streams)), [len(s.lengths) for s in streams])
     batches = np.repeat(np.arange(plan.packs) // batch, np.diff(plan.offsets.astype(np.int64)))
@@ -79,7 +85,7 @@ def shares(plan: Plan, streams: list[StreamSamples], batch: int) -> np.ndarray:
 
 
 def filled_at_random(streams: list[StreamSamples], length: int, batch: int = 64) -> np.ndarray:
-    """(streams, batches) where each pack is filled with documents as they come, until the next does not fit."""
+    """Return (streams, batches) for packs filled with documents in their order until one does not fit."""
     lengths = np.concatenate([s.lengths for s in streams]).astype(np.int64)
     stream = np.repeat(np.arange(len(streams)), [len(s.lengths) for s in streams])
     order = np.random.default_rng(1).permutation(len(lengths))
@@ -100,7 +106,7 @@ def filled_at_random(streams: list[StreamSamples], length: int, batch: int = 64)
 
 @pytest.mark.parametrize(("parts", "length"), MIXTURES)
 @pytest.mark.parametrize("nodes", [1, 8])
-def test_a_streams_share_scatters_a_third_as_much_as_in_packs_filled_at_random(
+def test_stratified_batches_scatter_a_third_as_much_as_random(
     parts: dict[str, float], length: int, nodes: int
 ) -> None:
     streams = mixture(parts, length)
@@ -123,27 +129,25 @@ def test_a_streams_share_scatters_a_third_as_much_as_in_packs_filled_at_random(
 
 
 @pytest.mark.parametrize(("parts", "length"), MIXTURES)
-def test_the_figure_for_independent_draws_is_that_of_packs_filled_at_random(
-    parts: dict[str, float], length: int
-) -> None:
+def test_independent_sd_is_that_of_packs_filled_at_random(parts: dict[str, float], length: int) -> None:
     streams = mixture(parts, length)
     report = build(recipe_of(streams, length), streams, 0, None).report
     filled = filled_at_random(streams, length)
     for stream, row in zip(report.streams, filled, strict=True):
         assert stream.in_batches is not None
-        # Packs filled at random are emptier, so a batch of theirs has fewer documents.
+        # Packs filled at random are emptier, so a batch of them has fewer documents.
         assert stream.in_batches.independent_sd == pytest.approx(row.std(), rel=0.25)
 
 
 @pytest.mark.parametrize("window", [4096, 8192])
-def test_a_batch_over_the_border_of_two_windows_holds_the_mixture_too(window: int) -> None:
+def test_a_batch_across_two_windows_holds_the_mixture(window: int) -> None:
     """Windows of 17 and 35 batches: each has its border."""
     streams = mixture(MIXTURES[0][0], 4096, 30_000)
     plan = build(recipe_of(streams, 4096, window=window), streams, 0, None)
     assert (shares(plan, streams, 64).std(axis=1) <= filled_at_random(streams, 4096).std(axis=1) / 3).all()
 
 
-def test_later_epochs_hold_it_too_in_another_order() -> None:
+def test_later_epochs_hold_the_mixture_in_another_order() -> None:
     streams = mixture(MIXTURES[0][0], 4096, 30_000)
     recipe = recipe_of(streams, 4096)
     first = build(recipe, streams, 0, None)
@@ -165,9 +169,7 @@ def test_kinds_inside_a_stream_are_dealt_too() -> None:
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize(("nodes", "batch"), [(1, 4), (2, 4), (3, 4), (4, 2)])
-def test_with_per_stream_a_batch_is_of_one_stream_and_nothing_is_lost(
-    nodes: int, batch: int, epoch: int
-) -> None:
+def test_per_stream_batches_hold_one_stream_and_nothing_is_lost(nodes: int, batch: int, epoch: int) -> None:
     streams = [make_stream("a", 500), make_stream("b", 1333, seed=1), make_stream("none", 50, choose=0)]
     recipe = make_recipe(streams, canonical_nodes=nodes, global_batch=batch, batching_method="per_stream")
     first = build(recipe, streams, 0, None)
@@ -201,8 +203,8 @@ def test_with_per_stream_a_stream_without_a_batch_is_named() -> None:
         (3, "bdba2edeec3721b6", ["326a0d221ab47910", "12df52c933216c3f"]),
     ],
 )
-def test_version_2_is_what_it_was(nodes: int, recipe_hash: str, orders: list[str]) -> None:
-    """Recorded with the code before batches were stratified."""
+def test_version_2_plans_stay_the_same(nodes: int, recipe_hash: str, orders: list[str]) -> None:
+    """The hashes were recorded with the code before batches were stratified."""
     streams = [make_stream("a", 500), make_stream("b", 333, seed=1)]
     recipe = make_recipe(streams, canonical_nodes=nodes).of_version_2()
     assert recipe.hash == recipe_hash
@@ -239,7 +241,7 @@ def test_dealing_is_a_permutation_and_always_the_same(
     assert order.tolist() == deal(amounts, first, batch, Surplus(columns), "window", seed).tolist()
 
 
-def test_a_place_in_the_epoch_says_nothing_of_the_pack() -> None:
+def test_the_place_in_the_epoch_is_independent_of_the_pack() -> None:
     """Over many seeds each pack is in each batch about equally often."""
     amounts = np.random.default_rng(0).integers(0, 100, (2, 40))
     found = np.zeros((40, 4))
@@ -249,7 +251,7 @@ def test_a_place_in_the_epoch_says_nothing_of_the_pack() -> None:
 
 
 def test_turns_are_spread_evenly() -> None:
-    turns = scheduled([30, 10, 0, 60], "name")
+    turns = schedule_turns([30, 10, 0, 60], "name")
     assert np.bincount(turns).tolist() == [30, 10, 0, 60]
     for begin in range(0, 100, 20):
         assert abs(np.count_nonzero(turns[begin : begin + 20] == 3) - 12) <= 2
@@ -261,7 +263,7 @@ def test_turns_are_spread_evenly() -> None:
         (*one, batch) for one in MIXTURES for batch in (8, 16, 32) if (one[1], batch) != (8192, 8)
     ],  # that is 40 documents a batch
 )
-def test_small_batches_hold_the_mixture_though_whole_packs_are_too_coarse_for_it(
+def test_small_batches_hold_the_mixture_by_mixing_documents(
     parts: dict[str, float], length: int, batch: int
 ) -> None:
     streams = mixture(parts, length, 16_384)
@@ -282,7 +284,7 @@ def test_small_batches_hold_the_mixture_though_whole_packs_are_too_coarse_for_it
     seed=st.integers(0, 100),
 )
 @settings(max_examples=60, deadline=None)
-def test_mixed_packs_are_as_many_hold_the_same_and_none_is_longer(
+def test_mixing_keeps_the_samples_and_the_number_of_packs(
     longest: int, count: int, kinds: int, capacity: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)

@@ -1,8 +1,12 @@
+"""Plans: what an epoch holds, and that it is the same on every world."""
+
 import dataclasses
 import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +16,23 @@ from hypothesis import strategies as st
 from support.plans import LENGTH, make_recipe, make_stream, samples_of
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.build import Plan, _pack_window, build
-from unitoken.streaming_data.plan.order import amounts, choose
+from unitoken.streaming_data.plan.lengths import StreamSamples
+from unitoken.streaming_data.plan.order import choose, epoch_amounts
 from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.reading.share import WorkerShare
 
 
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    streams = [make_stream("a", 400)]
+    plan = build(make_recipe(streams, global_batch=12, canonical_nodes=2), streams, 0, None)
+    assert plan.packs >= 120
+    return plan
+
+
 @pytest.mark.parametrize("nodes", [1, 3, 4])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_an_epoch_is_every_chosen_sample_once_but_for_those_reported_as_dropped(nodes, epoch):
+def test_an_epoch_holds_every_chosen_sample_once_or_drops_it(nodes: int, epoch: int) -> None:
     streams = [make_stream("a", 500), make_stream("b", 333, seed=1)]
     recipe = make_recipe(streams, canonical_nodes=nodes)
     first = build(recipe, streams, 0, None)
@@ -34,7 +47,7 @@ def test_an_epoch_is_every_chosen_sample_once_but_for_those_reported_as_dropped(
 
 
 @pytest.mark.parametrize("nodes", [1, 4])
-def test_no_pack_is_longer_than_its_length_nor_empty(nodes):
+def test_no_pack_is_longer_than_its_length_nor_empty(nodes: int) -> None:
     streams = [make_stream("a", 1000)]
     plan = build(make_recipe(streams, canonical_nodes=nodes), streams, 0, None)
     lengths = [int(streams[0].lengths[pack].sum()) for pack in samples_of(plan)]
@@ -44,7 +57,7 @@ def test_no_pack_is_longer_than_its_length_nor_empty(nodes):
     assert plan.report.fill > 0.9
 
 
-def test_samples_of_length_0_are_no_candidates():
+def test_samples_of_length_0_are_no_candidates() -> None:
     stream = make_stream("a", 300)
     stream.lengths[::3] = 0
     plan = build(make_recipe([stream]), [stream, make_stream("b", 300)], 0, None)
@@ -52,7 +65,7 @@ def test_samples_of_length_0_are_no_candidates():
     assert plan.report.dropped_samples == 500 - len(plan.ids)
 
 
-def test_each_packs_squares_and_images_are_known():
+def test_each_packs_squares_and_images_are_known() -> None:
     streams = [make_stream("a", 300), make_stream("b", 100)]
     plan = build(make_recipe(streams, canonical_nodes=2), streams, 0, None)
     lengths, images = (
@@ -62,7 +75,7 @@ def test_each_packs_squares_and_images_are_known():
     assert plan.images.tolist() == [images[pack].sum() for pack in samples_of(plan)]
 
 
-def test_repeat_and_choose_are_exact():
+def test_repeat_and_choose_are_exact() -> None:
     streams = [make_stream("a", 100, repeat=2.5), make_stream("b", 400, choose=150), make_stream("c", 50)]
     plan = build(make_recipe(streams, global_batch=1), streams, 0, None)
     counts = Counter(plan.ids.tolist())
@@ -70,14 +83,14 @@ def test_repeat_and_choose_are_exact():
     assert [share.samples for share in plan.report.streams] == [250, 150, 50]
 
 
-def test_proportions_are_of_samples_and_of_the_epochs_samples():
+def test_proportions_are_of_samples_and_of_the_epochs_samples() -> None:
     streams = [make_stream("a", 100, proportion=3), make_stream("b", 400, proportion=1)]
     plan = build(make_recipe(streams, global_batch=1, epoch_samples=1000), streams, 0, None)
     assert [share.samples for share in plan.report.streams] == [750, 250]
     assert [share.asked for share in plan.report.streams] == [0.75, 0.25]
 
 
-def test_the_number_of_packs_is_constant_over_epochs_and_a_shortage_loses_nothing():
+def test_all_epochs_have_equally_many_packs_and_lose_nothing() -> None:
     streams = [make_stream("a", 300, longest=30, repeat=1.3)]  # other samples are repeated each epoch
     recipe = make_recipe(streams, global_batch=1, canonical_nodes=2)
     first = build(recipe, streams, 0, None)
@@ -92,24 +105,30 @@ def test_the_number_of_packs_is_constant_over_epochs_and_a_shortage_loses_nothin
     assert split > 0, "no epoch came out short: the test tests nothing"
 
 
-def test_packs_are_a_multiple_of_the_global_batch_and_of_the_canonical_nodes():
+def test_packs_are_a_multiple_of_batch_and_canonical_nodes() -> None:
     streams = [make_stream("a", 2000)]
     assert build(make_recipe(streams, global_batch=6, canonical_nodes=4), streams, 0, None).packs % 12 == 0
 
 
-def test_the_same_inputs_make_the_same_plan_and_each_input_another():
+def test_equal_inputs_make_equal_plans_and_each_input_matters() -> None:
     streams = [make_stream("a", 500)]
     recipe = make_recipe(streams)
     plan = build(recipe, streams, 0, None)
     assert samples_of(build(recipe, streams, 0, None)) == samples_of(plan)
-    for change in [{"seed": 1}, {"canonical_nodes": 2}, {"window": 50}, {"shuffle": False}]:
+    changes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"canonical_nodes": 2},
+        {"window": 50},
+        {"shuffle": False},
+    ]
+    for change in changes:
         other = build(recipe.model_copy(update=change), streams, 0, None)
         assert other.report.order != plan.report.order, change
         assert other.report.recipe != recipe.hash
     assert build(recipe, streams, 1, plan.report).report.order != plan.report.order
 
 
-def test_the_differences_name_what_changed():
+def test_the_differences_name_what_changed() -> None:
     streams = [make_stream("a", 500)]
     recipe = make_recipe(streams)
     before = make_recipe([make_stream("a", 400, repeat=2.0)], seed=7).model_dump()
@@ -120,14 +139,14 @@ def test_the_differences_name_what_changed():
     assert "window" not in message
 
 
-def test_the_order_of_the_streams_is_part_of_the_plan():
+def test_the_order_of_the_streams_is_part_of_the_plan() -> None:
     a, b = make_stream("a", 50), make_stream("b", 50)
     one, other = make_recipe([a, b]), make_recipe([b, a])
     assert one.hash != other.hash
     assert one.differences(other.model_dump()) == "the order of the streams"
 
 
-def test_without_shuffle_samples_come_in_their_order_window_by_window():
+def test_without_shuffle_samples_keep_their_order_by_windows() -> None:
     streams = [make_stream("a", 400)]
     plan = build(make_recipe(streams, shuffle=False, global_batch=1), streams, 0, None)
     firsts = [pack[0] for pack in samples_of(plan)]
@@ -136,7 +155,7 @@ def test_without_shuffle_samples_come_in_their_order_window_by_window():
     assert (np.diff(windows) >= 0).all()
 
 
-def test_with_shuffle_samples_and_packs_are_mixed():
+def test_with_shuffle_samples_and_packs_are_mixed() -> None:
     streams = [make_stream("a", 4000)]
     plan = build(make_recipe(streams, window=4000), streams, 0, None)
     positions = np.empty(4000)
@@ -146,7 +165,7 @@ def test_with_shuffle_samples_and_packs_are_mixed():
     assert abs(np.corrcoef(np.arange(len(lengths)), lengths)[0, 1]) < 0.2
 
 
-def test_packs_are_shuffled_anew_for_each_seed_epoch_row_and_window():
+def test_packs_are_shuffled_by_seed_epoch_row_and_window() -> None:
     recipe, lengths = make_recipe([make_stream("a", 200)]), np.full(100, LENGTH, np.uint32)  # a sample a pack
 
     def shuffled(seed: int = 0, epoch: int = 0, row: int = 0, window: int = 0) -> tuple[int, ...]:
@@ -158,7 +177,7 @@ def test_packs_are_shuffled_anew_for_each_seed_epoch_row_and_window():
     assert shuffled() == orders[0]
 
 
-def test_a_canonical_row_reads_its_own_shards():
+def test_a_canonical_row_reads_its_own_shards() -> None:
     """Packs are dealt to nodes in turn, so with as many rows as nodes few shards are read by two nodes."""
     streams = [make_stream("a", 17 * 40)]
     plan = build(make_recipe(streams, canonical_nodes=2, global_batch=2), streams, 0, None)
@@ -172,29 +191,32 @@ def test_a_canonical_row_reads_its_own_shards():
         (
             3,
             {"global_batch": 16},
-            r"3 samples make [123] packs .* at least 16, .*; lower data\.global_batch, or raise `repeat` or `epoch_samples`",
+            r"3 samples make [123] packs .* at least 16, .*; lower data\.global_batch, "
+            r"or raise `repeat` or `epoch_samples`",
         ),
-        (3, {"canonical_nodes": 5}, "3 samples an epoch do not make canonical_nodes: 5 rows"),
+        (3, {"canonical_nodes": 5}, "too few samples for canonical_nodes: 5: an epoch has 3 samples"),
     ],
 )
-def test_too_little_data_is_an_error_with_the_figures(samples, settings, found):
+def test_too_little_data_is_an_error_with_the_figures(
+    samples: int, settings: dict[str, Any], found: str
+) -> None:
     streams = [make_stream("a", samples)]
     with pytest.raises(ConfigError, match=found):
         build(make_recipe(streams, **settings), streams, 0, None)
 
 
-def test_weights_that_choose_nothing_are_an_error():
+def test_weights_that_choose_nothing_are_an_error() -> None:
     streams = [make_stream("a", 100, choose=0)]
     with pytest.raises(ConfigError, match="choose no sample"):
         build(make_recipe(streams), streams, 0, None)
 
 
-def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
+def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path: Path) -> None:
     streams = [make_stream("a", 500)]
     recipe = make_recipe(streams)
     asked = []
 
-    def lengths():
+    def lengths() -> list[StreamSamples]:
         asked.append(1)
         return streams
 
@@ -215,7 +237,7 @@ WORLDS = [(1, 1, 1), (1, 2, 1), (2, 2, 3), (1, 4, 2), (4, 3, 5), (3, 4, 7), (12,
 def global_batches(
     plan: Plan, seen: int, nodes: int, ranks_per_node: int, workers: int, canonical_nodes: int
 ) -> list[list[int]]:
-    """What all ranks of a world train on, batch by batch."""
+    """Return what all ranks of a world train on, batch by batch."""
     ranks = nodes * ranks_per_node
     batches: list[list[int]] = [[] for _ in range((plan.packs - seen) // 12)]
     for rank in range(ranks):
@@ -236,8 +258,8 @@ def global_batches(
 @pytest.mark.parametrize(("nodes", "ranks_per_node", "workers"), WORLDS)
 @pytest.mark.parametrize("canonical_nodes", [1, 2, 12])
 def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(
-    plan, nodes, ranks_per_node, workers, canonical_nodes
-):
+    plan: Plan, nodes: int, ranks_per_node: int, workers: int, canonical_nodes: int
+) -> None:
     for seen in (0, 36, plan.packs):
         batches = global_batches(plan, seen, nodes, ranks_per_node, workers, canonical_nodes)
         assert [sorted(batch) for batch in batches] == [
@@ -245,7 +267,7 @@ def test_a_global_batch_is_a_stretch_of_the_plan_on_every_world(
         ]
 
 
-def test_with_a_canonical_row_a_node_or_more_each_node_keeps_to_its_rows(plan):
+def test_with_enough_canonical_rows_each_node_keeps_to_its_rows(plan: Plan) -> None:
     for node in range(2):
         packs = [
             p
@@ -267,15 +289,22 @@ def test_with_a_canonical_row_a_node_or_more_each_node_keeps_to_its_rows(plan):
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_plan_is_a_partition_of_what_was_chosen_and_no_pack_is_over_length(
-    samples, longest, epoch, canonical_nodes, window, repeat, shuffle, seed
-):
+def test_a_plan_partitions_chosen_samples_into_packs_that_fit(
+    samples: int,
+    longest: int,
+    epoch: int,
+    canonical_nodes: int,
+    window: int,
+    repeat: float,
+    shuffle: bool,
+    seed: int,
+) -> None:
     streams = [make_stream("a", samples, longest, seed, repeat=repeat), make_stream("b", 100, seed=seed + 1)]
     recipe = make_recipe(
         streams, seed=seed, global_batch=1, canonical_nodes=canonical_nodes, window=window, shuffle=shuffle
     )
     plan = build(recipe, streams, epoch, build(recipe, streams, 0, None).report)
-    wanted = amounts(streams, "samples", None)
+    wanted = epoch_amounts(streams, "samples", None)
     chosen = Counter(
         int(sample) + offset
         for stream, amount, offset in zip(streams, wanted, (0, samples), strict=True)
@@ -301,7 +330,9 @@ def test_a_plan_is_a_partition_of_what_was_chosen_and_no_pack_is_over_length(
     canonical_nodes=st.sampled_from([1, 2, 3, 4, 6, 12]),
 )
 @settings(max_examples=100, deadline=None)
-def test_random_worlds_train_on_the_same_global_batches(plan, data, seen, workers, canonical_nodes):
+def test_random_worlds_train_on_the_same_global_batches(
+    plan: Plan, data: st.DataObject, seen: int, workers: int, canonical_nodes: int
+) -> None:
     ranks = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
     nodes = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
     batches = global_batches(plan, seen * 12, nodes, ranks // nodes, workers, canonical_nodes)
@@ -310,7 +341,7 @@ def test_random_worlds_train_on_the_same_global_batches(plan, data, seen, worker
     ]
 
 
-def test_a_plan_that_nobody_used_for_long_is_removed_when_another_is_made(tmp_path):
+def test_making_a_plan_removes_those_unused_for_long(tmp_path: Path) -> None:
     streams = [make_stream("a", 500)]
     old, used, new = (make_recipe(streams, seed=seed) for seed in range(3))
     for recipe in (old, used):
@@ -321,7 +352,7 @@ def test_a_plan_that_nobody_used_for_long_is_removed_when_another_is_made(tmp_pa
     assert sorted(path.parent.name for path in tmp_path.glob("*/epoch-*")) == sorted([used.hash, new.hash])
 
 
-def test_a_plan_prints_its_realised_shares():
+def test_a_plan_prints_its_realised_shares() -> None:
     streams = [make_stream("captions", 300), make_stream("b", 100)]
     table = build(make_recipe(streams, global_batch=1), streams, 0, None).report.table().splitlines()
     assert len({len(line) for line in table[:3]}) == 1, "aligned"
@@ -333,7 +364,7 @@ def test_a_plan_prints_its_realised_shares():
     )
 
 
-def test_a_plan_tells_held_out_samples_from_other_kinds_and_warns_of_many_over_long_ones():
+def test_a_plan_reports_left_out_and_warns_of_over_long_samples() -> None:
     streams = [
         dataclasses.replace(make_stream("captions", 300), filtered=18, held_out=12, over_long=40),
         make_stream("b", 100),
@@ -350,7 +381,9 @@ def test_a_plan_tells_held_out_samples_from_other_kinds_and_warns_of_many_over_l
 
 @pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "squares.npy", "images.npy", "report.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_plan_is_made_anew(tmp_path, name, damage, capsys):
+def test_a_damaged_plan_is_made_anew(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """One flipped bit of `ids` lost a sample and repeated another."""
     streams = [make_stream("a", 500)]
     recipe = make_recipe(streams)
@@ -368,4 +401,4 @@ def test_a_damaged_plan_is_made_anew(tmp_path, name, damage, capsys):
     assert again.report == whole.report
     assert samples_of(again) == samples_of(whole)
     assert again.squares.tolist() == whole.squares.tolist()
-    assert "damaged, so it is made anew" in capsys.readouterr().err
+    assert "damaged, so it is made anew" in caplog.text

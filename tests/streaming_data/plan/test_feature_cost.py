@@ -1,4 +1,4 @@
-"""A pack that is too short for an image of the data is found before anything large is loaded."""
+"""Packs that are too short for the data's images are found before anything large is loaded."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ VOCABULARY = small_vocabulary()
 
 
 def dataset(folder: Path, sizes: list[tuple[int, int]], drawn: int = 0) -> Path:
-    """A sample with an image of each size that is asked about, `drawn` with one that is drawn, and one of text."""
+    """Write a sample with a question image of each size, `drawn` with a generated image, and one of text."""
     records = [make_record(f"q{n}", VOCABULARY, 6, question_images=1) for n in range(len(sizes))]
     records += [make_record(f"a{n}", VOCABULARY, 6, answer_images=1) for n in range(drawn)]
     records.append(make_record("t", VOCABULARY, 6))
@@ -54,19 +54,20 @@ def test_with_anyres_the_smallest_image_of_the_data_decides(tmp_path: Path) -> N
     check(folder, needed, views)
     with pytest.raises(
         ConfigError,
-        match=rf"packed_length: {needed - 1} is too short .* asked about: the smallest takes {needed} \(",
+        match=rf"packed_length: {needed - 1} is too short for any question image .*: "
+        rf"the smallest takes {needed} \(",
     ):
         check(folder, needed - 1, views)
 
 
-def test_an_image_that_is_drawn_needs_room_for_features_only_where_all_bring_them(tmp_path: Path) -> None:
+def test_generated_images_need_feature_room_only_if_all_do(tmp_path: Path) -> None:
     views = Views(8, 4)
     folder = dataset(tmp_path / "one", [], drawn=2)
     check(folder, BLOCK, views)
-    with pytest.raises(ConfigError, match=f"drawn: the smallest takes {BLOCK + 5}"):
+    with pytest.raises(ConfigError, match=f"generated image of stream 'a': the smallest takes {BLOCK + 5}"):
         check(folder, BLOCK, views, continuous="all")
     check(folder, BLOCK, None, continuous="none")
-    with pytest.raises(ConfigError, match=f"drawn: the smallest takes {BLOCK}"):
+    with pytest.raises(ConfigError, match=f"generated image of stream 'a': the smallest takes {BLOCK}"):
         check(folder, BLOCK - 1, None, continuous="none")
 
 

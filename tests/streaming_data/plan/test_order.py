@@ -1,13 +1,12 @@
-"""What an epoch takes of each stream, and where it puts it."""
+"""What an epoch takes of each stream, and in which order."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unitoken.streaming_data.plan import order
 from unitoken.streaming_data.plan.lengths import StreamSamples
-from unitoken.streaming_data.plan.order import amounts, choose, random_bits, rows_of, windows_of
+from unitoken.streaming_data.plan.order import choose, epoch_amounts, random_bits, rows_of, windows_of
 
 
 def make_stream(
@@ -20,7 +19,13 @@ def make_stream(
     shards = np.full(-(-samples // shard), shard)
     shards[-1] -= shards.sum() - samples
     return StreamSamples(
-        name, shards, lengths, lengths // 3, np.zeros(samples, np.uint16), np.zeros(samples, np.uint8), weight
+        name,
+        shards,
+        lengths,
+        lengths // np.uint32(3),
+        np.zeros(samples, np.uint16),
+        np.zeros(samples, np.uint8),
+        weight,
     )
 
 
@@ -35,14 +40,14 @@ def taken(
 
 
 @given(start=st.integers(0, 100), count=st.integers(0, 50))
-def test_random_numbers_are_the_same_wherever_one_begins(start, count):
+def test_random_numbers_do_not_depend_on_the_start(start: int, count: int) -> None:
     assert (
         random_bits(count, "a", 1, start=start).tolist()
         == random_bits(200, "a", 1)[start : start + count].tolist()
     )
 
 
-def test_random_numbers_are_these_whatever_the_version_of_numpy():
+def test_random_numbers_do_not_depend_on_numpys_version() -> None:
     assert random_bits(4, "places", 0, 1, "a").tolist() == FOUR
     assert random_bits(4, "places", 0, 2, "a").tolist() != FOUR
 
@@ -52,7 +57,7 @@ FOUR = [4253560133, 4109494157, 3225351901, 3570746366]
 
 @pytest.mark.parametrize("unit", ["tokens", "target_tokens"])
 @pytest.mark.parametrize("size", [None, ("tokens", 50_000_000), ("samples", 60_000)])
-def test_shares_of_tokens_are_those_asked_for(unit, size):
+def test_shares_of_tokens_are_those_of_the_weights(unit: str, size: tuple[str, int] | None) -> None:
     """Four streams of very different lengths; one of them is taken several times over."""
     streams = [
         make_stream("long", 30_000, 2000, proportion=40),
@@ -60,7 +65,7 @@ def test_shares_of_tokens_are_those_asked_for(unit, size):
         make_stream("tiny", 3_000, 15, proportion=1),
         make_stream("middle", 50_000, 400, gaps=3, proportion=29),
     ]
-    ids = taken(streams, amounts(streams, unit, size), unit)
+    ids = taken(streams, epoch_amounts(streams, unit, size), unit)
     of = {"tokens": [s.lengths for s in streams], "target_tokens": [s.target_tokens for s in streams]}
     sums = np.array([values[i].sum(dtype=np.int64) for values, i in zip(of[unit], ids, strict=True)])
     assert sums / sums.sum() == pytest.approx(np.array([0.40, 0.30, 0.01, 0.29]), rel=1e-3)
@@ -71,34 +76,34 @@ def test_shares_of_tokens_are_those_asked_for(unit, size):
         )
         assert size_of == pytest.approx(
             size[1], rel=1e-3 if size[0] == "tokens" else 1e-2
-        )  # what is drawn is not quite average
+        )  # a random subset is not quite average
 
 
-def test_choose_counts_in_the_mixtures_unit_and_repeat_is_times_all():
+def test_choose_counts_in_the_mixtures_unit_and_repeat_in_passes() -> None:
     streams = [
         make_stream("a", 5000, 100, choose=123_456),
         make_stream("b", 500, 100, repeat=2.5),
         make_stream("c", 100, 50),
     ]
-    a, b, c = taken(streams, amounts(streams, "tokens", None), "tokens")
+    a, b, c = taken(streams, epoch_amounts(streams, "tokens", None), "tokens")
     assert int(streams[0].lengths[a].sum()) == pytest.approx(123_456, abs=4096)
     assert int(streams[1].lengths[b].sum()) == pytest.approx(2.5 * int(streams[1].lengths.sum()), abs=4096)
     assert sorted(c) == list(range(100))
     assert set(np.bincount(b)) == {2, 3}
 
 
-def test_without_weights_an_epoch_of_another_size_keeps_the_natural_mixture():
+def test_without_weights_a_sized_epoch_keeps_the_natural_mixture() -> None:
     streams = [make_stream("a", 900, 100), make_stream("b", 100, 100)]
-    assert amounts(streams, "samples", ("samples", 500)) == [450, 50]
-    assert amounts(streams, "samples", None) == [900, 100]
+    assert epoch_amounts(streams, "samples", ("samples", 500)) == [450, 50]
+    assert epoch_amounts(streams, "samples", None) == [900, 100]
 
 
-def test_whole_samples_add_up_to_the_epoch():
+def test_whole_samples_add_up_to_the_epoch() -> None:
     streams = [make_stream(name, 100, 100, proportion=1) for name in "abc"]
-    assert sum(amounts(streams, "samples", ("samples", 1000))) == 1000
+    assert sum(epoch_amounts(streams, "samples", ("samples", 1000))) == 1000
 
 
-def test_a_random_part_is_another_each_epoch_and_none_is_taken_twice():
+def test_random_subsets_differ_by_epoch_and_repeat_no_sample() -> None:
     stream = make_stream("a", 1000, 100, gaps=4)
     parts = [taken([stream], [300], "samples", epoch)[0].tolist() for epoch in range(3)]
     assert [len(set(part)) for part in parts] == [300] * 3
@@ -115,7 +120,9 @@ def test_a_random_part_is_another_each_epoch_and_none_is_taken_twice():
     shuffle=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_the_windows_of_all_rows_hold_what_was_chosen(samples, gaps, share, rows, window, shuffle):
+def test_the_windows_of_all_rows_hold_what_was_chosen(
+    samples: int, gaps: int, share: float, rows: int, window: int, shuffle: bool
+) -> None:
     streams = [
         make_stream("a", samples, 100, shard=7, gaps=gaps if gaps > 1 else 0),
         make_stream("b", 50, 10, shard=20),
@@ -139,32 +146,32 @@ def test_the_windows_of_all_rows_hold_what_was_chosen(samples, gaps, share, rows
         assert lengths.tolist() == all_lengths[ids].tolist()
 
 
-def test_windows_are_the_same_whatever_is_made_at_once(monkeypatch):
+def test_windows_do_not_depend_on_the_stretch() -> None:
     streams = [make_stream("a", 5000, 100), make_stream("b", 1000, 10)]
     chosen = [choose(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
-    monkeypatch.setattr(order, "SHUFFLE_BLOCK", 700)
     found = []
     for stretch in (1, 1000, 1 << 20):
-        monkeypatch.setattr(order, "STRETCH", stretch)
-        windows = windows_of(streams, chosen, rows_of(chosen, 1, 300)[0], 0, 0, True)
+        windows = windows_of(
+            streams, chosen, rows_of(chosen, 1, 300)[0], 0, 0, True, shuffle_block=700, stretch=stretch
+        )
         found.append([ids.tolist() for ids, _ in windows])
     assert len(found[0]) == 20
     assert found[0] == found[1] == found[2]
 
 
-def test_every_stretch_of_an_epoch_holds_the_mixture(monkeypatch):
-    """Shards are as large as two windows: in the order of a single shuffled list some windows would be of one stream."""
-    monkeypatch.setattr(order, "SHUFFLE_BLOCK", 2000)
+def test_every_stretch_of_an_epoch_holds_the_mixture() -> None:
+    """Shards are as large as two windows: in one shuffled list, some windows would hold one stream."""
     streams = [make_stream("a", 8000, 100, shard=2000), make_stream("b", 24000, 10, shard=2000)]
     chosen = [choose(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
-    for ids, _ in windows_of(streams, chosen, rows_of(chosen, 1, 1000)[0], 0, 0, True):
+    row = rows_of(chosen, 1, 1000)[0]
+    for ids, _ in windows_of(streams, chosen, row, 0, 0, True, shuffle_block=2000):
         assert (ids < 8000).mean() == pytest.approx(0.25, abs=0.06)
         assert len(ids) == pytest.approx(1000, abs=150)
 
 
-def test_few_shards_are_in_use_at_a_time(monkeypatch):
-    monkeypatch.setattr(order, "SHUFFLE_BLOCK", 1000)
+def test_few_shards_are_in_use_at_a_time() -> None:
     stream = make_stream("a", 20_000, 100, shard=100)  # 200 shards, a block of 10
     chosen = [choose(stream, 20_000, "samples", 0, 0, True)]
-    for ids, _ in windows_of([stream], chosen, rows_of(chosen, 1, 500)[0], 0, 0, True):
+    row = rows_of(chosen, 1, 500)[0]
+    for ids, _ in windows_of([stream], chosen, row, 0, 0, True, shuffle_block=1000):
         assert 5 < len(np.unique(ids // 100)) <= (1000 + 500) / 100 + 2

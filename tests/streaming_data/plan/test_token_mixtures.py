@@ -1,4 +1,4 @@
-"""A mixture by tokens, as large as people have them, from sidecars to the plan that is trained on."""
+"""A mixture by tokens, as large as real ones, from the sidecars to the plan."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from unitoken.streaming_data.sources import open_sources
 
 
 def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shard: int = 20_000) -> Path:
-    """A dataset without its shards: what a plan is made from."""
+    """Write a dataset without its shards, which a plan does not need."""
     rng = np.random.default_rng([samples, images])
     folder.mkdir()
     tokens = np.clip(rng.lognormal(np.log(mean), 1.0, samples), 2, 6000).astype(np.uint32) + 1060 * images
@@ -44,7 +44,8 @@ def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shar
     pyarrow.parquet.write_table(table, folder / SIDECAR)
     shards = [
         {
-            "format": "mds", "version": 2, "compression": None, "zip_data": None, "samples": min(shard, samples - begin),
+            "format": "mds", "version": 2, "compression": None, "zip_data": None,
+            "samples": min(shard, samples - begin),
             "raw_data": {"basename": f"shard.{begin:09}.mds", "bytes": 1, "hashes": {}},
         }
         for begin in range(0, samples, shard)
@@ -57,7 +58,7 @@ def write_sidecar(folder: Path, samples: int, mean: float, images: int = 0, shar
 
 
 @pytest.mark.parametrize("unit", ["tokens", "target_tokens", "samples"])
-def test_shares_are_within_a_thousandth_of_those_asked_for_on_a_million_samples(tmp_path, unit):
+def test_shares_of_a_million_samples_are_exact_to_a_thousandth(tmp_path: Path, unit: str) -> None:
     asked = {"chat": 0.45, "short": 0.05, "pictures": 0.2, "long": 0.3}
     sizes = {
         "chat": (400_000, 300),

@@ -13,7 +13,9 @@ from unitoken.streaming_data.reading.balance import balance
     images=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_pack_goes_to_one_rank_and_each_rank_gets_as_many(ranks, each, seed, images):
+def test_every_pack_goes_to_one_rank_and_each_rank_gets_as_many(
+    ranks: int, each: int, seed: int, images: int
+) -> None:
     rng = np.random.default_rng(seed)
     squares = rng.integers(1, 1 << 24, ranks * each).astype(np.float32)
     dealt = balance(squares, rng.integers(0, 5, ranks * each) * images, ranks)
@@ -21,9 +23,9 @@ def test_every_pack_goes_to_one_rank_and_each_rank_gets_as_many(ranks, each, see
     assert sorted(dealt.reshape(-1).tolist()) == list(range(ranks * each))
 
 
-@pytest.mark.parametrize(("ranks", "bound"), [(8, 1.1), (16, 1.2)])  # of 10 images a rank one more is 1.1
-def test_ranks_get_equal_images_and_equal_squares(ranks, bound):
-    """Half of the packs hold text in documents of any length, half hold two or three pictures."""
+@pytest.mark.parametrize(("ranks", "bound"), [(8, 1.1), (16, 1.2)])  # with 10 images a rank, one more is 1.1
+def test_ranks_get_equal_images_and_equal_squares(ranks: int, bound: float) -> None:
+    """Half of the packs hold text in documents of any length, half hold two or three images."""
     rng = np.random.default_rng(0)
     worst = {"dealt": [0.0, 0.0], "as they come": [0.0, 0.0]}
     for _ in range(20):
@@ -41,7 +43,7 @@ def test_ranks_get_equal_images_and_equal_squares(ranks, bound):
     assert min(worst["as they come"]) > 1.25, "no need to balance: the test tests nothing"
 
 
-def test_a_ranks_packs_come_from_heavy_to_light():
+def test_a_ranks_packs_come_from_heavy_to_light() -> None:
     squares = np.array([1.0, 9, 5, 3, 7, 2, 8, 4])
     for packs in balance(squares, np.zeros(8, int), 2):
         assert squares[packs].tolist() == sorted(squares[packs], reverse=True)

@@ -1,3 +1,5 @@
+"""Packs of records become batches."""
+
 import dataclasses
 import io
 
@@ -12,11 +14,13 @@ from support.small_datasets import BLOCK, make_record, small_vocabulary
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
+from unitoken.streaming_data.arrays import Integers
 from unitoken.streaming_data.reading.collate import (
     PER_FEATURE,
     PER_VIEW,
     Collate,
-    featured,
+    FeaturePlace,
+    featured_images,
     insert_features,
     num_packs,
     num_tokens,
@@ -29,22 +33,26 @@ F = 4
 SEP = VOCABULARY.separator
 
 
-def collate(continuous: str = "questions", length: int = 80, compat: bool = False) -> Collate:
-    return Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, compat)
+def collate(
+    continuous: str = "questions", length: int = 80, compat: bool = False, threads: int | None = None
+) -> Collate:
+    return Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, compat, threads=threads)
 
 
 def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Record:
     return make_record(name, VOCABULARY, text, questions, answers)
 
 
-def inserted(rec: Record, continuous: str, compat: bool = False):
+def inserted(
+    rec: Record, continuous: str, compat: bool = False
+) -> tuple[Integers, Integers, list[FeaturePlace]]:
     document = insert_features(
-        rec, dict.fromkeys(featured(rec.labels(), rec.image_spans, continuous), F), SEP, compat
+        rec, dict.fromkeys(featured_images(rec.labels(), rec.image_spans, continuous), F), SEP, compat
     )
     return document.ids, document.labels, list(document.places)
 
 
-def test_features_go_behind_a_separator_before_the_end_of_the_image():
+def test_features_follow_a_separator_before_the_end_of_the_image() -> None:
     rec = record("a", questions=1)
     ids, labels, places = inserted(rec, "questions")
     end = 1 + BLOCK - 1  # bos, block without its last token
@@ -54,7 +62,7 @@ def test_features_go_behind_a_separator_before_the_end_of_the_image():
 
 
 @pytest.mark.parametrize(("continuous", "images"), [("questions", [0, 1]), ("all", [0, 1, 2]), ("none", [])])
-def test_which_images_bring_features(continuous, images):
+def test_which_images_have_features(continuous: str, images: list[int]) -> None:
     rec = record("a", questions=2, answers=1)
     ids, labels, places = inserted(rec, continuous)
     assert [image for image, _ in places] == images
@@ -68,7 +76,7 @@ def test_which_images_bring_features(continuous, images):
         assert ids[start + F] == VOCABULARY.image_end
 
 
-def test_as_in_the_reference_every_image_brings_features_and_its_separator_is_trained_on():
+def test_compat_trains_on_the_separator_of_every_image() -> None:
     rec = record("a", questions=1, answers=1)
     ids, labels, places = inserted(rec, "all", compat=True)
     assert [image for image, _ in places] == [0, 1]
@@ -79,16 +87,16 @@ def test_as_in_the_reference_every_image_brings_features_and_its_separator_is_tr
     assert ids[places[1][1] + F] == labels[places[1][1] + F] == VOCABULARY.image_end
 
 
-def test_no_image_block_is_cut():
+def test_no_image_block_is_cut() -> None:
     rec = record("a", questions=2, answers=1)
     ids, _, places = inserted(rec, "all")
     for start in np.flatnonzero(ids == VOCABULARY.image_start):
         end = start + int(np.flatnonzero(ids[start:] == VOCABULARY.image_end)[0]) + 1
         block = [i for i in range(start, end) if not any(p - 1 <= i < p + F for _, p in places)]
-        VOCABULARY.image_codes(ids[block])  # raises where the layout is broken
+        VOCABULARY.image_codes(ids[block])  # raises if the layout is broken
 
 
-def test_a_batch_keeps_the_contract():
+def test_a_batch_keeps_the_contract() -> None:
     packs = [[record("a", questions=1), record("b", text=9)], [record("c", text=3)]]
     batch = collate()(packs)
     assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
@@ -115,7 +123,7 @@ def test_a_batch_keeps_the_contract():
     assert batch["labels"][0, first : first + second].tolist() == packs[0][1].labels().tolist(), "not shifted"
 
 
-def test_each_token_knows_its_documents_kind_and_whether_it_is_inside_an_image():
+def test_kinds_tell_each_tokens_document_and_if_it_is_an_image() -> None:
     packs = [[record("t", text=9), record("q", questions=1), record("a", questions=1, answers=1)]]
     batch = dataclasses.replace(collate(length=200), streams=2)(packs)
     kinds, ids = batch["kinds"][0].numpy(), batch["input_ids"][0].numpy()
@@ -133,7 +141,7 @@ def test_each_token_knows_its_documents_kind_and_whether_it_is_inside_an_image()
     assert batch["stream_tokens"].tolist() == [[int((document >= 0).sum()), 0]]
 
 
-def test_no_document_predicts_the_next_ones_first_token():
+def test_no_document_predicts_the_next_ones_first_token() -> None:
     trained_from_the_start = Record(
         "x", np.array([5, 6], np.uint16), np.array([[0, 2]], np.uint32), np.empty((0, 4), np.uint32), ()
     )
@@ -143,7 +151,7 @@ def test_no_document_predicts_the_next_ones_first_token():
     assert labels[0] == IGNORED
 
 
-def test_feature_places_and_pixels_belong_to_their_image():
+def test_feature_places_and_pixels_belong_to_their_image() -> None:
     packs = [[record("c", text=3)], [record("a", questions=2), record("b", questions=1)]]
     batch = collate(length=120)(packs)
     assert batch["view_rows"].tolist() == [1, 1, 1]
@@ -164,7 +172,7 @@ def test_feature_places_and_pixels_belong_to_their_image():
         assert positions.tolist() == list(range(int(positions[0]), int(positions[0]) + F))
 
 
-def test_a_batch_without_images_keeps_its_shapes():
+def test_a_batch_without_images_keeps_its_shapes() -> None:
     batch = collate("none")([[record("a", questions=1)]])
     assert batch["pixel_values"].shape == (0, 3, 8, 8)
     assert all(len(batch[name]) == 0 for name in (*PER_VIEW, *PER_FEATURE))
@@ -172,12 +180,12 @@ def test_a_batch_without_images_keeps_its_shapes():
     assert without["input_ids"].tolist() == batch["input_ids"].tolist()
 
 
-def test_a_pack_that_is_too_long_is_an_error_that_names_the_sample():
+def test_a_pack_that_is_too_long_names_the_sample() -> None:
     with pytest.raises(ShardError, match="sample 'b' ends at 22 in a pack of 20"):
         collate(length=20)([[record("a", text=10), record("b", text=8)]])
 
 
-def test_an_image_that_cannot_be_decoded_is_an_error_that_names_the_sample():
+def test_an_image_that_cannot_be_decoded_names_its_sample() -> None:
     rec = record("a", questions=1)
     broken = Record(rec.id, rec.tokens, rec.target_spans, rec.image_spans, (b"no image",))
     with pytest.raises(ValueError, match="sample 'a', image 0"):
@@ -185,7 +193,7 @@ def test_an_image_that_cannot_be_decoded_is_an_error_that_names_the_sample():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_microbatches_together_are_the_batch(size):
+def test_microbatches_together_are_the_batch(size: int) -> None:
     packs = [
         [record("a", questions=1)],
         [record("b")],
@@ -211,7 +219,7 @@ def test_microbatches_together_are_the_batch(size):
         assert torch.equal(torch.cat([part[name] for part in parts]), value), name
 
 
-def test_tokens_are_counted_as_the_loss_counts_them():
+def test_tokens_are_counted_as_the_loss_counts_them() -> None:
     packs = [[record("a", questions=1), record("b")], [record("c", text=3)]]
     batch = collate()(packs)
     tokens = sum(len(r.tokens) for pack in packs for r in pack) + 1 + F
@@ -228,11 +236,11 @@ def test_tokens_are_counted_as_the_loss_counts_them():
     limit=st.integers(1, 120),
     everything=st.booleans(),
 )
-def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(
-    text, questions, answers, limit, everything
-):
+def test_cutting_keeps_the_beginning_and_no_part_of_an_image(
+    text: int, questions: int, answers: int, limit: int, everything: bool
+) -> None:
     rec = record("a", text, questions, answers)
-    images = featured(rec.labels(), rec.image_spans, "all" if everything else "questions")
+    images = featured_images(rec.labels(), rec.image_spans, "all" if everything else "questions")
     whole = insert_features(rec, dict.fromkeys(images, F), SEP)
     cut = whole.cut(limit)
     assert len(cut.ids) <= limit
@@ -250,8 +258,8 @@ def test_a_document_that_is_cut_keeps_its_beginning_and_no_part_of_an_image(
         assert whole.ids[len(cut.ids)] == VOCABULARY.image_start, "cut short only where an image begins"
 
 
-def test_an_id_beyond_the_vocabulary_names_its_sample():
-    """On a GPU the embedding would end the process by an assertion that names nothing."""
+def test_an_id_beyond_the_vocabulary_names_its_sample() -> None:
+    """On a GPU the embedding would end the process with an assertion that names no sample."""
     good, bad = record("a", text=5), record("b", text=5)
     bad = dataclasses.replace(bad, tokens=np.array([*bad.tokens[:-1], VOCABULARY.size], np.uint32))
     collate = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, vocabulary_size=VOCABULARY.size)
@@ -263,7 +271,7 @@ def test_an_id_beyond_the_vocabulary_names_its_sample():
         collate([[good], [good, bad]])
 
 
-def test_what_is_too_long_is_cut_to_its_streams_limit_where_that_is_the_rule():
+def test_with_limits_documents_are_cut_to_their_streams_limit() -> None:
     cutting = Collate(80, VIEWS, "questions", SEP, VOCABULARY.newline, False, streams=2, limits=(80, 9))
     packs = [
         [
@@ -279,8 +287,8 @@ def test_what_is_too_long_is_cut_to_its_streams_limit_where_that_is_the_rule():
     assert batch["input_ids"][0, :9].tolist() == packs[0][0].tokens[:9].tolist()
 
 
-def test_tiles_stand_line_by_line_behind_the_whole_picture():
-    """A wide picture: two tiles side by side with black above and below."""
+def test_tiles_follow_the_whole_image_row_by_row() -> None:
+    """A wide image: two tiles side by side, with black above and below."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 15), (200, 0, 0)).save(buffer, "PNG")
     rec = record("a", questions=1)
@@ -302,13 +310,8 @@ def test_tiles_stand_line_by_line_behind_the_whole_picture():
     assert batch["input_ids"][0, start + len(layout)] == VOCABULARY.image_end
 
 
-def test_threads_change_nothing(monkeypatch):
+def test_threads_change_nothing() -> None:
     packs = [[record(f"{row}-{n}", questions=n) for n in range(3)] for row in range(3)]
-    found = []
-    for threads in (1, 4):
-        monkeypatch.setattr(
-            "unitoken.streaming_data.reading.collate._threads", lambda threads=threads: threads
-        )
-        found.append(collate(length=120)(packs))
-    for name, value in found[0].items():
-        assert torch.equal(value, found[1][name]), name
+    one, four = (collate(length=120, threads=threads)(packs) for threads in (1, 4))
+    for name, value in one.items():
+        assert torch.equal(value, four[name]), name

@@ -1,9 +1,12 @@
-"""Where the data stands, saved and loaded: every shape of world, every moment of an epoch."""
+"""The position in the data, saved and loaded: for every shape of the world, at every moment of an epoch."""
 
 import itertools
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +17,17 @@ from streaming import StreamingDataset
 from support.small_datasets import flip_byte, shard_paths, small_vocabulary, text_records, write_dataset
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.build import Plan
+from unitoken.streaming_data.reading.collate import Batch
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
 
+MakeLoader = Callable[..., PackedLoader]
 GROUP = 4  # packs of a global batch
 Rows = list[tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_dataset(root / "a", text_records(150, "a"))
     write_dataset(root / "b", text_records(60, "b", seed=1))
@@ -30,9 +35,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def make_loader(folder, monkeypatch):
+def make_loader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> MakeLoader:
     def make(
-        ranks: int = 1, rank: int = 0, workers: int = 0, local: int | None = None, **settings
+        ranks: int = 1, rank: int = 0, workers: int = 0, local: int | None = None, **settings: Any
     ) -> PackedLoader:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -42,7 +47,7 @@ def make_loader(folder, monkeypatch):
     return make
 
 
-def open_loader(folder, ranks: int = 1, workers: int = 0, **settings) -> PackedLoader:
+def open_loader(folder: Path, ranks: int = 1, workers: int = 0, **settings: Any) -> PackedLoader:
     defaults = {
         "streams": {"a": {"local": str(folder / "a")}, "b": {"remote": str(folder / "b"), "repeat": 1.5}},
         "packed_length": 64,
@@ -59,7 +64,7 @@ def open_loader(folder, ranks: int = 1, workers: int = 0, **settings) -> PackedL
     return build_loader(config, views=None, vocabulary=vocabulary, batch_packs=batch, compat=False)
 
 
-def rows(batch) -> Rows:
+def rows(batch: Batch) -> Rows:
     return [tuple(row.tolist()) for row in batch["input_ids"]]
 
 
@@ -68,7 +73,7 @@ def epoch_of(loader: PackedLoader) -> list[Rows]:
 
 
 def train(loader: PackedLoader, batches: int) -> tuple[list[Rows], dict]:
-    """As Composer does it: take some batches of an epoch, then ask for the state, which goes through a checkpoint."""
+    """Take some batches of an epoch and the state, as Composer does, and put it through a checkpoint."""
     taken = []
     iterator = iter(loader)
     for _ in range(batches):
@@ -77,7 +82,7 @@ def train(loader: PackedLoader, batches: int) -> tuple[list[Rows], dict]:
     return taken, json.loads(json.dumps(state))
 
 
-def test_it_is_a_streaming_dataset_and_reads_single_samples(make_loader):
+def test_the_dataset_is_a_streaming_dataset_with_single_samples(make_loader: MakeLoader) -> None:
     dataset = make_loader().dataset
     assert isinstance(dataset, StreamingDataset)
     assert [record.id for record in dataset[[0, 149, 150, 209]]] == ["a0", "a149", "b0", "b59"]
@@ -87,7 +92,7 @@ def test_it_is_a_streaming_dataset_and_reads_single_samples(make_loader):
     assert len(dataset.streams) == 2
 
 
-def test_an_epoch_holds_the_packs_of_its_plan_and_the_next_epoch_others(make_loader):
+def test_each_epoch_holds_the_packs_of_its_own_plan(make_loader: MakeLoader) -> None:
     loader = make_loader()
     dataset = loader.dataset
     epochs = []
@@ -110,14 +115,14 @@ def test_an_epoch_holds_the_packs_of_its_plan_and_the_next_epoch_others(make_loa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(make_loader, workers):
+def test_workers_change_nothing(make_loader: MakeLoader, workers: int) -> None:
     plain, parallel = make_loader(), make_loader(workers=workers)
     for _ in range(3):
         assert epoch_of(parallel) == epoch_of(plain)
 
 
 @pytest.mark.parametrize(("ranks", "local"), [(2, 2), (2, 1), (4, 2)])
-def test_a_global_batch_is_the_same_on_every_world(make_loader, ranks, local):
+def test_a_global_batch_is_the_same_on_every_world(make_loader: MakeLoader, ranks: int, local: int) -> None:
     expected = epoch_of(make_loader())
     shares = [epoch_of(make_loader(ranks, rank, local=local)) for rank in range(ranks)]
     for number, batch in enumerate(expected):
@@ -125,7 +130,7 @@ def test_a_global_batch_is_the_same_on_every_world(make_loader, ranks, local):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_goes_on_exactly_twice_and_into_the_next_epochs(make_loader, workers):
+def test_a_run_resumes_exactly_twice_and_into_the_next_epochs(make_loader: MakeLoader, workers: int) -> None:
     whole = make_loader()
     expected = [epoch_of(whole) for _ in range(3)]
 
@@ -148,7 +153,7 @@ def test_a_resumed_run_goes_on_exactly_twice_and_into_the_next_epochs(make_loade
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_resumes_at_every_batch_twice_in_a_row_and_in_its_third_epoch(make_loader, workers):
+def test_a_run_resumes_at_every_batch_twice_and_in_epoch_three(make_loader: MakeLoader, workers: int) -> None:
     """With workers, batches that were prepared but not trained on are in flight each time."""
     folder = make_loader().dataset.sources[0].folder
     small = {"streams": {"a": {"local": str(folder), "choose": 40}}, "workers": workers}
@@ -160,7 +165,7 @@ def test_a_run_resumes_at_every_batch_twice_in_a_row_and_in_its_third_epoch(make
         for stopped in range(batches):
             state = {**whole.dataset.state_dict(0, True), "epoch": epoch}
             taken: list[Rows] = []
-            for more in (stopped, 1):  # killed after so many batches, and after one more
+            for more in (stopped, 1):  # killed after some batches, and after one more
                 loader = make_loader(**small)
                 loader.dataset.load_state_dict(state)
                 taken += itertools.islice(map(rows, loader), more)
@@ -172,7 +177,9 @@ def test_a_run_resumes_at_every_batch_twice_in_a_row_and_in_its_third_epoch(make
 
 @given(data=st.data(), epoch=st.integers(0, 2), stopped=st.integers(0, 20))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_run_resumes_anywhere_on_any_world(make_loader, data, epoch, stopped):
+def test_a_run_resumes_anywhere_on_any_world(
+    make_loader: MakeLoader, data: st.DataObject, epoch: int, stopped: int
+) -> None:
     whole = make_loader()
     whole.dataset.load_state_dict({**whole.dataset.state_dict(0, True), "epoch": epoch})
     expected = epoch_of(whole)
@@ -190,8 +197,8 @@ def test_a_run_resumes_anywhere_on_any_world(make_loader, data, epoch, stopped):
         assert sorted(row for share in shares for row in share[number]) == sorted(batch)
 
 
-def test_a_run_begun_before_batches_were_stratified_goes_on_as_it_was(make_loader):
-    """With the state as version 2 wrote it, which knew no `batching_method`; from the middle of epoch 1."""
+def test_a_run_that_began_with_version_2_continues_with_it(make_loader: MakeLoader) -> None:
+    """The state is from the middle of epoch 1 and as version 2 wrote it, without `batching_method`."""
     old = make_loader(batching_method="random")
     old.dataset.recipe = old.dataset.recipe.of_version_2()
     old.dataset.plan = old.dataset._plan_of(0)
@@ -209,19 +216,19 @@ def test_a_run_begun_before_batches_were_stratified_goes_on_as_it_was(make_loade
         refused.dataset.load_state_dict(state)
 
 
-def test_a_run_resumes_on_another_world(make_loader):
+def test_a_run_resumes_on_another_world(make_loader: MakeLoader) -> None:
     expected = epoch_of(make_loader())
     _, state = train(make_loader(), 3)
     shares = []
     for rank in range(2):
-        loader = make_loader(2, rank, workers=rank)  # even with other numbers of workers
+        loader = make_loader(2, rank, workers=rank)  # also with other numbers of workers
         loader.dataset.load_state_dict(state)
         shares.append(epoch_of(loader))
     for number, batch in enumerate(expected[3:]):
         assert sorted(shares[0][number] + shares[1][number]) == sorted(batch)
 
 
-def test_a_state_in_a_later_epoch_needs_no_earlier_one(make_loader):
+def test_a_state_in_a_later_epoch_needs_no_earlier_one(make_loader: MakeLoader) -> None:
     whole = make_loader()
     expected = [epoch_of(whole) for _ in range(3)][2]
     loader = make_loader()
@@ -229,13 +236,13 @@ def test_a_state_in_a_later_epoch_needs_no_earlier_one(make_loader):
     assert epoch_of(loader) == expected
 
 
-def test_the_state_at_the_end_of_an_epoch(make_loader):
+def test_the_state_at_the_end_of_an_epoch(make_loader: MakeLoader) -> None:
     loader = make_loader()
     expected = [epoch_of(loader), epoch_of(loader)]
     loader = make_loader()
     assert loader.dataset.state_dict(0, True)["epoch"] == 0, "not begun"
     epoch_of(loader)
-    # After the last batch, and before Composer ends the epoch: what is left of the epoch is nothing.
+    # After the last batch, before Composer ends the epoch: nothing of the epoch is left.
     before = loader.dataset.state_dict(num_samples=loader.dataset.packs_per_epoch, from_beginning=True)
     resumed = make_loader()
     resumed.dataset.load_state_dict(before)
@@ -249,7 +256,9 @@ def test_the_state_at_the_end_of_an_epoch(make_loader):
     assert epoch_of(resumed) == expected[1]
 
 
-def test_the_state_before_the_first_batch_of_an_epoch_is_that_epochs_beginning(make_loader):
+def test_the_state_before_the_first_batch_is_the_epochs_start(
+    make_loader: MakeLoader,
+) -> None:
     loader = make_loader()
     iterator = iter(loader)
     next(iterator)
@@ -257,7 +266,7 @@ def test_the_state_before_the_first_batch_of_an_epoch_is_that_epochs_beginning(m
     assert (state["epoch"], state["packs"]) == (0, 0)
 
 
-def test_packs_may_be_counted_from_where_the_run_was_resumed(make_loader):
+def test_packs_may_be_counted_from_where_the_run_was_resumed(make_loader: MakeLoader) -> None:
     _, state = train(make_loader(), 3)
     loader = make_loader()
     loader.dataset.load_state_dict(state)
@@ -265,7 +274,7 @@ def test_packs_may_be_counted_from_where_the_run_was_resumed(make_loader):
     assert loader.dataset.state_dict(num_samples=GROUP, from_beginning=False)["packs"] == 4 * GROUP
 
 
-def test_a_loaded_state_is_the_state_until_training_goes_on(make_loader):
+def test_a_loaded_state_is_the_state_until_training_goes_on(make_loader: MakeLoader) -> None:
     _, state = train(make_loader(), 3)
     loader = make_loader()
     loader.dataset.load_state_dict(state)
@@ -273,7 +282,7 @@ def test_a_loaded_state_is_the_state_until_training_goes_on(make_loader):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_state_can_be_loaded_in_the_middle_of_an_epoch(make_loader, workers):
+def test_a_state_can_be_loaded_in_the_middle_of_an_epoch(make_loader: MakeLoader, workers: int) -> None:
     loader = make_loader(workers=workers)
     _, state = train(loader, 2)
     first = epoch_of(make_loader())
@@ -291,7 +300,9 @@ def test_a_state_can_be_loaded_in_the_middle_of_an_epoch(make_loader, workers):
         ({"window": 7}, "window: 131072, now 7"),
     ],
 )
-def test_resuming_against_another_plan_is_refused_naming_what_differs(make_loader, settings, found):
+def test_resuming_another_plan_is_refused_naming_the_differences(
+    make_loader: MakeLoader, settings: dict[str, Any], found: str
+) -> None:
     _, state = train(make_loader(), 3)
     other = make_loader(**settings).dataset
     with pytest.raises(ConfigError) as caught:
@@ -300,7 +311,9 @@ def test_resuming_against_another_plan_is_refused_naming_what_differs(make_loade
         assert part in str(caught.value)
 
 
-def test_resuming_against_other_data_is_refused(make_loader, folder, tmp_path):
+def test_resuming_against_other_data_is_refused(
+    make_loader: MakeLoader, folder: Path, tmp_path: Path
+) -> None:
     _, state = train(make_loader(), 3)
     changed = write_dataset(tmp_path / "a", text_records(150, "z"))
     streams = {"a": {"local": str(changed)}, "b": {"local": str(folder / "b"), "repeat": 1}}
@@ -310,8 +323,8 @@ def test_resuming_against_other_data_is_refused(make_loader, folder, tmp_path):
         make_loader(streams=streams).dataset.load_state_dict(state)
 
 
-def test_another_order_from_the_same_settings_is_refused(make_loader):
-    """Another version of this code may draw another one."""
+def test_another_order_from_the_same_settings_is_refused(make_loader: MakeLoader) -> None:
+    """Another version of this code may make another order."""
     _, state = train(make_loader(), 3)
     with pytest.raises(ConfigError, match="made by another version of this code"):
         make_loader().dataset.load_state_dict({**state, "order": "0" * 16})
@@ -327,7 +340,7 @@ def test_another_order_from_the_same_settings_is_refused(make_loader):
         ({"sample_in_epoch": 3}, "sample_in_epoch"),
     ],
 )
-def test_a_state_that_is_none_of_ours_is_refused(make_loader, change, found):
+def test_a_foreign_state_is_refused(make_loader: MakeLoader, change: dict[str, Any], found: str) -> None:
     _, state = train(make_loader(), 3)
     with pytest.raises(ConfigError, match=found):
         make_loader().dataset.load_state_dict({**state, **change})
@@ -340,41 +353,49 @@ def test_a_state_that_is_none_of_ours_is_refused(make_loader, change, found):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stream", ["local", "remote"])
 @pytest.mark.parametrize("damage", ["missing", "corrupt"])
-def test_a_bad_shard_is_an_error_in_the_training_process_and_no_hang(
-    make_loader, tmp_path, monkeypatch, workers, stream, damage
-):
+def test_a_bad_shard_is_an_error_in_the_training_process(
+    make_loader: MakeLoader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    stream: str,
+    damage: str,
+) -> None:
     folder = write_dataset(tmp_path / "data", text_records(100))
     loader = make_loader(workers=workers, streams={"a": {stream: str(folder)}}, cache=str(tmp_path / "cache"))
     shard = shard_paths(folder)[-1]
     shard.unlink() if damage == "missing" else flip_byte(shard)
     with pytest.raises(
-        RuntimeError, match=rf"{shard.name}.* (is {damage}|can not be had: .*{shard.name}: not there)"
+        RuntimeError, match=rf"{shard.name}.* (is {damage}|cannot be downloaded: .*{shard.name}: not there)"
     ):
         epoch_of(loader)
     if workers:  # torch waits five seconds for each worker after an error, whatever the dataset
         monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
-        loader._iterator._shutdown_workers()
+        iterator: Any = loader._iterator
+        iterator._shutdown_workers()
 
 
-def test_a_batch_that_does_not_fit_the_world_is_refused_with_the_figures(make_loader):
+def test_a_batch_that_does_not_fit_the_world_is_refused(make_loader: MakeLoader) -> None:
     with pytest.raises(ConfigError, match="global_batch: 4 packs are not 3 ranks x 1 packs"):
         make_loader(ranks=3)
 
 
-def test_ranks_that_are_no_whole_nodes_are_refused(make_loader):
+def test_ranks_that_are_no_whole_nodes_are_refused(make_loader: MakeLoader) -> None:
     with pytest.raises(ConfigError, match="4 ranks are not whole nodes of 3"):
         make_loader(ranks=4, local=3)
 
 
-def test_a_sidecar_that_was_changed_by_hand_is_refused(make_loader, tmp_path):
+def test_a_sidecar_that_was_changed_by_hand_is_refused(make_loader: MakeLoader, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", text_records(100))
     flip_byte(folder / "samples.parquet")
     with pytest.raises(ConfigError, match=f"{folder}/samples.parquet is not the file"):
         make_loader(streams={"a": {"local": str(folder)}}, cache=str(tmp_path / "cache"))
 
 
-def test_two_processes_of_one_run_share_each_global_batch(folder, tmp_path, make_loader):
-    """torch.distributed is initialised and the launcher's environment is not set."""
+def test_two_processes_of_one_run_share_each_global_batch(
+    folder: Path, tmp_path: Path, make_loader: MakeLoader
+) -> None:
+    """torch.distributed is initialized, and the launcher's environment is not set."""
     expected = epoch_of(make_loader())
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         del os.environ[name]
@@ -390,7 +411,7 @@ def test_two_processes_of_one_run_share_each_global_batch(folder, tmp_path, make
         assert sorted(tuple(row) for share in shares for row in share[number]) == sorted(batch)
 
 
-def _rank(folder, tmp_path, rank: int) -> None:
+def _rank(folder: Path, tmp_path: Path, rank: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2

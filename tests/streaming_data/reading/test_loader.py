@@ -1,7 +1,12 @@
+"""Batches over epochs, workers and ranks."""
+
 import itertools
 import multiprocessing
 import os
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from support.small_datasets import (
+    data_config,
     flip_byte,
     make_record,
     shard_paths,
@@ -18,15 +24,18 @@ from support.small_datasets import (
 )
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
+from unitoken.streaming_data.sources import open_sources
 
+MakeLoader = Callable[..., PackedLoader]
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)  # 4 features
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     images = [make_record(f"i{n}", VOCABULARY, 5 + n % 9, n % 3, (n + 1) % 2) for n in range(80)]
     write_dataset(root / "images", images)
@@ -35,9 +44,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def make(folder):
+def make(folder: Path) -> MakeLoader:
     def make(
-        views: Views | None = VIEWS, compat: bool = False, vocabulary=VOCABULARY, **settings
+        views: Views | None = VIEWS,
+        compat: bool = False,
+        vocabulary: Vocabulary = VOCABULARY,
+        **settings: Any,
     ) -> PackedLoader:
         streams = {"images": {"local": str(folder / "images")}, "text": {"local": str(folder / "text")}}
         defaults = {
@@ -57,7 +69,9 @@ def make(folder):
     ("continuous", "compat", "per_sample"),
     [("questions", False, 1), ("all", False, 1.5), ("questions", True, 1.5)],
 )
-def test_the_plan_counts_the_features_that_the_batches_hold(make, continuous, compat, per_sample):
+def test_the_plan_counts_the_features_that_the_batches_hold(
+    make: MakeLoader, continuous: str, compat: bool, per_sample: float
+) -> None:
     loader = make(continuous=continuous, compat=compat)
     tokens = images = 0
     for batch in loader:
@@ -75,20 +89,20 @@ def test_the_plan_counts_the_features_that_the_batches_hold(make, continuous, co
     assert images == pytest.approx(share.samples * per_sample, abs=6)
 
 
-def test_without_continuous_features_a_batch_has_no_pixels(make):
+def test_without_continuous_features_a_batch_has_no_pixels(make: MakeLoader) -> None:
     assert all(len(batch["pixel_values"]) == 0 for batch in make(views=None, continuous="none"))
 
 
-def test_compat_leaves_a_model_without_vision_tower_without_features(make):
+def test_compat_gives_no_features_without_a_vision_tower(make: MakeLoader) -> None:
     assert make(views=None, continuous="none", compat=True).dataset.recipe.continuous == "none"
 
 
-def test_features_without_a_vision_tower_are_refused(make):
+def test_features_without_a_vision_tower_are_refused(make: MakeLoader) -> None:
     with pytest.raises(ConfigError, match="continuous: questions needs a vision tower"):
         make(views=None)
 
 
-def test_a_model_of_another_vocabulary_is_refused(make, folder):
+def test_a_model_of_another_vocabulary_is_refused(make: MakeLoader, folder: Path) -> None:
     other = small_vocabulary(60)
     with pytest.raises(
         ConfigError, match=f"{folder}/images .*{VOCABULARY.fingerprint}.* the model has {other.fingerprint}"
@@ -96,7 +110,16 @@ def test_a_model_of_another_vocabulary_is_refused(make, folder):
         make(vocabulary=other)
 
 
-def test_the_loader_is_what_composer_looks_for(make):
+def test_datasets_that_are_open_are_not_opened_again(folder: Path) -> None:
+    config = data_config(folder, {"text": {"local": str(folder / "text")}})
+    sources = open_sources(config)
+    loader = build_loader(
+        config, views=VIEWS, vocabulary=VOCABULARY, batch_packs=4, compat=False, sources=sources
+    )
+    assert loader.dataset.sources[0] is sources[0]
+
+
+def test_the_loader_is_what_composer_looks_for(make: MakeLoader) -> None:
     loader = make()
     assert isinstance(loader, DataLoader)
     assert isinstance(loader.dataset, IterableDataset)
@@ -107,8 +130,8 @@ def test_the_loader_is_what_composer_looks_for(make):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_that_are_cut_to_their_number_of_batches_as_composer_cuts_them(make, workers):
-    """Composer takes `islice(loader, len(loader))`, so a loader is never seen to end."""
+def test_epochs_cut_as_composer_cuts_them_count_as_complete(make: MakeLoader, workers: int) -> None:
+    """Composer takes `islice(loader, len(loader))`, so the loader's iterator never ends."""
     whole, cut = make(), make(workers=workers)
     for epoch in range(3):
         expected = [batch["input_ids"].tolist() for batch in whole]
@@ -117,33 +140,38 @@ def test_epochs_that_are_cut_to_their_number_of_batches_as_composer_cuts_them(ma
         assert (state["epoch"], state["packs"]) == (epoch + 1, 0)
 
 
+def numpy_state() -> list[int]:
+    state: Any = np.random.get_state()
+    return state[1].tolist()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_global_generators_are_left_alone(make, workers):
-    """Else a resumed run would draw other dropout masks than an uninterrupted one."""
+def test_the_global_generators_are_left_alone(make: MakeLoader, workers: int) -> None:
+    """Otherwise a resumed run would draw other dropout masks than an uninterrupted one."""
     torch.manual_seed(3)
     np.random.seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    before = torch.get_rng_state(), numpy_state()
     for _ in make(workers=workers):
         pass
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]
+    assert numpy_state() == before[1]
 
 
-def test_more_workers_than_batches_are_no_trouble(make, folder):
+def test_more_workers_than_batches_work(make: MakeLoader, folder: Path) -> None:
     loader = make(workers=2, streams={"text": {"local": str(folder / "text"), "choose": 15}})
     assert len(list(loader)) == len(loader) == 1
     assert len(list(loader)) == 1
 
 
-def test_shares_are_reported_for_printing(make):
+def test_shares_are_reported_for_printing(make: MakeLoader) -> None:
     table = make().dataset.plan.report.table()
     assert "images" in table
     assert "of a global batch's tokens" in table
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_one_rank_can_not_read_is_an_error_in_every_rank_that_names_it(tmp_path, workers):
-    """Each rank reads its own half of the shards, so only one of the two comes upon the lost one."""
+def test_a_rank_that_cannot_read_is_named_by_errors_in_all_ranks(tmp_path: Path, workers: int) -> None:
+    """Each rank reads its own half of the shards, so only one of the two reads the lost one."""
     folder = write_dataset(tmp_path / "text", text_records(300))
     lost = shard_paths(folder)[-3]
     context = multiprocessing.get_context("spawn")
@@ -167,15 +195,21 @@ def test_what_one_rank_can_not_read_is_an_error_in_every_rank_that_names_it(tmp_
     assert found[0].count("rank ") == 1, "both came upon it: the test tests nothing"
 
 
-def _read_until_error(rank, tmp_path, folder, lost, workers, results):
+def _read_until_error(
+    rank: int, tmp_path: Path, folder: Path, lost: Path, workers: int, results: Any
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/group", rank=rank, world_size=2
     )
-    config = DataConfig(
-        streams={"text": {"local": str(folder)}}, packed_length=64, global_batch=4, canonical_nodes=2, shuffle=False,
-        continuous="none", cache=str(tmp_path / "cache"), workers=workers,
-    )  # fmt: skip
+    config = data_config(
+        tmp_path,
+        {"text": {"local": str(folder)}},
+        canonical_nodes=2,
+        shuffle=False,
+        continuous="none",
+        workers=workers,
+    )
     loader = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=2, compat=False)
     torch.distributed.barrier()
     if rank == 0:

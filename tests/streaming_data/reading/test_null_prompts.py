@@ -1,7 +1,8 @@
-"""A share of the drawings is trained on without their prompt's text: the same ones on every world and after a resume."""
+"""Some prompts for images lose their text: the same ones in every world and after a resume."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ Rows = list[tuple[int, ...]]
 
 
 def drawing(name: str, text: int, question_images: int = 0) -> Record:
-    """The whole text is the question's, and the answer is an image: as a real one of this direction."""
+    """Return a record whose text is all in the question and whose answer is an image, like real ones."""
     record = make_record(name, VOCABULARY, text, question_images, answer_images=1)
     first = int(record.image_spans[-1, 0])
     asked, answer = record.tokens[:first], record.tokens[first:]
@@ -31,7 +32,7 @@ def drawing(name: str, text: int, question_images: int = 0) -> Record:
     return Record(name, tokens, targets, spans, record.images)
 
 
-def test_a_null_prompt_is_the_beginning_the_pictures_and_the_end_of_the_turn() -> None:
+def test_a_null_prompt_is_beginning_images_and_end_of_turn() -> None:
     record = drawing("d", 6, question_images=2)
     end = int(record.target_spans[0, 0])
     null = without_text(record, end)
@@ -46,7 +47,7 @@ def test_a_null_prompt_is_the_beginning_the_pictures_and_the_end_of_the_turn() -
         assert size == old_size
 
 
-def test_what_is_trained_on_stays() -> None:
+def test_null_prompts_keep_all_targets() -> None:
     record = drawing("d", 6)
     null = without_text(record, int(record.target_spans[0, 0]))
     labels, old = null.labels(), record.labels()
@@ -63,7 +64,7 @@ def test_only_what_begins_with_an_image_is_drawn() -> None:
     assert not is_drawn(make_record("text first", VOCABULARY, 6, answer_images=1))
 
 
-def test_the_share_is_what_was_asked_for_and_other_documents_are_left_alone() -> None:
+def test_the_fraction_is_exact_and_other_documents_stay() -> None:
     drawn, asked = (
         [drawing(f"d{n}", 6) for n in range(4000)],
         [make_record(f"q{n}", VOCABULARY, 6, 1) for n in range(50)],
@@ -88,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_loader(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1, **settings: object
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1, **settings: Any
 ) -> PackedLoader:
     for name, value in (("RANK", rank), ("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks)):
         monkeypatch.setenv(name, str(value))
@@ -97,7 +98,11 @@ def open_loader(
         {"streams": {"all": {"local": str(folder / "all"), "held_out": 0.2}}, **given}
     )
     return build_loader(
-        config, views=Views(8, 4), vocabulary=VOCABULARY, batch_packs=GROUP // ranks, compat=False
+        config,
+        views=Views(8, 4),
+        vocabulary=VOCABULARY,
+        batch_packs=config.global_batch // ranks,
+        compat=False,
     )
 
 
@@ -106,7 +111,7 @@ def rows(loader: PackedLoader) -> list[Rows]:
 
 
 def null_blocks(batches: list[Rows]) -> set[str]:
-    """The images with a null prompt before them."""
+    """Return the images with a null prompt before them."""
     text = "".join(chr(token) for batch in batches for row in batch for token in row)
     prompt = chr(VOCABULARY.bos) + chr(VOCABULARY.end_of_turn)
     return {block[:BLOCK] for block in text.split(prompt)[1:]}
@@ -139,7 +144,7 @@ def test_the_same_batches_on_two_ranks_and_after_a_resume(
     assert rows(resumed) == second
 
 
-def test_no_fraction_changes_nothing_and_what_is_held_out_is_read_as_it_is(
+def test_without_a_fraction_or_held_out_nothing_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, none = open_loader(folder, monkeypatch), open_loader(folder, monkeypatch, null_prompt_fraction=0.0)
@@ -147,8 +152,7 @@ def test_no_fraction_changes_nothing_and_what_is_held_out_is_read_as_it_is(
     batches = rows(plain)
     assert rows(none) == batches
     assert not null_blocks(batches)
-    held_out = {"split": "held_out", "global_batch": 1}
-    monkeypatch.setattr("test_null_prompts.GROUP", 1)
+    held_out: dict[str, Any] = {"split": "held_out", "global_batch": 1}
     assert rows(open_loader(folder, monkeypatch, null_prompt_fraction=0.9, **held_out)) == rows(
         open_loader(folder, monkeypatch, **held_out)
     )
@@ -161,7 +165,7 @@ def test_resuming_with_another_fraction_is_refused(folder: Path, monkeypatch: py
 
 
 def test_labels_and_places_of_features_follow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The features of pictures in questions that lost their text stand inside their blocks."""
+    """Images in questions that lost their text keep their features inside their blocks."""
     record = drawing("d", 6, question_images=1)
     null = without_text(record, int(record.target_spans[0, 0]))
     loader = open_loader(folder, monkeypatch)

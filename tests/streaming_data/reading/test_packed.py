@@ -1,4 +1,4 @@
-"""A document learns the same in a pack as alone: loss and gradients, through the real collate function."""
+"""A document gives the same loss and gradients in a pack as alone, with the real collate function."""
 
 import dataclasses
 import io
@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from support.small_datasets import make_record, small_vocabulary, write_dataset, write_manifest
+from support.small_datasets import data_config, make_record, small_vocabulary, write_dataset, write_manifest
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.reading.collate import Collate, num_tokens, split_batch
-from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import open_sources
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
@@ -44,11 +43,11 @@ SIZES = (
     (9, 30),
     (16, 16),
     (24, 8),
-)  # of the pictures, one after the other: each canvas of AnyRes
+)  # of the images, one after the other: each canvas of AnyRes
 
 
 def documents() -> list[Record]:
-    """(text, images asked about, images drawn): text only, one image, several, in answers, and both."""
+    """(text, question images, generated images): text only, one image, several, in answers, and both."""
     kinds = [(9, 0, 0), (7, 1, 0), (5, 3, 0), (6, 0, 1), (8, 1, 1), (30, 0, 0), (12, 2, 2), (4, 1, 0)]
     records = [make_record(f"d{n}", VOCABULARY, *kind) for n, kind in enumerate(kinds)]
     drawn = iter(range(100))
@@ -79,7 +78,7 @@ def build(attention: Literal["sdpa", "flex"]) -> UniToken:
 
 
 def learn(model: UniToken, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of all batches together, each supervised token worth the same."""
+    """Return loss and gradients of all batches together, with equal weight for each supervised token."""
     model.zero_grad()
     counts = [num_tokens(batch)["loss_generating"] for batch in batches]
     total = 0.0
@@ -96,13 +95,13 @@ def learn(model: UniToken, batches: list[dict[str, Tensor]]) -> tuple[float, dic
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference of a tensor's gradient, relative to its norm."""
+    """Return the largest difference of a tensor's gradient, relative to its norm."""
     assert found.keys() == expected.keys()
     everything = torch.stack([gradient.double().norm() for gradient in expected.values()]).norm().item()
 
     def difference(name: str) -> float:
-        size = expected[name].double().norm().item() or 1.0  # no image brought features
-        # The bias of the tower's keys moves all scores of a query alike: its gradient is zero, and what is found is rounding.
+        size = expected[name].double().norm().item() or 1.0  # without any features
+        # The bias of the tower's keys moves all scores of a query alike: its gradient is only rounding.
         of = everything if name.startswith("vit.") and name.endswith("k_proj.bias") else size
         return (found[name].double() - expected[name].double()).norm().item() / of
 
@@ -114,7 +113,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
 @pytest.mark.parametrize(
     ("continuous", "compat"), [("questions", False), ("all", False), ("all", True), ("none", False)]
 )
-def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(
+def test_packed_documents_give_the_gradients_of_single_ones(
     continuous: str, compat: bool, anyres: bool, attention: Literal["sdpa", "flex"]
 ) -> None:
     """Also bug 22: a mean of the documents' means would weigh each token by the length of its document.
@@ -144,7 +143,7 @@ def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(
 @pytest.mark.parametrize("anyres", [False, True], ids=["base", "anyres"])
 @pytest.mark.parametrize("continuous", ["questions", "all", "none"])
 def test_the_plan_knows_how_long_each_document_becomes(continuous: str, anyres: bool, tmp_path: Path) -> None:
-    """From the sidecar alone, before any picture is opened; else a pack would not hold what was planned for it."""
+    """The sidecar alone tells it, before any image is opened; otherwise packs would not hold their plan."""
     every, views = documents(), Views(8, 4, anyres)
     write_dataset(tmp_path, every, VOCABULARY)
     sizes = [
@@ -156,10 +155,8 @@ def test_the_plan_knows_how_long_each_document_becomes(continuous: str, anyres: 
         table.set_column(table.column_names.index("image_sizes"), "image_sizes", column), tmp_path / SIDECAR
     )
     write_manifest(tmp_path, every, VOCABULARY)
-    config = DataConfig.model_validate(
-        {"streams": {"a": {"local": str(tmp_path)}}, "packed_length": 999, "global_batch": 1, "continuous": continuous,
-         "anyres": anyres}
-    )  # fmt: skip
+    streams = {"a": {"local": str(tmp_path)}}
+    config = data_config(tmp_path, streams, packed_length=999, continuous=continuous, anyres=anyres)
     sources = open_sources(config)
     planned = read_lengths(sources[0], Recipe.of(config, sources, views), views).lengths.tolist()
     collate = Collate(999, views, continuous, VOCABULARY.separator, VOCABULARY.newline, compat=False)

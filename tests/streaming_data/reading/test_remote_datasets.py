@@ -1,6 +1,7 @@
-"""Training reads what lies in each kind of store: the batches of the local dataset, with a fresh cache."""
+"""Training reads datasets from every kind of store: the same batches as locally, with a fresh cache."""
 
 import http.server
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from unitoken.streaming_data.settings import DataConfig
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory) -> Path:
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for name in "ab":
         write_dataset(root / name, text_records(80, name))
@@ -51,7 +52,7 @@ def upload(folder: Path, url: str, endpoint: str | None = None) -> None:
 
 @pytest.mark.cloud
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
-def test_a_dataset_in_a_bucket_gives_the_batches_of_the_local_one(scheme, datasets, tmp_path):
+def test_a_dataset_in_a_bucket_gives_the_same_batches(scheme: str, datasets: Path, tmp_path: Path) -> None:
     expected = batches(tmp_path / "local", {"a": {"local": str(datasets / "a")}})
     with started(scheme, tmp_path / scheme) as service, used(service):
         upload(datasets / "a", service.url("a"))
@@ -63,7 +64,7 @@ def test_a_dataset_in_a_bucket_gives_the_batches_of_the_local_one(scheme, datase
 
 
 @pytest.mark.cloud
-def test_each_stream_may_have_a_server_of_its_own(datasets, tmp_path):
+def test_each_stream_may_have_a_server_of_its_own(datasets: Path, tmp_path: Path) -> None:
     expected = batches(tmp_path / "local", {name: {"local": str(datasets / name)} for name in "ab"})
     with started("s3", tmp_path / "one") as one, started("s3", tmp_path / "two") as two, used(one):
         endpoints = {"a": one.environment["S3_ENDPOINT_URL"], "b": two.environment["S3_ENDPOINT_URL"]}
@@ -76,7 +77,7 @@ def test_each_stream_may_have_a_server_of_its_own(datasets, tmp_path):
 
 
 class _HubServer(http.server.SimpleHTTPRequestHandler):
-    """What the Hub answers to requests for the files of a dataset, and to nobody without the token."""
+    """Answers requests for the files of a dataset as the Hub does, and refuses those without the token."""
 
     folder: Path
 
@@ -87,10 +88,9 @@ class _HubServer(http.server.SimpleHTTPRequestHandler):
         if self.headers["Authorization"] != "Bearer secret":
             return self.answer(401, b"")
         if self.path.startswith("/api/datasets/lab/cats/tree/v1/"):
-            return self.answer(
-                200,
-                b'[{"type": "file", "path": "deep/index.json", "size": 3}, {"type": "directory", "path": "deep/x"}]',
-            )
+            file = {"type": "file", "path": "deep/index.json", "size": 3}
+            folder = {"type": "directory", "path": "deep/x"}
+            return self.answer(200, json.dumps([file, folder]).encode())
         path = self.folder / name.removeprefix("deep/")
         if not name.startswith("deep/") or not path.is_file():
             return self.answer(404, b"")
@@ -115,7 +115,7 @@ class _HubServer(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(datasets, monkeypatch) -> Iterator[str]:
+def hub(datasets: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     open_store.cache_clear()
     with http.server.ThreadingHTTPServer(
@@ -129,12 +129,12 @@ def hub(datasets, monkeypatch) -> Iterator[str]:
     open_store.cache_clear()
 
 
-def test_a_dataset_on_the_hub_gives_the_batches_of_the_local_one(hub, datasets, tmp_path):
+def test_a_dataset_on_the_hub_gives_the_same_batches(hub: str, datasets: Path, tmp_path: Path) -> None:
     expected = batches(tmp_path / "local", {"a": {"local": str(datasets / "a")}})
     assert batches(tmp_path / "cache", {"a": {"remote": hub}}) == expected
 
 
-def test_the_hub_is_a_store_for_reading(hub, datasets, monkeypatch):
+def test_the_hub_is_a_store_for_reading(hub: str, datasets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(hub)
     data = (datasets / "a" / "index.json").read_bytes()
     assert store.read("index.json") == data
@@ -152,13 +152,13 @@ def test_the_hub_is_a_store_for_reading(hub, datasets, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["hf://models/lab/cats", "hf://datasets/lab", "hf://datasets"])
-def test_a_url_that_names_no_dataset_of_the_hub_is_refused(url):
+def test_a_url_that_names_no_dataset_of_the_hub_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"expected hf://datasets/owner/name"):
         HuggingFace(url, None, 1.0)
 
 
 @pytest.mark.cloud
-def test_an_export_goes_from_bucket_to_bucket(datasets, tmp_path):
+def test_an_export_goes_from_bucket_to_bucket(datasets: Path, tmp_path: Path) -> None:
     from unitoken.streaming_data.tools.export_webdataset import export_webdataset
 
     with started("s3", tmp_path / "s3") as service, used(service):

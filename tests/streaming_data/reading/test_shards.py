@@ -1,6 +1,10 @@
+"""Reading, verifying and caching shards."""
+
 import json
 import multiprocessing
 import pickle
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -22,12 +26,13 @@ from unitoken.dataset.record import Record, columns
 from unitoken.storage.folder import Folder
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import MissingError, StoreError
+from unitoken.streaming_data.reading.shards import Shards
 
 RECORDS = text_records(60)
 
 
 @pytest.fixture
-def dataset(tmp_path):
+def dataset(tmp_path: Path) -> Path:
     folder = write_dataset(tmp_path / "data", RECORDS)
     assert len(shard_paths(folder)) > 3
     return folder
@@ -42,8 +47,8 @@ def assert_equal(record: Record, sample: dict) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"quality": "float32", "note": "str"}])
 @pytest.mark.parametrize("tokens", ["uint16", "uint32"])
-def test_samples_read_as_upstream_reads_them(tmp_path, tokens, more):
-    """With our columns alone by our own decoder, with others besides by upstream's."""
+def test_samples_read_as_upstream_reads_them(tmp_path: Path, tokens: str, more: dict[str, str]) -> None:
+    """Our own decoder reads our columns; upstream's reads samples with more columns."""
     vocabulary = small_vocabulary()
     records = [make_record(f"r{n}", vocabulary, 2 + n**2 % 400, n % 3, n % 4 // 2) for n in range(40)]
     many = np.array(
@@ -68,7 +73,7 @@ def test_samples_read_as_upstream_reads_them(tmp_path, tokens, more):
         assert_equal(record, theirs[number])
 
 
-def test_a_flipped_byte_is_an_error_that_names_the_shard(dataset):
+def test_a_flipped_byte_is_an_error_that_names_the_shard(dataset: Path) -> None:
     path = shard_paths(dataset)[1]
     flip_byte(path)
     shards = open_shards(dataset)
@@ -77,21 +82,21 @@ def test_a_flipped_byte_is_an_error_that_names_the_shard(dataset):
         shards.record(1, 0)
 
 
-def test_a_shard_that_changes_after_it_was_verified_is_verified_again(dataset):
+def test_a_changed_shard_is_verified_again(dataset: Path) -> None:
     read_all(open_shards(dataset))
     flip_byte(shard_paths(dataset)[2])
     with pytest.raises(ShardError, match="corrupt"):
         read_all(open_shards(dataset))
 
 
-def test_a_shard_is_verified_once_a_host(dataset, monkeypatch):
+def test_a_shard_is_verified_once_a_host(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_all(open_shards(dataset))
     monkeypatch.setattr("unitoken.storage.shard_cache._hash_file", lambda *_: pytest.fail("hashed again"))
     read_all(open_shards(dataset))
 
 
 @pytest.mark.parametrize("damage", ["unlink", "truncate"])
-def test_a_missing_or_short_local_shard_is_an_error_from_the_start(dataset, damage):
+def test_a_missing_or_short_local_shard_is_an_error_at_once(dataset: Path, damage: str) -> None:
     path = shard_paths(dataset)[1]
     path.unlink() if damage == "unlink" else path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
@@ -100,7 +105,7 @@ def test_a_missing_or_short_local_shard_is_an_error_from_the_start(dataset, dama
         open_shards(dataset)
 
 
-def test_a_local_shard_that_vanishes_later_is_an_error_that_names_it(dataset):
+def test_a_local_shard_that_vanishes_later_is_named(dataset: Path) -> None:
     shards = open_shards(dataset)
     path = shard_paths(dataset)[1]
     path.unlink()
@@ -108,7 +113,7 @@ def test_a_local_shard_that_vanishes_later_is_an_error_that_names_it(dataset):
         shards.record(1, 0)
 
 
-def test_remote_shards_are_downloaded_when_they_are_needed(dataset, tmp_path):
+def test_remote_shards_are_downloaded_when_they_are_needed(dataset: Path, tmp_path: Path) -> None:
     local = tmp_path / "local"
     shards = open_shards(local, dataset)
     shards.record(1, 0)
@@ -117,7 +122,7 @@ def test_remote_shards_are_downloaded_when_they_are_needed(dataset, tmp_path):
     assert not list(tmp_path.glob("**/.aside*"))
 
 
-def test_a_corrupt_cached_shard_is_deleted_and_downloaded_again(dataset, tmp_path):
+def test_a_corrupt_cached_shard_is_deleted_and_downloaded_again(dataset: Path, tmp_path: Path) -> None:
     read_all(open_shards(tmp_path / "local", dataset))
     flip_byte(shard_paths(tmp_path / "local")[0])
     assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [
@@ -126,11 +131,13 @@ def test_a_corrupt_cached_shard_is_deleted_and_downloaded_again(dataset, tmp_pat
     assert shard_paths(tmp_path / "local")[0].read_bytes() == shard_paths(dataset)[0].read_bytes()
 
 
-def test_a_download_that_arrives_corrupt_is_tried_again(dataset, tmp_path, monkeypatch):
+def test_a_download_that_arrives_corrupt_is_tried_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     read = Folder.read_range
 
-    def damaged_first(self, name, start, end):
+    def damaged_first(self: Folder, name: str, start: int, end: int) -> bytes:
         calls.append(name)
         data = read(self, name, start, end)
         return b"\xff" + data[1:] if len(calls) == 1 else data
@@ -140,7 +147,7 @@ def test_a_download_that_arrives_corrupt_is_tried_again(dataset, tmp_path, monke
     assert len(calls) == 2
 
 
-def test_a_large_shard_comes_in_parts(dataset, tmp_path, monkeypatch):
+def test_a_large_shard_comes_in_parts(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitoken.storage.shard_cache.PART_BYTES", 100)
     assert [record.id for record in read_all(open_shards(tmp_path / "local", dataset))] == [
         record.id for record in RECORDS
@@ -150,34 +157,36 @@ def test_a_large_shard_comes_in_parts(dataset, tmp_path, monkeypatch):
     ]
 
 
-def test_a_shard_that_is_corrupt_at_the_remote_is_an_error_and_never_enters_the_cache(dataset, tmp_path):
+def test_a_shard_that_is_corrupt_remotely_never_enters_the_cache(dataset: Path, tmp_path: Path) -> None:
     flip_byte(shard_paths(dataset)[1])
     shards = open_shards(tmp_path / "local", dataset)
-    for _ in range(2):  # the second start finds no corrupt file that it would take for a good one
+    for _ in range(2):  # the second start finds no corrupt file in the cache
         with pytest.raises(ShardError, match=rf"{dataset}/chunk-000000/shard.00001.mds is corrupt: its sha1"):
             shards.record(1, 0)
         assert shard_paths(tmp_path / "local") == []
 
 
-def test_a_shard_that_is_missing_at_the_remote_is_an_error_that_names_stream_shard_and_place(
-    dataset, tmp_path, monkeypatch
-):
+def test_a_shard_missing_remotely_is_named_with_its_place(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("unitoken.storage.shard_cache.PAUSE", 0)
     shard_paths(dataset)[1].unlink()
     shard = "chunk-000000/shard.00001.mds"
     with pytest.raises(
-        ShardError, match=f"stream 'a': the shard {shard} can not be had: {dataset}/{shard}: not there"
+        ShardError, match=f"stream 'a': the shard {shard} cannot be downloaded: {dataset}/{shard}: not there"
     ):
         open_shards(tmp_path / "local", dataset).record(1, 0)
 
 
-def test_a_shard_that_is_said_to_be_missing_once_is_asked_for_again(dataset, tmp_path, monkeypatch):
-    """What stands before a store may not be as consistent as the store."""
+def test_a_shard_reported_missing_once_is_requested_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy in front of a store may not be as consistent as the store."""
     monkeypatch.setattr("unitoken.storage.shard_cache.PAUSE", 0)
     answers = [MissingError("404")]
     read = Folder.read_range
 
-    def missing_first(self, *args):
+    def missing_first(self: Folder, *args: Any) -> bytes:
         if answers:
             raise answers.pop()
         return read(self, *args)
@@ -186,24 +195,26 @@ def test_a_shard_that_is_said_to_be_missing_once_is_asked_for_again(dataset, tmp
     assert open_shards(tmp_path / "local", dataset).record(0, 0).id == RECORDS[0].id
 
 
-def test_a_store_that_fails_for_good_is_an_error_at_once(dataset, tmp_path, monkeypatch):
-    """It has tried again itself, for as long as it was told to."""
+def test_a_store_that_fails_for_good_is_an_error_at_once(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has already tried again for its time."""
     calls = []
 
-    def fail(self, name, *_):
+    def fail(self: Folder, name: str, *_: Any) -> NoReturn:
         calls.append(name)
         raise StoreError(f"{self.url}/{name}: no answer (tried for 40 s)")
 
     monkeypatch.setattr(Folder, "read_range", fail)
     with pytest.raises(
-        ShardError, match=r"stream 'a': the shard .* can not be had: .*: no answer \(tried for 40 s\)"
+        ShardError, match=r"stream 'a': the shard .* cannot be downloaded: .*: no answer \(tried for 40 s\)"
     ):
         open_shards(tmp_path / "local", dataset).record(0, 0)
     assert len(calls) == 1
     assert not list(tmp_path.glob("**/.aside*"))
 
 
-def test_jobs_that_share_a_cache_download_each_shard_once_and_do_not_collide(dataset, tmp_path):
+def test_jobs_that_share_a_cache_download_each_shard_once(dataset: Path, tmp_path: Path) -> None:
     open_shards(tmp_path / "local", dataset)
     context = multiprocessing.get_context("fork")
     jobs = [context.Process(target=_read_and_exit, args=(tmp_path / "local", dataset)) for _ in range(4)]
@@ -215,24 +226,23 @@ def test_jobs_that_share_a_cache_download_each_shard_once_and_do_not_collide(dat
     assert not list(tmp_path.glob("**/.aside*"))
 
 
-def _read_and_exit(local, remote):
+def _read_and_exit(local: Path, remote: Path) -> None:
     assert [record.id for record in read_all(open_shards(local, remote))] == [record.id for record in RECORDS]
 
 
-def test_a_pickled_reader_reads_on(dataset):
+def test_a_pickled_reader_reads_on(dataset: Path) -> None:
     shards = open_shards(dataset)
     read_all(shards)
     assert len(read_all(pickle.loads(pickle.dumps(shards)))) == len(RECORDS)
 
 
-def test_more_shards_than_may_be_open_are_read(dataset, monkeypatch):
-    monkeypatch.setattr("unitoken.streaming_data.reading.shards.MOST_OPEN", 2)
-    shards = open_shards(dataset)
+def test_more_shards_than_may_be_mapped_are_read(dataset: Path) -> None:
+    shards = Shards("a", dataset, None, dataset.parent / "cache", most_mapped=2)
     assert len(read_all(shards)) == len(RECORDS)
-    assert len(shards._open) == 2
+    assert len(shards.mapped) == 2
 
 
-def test_columns_that_run_code_are_refused(dataset):
+def test_columns_that_run_code_are_refused(dataset: Path) -> None:
     index = json.loads((dataset / INDEX).read_bytes())
     index["shards"][0]["column_encodings"][0] = "pkl"
     (dataset / INDEX).write_text(json.dumps(index))
@@ -259,7 +269,7 @@ def test_columns_that_run_code_are_refused(dataset):
         ({"raw_data": {}}, "not an MDS index"),
     ],
 )
-def test_an_index_that_cannot_be_read_is_named(dataset, change, found):
+def test_an_index_that_cannot_be_read_is_named(dataset: Path, change: dict[str, Any], found: str) -> None:
     index = json.loads((dataset / INDEX).read_bytes())
     index["shards"][0].update(change)
     (dataset / INDEX).write_text(json.dumps(index))
@@ -267,7 +277,7 @@ def test_an_index_that_cannot_be_read_is_named(dataset, change, found):
         read_index(dataset)
 
 
-def test_a_shard_with_another_number_of_samples_than_the_index_names_is_corrupt(dataset):
+def test_a_shard_with_a_wrong_number_of_samples_is_corrupt(dataset: Path) -> None:
     index = json.loads((dataset / INDEX).read_bytes())
     index["shards"][0]["samples"] += 1
     (dataset / INDEX).write_text(json.dumps(index))

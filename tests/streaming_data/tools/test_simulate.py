@@ -1,4 +1,4 @@
-"""`simulate` says on paper what a real run then does."""
+"""`simulate` predicts what a real run does."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from support.small_datasets import make_record, small_vocabulary, text_records, 
 from unitoken.common.errors import ConfigError
 from unitoken.storage import shard_cache
 from unitoken.streaming_data.__main__ import app
-from unitoken.streaming_data.reading import dataset
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.streaming_data.reading.share import WorkerShare
 from unitoken.streaming_data.settings import DataConfig
@@ -36,7 +35,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two datasets of many small shards: more than a process keeps mapped."""
+    """Write two datasets of many small shards: more than a process keeps mapped."""
     folder = tmp_path_factory.mktemp("remote")
     write_dataset(folder / "text", text_records(900), shard_bytes=700)
     pictures = [make_record(f"p{n}", VOCABULARY, 3 + n % 5, 1) for n in range(60)]
@@ -64,11 +63,11 @@ def on_paper(config: DataConfig, nodes: int, ranks_per_node: int = 1) -> Any:
 
 
 def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Downloads, and the most bytes that were cached, of a node that really reads an epoch."""
+    """Return the downloads and the most bytes that are cached while a node really reads an epoch."""
     monkeypatch.setenv("RANK", str(node))
     monkeypatch.setenv("WORLD_SIZE", str(nodes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setattr(dataset, "DOWNLOADS", 1)  # with more at a time their order is chance
+
     opened, most = 0, 0
     really_open = shard_cache.Cache.open
 
@@ -88,6 +87,7 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(shard_cache.Cache, "open", watched)
     loader = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=BATCH // nodes, compat=False)
+    loader.dataset.downloads = 1  # with more at a time their order is chance
     for _ in loader:
         pass
     monkeypatch.undo()
@@ -96,7 +96,7 @@ def measured(config: DataConfig, node: int, nodes: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("canonical_nodes", [1, 2])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_real_run_downloads_and_caches_what_was_said(
+def test_a_real_run_downloads_and_caches_as_simulated(
     nodes: int, canonical_nodes: int, remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paper = settings(remote, tmp_path / "paper", canonical_nodes=canonical_nodes)
@@ -128,7 +128,8 @@ def test_nodes_read_the_packs_that_their_ranks_are_given(
     config = settings(remote, tmp_path, global_batch=16, canonical_nodes=canonical_nodes)
     plan = build_loader(config, views=None, vocabulary=VOCABULARY, batch_packs=16, compat=False).dataset.plan
     shape = Shape(nodes, 2, 1, 16, canonical_nodes)
-    for node, packs in enumerate(_packs_of(plan, shape, range(nodes))):
+    for node in range(nodes):
+        packs = _packs_of(plan, shape, node)
         for rank in range(2):
             share = WorkerShare(
                 plan,

@@ -1,4 +1,4 @@
-"""Other formats: each of the field's layouts becomes the standard item, or a reject that says what is missing."""
+"""Adapters: items of other formats become standard items, or rejects that say what is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unitoken.codec.conversations import Conversation, ItemError, parse
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.sources.adapters import ADAPTERS, adapter_fingerprint, find_adapter
 from unitoken.tokenize.sources.pictures import PictureReader
-from unitoken.tokenize.sources.reader import base, cut, find_files, item_name, read_piece
+from unitoken.tokenize.sources.reader import cut, find_files, folder_of, item_name, read_piece
 
 EXAMPLE = DATA / "my_format.py"
 
@@ -39,7 +39,7 @@ def sample(**files: object) -> dict[str, object]:
     return {"__key__": "a/000012", **{suffix.replace("_", "."): content for suffix, content in files.items()}}
 
 
-# --- the same records in every format --------------------------------------------------------------------------------
+# --- the same records in every format -----------------------------------------------------------------------
 
 
 def test_the_same_records_in_every_format_are_the_same_items(tmp_path: Path, golden: Path) -> None:
@@ -96,12 +96,14 @@ def items_of(path: Path) -> list[tuple[str, object, list[bytes]]]:
     for piece in range(len(source.pieces)):
         for item in read_piece(source, piece):
             conversation = parse(adapter(item.value), item_name(source, item))  # type: ignore[arg-type]
-            images = [pictures.read(base(source, item.file), image, 1 << 30) for image in conversation.images]
+            images = [
+                pictures.read(folder_of(source, item.file), image, 1 << 30) for image in conversation.images
+            ]
             result.append((conversation.id, conversation.turns, images))
     return result
 
 
-# --- standard --------------------------------------------------------------------------------------------------------
+# --- standard -----------------------------------------------------------------------------------------------
 
 
 def test_standard_leaves_items_as_they_are() -> None:
@@ -127,7 +129,7 @@ def test_standard_finds_the_pictures_of_a_tar(named: dict[str, Any], expected: l
     assert find_adapter("standard")(raw)["image"] == expected
 
 
-def test_standard_wants_a_json_in_a_tar() -> None:
+def test_standard_needs_a_json_in_a_tar() -> None:
     with pytest.raises(
         ItemError,
         match=r"^no conversations: expected a .json file with an object, the sample's files are \['jpg'\]",
@@ -135,7 +137,7 @@ def test_standard_wants_a_json_in_a_tar() -> None:
         find_adapter("standard")(sample(jpg=b"1"))
 
 
-# --- ShareGPT and LLaVA ----------------------------------------------------------------------------------------------
+# --- ShareGPT and LLaVA -------------------------------------------------------------------------------------
 
 
 def test_llava_becomes_the_standard() -> None:
@@ -155,24 +157,24 @@ def test_llava_becomes_the_standard() -> None:
 @pytest.mark.parametrize("human", ["human", "user", "Human"])
 @pytest.mark.parametrize("assistant", ["gpt", "assistant", "chatbot", "model"])
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
-def test_sharegpt_knows_the_names_in_use(human: str, assistant: str, keys: tuple[str, str]) -> None:
-    said = [
+def test_sharegpt_accepts_all_names_in_use(human: str, assistant: str, keys: tuple[str, str]) -> None:
+    raw_turns = [
         dict(zip(keys, turn, strict=True))
         for turn in (("system", "Be kind."), (human, "<image>a<image>"), (assistant, "b"))
     ]
-    conversation = adapted("sharegpt", {"conversations": said, "images": ["1.png", "2.png"]})
+    conversation = adapted("sharegpt", {"conversations": raw_turns, "images": ["1.png", "2.png"]})
     assert texts(conversation) == ["Be kind.\n\n<|image|>a<|image|>", "b"]
     assert conversation.images == ("1.png", "2.png")
 
 
-def test_a_system_text_may_stand_beside_the_turns() -> None:
+def test_the_system_text_may_be_a_field_of_the_item() -> None:
     assert texts(adapted("sharegpt", {"system": "Be kind.", "conversations": turns("a", "b")})) == [
         "Be kind.\n\na",
         "b",
     ]
 
 
-def test_a_sharegpt_conversation_that_the_assistant_begins_loses_that_turn_and_it_is_counted() -> None:
+def test_a_greeting_by_the_assistant_is_left_out_and_counted() -> None:
     greeted = [{"from": "gpt", "value": "Hello!"}, *turns("a<image>", "b")]
     for system in ([], [{"from": "system", "value": "Be kind."}]):
         raw = {"conversations": [*system, *greeted], "image": "1.png"}
@@ -182,7 +184,7 @@ def test_a_sharegpt_conversation_that_the_assistant_begins_loses_that_turn_and_i
         ]
         assert find_adapter("sharegpt")(raw)["turns_left_out"] == 1
     assert find_adapter("sharegpt")({"conversations": turns("a", "b")})["turns_left_out"] == 0
-    with pytest.raises(ItemError, match="image counts differ"):  # a picture is not dropped with it
+    with pytest.raises(ItemError, match="image counts differ"):  # no picture is left out
         adapted(
             "sharegpt",
             {
@@ -200,7 +202,7 @@ def test_roles_in_the_wrong_place_are_rejects(roles: list[str]) -> None:
         adapted("sharegpt", {"conversations": [{"from": role, "value": "a"} for role in roles]})
 
 
-# --- messages --------------------------------------------------------------------------------------------------------
+# --- messages -----------------------------------------------------------------------------------------------
 
 
 def message(role: str, content: object) -> dict[str, object]:
@@ -216,8 +218,8 @@ def test_openai_messages_become_the_standard() -> None:
         {"type": "image", "image": "b.png"},
         {"type": "image", "path": "c.png", "url": None},
     ]
-    said = [message("system", "Be kind."), message("user", parts), message("assistant", "Letters.")]
-    conversation = adapted("messages", {"id": 7, "messages": said})
+    raw_turns = [message("system", "Be kind."), message("user", parts), message("assistant", "Letters.")]
+    conversation = adapted("messages", {"id": 7, "messages": raw_turns})
     assert texts(conversation) == [
         "Be kind.\n\nWhat are <|image|> and <|image|><|image|><|image|>",
         "Letters.",
@@ -225,7 +227,7 @@ def test_openai_messages_become_the_standard() -> None:
     assert conversation.images == ("data:image/png;base64,QUJD", "https://host/a.png", "b.png", "c.png")
 
 
-def test_images_of_messages_may_stand_in_a_list_of_their_own() -> None:
+def test_images_of_messages_may_be_in_a_separate_list() -> None:
     parts = [
         {"type": "image", "text": None},
         {"type": "text", "text": "and"},
@@ -248,7 +250,7 @@ def test_parts_of_another_kind_are_rejects(content: object) -> None:
         adapted("messages", {"messages": [message("user", content), message("assistant", "b")]})
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------------------
 
 PAIRS: list[tuple[dict[str, Any], object]] = [
     (sample(jpg=b"1", txt="A cat.\n"), b"1"),
@@ -270,7 +272,7 @@ def test_pairs_go_both_ways(raw: dict[str, Any], picture: object) -> None:
     assert texts(drawn)[1] == "<|image|>"
 
 
-def test_ways_and_words_follow_from_the_id_and_are_spread() -> None:
+def test_task_and_wording_follow_from_the_id_and_are_spread() -> None:
     raws = [{"id": f"{n}", "image": "a.png", "text": "A cat."} for n in range(400)]
     items = [adapted("caption_or_drawing", raw) for raw in raws]
     assert items == [adapted("caption_or_drawing", raw) for raw in raws]
@@ -295,12 +297,12 @@ def test_ways_and_words_follow_from_the_id_and_are_spread() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["caption", "drawing", "caption_or_drawing"])
-def test_halves_of_pairs_are_rejects(name: str, raw: dict[str, Any], words: str) -> None:
+def test_incomplete_pairs_are_rejects(name: str, raw: dict[str, Any], words: str) -> None:
     with pytest.raises(ItemError, match=f"^{words}"):
         adapted(name, raw)
 
 
-# --- any value, and a user's own -------------------------------------------------------------------------------------
+# --- any value, and a user's own ----------------------------------------------------------------------------
 
 keys = st.sampled_from(
     [
@@ -332,7 +334,7 @@ json_values = st.recursive(
 
 @pytest.mark.parametrize("name", ADAPTERS)
 @given(json_values)
-def test_whatever_comes_is_an_item_or_a_reject(name: str, raw: object) -> None:
+def test_any_json_becomes_an_item_or_a_reject(name: str, raw: object) -> None:
     try:
         adapted(name, raw)
     except ItemError:
@@ -365,9 +367,7 @@ def test_the_page_shows_the_example_that_is_run() -> None:
         ("return f(raw)", "adapter failed: RecursionError: maximum recursion depth exceeded"),
     ],
 )
-def test_a_function_that_fails_rejects_its_item_in_the_same_words_each_time(
-    tmp_path: Path, source: str, reason: str
-) -> None:
+def test_a_failing_function_rejects_with_the_same_message(tmp_path: Path, source: str, reason: str) -> None:
     (tmp_path / "mine.py").write_text(f"def f(raw):\n    {source}\n")
     with pytest.raises(ItemError, match=f"^{reason}"):
         adapted(f"{tmp_path}/mine.py:f", {})
@@ -384,7 +384,7 @@ def test_a_function_that_fails_rejects_its_item_in_the_same_words_each_time(
         ("{}/broken.py:f", "broken.py: SyntaxError: "),
     ],
 )
-def test_an_adapter_that_is_none_is_named_before_the_work(tmp_path: Path, name: str, words: str) -> None:
+def test_a_name_that_is_no_adapter_is_a_config_error(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / "mine.py").write_text("x = 1\ndef f(raw): return raw\n")
     (tmp_path / "broken.py").write_text("def f(raw) return raw\n")
     with pytest.raises(ConfigError, match=words) as error:
@@ -392,7 +392,7 @@ def test_an_adapter_that_is_none_is_named_before_the_work(tmp_path: Path, name: 
     assert "\n" not in str(error.value)
 
 
-def test_fingerprints_follow_the_file_and_not_its_place(tmp_path: Path) -> None:
+def test_fingerprints_follow_the_content_and_not_the_path(tmp_path: Path) -> None:
     for name, text in (
         ("a.py", "def f(raw): return raw\n"),
         ("b.py", "def f(raw): return raw\n"),
@@ -405,7 +405,7 @@ def test_fingerprints_follow_the_file_and_not_its_place(tmp_path: Path) -> None:
     assert adapter_fingerprint("sharegpt") == "sharegpt"
 
 
-# --- pictures and placeholders that other formats name ----------------------------------------------------------------
+# --- pictures and placeholders that other formats name ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_fingerprints_follow_the_file_and_not_its_place(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("adapter", ["standard", "sharegpt", "messages"])
-def test_a_picture_is_used_under_whatever_name(adapter: str, named: dict[str, Any]) -> None:
+def test_a_picture_is_used_under_any_name(adapter: str, named: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
     raw = {"messages": messages} if adapter == "messages" else {"conversations": turns("What?", "A.")}
     conversation = adapted(adapter, {**raw, **named})
@@ -444,7 +444,7 @@ def test_a_picture_is_used_under_whatever_name(adapter: str, named: dict[str, An
 
 @pytest.mark.parametrize("adapter", ["standard", "sharegpt", "caption"])
 @pytest.mark.parametrize("named", [{"video": "a.mp4"}, {"audios": ["a.wav"]}, {"Video": "a.mp4"}])
-def test_films_and_sounds_reject_the_item(adapter: str, named: dict[str, Any]) -> None:
+def test_video_and_audio_reject_the_item(adapter: str, named: dict[str, Any]) -> None:
     with pytest.raises(ItemError, match=r"^video and audio are not read: the item names some under "):
         adapted(adapter, {"conversations": turns("a", "b"), "image": "a.png", "caption": "c", **named})
 
@@ -478,7 +478,7 @@ def test_two_names_of_different_pictures_reject_the_item(named: dict[str, Any]) 
         ("an <imagery> of x<imagex", 0, "an <imagery> of x<imagex"),
     ],
 )
-def test_placeholders_of_other_formats_are_never_trained_on_as_text(
+def test_foreign_placeholders_are_never_trained_on_as_text(
     text: str, pictures: int, expected: str | None
 ) -> None:
     raw = {"conversations": turns(text, "b"), "image": ["a.png"] * pictures}
@@ -500,7 +500,7 @@ def test_bare_base64_is_a_picture() -> None:
         assert adapted("standard", {"conversations": turns("a", "b"), "image": path}).images == (path,)
 
 
-def test_the_cauldron() -> None:
+def test_texts_of_the_cauldron_are_turns() -> None:
     raw = {
         "images": [b"1"],
         "texts": [{"user": "What?", "assistant": "A."}, {"user": "And?", "assistant": "B."}],
@@ -517,7 +517,7 @@ def test_the_cauldron() -> None:
         {"__key__": "a", "source.jpg": b"1", "target.png": b"2", "json": {"instruction": "Make it red."}},
     ],
 )
-def test_editing(raw: dict[str, Any]) -> None:
+def test_editing_draws_the_edited_picture(raw: dict[str, Any]) -> None:
     conversation = adapted("editing", raw)
     assert texts(conversation) == ["<|image|> Make it red.", "<|image|>"]
     assert conversation.images == (b"1", b"2")
@@ -537,12 +537,12 @@ def test_editing(raw: dict[str, Any]) -> None:
         ({"image": "a", "caption": None}, "no caption: .* 'caption' is null"),
     ],
 )
-def test_pairs_that_can_not_be_used_say_why(raw: dict[str, Any], words: str) -> None:
+def test_unusable_pairs_say_why(raw: dict[str, Any], words: str) -> None:
     with pytest.raises(ItemError, match=f"^{words}"):
         adapted("caption", raw)
 
 
-def test_a_table_and_a_tar_of_img2dataset_go_the_same_way() -> None:
+def test_a_table_and_a_tar_of_img2dataset_become_the_same_task() -> None:
     for n in range(20):
         row = {"key": f"{n:09d}", "jpg": b"1", "caption": "a"}
         tar = {"__key__": f"{n:09d}", "jpg": b"1", "txt": "a", "json": {"key": f"{n:09d}", "caption": "a"}}

@@ -1,4 +1,4 @@
-"""An image's bytes: from wherever they may come, within bounds, and in words that are the same each time."""
+"""An image's bytes: from all places, within bounds, and with the same error message each time."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def reason(source: str | bytes, **settings: Any) -> str:
     return str(error.value)
 
 
-# --- files and the item itself ---------------------------------------------------------------------------------------
+# --- files and the item itself ------------------------------------------------------------------------------
 
 
-def test_paths_start_at_the_folder_of_the_source_unless_they_are_absolute(tmp_path: Path) -> None:
+def test_relative_paths_start_at_the_folder_of_the_source(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"abc")
     assert fetch("a.png", str(tmp_path)) == fetch(str(tmp_path / "a.png"), "/elsewhere") == b"abc"
 
@@ -64,7 +64,7 @@ def test_bytes_and_base64_are_taken_as_they_are() -> None:
     "source",
     ["data:image/png;base64,a", "data:image/png;base64,%%%%", "data:image/png,abc", "data:", "data:,"],
 )
-def test_text_that_is_no_base64_is_refused(source: str) -> None:
+def test_invalid_base64_is_refused(source: str) -> None:
     assert reason(source).startswith("bad base64: data:")
 
 
@@ -106,7 +106,7 @@ def test_images_are_limited_in_bytes_before_they_are_read(tmp_path: Path, served
         assert reason(source).endswith(f": 1000 bytes are left of {pictures.MAX_ITEM_BYTES} for an item")
 
 
-# --- object stores ---------------------------------------------------------------------------------------------------
+# --- object stores ------------------------------------------------------------------------------------------
 
 
 class Store:
@@ -125,7 +125,7 @@ def test_images_come_from_object_stores(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(pictures, "open_store", lambda url: opened.append(url) or Store())  # type: ignore[func-returns-value]
     assert fetch("images/a.png", "s3://bucket/data") == b"data/images/a.png"
     assert fetch("azure://account/container/x/a.png") == b"x/a.png"
-    assert opened == ["s3://bucket", "azure://account/container"]  # a client for a bucket, not for a folder
+    assert opened == ["s3://bucket", "azure://account/container"]  # one client per bucket, not per folder
     assert reason("none.png", base="s3://bucket") == "no such image: none.png"
     assert (
         reason("secret.png", base="s3://bucket")
@@ -143,7 +143,7 @@ def test_other_schemes_are_not_allowed(source: str) -> None:
     assert reason(source).startswith("image not allowed: ")
 
 
-# --- the web ---------------------------------------------------------------------------------------------------------
+# --- the web ------------------------------------------------------------------------------------------------
 
 
 def test_images_come_from_the_web_where_the_settings_allow_it(served: Server) -> None:  # noqa: F811
@@ -165,7 +165,7 @@ def test_images_come_from_the_web_where_the_settings_allow_it(served: Server) ->
         (418, "image not reachable: {}: HTTP 418"),
     ],
 )
-def test_what_will_not_pass_is_asked_for_once(served: Server, status: int, expected: str) -> None:  # noqa: F811
+def test_a_permanent_failure_is_not_retried(served: Server, status: int, expected: str) -> None:  # noqa: F811
     served.files["/a.png"] = lambda handler, count: handler.answer(status, b"<html>")
     assert reason(f"{served.url}/a.png") == expected.format(f"{served.url}/a.png")
     assert served.asked == ["/a.png"]
@@ -173,14 +173,14 @@ def test_what_will_not_pass_is_asked_for_once(served: Server, status: int, expec
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_asked_for_again(served: Server, status: int) -> None:  # noqa: F811
+def test_a_transient_failure_is_retried(served: Server, status: int) -> None:  # noqa: F811
     served.files["/a.png"] = lambda handler, count: handler.answer(200 if count == 3 else status, b"abc")
     assert fetch(f"{served.url}/a.png") == b"abc"
     assert len(served.asked) == 3
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_answer_that_breaks_off_is_asked_for_again(served: Server) -> None:  # noqa: F811
+def test_an_answer_that_breaks_off_is_retried(served: Server) -> None:  # noqa: F811
     served.files["/a.png"] = lambda handler, count: handler.answer(
         200, b"abc" if count == 2 else b"a", {"Content-Length": "3"}
     )
@@ -188,8 +188,8 @@ def test_an_answer_that_breaks_off_is_asked_for_again(served: Server) -> None:  
 
 
 @pytest.mark.usefixtures("quick")
-def test_all_attempts_together_end_in_time(served: Server) -> None:  # noqa: F811
-    """A server that is down, one that says nothing, one that sends a byte now and then."""
+def test_all_attempts_together_keep_to_the_timeout(served: Server) -> None:  # noqa: F811
+    """For a server that is down, one that sends nothing, and one that sends a byte now and then."""
 
     def silent(handler: Any, count: int) -> None:
         time.sleep(1)
@@ -208,7 +208,7 @@ def test_all_attempts_together_end_in_time(served: Server) -> None:  # noqa: F81
 
 
 @pytest.mark.usefixtures("quick")
-def test_no_server_is_a_reason_without_addresses_and_times() -> None:
+def test_a_missing_server_gives_the_same_message_each_time() -> None:
     words = "no connection, or one that broke off"
     assert (
         reason("http://127.0.0.1:9/a.png", seconds=0.1)
@@ -241,7 +241,7 @@ def test_a_redirect_is_followed(served: Server) -> None:  # noqa: F811
     ],
 )
 @pytest.mark.usefixtures("quick")
-def test_what_is_no_url_is_a_reject(url: str) -> None:
+def test_an_invalid_url_is_a_reject(url: str) -> None:
     assert reason(url, seconds=0.1).startswith("image not reachable: ")
 
 

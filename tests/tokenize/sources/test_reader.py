@@ -1,4 +1,4 @@
-"""The input: what a name stands for, how it is cut, what is read, what is said of a file that is none."""
+"""The input: how files are cut into pieces, how a piece is read, and which damage is an error or a reject."""
 
 import json
 import os
@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from support.read_sources import opened, values_of
 from support.served import Server, served  # noqa: F401 - a fixture
 from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
-from unitoken.tokenize.sources import base as formats
-from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.reader import Input, RawItem, base, cut, find_files, item_name, read_piece
-
-
-def whole(source: Input) -> list[object]:
-    return [item.value for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
+from unitoken.storage.folder import Folder
+from unitoken.tokenize.sources import json_files, reader
+from unitoken.tokenize.sources.reader import Input, RawItem, cut, find_files, folder_of, item_name, read_piece
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -23,31 +20,7 @@ def write(path: Path, content: str | bytes) -> str:
     return str(path)
 
 
-def names(files: list[reader.InputFile]) -> list[str]:
-    return [Path(file.name).name for file in files]
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
-def test_files_come_in_the_order_of_their_names_within_a_glob_and_as_given_over_globs(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.json", "x-09.tar", "x-10.tar", "x-11.tar"):
-        write(tmp_path / name, "[]")
-    found = find_files(
-        [f"{tmp_path}/*.jsonl", f"{tmp_path}/x-{{09..10}}.tar", f"{tmp_path}/a.jsonl", f"{tmp_path}/c.json"]
-    )
-    assert names(found) == ["a.jsonl", "b.jsonl", "x-09.tar", "x-10.tar", "a.jsonl", "c.json"]
-    assert [file.format for file in found] == ["jsonl", "jsonl", "webdataset", "webdataset", "jsonl", "json"]
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
-    assert names(find_files([write(tmp_path / "a[1].json", "[1]")])) == ["a[1].json"]
-
-
-@pytest.mark.parametrize("name", ["*.tar", "x-{3..2}.json"])
-def test_a_name_that_stands_for_nothing_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="no file matches"):
-        find_files([f"{tmp_path}/{name}"])
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -66,19 +39,6 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
         find_files([str(tmp_path)])
 
 
-def test_globs_over_a_store_stay_in_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Store:
-        def sizes(self, prefix: str) -> dict[str, int]:
-            assert prefix == "x-"
-            return dict.fromkeys(["x-2.tar", "x-1.tar", "x-1.tar.txt", "x-y/x-3.tar"], 1)
-
-    monkeypatch.setattr(reader, "open_store", lambda url: {"s3://bucket/data": Store()}[url])
-    assert reader._matches("s3://bucket/data/x-*.tar") == [
-        "s3://bucket/data/x-1.tar",
-        "s3://bucket/data/x-2.tar",
-    ]
-
-
 def test_relative_images_start_where_the_file_is() -> None:
     files = [
         reader.InputFile(name=name, format="json", size=1, version="")
@@ -90,21 +50,19 @@ def test_relative_images_start_where_the_file_is() -> None:
             "https://host/x/a.json?key=a/b",
         )
     ]
-    found = [base(Input(files=files, pieces=[]), number) for number in range(len(files))]
+    found = [folder_of(Input(files=files, pieces=[]), number) for number in range(len(files))]
     assert found == ["data", ".", "/", "s3://bucket/x", "https://host/x"]
 
 
-def test_versions_follow_the_content_and_not_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for hashed in (reader.HASHED_BYTES, 1000):  # all of it, and blocks of it
-        monkeypatch.setattr(reader, "HASHED_BYTES", hashed)
-        one, same, other = (
-            write(tmp_path / name, content * 100_000)
-            for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac"))
-        )
-        versions = [file.version for file in find_files([one, same, other])]
-        assert versions[0] == versions[1] != versions[2]
+@pytest.mark.parametrize("whole_bytes", [reader.HASHED_WHOLE_BYTES, 1000])  # all of it, or blocks
+def test_versions_follow_the_content_and_not_the_name(tmp_path: Path, whole_bytes: int) -> None:
+    for name, content in (("1", b"ab"), ("2", b"ab"), ("3", b"ac")):
+        write(tmp_path / name, content * 100_000)
+    store = Folder(tmp_path)
+    one, same, other = (reader.content_version(store, name, 200_000, whole_bytes) for name in "123")
+    assert one == same != other
+    if whole_bytes == reader.HASHED_WHOLE_BYTES:
+        assert [file.version for file in find_files([str(tmp_path / "1")])] == [one]
 
 
 def test_the_fingerprint_is_of_content_and_borders(tmp_path: Path) -> None:
@@ -120,7 +78,7 @@ def test_the_fingerprint_is_of_content_and_borders(tmp_path: Path) -> None:
     assert len({fingerprint(one, 2), fingerprint(one, 1), fingerprint(other, 2)}) == 3
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+# --- pieces -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("items", "size"), [(1, 1), (10, 3), (9, 3), (2, 5)])
@@ -129,7 +87,7 @@ def test_pieces_hold_every_item_once_in_order(tmp_path: Path, items: int, size: 
     values = list(range(items))
     text = json.dumps(values) if suffix == "json" else "\n".join(map(str, values))
     source = cut(find_files([write(tmp_path / f"i.{suffix}", text)]), size)
-    assert whole(source) == values
+    assert values_of(source) == values
     assert [piece.items for piece in source.pieces] == [
         len(values[start : start + size]) for start in range(0, items, size)
     ]
@@ -137,7 +95,7 @@ def test_pieces_hold_every_item_once_in_order(tmp_path: Path, items: int, size: 
     assert source.items == items
 
 
-def test_no_piece_crosses_a_file_and_an_input_survives_being_stored(tmp_path: Path) -> None:
+def test_no_piece_crosses_a_file_and_an_input_can_be_stored(tmp_path: Path) -> None:
     files = [
         write(tmp_path / "a.json", "[1, 2, 3]"),
         write(tmp_path / "b.jsonl", ""),
@@ -149,15 +107,15 @@ def test_no_piece_crosses_a_file_and_an_input_survives_being_stored(tmp_path: Pa
         (0, 2, 1),
         (2, 0, 2),
     ]
-    assert whole(source) == [1, 2, 3, 4, 5]
+    assert values_of(source) == [1, 2, 3, 4, 5]
 
 
-def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+def test_only_the_selected_positions_are_read(tmp_path: Path) -> None:
     source = cut(find_files([write(tmp_path / "i.jsonl", "".join(f"{n}\n" for n in range(10)))]), 4)
     assert list(read_piece(source, 1, {5, 7})) == [RawItem(1, 0, 5, 5), RawItem(1, 0, 7, 7)]
 
 
-def test_items_are_named_by_their_place(tmp_path: Path) -> None:
+def test_items_are_named_by_their_position(tmp_path: Path) -> None:
     one = cut(find_files([write(tmp_path / "i.json", "[1, 2]")]), 1)
     two = cut(find_files([write(tmp_path / "i.json", "[1, 2]"), write(tmp_path / "j.json", "[3]")]), 1)
     assert [item_name(one, item) for piece in range(2) for item in read_piece(one, piece)] == ["0", "1"]
@@ -174,15 +132,15 @@ def test_json_and_jsonl_hold_the_same(tmp_path: Path) -> None:
     (tmp_path / "i.json").write_text(f"[{','.join(texts)}]", encoding="utf-8-sig")
     (tmp_path / "i.jsonl").write_text("\n\n".join(texts) + "\n", encoding="utf-8-sig")
     for name in ("i.json", "i.jsonl"):
-        assert whole(cut(find_files([str(tmp_path / name)]), 10)) == items
+        assert values_of(cut(find_files([str(tmp_path / name)]), 10)) == items
 
 
-# --- what is damaged -------------------------------------------------------------------------------------------------
+# --- what is damaged ----------------------------------------------------------------------------------------
 
 
 def test_a_bad_line_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
     lines = b'{"a": 1}\n{"cut\n"\xff"\n' + b"[" * 100_000 + b"\n" + b"9" * 5000 + b'\n{"b": 2}\n'
-    first, *bad, last = whole(cut(find_files([write(tmp_path / "i.jsonl", lines)]), 10))
+    first, *bad, last = values_of(cut(find_files([write(tmp_path / "i.jsonl", lines)]), 10))
     assert (first, last) == ({"a": 1}, {"b": 2})
     reasons = [str(error) for error in bad if isinstance(error, ItemError)]
     assert [reason.partition(":")[0] for reason in reasons] == ["not readable as JSON", "not UTF-8"] + [
@@ -193,7 +151,7 @@ def test_a_bad_line_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
 
 def test_a_bad_element_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
     source = cut(find_files([write(tmp_path / "i.json", b'[1, "\xff", ' + b"9" * 5000 + b", 4]")]), 10)
-    first, wrong, long, last = whole(source)
+    first, wrong, long, last = values_of(source)
     assert (first, last, source.items) == (1, 4, 4)
     assert str(wrong).startswith("not UTF-8: byte 1 is 0xff")
     assert isinstance(long, ItemError)
@@ -210,6 +168,10 @@ def test_a_bad_element_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
         ("i.json", "[1, 2, nul, 4]", "at byte 7 of 14: Expecting value, found 'nul, 4]'"),
         ("i.json", "[1, 2][3]", "at byte 6 of 9: expected nothing after the list, found '[3]'"),
         ("i.json", "[1, 2, " + "[" * 100_000, "at byte 7 of 100007: an item is nested too deeply"),
+        # An error at a quote, far from the end of the file: a string without an end, or one out of place.
+        ("i.json", '[1, 2, {"a": "' + "b" * 90, "at byte 7 of 104: the file ends inside an item"),
+        ("i.json", '[1, 2, {"a" "' + "b" * 90 + '"}]', "at byte 12 of 106: Expecting ':' delimiter, found"),
+        ("i.json", '[1, 2, ["a" "' + "b" * 90, "at byte 12 of 103: Expecting ',' delimiter, found"),
         (
             "i.jsonl",
             '1\n2\n{"b',
@@ -217,30 +179,33 @@ def test_a_bad_element_is_a_bad_item_in_its_place(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_where_a_file_breaks_off_all_before_is_kept(
+def test_items_before_a_break_are_kept(
     tmp_path: Path, name: str, content: str, reason: str, size: int
 ) -> None:
     source = cut(find_files([write(tmp_path / name, content)]), size)
-    first, second, error = whole(source)
+    first, second, error = values_of(source)
     assert (first, second, source.items) == (1, 2, 3)
     assert str(error).startswith(f"input cut: {reason}")
     assert all((piece.items or 0) <= size for piece in source.pieces)
     assert [str(item.value) for item in read_piece(source, len(source.pieces) - 1, {2})] == [str(error)]
 
 
-def test_a_last_line_without_its_end_is_whole_if_it_can_be_read(tmp_path: Path) -> None:
-    assert whole(cut(find_files([write(tmp_path / "i.jsonl", '1\n{"a": 2}')]), 10)) == [1, {"a": 2}]
+def test_a_last_line_without_line_feed_is_read(tmp_path: Path) -> None:
+    assert values_of(cut(find_files([write(tmp_path / "i.jsonl", '1\n{"a": 2}')]), 10)) == [1, {"a": 2}]
 
 
-def test_items_are_limited_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unitoken.tokenize.sources import json_files
-
-    monkeypatch.setattr(json_files, "MAX_ITEM_BYTES", 100)
-    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
-    one, long, two = whole(cut(find_files([write(tmp_path / "i.jsonl", f'1\n"{"x" * 500}"\n2\n')]), 10))
+def test_items_are_limited_in_bytes(tmp_path: Path) -> None:
+    limits = {"block_bytes": 64, "max_item_bytes": 100}
+    write(tmp_path / "i.jsonl", f'1\n"{"x" * 500}"\n2\n')
+    file = opened(tmp_path / "i.jsonl", **limits)
+    (span,) = json_files.line_spans(file, 10)
+    one, long, two = [value for _, value in json_files.line_values(file, span.start, span.end, None)]
     assert (one, two, str(long)) == (1, 2, "item too large: more than 100 bytes")
-    one, long = whole(cut(find_files([write(tmp_path / "i.json", f'[1, "{"x" * 500}", 2]')]), 10))
-    assert str(long) == "input cut: at byte 4 of 510: an item of more than 100 bytes"
+    write(tmp_path / "i.json", f'[1, "{"x" * 500}", 2]')
+    file = opened(tmp_path / "i.json", **limits)
+    (span,) = json_files.list_spans(file, 10)
+    assert [value for _, value in json_files.list_values(file, span.start, span.end, None)] == [1]
+    assert (span.items, span.cut) == (2, "at byte 4 of 510: an item of more than 100 bytes")
 
 
 @pytest.mark.parametrize(
@@ -278,28 +243,22 @@ def test_a_file_that_is_no_list_is_named(tmp_path: Path, content: bytes, needed:
         ("i.jsonl", "1\n2\n", "102\n"),
     ],
 )
-def test_a_file_that_is_no_longer_the_one_that_was_cut_is_refused(
+def test_a_file_that_changed_since_it_was_cut_is_refused(
     tmp_path: Path, name: str, before: str, after: str
 ) -> None:
     source = cut(find_files([write(tmp_path / name, before)]), 10)
     write(tmp_path / name, after)
     with pytest.raises(ConfigError, match="has changed since it was cut"):
-        whole(source)
+        values_of(source)
 
 
-# --- https -----------------------------------------------------------------------------------------------------------
+# --- https --------------------------------------------------------------------------------------------------
 
 
-def test_a_source_behind_a_url_is_read_by_ranges(served: Server) -> None:  # noqa: F811
+def test_a_source_behind_a_url_is_read_in_ranges(served: Server) -> None:  # noqa: F811
     served.files["/x/i.jsonl"] = b"1\n2\n3\n"
     source = cut(find_files([f"{served.url}/x/i.jsonl?key=a/b"]), 2)
-    assert (whole(source), source.files[0].format, source.files[0].size) == ([1, 2, 3], "jsonl", 6)
-    assert base(source, 0) == f"{served.url}/x"
+    assert (values_of(source), source.files[0].format, source.files[0].size) == ([1, 2, 3], "jsonl", 6)
+    assert folder_of(source, 0) == f"{served.url}/x"
     with pytest.raises(ConfigError, match="No such file"):
         find_files([f"{served.url}/none.jsonl"])
-
-
-@pytest.mark.parametrize("last", ["9999999999", "9" * 5000])
-def test_a_range_of_too_many_files_is_one_line(last: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stands for more than 1000000 files"):
-        find_files([f"{tmp_path}/{{0..{last}}}.tar"])

@@ -1,4 +1,4 @@
-"""What a stage is said to take of memory is what it takes."""
+"""The memory estimate of a stage is what the stage takes."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,16 @@ from support.paths import ROOT
 from support.simulated import peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
-from unitoken.train.accounting.memory import Mode, counts, decoder_token, kept, needs, tower_token
+from unitoken.train.accounting.memory import (
+    count_parameters,
+    decoder_layer_bytes,
+    estimate_memory,
+    stack_bytes,
+    tower_layer_bytes,
+)
 from unitoken.train.check import check_stage
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
-from unitoken.train.model.activation_checkpointing import set_recompute
+from unitoken.train.model.activation_checkpointing import RecomputeMode, set_recompute
 from unitoken.train.model.decoder import Decoder, _compiled, document_mask
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.model.vision_tower import TowerEncoder
@@ -31,11 +37,11 @@ SIZES = {
     "num_attention_heads": 4,
 }
 TOKENS = 96
-MODES: tuple[Mode, ...] = ("none", "selective", "full")
+MODES: tuple[RecomputeMode, ...] = ("none", "selective", "full")
 
 
-class Made(TorchDispatchMode):
-    """Every storage that an operation gave back."""
+class CreatedStorages(TorchDispatchMode):
+    """Records every storage that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,26 +57,30 @@ class Made(TorchDispatchMode):
 
 
 def bytes_kept(module: nn.Module, *inputs: Any) -> int:
-    """What operations made and is still there after the forward pass: kept by autograd, or beside it by selective checkpointing."""
-    with Made() as made:
+    """Return the bytes kept after the forward pass, by autograd or by selective checkpointing."""
+    with CreatedStorages() as created:
         out = module(*inputs)
     known = {
         tensor.untyped_storage()._cdata
         for tensor in (*module.parameters(), *inputs)
         if isinstance(tensor, Tensor)
     }
-    alive = {key: size for key, (reference, size) in made.storages.items() if not reference.expired()}
+    alive = {key: size for key, (reference, size) in created.storages.items() if not reference.expired()}
     out.sum().backward()
     return sum(size for key, size in alive.items() if key not in known)
 
 
 def kept_by_decoder(
-    setting: Mode | int, learns: bool, dropout: float, dtype: torch.dtype = torch.float32, **changes: Any
+    setting: RecomputeMode | int,
+    trains: bool,
+    dropout: float,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> float:
-    """Bytes of a token that its layers keep."""
+    """Return the bytes per token that a decoder's layers keep."""
     config = DecoderConfig.model_validate({**SIZES, **changes})
     decoder = Decoder(config, dropout).to(dtype)
-    decoder.layers.requires_grad_(learns)
+    decoder.layers.requires_grad_(trains)
     set_recompute(decoder.layers, setting)
     documents = (torch.arange(TOKENS) // 30)[None].int()
     hidden = torch.randn(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -81,33 +91,35 @@ def kept_by_decoder(
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "qk_norm": "per_head"}])
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("setting", [*MODES, 2, 4])
-def test_a_decoder_keeps_what_is_said(setting: Mode | int, learns: bool, changes: dict[str, Any]) -> None:
+def test_a_decoder_keeps_the_estimate(
+    setting: RecomputeMode | int, trains: bool, changes: dict[str, Any]
+) -> None:
     config = DecoderConfig.model_validate({**SIZES, **changes})
     each = {
-        mode: decoder_token(config, mode, width=4, learns=learns, mask=4 * TOKENS, dropout=4)
+        mode: decoder_layer_bytes(config, mode, width=4, trains=trains, mask=4 * TOKENS, dropout=4)
         for mode in MODES
     }
-    found = kept_by_decoder(setting, learns, dropout=0.1, **changes)
-    tolerance = 0.08 if setting == "full" else 0.02  # the random generator's state is kept, too
-    assert kept(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=tolerance)
+    found = kept_by_decoder(setting, trains, dropout=0.1, **changes)
+    tolerance = 0.08 if setting == "full" else 0.02  # the random generator's state is kept as well
+    assert stack_bytes(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=tolerance)
 
 
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_decoder_keeps_what_is_said_in_bfloat16(mode: Mode, learns: bool) -> None:
-    """On the CPU autocast leaves the head norms in bfloat16, on a GPU they are in float32."""
-    each = decoder_token(
-        DecoderConfig.model_validate(SIZES), mode, width=2, learns=learns, mask=2 * TOKENS, dropout=2
+def test_a_decoder_keeps_the_estimate_in_bfloat16(mode: RecomputeMode, trains: bool) -> None:
+    """On the CPU autocast leaves the head norms in bfloat16; on a GPU they are in float32."""
+    each = decoder_layer_bytes(
+        DecoderConfig.model_validate(SIZES), mode, width=2, trains=trains, mask=2 * TOKENS, dropout=2
     )
     with torch.autocast("cpu", torch.bfloat16):
-        found = kept_by_decoder(mode, learns, dropout=0.1, dtype=torch.bfloat16)
+        found = kept_by_decoder(mode, trains, dropout=0.1, dtype=torch.bfloat16)
     assert 6 * each == pytest.approx(found, rel=0.15)
 
 
 @pytest.mark.parametrize("setting", MODES)
-def test_a_tower_keeps_what_is_said(setting: Mode) -> None:
+def test_a_tower_keeps_the_estimate(setting: RecomputeMode) -> None:
     config = VisionTowerConfig.model_validate(
         {**VISION, "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6}
     )
@@ -115,39 +127,45 @@ def test_a_tower_keeps_what_is_said(setting: Mode) -> None:
     set_recompute(encoder.layers, setting)
     features = torch.randn(3, config.features, config.hidden_size, requires_grad=True)
     found = bytes_kept(encoder, features) / (3 * config.features)
-    assert 6 * tower_token(config, setting, width=4) == pytest.approx(found, rel=0.02)
+    assert 6 * tower_layer_bytes(config, setting, width=4) == pytest.approx(found, rel=0.02)
 
 
 def test_recomputing_more_keeps_less() -> None:
-    none, selective, full = (kept_by_decoder(setting, learns=True, dropout=0.1) for setting in MODES)
+    none, selective, full = (kept_by_decoder(setting, trains=True, dropout=0.1) for setting in MODES)
     assert none > 1.5 * selective > 2 * full
     assert none > kept_by_decoder(2, True, 0.1) > full
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"qk_norm": "per_head"}])
-def test_parameters_are_counted_right(changes: dict[str, Any]) -> None:
-    decoder, vision = (
-        DecoderConfig.model_validate({**DECODER, **changes}),
-        VisionTowerConfig.model_validate(VISION),
-    )
+def test_parameters_are_counted_like_those_of_the_model(changes: dict[str, Any]) -> None:
+    decoder = DecoderConfig.model_validate({**DECODER, **changes})
+    vision = VisionTowerConfig.model_validate(VISION)
     model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
-    assert counts(decoder, vision).total == sum(parameter.numel() for parameter in model.parameters())
-    assert counts(decoder, vision).tower == sum(parameter.numel() for parameter in model.vit.parameters())
+    assert count_parameters(decoder, vision).total == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+    assert count_parameters(decoder, vision).tower == sum(
+        parameter.numel() for parameter in model.vit.parameters()
+    )
 
 
 SEVEN_B = DecoderConfig(
     vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)  # fmt: skip
+)
 SIGLIP = VisionTowerConfig(
-    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384, patch_size=14
-)  # fmt: skip
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+)
 
 
-def test_the_real_models_are_counted_as_the_reference_counts_them() -> None:
-    assert counts(SEVEN_B, None).total == 7_013_158_912
-    assert (
-        counts(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248
-    )  # the tower without its head
+def test_the_real_models_have_the_references_parameter_counts() -> None:
+    assert count_parameters(SEVEN_B, None).total == 7_013_158_912
+    # The decoder, the adapter, and the tower without its head.
+    assert count_parameters(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248
 
 
 def seven_b(layers: int) -> DecoderConfig:
@@ -159,12 +177,12 @@ def seven_b(layers: int) -> DecoderConfig:
     [("stage1", 2, 28), ("stage2", 2, 40), ("stage1-anyres", 10, 30), ("stage2-anyres", 10, 45)],
 )
 def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigabytes: int) -> None:
-    """The README's figures: two pictures a pack, of five views each under AnyRes."""
+    """The README's figures: two images a pack, of five views each under AnyRes."""
     config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
     trained = 434_000_000 if name.startswith("stage1") else 7_447_000_000
-    need = needs(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=views * config.microbatch)
+    need = estimate_memory(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=views * config.microbatch)
     assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
-    assert need.line().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
+    assert need.summary().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
 
 
 @pytest.mark.slow
@@ -184,10 +202,10 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigab
         ("stage2", 2, 1, 1, ["microbatch=1", "activation_checkpointing=none"]),
     ],
 )
-def test_a_step_at_real_size_takes_what_is_said(
+def test_a_step_at_real_size_takes_the_estimate(
     name: str, layers: int, ranks: int, microbatches: int, overrides: list[str]
 ) -> None:
-    """Each operation of a step of the 7B model and its tower, on tensors that have a size and no memory."""
+    """Runs each operation of a step of the 7B model and its tower on tensors without memory."""
     config = load_config(
         StageConfig, ROOT / f"yamls/{name}.yaml", ["model.attention=sdpa", "model.dropout=0.05", *overrides]
     )
@@ -196,32 +214,32 @@ def test_a_step_at_real_size_takes_what_is_said(
     decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch
     model = build_model(decoder, SIGLIP, config.model)
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
-    need = needs(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
+    need = estimate_memory(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
     found = peak_bytes(config, decoder, SIGLIP, ranks=ranks, views=views, microbatches=microbatches)
     assert 0.98 * found < need.total - need.parts["runtime"] < 1.1 * found, (
-        f"{found / 1e9:.1f} GB; said {need.line()}"
+        f"{found / 1e9:.1f} GB, estimated {need.summary()}"
     )
 
 
-def test_more_ranks_replicas_and_resharding_cost_what_they_should() -> None:
+def test_ranks_replicas_and_resharding_change_the_estimate() -> None:
     config = load_config(StageConfig, ROOT / "yamls/stage2.yaml")
 
     def parts(ranks: int, **fsdp: Any) -> dict[str, float]:
         changed = config.model_copy(update={"fsdp": config.fsdp.model_copy(update=fsdp)})
-        return needs(changed, SEVEN_B, SIGLIP, ranks=ranks, trained=7_447_000_000, views=16).parts
+        return estimate_memory(changed, SEVEN_B, SIGLIP, ranks=ranks, trained=7_447_000_000, views=16).parts
 
     assert parts(16)["parameters"] == parts(8)["parameters"] / 2
     assert parts(16, replicas=2) == parts(8)
     assert parts(8, reshard=False)["gathered units"] > 14e9 > parts(8)["gathered units"]
     assert parts(8, reduce="bf16")["gathered units"] < parts(8)["gathered units"]
     assert parts(8)["Adam's moments"] == 2 * 4 * 7_447_000_000 / 8
-    assert parts(8)["gradients"] == 0  # at the peak: none has been made yet, but by microbatches before
+    assert parts(8)["gradients"] == 0  # at the peak only earlier microbatches have made gradients
     config = config.model_copy(update={"microbatch": 4})
     assert parts(8)["gradients"] == 4 * 7_447_000_000 / 8
 
 
 @pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
-def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
+def test_a_stage_on_a_gpu_reports_its_estimate_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from unitoken.train.distributed import composer_trainer
@@ -238,7 +256,7 @@ def test_a_stage_on_a_gpu_says_what_it_needs_before_it_trains(
 @pytest.mark.parametrize(
     ("setting", "attention"), [("full", "flex"), ("full", "sdpa"), ("selective", "sdpa"), ("none", "sdpa")]
 )
-def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", "flex"]) -> None:
+def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal["sdpa", "flex"]) -> None:
     """Two layers of the 7B model's size, sharded over one rank as FSDP2 shards them over many."""
     from torch import distributed
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -279,11 +297,12 @@ def test_a_gpu_allocates_what_is_said(setting: Mode, attention: Literal["sdpa", 
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained = counts(sizes, None).total
-        need = needs(config, sizes, None, ranks=2, trained=trained, views=0)
+        trained = count_parameters(sizes, None).total
+        need = estimate_memory(config, sizes, None, ranks=2, trained=trained, views=0)
         shared = sum(need.parts[part] for part in ("parameters", "Adam's moments", "gradients"))
-        said = need.total - need.parts["runtime"] + shared  # two ranks would have half of these each
-        # Of two layers and a large vocabulary: the output layer's gradients count for more than in a deep model.
-        assert 0.75 * said < torch.cuda.max_memory_allocated() < 1.05 * said
+        estimate = need.total - need.parts["runtime"] + shared  # two ranks would have half of these each
+        # With two layers and a large vocabulary the output layer's gradients count for more than in a deep
+        # model.
+        assert 0.75 * estimate < torch.cuda.max_memory_allocated() < 1.05 * estimate
     finally:
         distributed.destroy_process_group()

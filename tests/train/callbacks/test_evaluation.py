@@ -10,13 +10,13 @@ from support.ranks import finish, start
 from support.stages import curve, evaluations, metrics, stage, write_data, write_stage
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.plan.lengths import _is_held_out
+from unitoken.streaming_data.plan.lengths import is_held_out
 from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.callbacks.evaluation import evaluation_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.layouts import find_origin
 from unitoken.train.checkpoint.loading import load_weights
+from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.stage import run_stage
@@ -85,7 +85,7 @@ def test_its_losses_are_those_of_the_weights_on_whole_held_out_batches(folder: P
     config = stage(folder, f"save.folder={folder}/evaluated", HELD_OUT, "eval.interval=2ba")
     checked = check_stage(config, 1)
     model = build_model(checked.decoder, checked.vision, config.model)
-    source = run_folder.source_of(find_origin(str(evaluated)))
+    source = run_folder.open_checkpoint(find_origin(str(evaluated)))
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     total = targets = 0.0
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_every_held_out_sample_is_seen_once_and_never_trained_on(folder: Path) -
         f"{kind}{n}"
         for kind, count in (("q", 60), ("a", 30))
         for n in range(count)
-        if _is_held_out(f"{kind}{n}", 0.4)
+        if is_held_out(f"{kind}{n}", 0.4)
     }
     assert len(seen) == len(set(seen)) == len(held_out) - plan.report.dropped_samples
     assert set(seen) <= held_out

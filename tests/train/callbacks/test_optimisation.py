@@ -15,7 +15,7 @@ from support.stages import metrics, stage, write_data, write_stage
 from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.layouts import latest_checkpoint
+from unitoken.train.checkpoint.locations import latest_checkpoint
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import UniToken
 from unitoken.train.stage import run_stage

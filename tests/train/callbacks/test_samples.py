@@ -17,7 +17,7 @@ from support.stages import curve
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.samples import sheet
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint.metadata import PictureCrops, read_about
+from unitoken.train.checkpoint.metadata import PictureCrops, read_metadata
 from unitoken.train.config import StageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -58,7 +58,7 @@ def test_a_run_with_samples_has_the_losses_of_one_without(folder: Path) -> None:
         run_stage(config, check_stage(config, 1))
     assert curve(folder / "with") == curve(folder / "without")
     assert len(curve(folder / "with")) == 4
-    assert read_about(folder / "with" / "step-00000004.pt").pictures == PictureCrops(
+    assert read_metadata(folder / "with" / "step-00000004.pt").pictures == PictureCrops(
         crops=[(32, 32)]
     )  # as the data's manifest has it
     steps = sorted(path.name for path in (folder / "with" / "samples").iterdir())
@@ -114,7 +114,7 @@ def test_random_numbers_modes_and_weights_are_as_before(folder: Path) -> None:
     (old / "old.png").write_bytes(b"of a run that went on from an older checkpoint and does the step again")
     samples.fit_start(state, logger)
     samples.batch_end(state, logger)
-    with composer_trainer.paused(state):
+    with composer_trainer.evaluation_mode(state):
         torch.rand(1)
     assert not shown
     samples.epoch_end(state, logger)

@@ -1,4 +1,4 @@
-"""A trained model as a folder of Hugging Face's layout: whole or not there, and the same logits for whoever loads it."""
+"""Exported folders of Hugging Face's layout: complete or absent, with the same logits for every program."""
 
 import json
 import shutil
@@ -22,21 +22,21 @@ from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import export as exporting
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.compatibility import read_whole
+from unitoken.train.checkpoint.compatibility import read_complete_metadata
 from unitoken.train.checkpoint.export import export_model
-from unitoken.train.checkpoint.layouts import find_origin, model_configs
+from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.loading import find_weights, load_weights
+from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.checkpoint.metadata import (
     ModelSizes,
     PictureCrops,
-    found_anywhere,
-    read_about,
+    read_metadata,
     read_stage,
-    write_about,
+    with_absolute_paths,
+    write_metadata,
 )
-from unitoken.train.checkpoint.tensors import decoder_source
+from unitoken.train.checkpoint.tensors import open_decoder_folder, parameter_shapes
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
@@ -45,19 +45,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 
 def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: int = 0) -> UniToken:
-    """A run's folder as a stage leaves it, with random weights."""
+    """Write a run's folder as a stage leaves it, with random weights."""
     decoder, vision = model_configs(config.model)
     torch.manual_seed(seed)
     model = UniToken(decoder, vision).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_norm" in name:  # else a mix-up of gains would not be seen
+            if "_norm" in name:  # so that a mix-up of gains shows
                 parameter.normal_(0.8, 0.3)
     folder.mkdir(parents=True)
     state = {f"{run_folder.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
-    run_folder.publish_checkpoint(folder / ".aside-7.pt", run_folder.path_of(folder, 7), keep=1)
-    write_about(
+    run_folder.publish_checkpoint(folder / ".aside-7.pt", run_folder.checkpoint_path(folder, 7), keep=1)
+    write_metadata(
         folder, config, ModelSizes(decoder=decoder, vision=vision), vocabulary, PictureCrops(crops=[(32, 16)])
     )
     return model
@@ -98,14 +98,15 @@ def logits(model: UniToken) -> Tensor:
 
 
 def test_an_export_gives_the_same_logits_and_features_here(model: UniToken, exported: Path) -> None:
-    """To the bit: as the base model of a new stage, sizes and tower included."""
+    """Bit for bit, as the base model of a new stage, with sizes and tower from the export."""
     again = load(str(exported), str(exported))
     assert torch.equal(logits(again), logits(model))
     pixels = torch.randint(
         0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(again.adapter(again.vit(pixels)), model.adapter(model.vit(pixels)))
-    assert again.model.layers[0].self_attn.q_norm.weight.shape == (1, 16)  # one gain for all heads stays one
+    shapes = parameter_shapes(again)
+    assert shapes["model.layers.0.self_attn.q_norm.weight"] == (1, 16)  # one gain for all heads stays one
     for (name, tensor), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(tensor, other), name
 
@@ -115,14 +116,12 @@ def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, export
 
     theirs, report = ChameleonForConditionalGeneration.from_pretrained(exported, output_loading_info=True)
     assert {name.split(".")[0] for name in report["unexpected_keys"]} == {"vit", "adapter"}
-    assert all(
-        name.startswith("model.vqmodel.") for name in report["missing_keys"]
-    )  # no codec in this stage: a random one
+    # Without a codec in the stage the image tokenizer is a random one.
+    assert all(name.startswith("model.vqmodel.") for name in report["missing_keys"])
     with torch.no_grad():
         found = theirs.eval()(input_ids=IDS).logits
-    text = [
-        token for token in range(170) if token not in small_vocabulary().image_ids
-    ]  # transformers masks image codes
+    # Transformers masks the logits of image codes.
+    text = [token for token in range(170) if token not in small_vocabulary().image_ids]
     torch.testing.assert_close(found[..., text], logits(model)[..., text], rtol=1e-5, atol=1e-5)
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (
         small_vocabulary().bos,
@@ -136,13 +135,16 @@ def test_an_export_gives_the_same_logits_in_transformers(model: UniToken, export
     )
 
 
-def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
-    whole = read_whole(find_origin(str(exported)))
+def test_an_export_has_all_metadata(folder: Path, exported: Path) -> None:
+    whole = read_complete_metadata(find_origin(str(exported)))
     assert whole.vocabulary == small_vocabulary()
     assert whole.pictures == PictureCrops(crops=[(32, 16)])
     assert whole.stage == stage(folder)
-    assert whole.sizes.vision == VisionTowerConfig(**VISION)
-    assert whole.sizes.decoder.model_dump() == DecoderConfig(**DECODER, num_key_value_heads=2).model_dump()
+    assert whole.sizes.vision == VisionTowerConfig.model_validate(VISION)
+    assert (
+        whole.sizes.decoder.model_dump()
+        == DecoderConfig.model_validate({**DECODER, "num_key_value_heads": 2}).model_dump()
+    )
     fields = json.loads((exported / "config.json").read_bytes())
     files = sorted(path.name for path in exported.iterdir())
     assert set(fields["unitoken"].pop("sha256")) == {*files, "tower/preprocessor_config.json", ""} - {
@@ -158,7 +160,7 @@ def test_an_export_says_what_it_is(folder: Path, exported: Path) -> None:
     assert fields["dtype"] == "float32"
 
 
-def test_others_may_read_the_tensors_too_and_transformers_finds_no_processor_of_another_model(
+def test_tensors_are_readable_and_the_towers_processor_is_apart(
     exported: Path,
 ) -> None:
     assert (exported / "model.safetensors").stat().st_mode == (exported / "config.json").stat().st_mode
@@ -166,11 +168,10 @@ def test_others_may_read_the_tensors_too_and_transformers_finds_no_processor_of_
     assert (exported / "tower" / "preprocessor_config.json").is_file()
 
 
-def test_bf16_is_half_of_it_and_several_files_are_the_same(
-    folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_in_bf16_and_several_files_loads_the_same(
+    folder: Path, model: UniToken, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(exporting, "SHARD_BYTES", 20_000)
-    export_model(str(folder / "run" / "step-00000007.pt"), tmp_path / "half")
+    export_model(str(folder / "run" / "step-00000007.pt"), tmp_path / "half", max_shard_bytes=20_000)
     files = sorted(tmp_path.glob("half/model-*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -180,8 +181,8 @@ def test_bf16_is_half_of_it_and_several_files_are_the_same(
         assert torch.equal(tensor.bfloat16().float(), other), name
 
 
-def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Path) -> None:
-    """With `codec` transformers' own image tokenizer gives the codes that the data was made of."""
+def test_the_tokenizers_are_exported_with_the_model(folder: Path, golden: Path, tmp_path: Path) -> None:
+    """With `codec`, transformers' image tokenizer gives the codes of the data."""
     from transformers import AutoTokenizer, ChameleonForConditionalGeneration
 
     assets = golden / "assets"
@@ -192,7 +193,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
         vision=ImageTokenizer(weights=str(assets / "vqgan"), precision="fp32"),
     )
     unusual = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3}
-    decoder = DecoderConfig(**{**DECODER, "vocab_size": vocabulary.size, **unusual})
+    decoder = DecoderConfig.model_validate({**DECODER, "vocab_size": vocabulary.size, **unusual})
     config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
     model = write_run(tmp_path / "run", config, vocabulary)
     export_model(str(tmp_path / "run"), tmp_path / "out")
@@ -226,7 +227,7 @@ def test_the_tokenizers_travel_with_it(folder: Path, golden: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
-def test_a_killed_export_leaves_what_was_there(
+def test_a_killed_export_leaves_the_earlier_model(
     call: str, folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*args: Any, **kwargs: Any) -> None:
@@ -241,7 +242,7 @@ def test_a_killed_export_leaves_what_was_there(
         export_model(str(folder / "run"), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert torch.equal(
-        load(str(tmp_path / "model"), None if not VISION else str(tmp_path / "model")).lm_head.weight,
+        load(str(tmp_path / "model"), str(tmp_path / "model")).lm_head.weight,
         model.lm_head.weight.bfloat16().float(),
     )
 
@@ -249,17 +250,17 @@ def test_a_killed_export_leaves_what_was_there(
 KILLED_BETWEEN_THE_RENAMES = """
 import os, signal, sys
 from pathlib import Path
-from unitoken.train.checkpoint.export import export
+from unitoken.train.checkpoint.export import export_model
 
 rename = Path.rename
 
 def killed(self, target):
     rename(self, target)
-    if self.name == "model":  # the model of before has stepped aside
+    if self.name == "model":  # the earlier model has stepped aside
         os.kill(os.getpid(), signal.SIGKILL)
 
 Path.rename = killed
-export(sys.argv[1], Path(sys.argv[2]))
+export_model(sys.argv[1], Path(sys.argv[2]))
 """
 
 
@@ -270,7 +271,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_kill_between_the_renames_loses_no_model(
     folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next export brings back the model of before, also where it is killed itself."""
+    """The next export restores the earlier model, even if it is killed itself."""
     out = tmp_path / "model"
     export_model(str(folder / "run"), out)
     before = contents(out)
@@ -279,7 +280,7 @@ def test_a_kill_between_the_renames_loses_no_model(
     )
     assert done.returncode == -9
     assert not out.exists()
-    for name in ("model-2", "model"):  # an export beside it leaves it alone
+    for name in ("model-2", "model"):  # an export beside it changes nothing
         with monkeypatch.context() as patch:
             patch.setattr("unitoken.train.checkpoint.export._write_tensors", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -290,10 +291,10 @@ def test_a_kill_between_the_renames_loses_no_model(
     assert not list(tmp_path.glob(".before-*"))
 
 
-def test_the_model_of_before_stays_until_the_new_one_is_on_the_disk(
+def test_the_earlier_model_stays_until_the_new_one_is_synced(
     folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """14 GB take a while: a kill in that time must not cost the old model."""
+    """Syncing 14 GB takes a while; a kill in that time must not lose the earlier model."""
     export_model(str(folder / "run"), tmp_path / "model")
     synced: list[Path] = []
     rename = Path.rename
@@ -309,8 +310,10 @@ def test_the_model_of_before_stays_until_the_new_one_is_on_the_disk(
     assert synced
 
 
-def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniToken, tmp_path: Path) -> None:
-    """A run's folder inside of it was, by an export to where the run's own base model is."""
+def test_foreign_files_in_an_export_are_not_deleted_with_it(
+    folder: Path, model: UniToken, tmp_path: Path
+) -> None:
+    """An export to the folder of the run's own base model once deleted a run's folder inside it."""
     out = tmp_path / "model"
     export_model(str(folder / "run"), out)
     shutil.copytree(folder / "run", out / "finetune", symlinks=True)
@@ -321,7 +324,7 @@ def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniT
     ):
         export_model(str(out / "finetune"), out)
     fields = json.loads((out / "config.json").read_bytes())
-    del fields["unitoken"]["files"]  # exported before they were listed, and before the tower had a folder
+    del fields["unitoken"]["files"]  # as exported before files were listed, and before the tower had a folder
     shutil.rmtree(out / "tower")
     (out / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=r"model: it holds finetune besides the exported model"):
@@ -330,7 +333,7 @@ def test_what_lies_in_an_export_is_not_deleted_with_it(folder: Path, model: UniT
     export_model(str(folder / "run"), out)
 
 
-def test_a_link_that_is_exported_to_stays_a_link(folder: Path, model: UniToken, tmp_path: Path) -> None:
+def test_an_export_to_a_link_keeps_the_link(folder: Path, model: UniToken, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     export_model(str(folder / "run"), tmp_path / "disk" / "model")
     (tmp_path / "link").symlink_to("disk/model")
@@ -339,23 +342,23 @@ def test_a_link_that_is_exported_to_stays_a_link(folder: Path, model: UniToken, 
     assert json.loads((tmp_path / "disk/model/config.json").read_bytes())["dtype"] == "float32"
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
     (tmp_path / "nowhere").symlink_to("gone/model")
-    with pytest.raises(ConfigError, match=r"nowhere: it is a link to gone/model, which is not there"):
+    with pytest.raises(ConfigError, match=r"nowhere: it is a link to gone/model, which does not exist"):
         export_model(str(folder / "run"), tmp_path / "nowhere")
 
 
-def test_what_is_no_export_is_not_replaced(folder: Path, model: UniToken, tmp_path: Path) -> None:
+def test_an_export_replaces_only_exports(folder: Path, model: UniToken, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("mine")
     for out in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.txt", folder / "run"):
-        with pytest.raises(ConfigError, match="it is there and is no exported model"):
+        with pytest.raises(ConfigError, match="it exists and is not an exported model"):
             export_model(str(folder / "run"), out)
-        with pytest.raises(ConfigError, match="it is there and is no exported model"):
+        with pytest.raises(ConfigError, match="it exists and is not an exported model"):
             check_stage(stage(folder, f"save.folder={tmp_path}/new", f"save.export={out}"), 1)
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "mine"
 
 
-def test_an_export_can_not_take_the_place_of_its_run(folder: Path, tmp_path: Path) -> None:
-    """Found at the start, not after days of training: neither folder is there yet."""
+def test_an_export_can_not_replace_its_own_run(folder: Path, tmp_path: Path) -> None:
+    """An error at the start, not after days of training, though neither folder exists yet."""
     for out in (tmp_path / "new", tmp_path / "new" / "run"):
         with pytest.raises(
             ConfigError,
@@ -365,9 +368,7 @@ def test_an_export_can_not_take_the_place_of_its_run(folder: Path, tmp_path: Pat
     check_stage(stage(folder, f"save.folder={tmp_path}/new/run", f"save.export={tmp_path}/new/run/model"), 1)
 
 
-def test_a_run_of_before_it_said_what_it_is_needs_its_stage(
-    folder: Path, model: UniToken, tmp_path: Path
-) -> None:
+def test_an_old_run_without_metadata_needs_its_stage(folder: Path, model: UniToken, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(folder / "run" / "step-00000007.pt", run)
@@ -376,7 +377,7 @@ def test_a_run_of_before_it_said_what_it_is_needs_its_stage(
     ):
         export_model(str(run / "step-00000007.pt"), tmp_path / "out")
     export_model(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder))
-    assert read_about(tmp_path / "out").vocabulary == small_vocabulary()
+    assert read_metadata(tmp_path / "out").vocabulary == small_vocabulary()
     with pytest.raises(
         ConfigError,
         match=r"step-00000007\.pt: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)",
@@ -410,12 +411,13 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
     assert (done.returncode, done.stdout.splitlines()) == (
         0,
         [
-            f"{tmp_path}/out: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights",
+            f"{tmp_path}/out: without tokenizer and image tokenizer: "
+            "set codec.tokenizer and codec.vision.weights",
             f"{tmp_path}/out: exported from {folder}/run",
         ],
     ), done.stderr
     assert torch.equal(logits(load(str(tmp_path / "out"), str(tmp_path / "out"))), logits(model))
-    # What the run's folder does not say, the command line may: a tokenizer of another vocabulary is refused, so it was read.
+    # The command line may add settings: the tokenizer of another vocabulary is refused, so it was read.
     codec = [f"codec.{key}={ROOT / 'tests/data/golden/assets' / name}" for key, name in TOKENIZERS.items()]
     refused = call("export", str(folder / "run"), str(tmp_path / "out"), *codec)
     assert "error: codec.tokenizer: " in refused.stderr
@@ -425,7 +427,8 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
     assert refused.stderr == f"error: {tmp_path}: {why}\n"
 
 
-# --- init_from, before torch is there ---------------------------------------------------------------------------------
+# --- init_from, before torch is imported
+# ------------------------------------------------------------------------------
 
 
 def test_init_from_takes_every_form(
@@ -444,7 +447,8 @@ def test_init_from_takes_every_form(
         config = stage(folder, f"init_from={form}", f"save.folder={folder}/new")
         check_stage(config, 1)
         network = build_model(*model_configs(config.model), config.model)
-        source = run_folder.open_source(find_origin(config.init_from))
+        assert config.init_from is not None
+        source = run_folder.open_weights(find_origin(config.init_from))
         load_weights(network, find_weights(network, config.model, source), seed=1)
         assert torch.equal(logits(network.eval()), logits(model)), form
 
@@ -466,11 +470,12 @@ def test_init_from_takes_every_form(
         ),
         (
             ("data.streams.all.local={folder}/other", "data.cache={folder}/cache2"),
-            r"it was trained in a vocabulary with fingerprint \w{16} \(163 tokens\), the datasets have \w{16} \(164 tokens\)",
+            r"it was trained in a vocabulary with fingerprint \w{16} \(163 tokens\), "
+            r"the datasets have \w{16} \(164 tokens\)",
         ),
     ],
 )
-def test_init_from_another_model_is_refused_with_both_sides(
+def test_init_from_another_model_names_both_values(
     form: str, override: str | tuple[str, ...], message: str, folder: Path, exported: Path
 ) -> None:
     if not (folder / "other").exists():
@@ -485,8 +490,8 @@ def test_init_from_another_model_is_refused_with_both_sides(
     assert "\n" not in str(caught.value)
 
 
-def test_numbers_that_no_tensor_shows_are_compared(folder: Path, model: UniToken, exported: Path) -> None:
-    """They changed without a word. A new stage may mean it; a run goes on as it began."""
+def test_constants_that_no_shape_shows_are_compared(folder: Path, model: UniToken, exported: Path) -> None:
+    """They once changed without a message. A new stage gets a warning, a resumed run an error."""
     changes = ("model.decoder.rope_theta=500", "model.vision.layer_norm_eps=1e-3")
     found = "its model and this stage's have rope_theta 10000.0 and 500.0, layer_norm_eps 1e-06 and 0.001"
     for form in ("run", "model"):
@@ -501,7 +506,7 @@ def test_numbers_that_no_tensor_shows_are_compared(folder: Path, model: UniToken
         check_stage(stage(folder, *changes), 1)
 
 
-def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path, exported: Path) -> None:
+def test_a_misfit_ends_with_status_2_before_importing_torch(folder: Path, exported: Path) -> None:
     arguments = [
         str(write_stage(folder)),
         f"init_from={exported}",
@@ -522,7 +527,8 @@ def test_what_does_not_fit_ends_with_status_2_before_torch_is_there(folder: Path
     )
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: init_from: {exported}: another architecture: its decoder and this stage's have hidden_size 32 and 64\n"
+        f"error: init_from: {exported}: another architecture: "
+        "its decoder and this stage's have hidden_size 32 and 64\n"
     )
 
 
@@ -557,22 +563,23 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
         (lambda path: None, "no such checkpoint"),
         (lambda path: path.mkdir(), "no checkpoint in it, neither a run's step-"),
         (lambda path: path.mkdir() or (path / "config.json").write_text("{}"), "it has no model.safetensors"),
-        (lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"), "which is not there"),
+        (
+            lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"),
+            "which does not exist",
+        ),
     ],
 )
-def test_init_from_what_is_no_checkpoint_is_refused(
-    make: Any, message: str, folder: Path, tmp_path: Path
-) -> None:
+def test_init_from_needs_a_checkpoint(make: Any, message: str, folder: Path, tmp_path: Path) -> None:
     make(tmp_path / "x")
     with pytest.raises(ConfigError, match=message) as caught:
         check_stage(stage(folder, f"init_from={tmp_path}/x", f"save.folder={folder}/new"), 1)
     assert str(tmp_path / "x") in str(caught.value)
 
 
-def test_the_hub_is_not_asked_for_a_folder_that_is_missing_here(
+def test_the_hub_is_not_asked_for_a_missing_local_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """runs/stage1 is a good name for a repository, too."""
+    """runs/stage1 is also a valid name of a repository."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked")
@@ -591,13 +598,16 @@ def test_a_stages_settings_come_back_from_its_folder(path: Path, tmp_path: Path)
     config = load_config(
         StageConfig, path, ["optimizer.lr=5e-4", "data.cache_limit=1gb", "data.global_batch=8"]
     )
-    write_about(
-        tmp_path, config, ModelSizes(decoder=DecoderConfig(**DECODER), vision=None), small_vocabulary()
+    write_metadata(
+        tmp_path,
+        config,
+        ModelSizes(decoder=DecoderConfig.model_validate(DECODER), vision=None),
+        small_vocabulary(),
     )
-    assert read_stage(tmp_path / "step-00000001.pt") == found_anywhere(config)
-    sizes = read_about(tmp_path / "step-00000001.pt").sizes
+    assert read_stage(tmp_path / "step-00000001.pt") == with_absolute_paths(config)
+    sizes = read_metadata(tmp_path / "step-00000001.pt").sizes
     assert sizes is not None
-    assert sizes.decoder == DecoderConfig(**DECODER)
+    assert sizes.decoder == DecoderConfig.model_validate(DECODER)
 
 
 def test_a_changed_file_of_an_export_is_named(exported: Path, tmp_path: Path) -> None:
@@ -613,9 +623,9 @@ def test_a_changed_file_of_an_export_is_named(exported: Path, tmp_path: Path) ->
         else:
             content[-9] ^= 1
         (copy / name).write_bytes(content)
-        with pytest.raises(ConfigError, match="changed"):  # noqa: PT012 - either tells
-            read_about(copy)
-            decoder_source(str(copy)).load()
+        with pytest.raises(ConfigError, match="changed"):  # noqa: PT012 - either of the two raises
+            read_metadata(copy)
+            open_decoder_folder(str(copy)).load()
         shutil.rmtree(copy)
-    read_about(exported)
-    decoder_source(str(exported)).load()
+    read_metadata(exported)
+    open_decoder_folder(str(exported)).load()

@@ -1,4 +1,4 @@
-"""Published checkpoints as they lie on the hub, each as a tiny folder of exactly that layout: names, shapes, types, files."""
+"""Published checkpoints, each as a tiny folder of exactly its layout: names, shapes, types, files."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.layouts import find_origin, model_configs, read_decoder, read_vision
-from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
-from unitoken.train.checkpoint.tensors import TensorSource, decoder_source, fit_norms
+from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
+from unitoken.train.checkpoint.loading import find_weights, load_weights
+from unitoken.train.checkpoint.locations import find_origin
+from unitoken.train.checkpoint.tensors import TensorSource, fit_norms, open_decoder_folder, parameter_shapes
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
@@ -29,7 +30,7 @@ VISION = VisionTowerConfig(
     image_size=8,
     patch_size=4,
 )
-CHAMELEON = {  # config.json of all three: transformers' Chameleon
+CHAMELEON = {  # the config.json of all three folders: transformers' Chameleon
     "architectures": ["ChameleonForConditionalGeneration"],
     "model_type": "chameleon",
     "hidden_act": "silu",
@@ -52,14 +53,14 @@ VQ_KEYS = {
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    """Of a UniToken, every tensor different, in bfloat16 as they are published."""
+    """Random weights of a UniToken, in bfloat16 as published."""
     torch.manual_seed(0)
     model = UniToken(DECODER, VISION)
     return {name: torch.randn_like(parameter).bfloat16() for name, parameter in model.named_parameters()}
 
 
 def save(folder: Path, config: Mapping[str, Any], *files: Mapping[str, Tensor]) -> str:
-    """One file as `model.safetensors`, more as shards with their index."""
+    """Write one file as `model.safetensors`, several as shards with their index."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
@@ -77,7 +78,7 @@ def part(weights: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name.split(".")[0] in parts}
 
 
-def a_row_a_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def repeat_norms_per_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.repeat(HEADS, 1) if "q_norm" in name or "k_norm" in name else tensor
         for name, tensor in tensors.items()
@@ -85,7 +86,7 @@ def a_row_a_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def chameleon(folder: Path, weights: Mapping[str, Tensor]) -> str:
-    decoder = a_row_a_head(part(weights, "model", "lm_head"))
+    decoder = repeat_norms_per_head(part(weights, "model", "lm_head"))
     first = {name: tensor for name, tensor in decoder.items() if ".layers.1." not in name}
     second = {name: tensor for name, tensor in decoder.items() if ".layers.1." in name}
     return save(folder, CHAMELEON, first, second | VQ_KEYS)
@@ -172,8 +173,8 @@ def test_a_published_decoder_is_loaded(
     per_head = layout is chameleon
     assert read_decoder(folder).qk_norm == ("per_head" if per_head else "shared")
     model = load(ModelConfig(decoder=folder))
-    assert_holds(model, a_row_a_head(expected) if per_head else expected)
-    assert shapes_of(model).keys() == expected.keys()
+    assert_holds(model, repeat_norms_per_head(expected) if per_head else expected)
+    assert parameter_shapes(model).keys() == expected.keys()
 
 
 @pytest.mark.parametrize("layout", [siglip, siglip_tower, siglip_inner_tower])
@@ -186,46 +187,48 @@ def test_a_published_tower_is_loaded(
     assert_holds(model, part(weights, "model", "lm_head", "vit"))  # the adapter is new
 
 
-def test_unitokens_folder_brings_tower_and_adapter(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """As the decoder of a new stage, and as `init_from` of one that names Lumina's and SigLIP's folders."""
+def test_unitokens_folder_has_tower_and_adapter(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """As the decoder of a new stage, and as `init_from` of a stage with Lumina's and SigLIP's folders."""
     other = {name: tensor + 1 for name, tensor in weights.items()}
     tower = siglip(tmp_path / "siglip", other)
     folder = unitoken(tmp_path / "unitoken", weights)
     assert_holds(load(ModelConfig(decoder=folder, vision=tower)), weights)
     config = ModelConfig(decoder=lumina(tmp_path / "lumina", other), vision=tower)
-    assert_holds(load(config, decoder_source(str(find_origin(folder)))), weights)
+    assert_holds(load(config, open_decoder_folder(str(find_origin(folder)))), weights)
 
 
-def test_the_sizes_of_a_tower_are_not_read_from_a_decoders_folder(
-    weights: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_decoders_folder_has_no_sizes_of_a_tower(weights: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="of a Chameleon decoder and of no vision tower"):
         read_vision(unitoken(tmp_path / "unitoken", weights))
 
 
 def test_norms_are_converted_between_the_layouts(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """Lumina's weights in a model with a row a head, and back, to the bit; rows that were trained apart stay apart."""
+    """Lumina's weights with a row per head, and back, bit for bit; rows trained apart stay apart."""
     shared, per_head = lumina(tmp_path / "shared", weights), chameleon(tmp_path / "per_head", weights)
     expected = part(weights, "model", "lm_head")
-    assert_holds(load(ModelConfig(decoder=per_head), decoder_source(shared)), a_row_a_head(expected))
-    assert_holds(load(ModelConfig(decoder=shared), decoder_source(per_head)), expected)
+    assert_holds(
+        load(ModelConfig(decoder=per_head), open_decoder_folder(shared)), repeat_norms_per_head(expected)
+    )
+    assert_holds(load(ModelConfig(decoder=shared), open_decoder_folder(per_head)), expected)
 
-    apart = a_row_a_head(expected)
+    apart = repeat_norms_per_head(expected)
     name = "model.layers.1.self_attn.k_norm.bias"
     apart[name] = apart[name].clone()
     apart[name][2, 3] += 1
     folder = save(tmp_path / "apart", CHAMELEON, apart)
-    assert_holds(load(ModelConfig(decoder=per_head), decoder_source(folder)), apart)
+    assert_holds(load(ModelConfig(decoder=per_head), open_decoder_folder(folder)), apart)
     config = ModelConfig(decoder=shared)
     model = build_model(*model_configs(config), config)
     with pytest.raises(
         ConfigError, match=rf"{folder}: {name} differs from head to head, the model has one for all"
     ):
-        find_weights(model, config, decoder_source(folder))  # before anything is loaded, on every rank
+        find_weights(
+            model, config, open_decoder_folder(folder)
+        )  # an error before anything is loaded, on every rank
 
 
 def test_groups_of_heads_are_repeated_in_their_order() -> None:
-    """Chameleon 34B has a row for each of the machines it was trained on."""
+    """Chameleon 34B has a row for each machine that it was trained on."""
     norm = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     name = "model.layers.0.self_attn.q_norm.weight"
     fitted = fit_norms(
@@ -235,9 +238,9 @@ def test_groups_of_heads_are_repeated_in_their_order() -> None:
     assert fitted.load()[name][:, 0].tolist() == [1, 1, 2, 2]
 
 
-def test_only_what_is_wanted_is_read(
+def test_only_the_requested_tensors_are_read(
     weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tower for which only the adapter's part of a folder is needed does not bring 28 GB of decoder with it."""
-    source = decoder_source(unitoken(tmp_path / "unitoken", weights))
+    """Reading the adapter of a folder does not read 28 GB of decoder with it."""
+    source = open_decoder_folder(unitoken(tmp_path / "unitoken", weights))
     assert source.read(["adapter.0.bias"]).keys() == {"adapter.0.bias"}

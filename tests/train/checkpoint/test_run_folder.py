@@ -1,4 +1,4 @@
-"""A run's folder: `latest` always names a whole checkpoint, and reading one can not run code."""
+"""A run's folder: `latest` always names a whole checkpoint, and reading a checkpoint can not run code."""
 
 import os
 import pickle
@@ -12,18 +12,18 @@ import torch
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.integrity import check_checkpoint, check_finite, damage
-from unitoken.train.checkpoint.layouts import LATEST, find_origin, latest_checkpoint
+from unitoken.train.checkpoint.integrity import check_checkpoint, check_finite, find_damage
+from unitoken.train.checkpoint.locations import LATEST, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.run_folder import (
     check_resumable,
-    clean_up,
-    path_of,
+    checkpoint_path,
+    open_checkpoint,
     publish_checkpoint,
     read_checkpoint,
+    remove_partial_files,
     set_aside_damaged,
-    source_of,
     step_of,
-    unpublished,
+    temporary_path,
 )
 
 STAGE = {"name": "one", "trainable": ["vit"]}
@@ -32,23 +32,23 @@ STAGE = {"name": "one", "trainable": ["vit"]}
 def save(folder: Path, step: int, keep: int = 2, **state: Any) -> Path:
     folder.mkdir(exist_ok=True)
     model = {"network.lm_head.weight": torch.full((3, 2), float(step))}
-    written = unpublished(folder, step)
+    written = temporary_path(folder, step)
     torch.save({"state": {"model": model, "callbacks": {"Saver": STAGE}, **state}}, written)
-    publish_checkpoint(written, path_of(folder, step), keep)
-    return path_of(folder, step)
+    publish_checkpoint(written, checkpoint_path(folder, step), keep)
+    return checkpoint_path(folder, step)
 
 
-def test_latest_names_the_newest_and_the_oldest_go(tmp_path: Path) -> None:
+def test_latest_names_the_newest_and_the_oldest_are_removed(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step in (5, 10, 100):
         save(tmp_path, step)
-        assert latest_checkpoint(tmp_path) == path_of(tmp_path, step)
+        assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, step)
     assert {path.name for path in tmp_path.iterdir()} == {LATEST, "step-00000010.pt", "step-00000100.pt"}
-    assert step_of, unpublished(path_of(tmp_path, 100)) == 100
+    assert step_of(checkpoint_path(tmp_path, 100)) == 100
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
-def test_a_kill_while_saving_leaves_the_checkpoint_before(
+def test_a_kill_while_saving_leaves_the_earlier_checkpoint(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 5)
@@ -60,24 +60,24 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
         patch.setattr(os, call, killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 10)
-    assert latest_checkpoint(tmp_path) == path_of(tmp_path, 5)
-    with AsideFolder(tmp_path / "model") as export:  # into this folder, by another process
-        unpublished(tmp_path, 10).touch()
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 5)
+    with AsideFolder(tmp_path / "model") as export:  # an export into this folder by another process
+        temporary_path(tmp_path, 10).touch()
         for path in tmp_path.glob(".aside-*"):
             os.utime(path, (1, 1), follow_symlinks=False)
-        clean_up(tmp_path)
+        remove_partial_files(tmp_path)
         assert sorted(tmp_path.glob(".aside-*")) == [
             export.path,
             export.path.with_name(f"{export.path.name}.lock"),
         ]
     save(tmp_path, 10)
-    assert latest_checkpoint(tmp_path) == path_of(tmp_path, 10)
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 10)
 
 
 def test_between_two_checkpoints_there_is_always_a_latest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Composer deletes its link before it makes the new one: killed in between, a run would start from the beginning."""
+    """Composer deletes its link before it makes the new one: a run killed in between would start again."""
     save(tmp_path, 5)
     seen = []
     for name in ("replace", "unlink", "symlink", "remove"):
@@ -92,11 +92,11 @@ def test_between_two_checkpoints_there_is_always_a_latest(
         monkeypatch.setattr(os, name, watched)
     save(tmp_path, 10, keep=1)
     assert None not in seen
-    assert {seen[0], seen[-1]} == {path_of(tmp_path, 5), path_of(tmp_path, 10)}
+    assert {seen[0], seen[-1]} == {checkpoint_path(tmp_path, 5), checkpoint_path(tmp_path, 10)}
 
 
 def test_weights_come_without_the_trainers_prefix(tmp_path: Path) -> None:
-    source = source_of(find_origin(str(save(tmp_path, 7).parent)))
+    source = open_checkpoint(find_origin(str(save(tmp_path, 7).parent)))
     assert source.shapes == {"lm_head.weight": (3, 2)}
     assert torch.equal(source.load()["lm_head.weight"], torch.full((3, 2), 7.0))
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path, capfd: pytest.C
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps({"state": 1})])
-def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.pt"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="not a checkpoint of this program"):
@@ -135,34 +135,34 @@ def test_a_checkpoint_of_another_stage_is_not_resumed(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_resumable(save(tmp_path, 1), expected, stage)
-    check_resumable(path_of(tmp_path, 1), {"lm_head.weight": (3, 2)}, STAGE)
+    check_resumable(checkpoint_path(tmp_path, 1), {"lm_head.weight": (3, 2)}, STAGE)
 
 
 def test_a_link_to_nothing_is_an_error_not_a_new_start(tmp_path: Path) -> None:
     save(tmp_path, 3).unlink()
-    with pytest.raises(ConfigError, match=r"it names step-00000003\.pt, which is not there"):
+    with pytest.raises(ConfigError, match=r"it names step-00000003\.pt, which does not exist"):
         latest_checkpoint(tmp_path)
 
 
-def test_without_the_link_the_newest_checkpoint_is_taken_and_kept(tmp_path: Path) -> None:
-    """Copied with `cp -rL` or by way of an object store, a run began anew, and what it saved deleted what was trained."""
+def test_without_the_link_the_newest_checkpoint_is_used(tmp_path: Path) -> None:
+    """Copied with `cp -rL` or by an object store, a run once started again and deleted its checkpoints."""
     save(tmp_path / "run", 5)
     save(tmp_path / "run", 10)
     for kept in ("as a file", "not at all"):
         copy = Path(shutil.copytree(tmp_path / "run", tmp_path / kept))  # follows links
         if kept == "not at all":
             (copy / LATEST).unlink()
-        assert latest_checkpoint(copy) == path_of(copy, 10)
-        assert find_origin(str(copy)) == path_of(copy, 10)
+        assert latest_checkpoint(copy) == checkpoint_path(copy, 10)
+        assert find_origin(str(copy)) == checkpoint_path(copy, 10)
         save(copy, 15)
         assert {path.name for path in copy.iterdir()} == {LATEST, "step-00000010.pt", "step-00000015.pt"}
         assert (copy / LATEST).readlink() == Path("step-00000015.pt")
 
 
-def test_a_copied_link_with_nothing_beside_it_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+def test_a_copied_link_without_checkpoints_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LATEST).write_bytes(b"a checkpoint")
     with pytest.raises(
-        ConfigError, match=r"latest: it is no link, and there is no step-00000100\.pt or the like beside it"
+        ConfigError, match=r"latest: it is not a link, and there is no step-\*\.pt beside it to resume from"
     ):
         latest_checkpoint(tmp_path)
 
@@ -182,10 +182,10 @@ def flipped(path: Path, at: int) -> None:
 @pytest.mark.parametrize("part", range(7))
 def test_a_flipped_bit_of_a_tensor_is_found(part: int, tmp_path: Path) -> None:
     path = save(tmp_path, 5, big=torch.arange(2000))
-    assert damage(path) is None
+    assert find_damage(path) is None
     at = path.read_bytes().index(torch.arange(2000).numpy().tobytes())
     flipped(path, at + part * 2000)
-    assert str(damage(path)).startswith("Bad CRC-32 for file")
+    assert str(find_damage(path)).startswith("Bad CRC-32 for file")
     with pytest.raises(ConfigError, match=r"step-00000005\.pt: damaged: Bad CRC-32"):
         check_checkpoint(path)
 
@@ -194,29 +194,29 @@ def test_a_flipped_bit_of_a_tensor_is_found(part: int, tmp_path: Path) -> None:
 def test_a_cut_checkpoint_is_found(size: int, tmp_path: Path) -> None:
     path = save(tmp_path, 5, big=torch.arange(2000))
     path.write_bytes(path.read_bytes()[:size])
-    assert damage(path)
+    assert find_damage(path)
 
 
-def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         save(tmp_path, step, keep=3)
     assert set_aside_damaged(tmp_path) == []
     for step in (10, 15):
-        path = path_of(tmp_path, step)
+        path = checkpoint_path(tmp_path, step)
         path.write_bytes(path.read_bytes()[:-200])
     lines = set_aside_damaged(tmp_path)
     assert [line.rpartition("; ")[2] for line in lines] == [
-        "goes on from step-00000010.pt",
-        "goes on from step-00000005.pt",
+        "resumes from step-00000010.pt",
+        "resumes from step-00000005.pt",
     ]
-    assert latest_checkpoint(tmp_path) == path_of(tmp_path, 5)
-    assert len(list(tmp_path.glob("damaged-*"))) == 2, "kept to be looked at"
-    path_of(tmp_path, 5).write_bytes(b"")
-    with pytest.raises(ConfigError, match="no other to go on from: remove it to begin anew"):
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 5)
+    assert len(list(tmp_path.glob("damaged-*"))) == 2, "kept for inspection"
+    checkpoint_path(tmp_path, 5).write_bytes(b"")
+    with pytest.raises(ConfigError, match="no other to resume from: remove it to start again"):
         set_aside_damaged(tmp_path)
 
 
-def test_weights_that_are_no_numbers_are_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+def test_non_finite_weights_are_an_error_naming_the_tensor(tmp_path: Path) -> None:
     check_finite([("a", torch.ones(3)), ("b", torch.ones(3, dtype=torch.int64))], "here")
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="here: the tensor b holds NaN"):
@@ -224,4 +224,4 @@ def test_weights_that_are_no_numbers_are_an_error_that_names_the_tensor(tmp_path
     path = tmp_path / "step-00000001.pt"
     torch.save({"state": {"model": {"network.x": torch.tensor([float("nan")])}}}, path)
     with pytest.raises(ConfigError, match="the tensor x holds NaN"):
-        source_of(path).load()
+        open_checkpoint(path).load()

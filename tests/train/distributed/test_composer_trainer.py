@@ -1,4 +1,4 @@
-"""What Composer is told of the ranks, and what they tell each other; test_ranks.py has several of them."""
+"""Settings for Composer, and errors shared between ranks; test_ranks.py runs several ranks."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experiment
 
 
 @pytest.mark.parametrize("reduce", ["bf16", "fp32"])
-def test_gradients_are_summed_in_what_the_settings_say(
+def test_gradients_are_summed_in_the_configured_precision(
     reduce: Literal["bf16", "fp32"], tmp_path: Path
 ) -> None:
-    """And layers compute in bf16 either way."""
+    """Layers compute in bf16 with both."""
     mesh: Any = object()
     config = composer_trainer.fsdp2_config(
         stage(tmp_path, "precision=bf16", f"fsdp.reduce={reduce}", "fsdp.reshard=false"), mesh
@@ -31,38 +31,43 @@ def test_gradients_are_summed_in_what_the_settings_say(
     assert (config.device_mesh, config.reshard_after_forward) == (mesh, False)
 
 
-def say(monkeypatch: pytest.MonkeyPatch, *others: Any) -> list[Any]:
-    """This is the first of several ranks; the others say that. Gives back what this one says, as it does."""
-    said: list[Any] = []
-    monkeypatch.setattr(ranks, "_of_all_ranks", lambda mine: said.append(mine) or [mine, *others])
-    return said
+def simulate_ranks(monkeypatch: pytest.MonkeyPatch, *others: Any) -> list[Any]:
+    """Make this the first of several ranks that gather `others`; return the list of what it sends."""
+    sent: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        sent.append(value)
+        return [value, *others]
+
+    monkeypatch.setattr(ranks, "_gather", gather)
+    return sent
 
 
-def test_what_goes_wrong_on_another_rank_goes_wrong_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = say(monkeypatch, None, ("settings", "no such folder"))
-    with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), ranks.together():
+def test_an_error_of_another_rank_is_raised_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = simulate_ranks(monkeypatch, None, ("settings", "no such folder"))
+    with pytest.raises(ConfigError, match=r"^rank 2: no such folder$"), ranks.share_errors():
         pass
-    with pytest.raises(KeyError, match="mine"), ranks.together():  # its own comes first
+    with pytest.raises(KeyError, match="mine"), ranks.share_errors():  # its own comes first
         raise KeyError("mine")
-    assert said == [None, ("lasting", "'mine'")]  # the others heard of it
-    say(monkeypatch, None, None)
-    with ranks.together():
+    assert sent == [None, ("lasting", "'mine'")]  # the other ranks got it
+    simulate_ranks(monkeypatch, None, None)
+    with ranks.share_errors():
         pass
 
 
-def test_all_ranks_end_with_the_status_of_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_end_with_the_status_of_the_failed_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for failure in (ConfigError("a"), TransientStoreError("b"), StoreError("c")):
-        said = say(monkeypatch)
-        with pytest.raises(type(failure)), ranks.together():
+        sent = simulate_ranks(monkeypatch)
+        with pytest.raises(type(failure)), ranks.share_errors():
             raise failure
-        say(monkeypatch, *said)
-        with pytest.raises(type(failure)) as heard, ranks.together():
+        simulate_ranks(monkeypatch, *sent)
+        with pytest.raises(type(failure)) as shared, ranks.share_errors():
             pass
-        assert type(heard.value) is type(failure)
+        assert type(shared.value) is type(failure)
 
 
-def test_a_full_disk_is_named_as_the_system_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a write fails torch can not end the file either, and raises that."""
+def test_a_full_disk_keeps_the_systems_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failed write torch can not close the file either, and raises that error."""
 
     def save(*_: object) -> None:
         with open("/dev/full", "wb", buffering=0) as file:
@@ -75,34 +80,34 @@ def test_a_full_disk_is_named_as_the_system_names_it(monkeypatch: pytest.MonkeyP
     assert is_transient(error.value)
 
 
-def test_what_must_be_alike_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    say(monkeypatch, "order a", "order b")
+def test_values_that_must_be_the_same_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_ranks(monkeypatch, "order a", "order b")
     with pytest.raises(
         ConfigError,
         match=r"^data: rank 0 finds order a and rank 2 finds order b; it must be the same on all machines$",
     ):
-        ranks.check_alike("data", "order a")
-    say(monkeypatch, "order a", "order a")
-    ranks.check_alike("data", "order a")
+        ranks.check_same("data", "order a")
+    simulate_ranks(monkeypatch, "order a", "order a")
+    ranks.check_same("data", "order a")
 
 
 @pytest.mark.parametrize(
     ("environment", "node"),
     [({"GROUP_RANK": "1"}, "1"), ({"NODE_RANK": "2", "GROUP_RANK": "1"}, "2"), ({}, "0")],
 )
-def test_torchrun_says_which_machine_it_is_by_another_name(
+def test_torchruns_name_of_the_machines_number_is_used(
     environment: dict[str, str], node: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
 
-    met: list[float] = []
-    monkeypatch.setattr(ranks.dist, "initialize_dist", lambda device, timeout: met.append(timeout))
+    timeouts: list[float] = []
+    monkeypatch.setattr(ranks.dist, "initialize_dist", lambda device, timeout: timeouts.append(timeout))
     for name in ("NODE_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
     ranks.connect()
-    assert not met  # alone
+    assert not timeouts  # there is a single rank
     for name, value in {**environment, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     ranks.connect()
-    assert (os.environ["NODE_RANK"], met) == (node, [ranks.TIMEOUT])
-    del os.environ["NODE_RANK"]  # monkeypatch would put it back for the tests that come after
+    assert (os.environ["NODE_RANK"], timeouts) == (node, [ranks.TIMEOUT])
+    del os.environ["NODE_RANK"]  # monkeypatch would set it again for the tests that follow

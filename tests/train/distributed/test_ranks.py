@@ -1,7 +1,7 @@
-"""Several ranks with FSDP2, on CPUs through gloo. Where a launcher matters, started as a user does: `composer -n 2 train.py ...`.
+"""Several ranks with FSDP2, on CPUs through gloo.
 
-A rank imports for ten seconds what it then uses for one, so most of what is tested here runs in few processes, and is looked
-at by several tests: see rank_program.py.
+Where the launcher matters they are started as a user does: `composer -n 2 train.py ...`. A rank imports for
+ten seconds and then trains for one, so few processes run most stages, for several tests: see rank_program.py.
 """
 
 import json
@@ -22,7 +22,7 @@ from support.ranks import finish, free_port, start
 from support.stages import curve, metrics, stage, write_data, write_stage
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.layouts import latest_checkpoint
+from unitoken.train.checkpoint.locations import latest_checkpoint
 
 PROGRAM = TESTS / "support" / "rank_program.py"
 BIN = Path(sys.executable).parent
@@ -33,17 +33,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarn
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_data(folder / "data")
-    write_stage(folder, name="dry")  # without dropout, to compare different numbers of ranks
+    write_stage(folder, name="dry")  # without dropout, to compare numbers of ranks
     return folder
 
 
 def dry(folder: Path, run: str | Path, *overrides: str, stop: int = 0, steps: int = 5) -> dict[str, Any]:
+    """Return the arguments of `train` for a run without dropout; 0 steps train a whole epoch."""
     duration = f"max_duration={steps}ba" if steps else "max_duration=1ep"
     settings = ["model.dropout=0", f"save.folder={folder / run}", duration, *overrides]
     return {"yaml": str(folder / "dry.yaml"), "overrides": settings, "stop": stop}
 
 
 def launch(ranks: int, *stages: dict[str, Any]) -> None:
+    """Run stages one after the other on so many ranks."""
     assert finish(start(ranks, [PROGRAM, json.dumps(stages)])) == [0] * ranks
 
 
@@ -73,7 +75,7 @@ def by_two(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def by_four(folder: Path, by_two: Path) -> Path:
-    train(**dry(folder, "moved", steps=0, stop=6))  # one rank goes on where two were stopped, and then four
+    train(**dry(folder, "moved", steps=0, stop=6))  # one rank resumes where two were stopped, then four
     launch(
         4,
         dry(folder, "four", "activation_checkpointing=full"),
@@ -85,7 +87,7 @@ def by_four(folder: Path, by_two: Path) -> Path:
 
 
 def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
-    """Stopped, and resumed with another decay and another group of parameters."""
+    """Return a run that is stopped, and resumed with another decay and another group of parameters."""
     return [
         dry(folder, run, stop=3),
         dry(folder, run, "optimizer.weight_decay=5", "optimizer.lr_scales={model: 3}"),
@@ -93,6 +95,7 @@ def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
 
 
 def assert_same(run: Path, expected: Path) -> None:
+    """Compare the metrics of all steps."""
     for key in ("loss", "grad_norm", "tokens"):
         assert [line[key] for line in metrics(run)] == pytest.approx(
             [line[key] for line in metrics(expected)], rel=1e-5
@@ -100,13 +103,11 @@ def assert_same(run: Path, expected: Path) -> None:
 
 
 def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
-    """The same losses and gradient norms, also where one of the ranks has no image in a microbatch."""
+    """The losses and gradient norms are the same, also when one of the ranks has no image in a microbatch."""
     assert_same(by_two, by_one)
 
 
-def test_two_ranks_take_other_settings_of_the_optimizer_as_one_does(
-    folder: Path, by_one: Path, by_two: Path
-) -> None:
+def test_two_ranks_change_optimizer_settings_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
     for part in other_settings_halfway(folder, "one-changed"):
         train(**part)
     assert_same(folder / "two-changed", folder / "one-changed")
@@ -119,7 +120,7 @@ def test_four_ranks_train_as_one(by_one: Path, by_four: Path) -> None:
 
 
 def test_replicas_of_the_sharded_model_train_as_one(folder: Path, by_one: Path, by_four: Path) -> None:
-    """HSDP, saved and resumed on the way."""
+    """HSDP, with a save and a resume in between."""
     assert_same(folder / "hsdp", by_one)
 
 
@@ -127,16 +128,16 @@ def test_compiled_and_recomputed_layers_train_as_plain_ones(folder: Path, by_one
     assert_same(folder / "recomputed", by_one)
 
 
-def test_two_ranks_then_one_then_four_go_on_with_the_same_batches(folder: Path, by_four: Path) -> None:
+def test_two_ranks_then_one_then_four_see_the_same_batches(folder: Path, by_four: Path) -> None:
     train(**dry(folder, "unmoved", steps=0))
     assert [line["step"] for line in metrics(folder / "moved")] == list(range(1, 10))
     assert_same(folder / "moved", folder / "unmoved")
 
 
-def test_weights_are_the_same_however_many_ranks_save_them(folder: Path, by_one: Path, by_four: Path) -> None:
-    expected = run_folder.source_of(by_one / "step-00000005.pt").load()
+def test_any_number_of_ranks_saves_the_same_weights(folder: Path, by_one: Path, by_four: Path) -> None:
+    expected = run_folder.open_checkpoint(by_one / "step-00000005.pt").load()
     for run in ("two", "four", "hsdp"):
-        found = run_folder.source_of(folder / run / "step-00000005.pt").load()
+        found = run_folder.open_checkpoint(folder / run / "step-00000005.pt").load()
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=f"{run}: {name}")
@@ -144,13 +145,13 @@ def test_weights_are_the_same_however_many_ranks_save_them(folder: Path, by_one:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """An uninterrupted run, with dropout, of the whole program as a user starts it."""
+    """An uninterrupted run of the whole program with dropout, started as a user does."""
     command = [
-        BIN / "composer",
+        str(BIN / "composer"),
         "-n",
         "2",
-        ROOT / "train.py",
-        write_stage(folder),
+        str(ROOT / "train.py"),
+        str(write_stage(folder)),
         f"save.folder={folder}/whole",
         "max_duration=3ep",
     ]
@@ -177,10 +178,10 @@ def killed(folder: Path) -> Path:
     return run
 
 
-def test_a_killed_run_goes_on_as_if_never_killed(
+def test_a_killed_run_resumes_as_if_never_killed(
     folder: Path, whole: Path, killed: Path, tmp_path: Path
 ) -> None:
-    """Losses equal bit for bit, with dropout on."""
+    """The losses are equal bit for bit, with dropout."""
     shutil.copytree(killed, tmp_path / "run", symlinks=True)
     assert finish(
         start(2, [ROOT / "train.py", write_stage(folder), f"save.folder={tmp_path}/run", "max_duration=3ep"])
@@ -188,7 +189,7 @@ def test_a_killed_run_goes_on_as_if_never_killed(
     assert curve(tmp_path / "run") == curve(whole)
 
 
-def test_one_rank_goes_on_from_two_with_the_same_batches(
+def test_one_rank_resumes_from_two_with_the_same_batches(
     folder: Path, whole: Path, killed: Path, tmp_path: Path
 ) -> None:
     from unitoken.train.stage import run_stage
@@ -198,29 +199,29 @@ def test_one_rank_goes_on_from_two_with_the_same_batches(
     run_stage(smaller, check_stage(smaller, 1))
     expected, found = metrics(whole), metrics(tmp_path / "run")
     assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx(
-        [line["loss"] for line in expected], rel=0.02
-    )  # dropout differs
+    # Dropout differs.
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.02)
 
 
-def test_a_folder_that_the_machines_do_not_share_is_one_error_on_all_of_them(
-    folder: Path, by_one: Path, tmp_path: Path
-) -> None:
-    """Rank 0 would go on from a checkpoint, rank 1 from the start, and neither would ever hear of the other again."""
+def test_a_folder_not_shared_is_one_error_on_all_machines(folder: Path, by_one: Path, tmp_path: Path) -> None:
+    """Rank 0 would resume from a checkpoint and rank 1 start anew, and both would wait for ever."""
     shutil.copytree(by_one, tmp_path / "0", symlinks=True)
     commands = [
         [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{rank}", "max_duration=9ba"]
         for rank in (0, 1)
     ]
     ranks = start(2, *commands, nodes=2, stderr=subprocess.PIPE, text=True)
-    said = [rank.communicate(timeout=240)[1] for rank in ranks]
-    message = "error: save.folder: rank 0 finds step-00000005.pt and rank 1 finds no checkpoint; it must be the same on all machines"
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert all(message in words.splitlines() for words in said), said
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    message = (
+        "error: save.folder: rank 0 finds step-00000005.pt and rank 1 finds no checkpoint; "
+        "it must be the same on all machines"
+    )
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert all(message in words.splitlines() for words in errors), errors
 
 
-def test_machines_with_different_settings_are_one_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
-    """An old YAML on one of two machines: half of the model would be trained at another learning rate."""
+def test_different_settings_are_one_error_on_all_machines(folder: Path, tmp_path: Path) -> None:
+    """An old YAML file on one of two machines would train half of the model at another learning rate."""
     command = [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/run"]
     ranks = start(
         2,
@@ -230,26 +231,26 @@ def test_machines_with_different_settings_are_one_error_on_all_of_them(folder: P
         stderr=subprocess.PIPE,
         text=True,
     )
-    said = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
     message = (
         "error: optimizer.lr: rank 0 has 0.01 and rank 1 has 1e-09; settings must be the same on all machines"
     )
-    assert all(message in words.splitlines() for words in said), said
+    assert all(message in words.splitlines() for words in errors), errors
     assert not (tmp_path / "run").exists()
 
 
-def test_what_one_machine_lacks_is_an_error_on_all_of_them(folder: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_machine_is_raised_on_all(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "latest").symlink_to("step-00000001.pt")  # and no such file
+    (tmp_path / "run" / "latest").symlink_to("step-00000001.pt")  # which does not exist
     commands = [
         [ROOT / "train.py", folder / "dry.yaml", f"save.folder={tmp_path}/{name}"] for name in ("none", "run")
     ]
     ranks = start(2, *commands, nodes=2, stderr=subprocess.PIPE, text=True)
-    said = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "error: rank 1: " in said[0]
-    assert all("it names step-00000001.pt, which is not there" in words for words in said), said
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert "error: rank 1: " in errors[0]
+    assert all("it names step-00000001.pt, which does not exist" in words for words in errors), errors
 
 
 OUT_OF_MEMORY = """
@@ -269,20 +270,20 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def test_a_rank_that_fails_alone_ends_all_and_says_why(folder: Path, tmp_path: Path) -> None:
-    """Not a run that hangs for half an hour and says nothing: the others wait for its shards, and it must not wait for them."""
+def test_a_rank_that_fails_alone_ends_all_with_its_error(folder: Path, tmp_path: Path) -> None:
+    """The other ranks wait for its shards; if it waited for them the run would hang for half an hour."""
     command = ["-c", OUT_OF_MEMORY, write_stage(folder), f"save.folder={tmp_path}/run"]
     ranks = start(2, command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        said = [rank.communicate(timeout=120)[1] for rank in reversed(ranks)]
+        errors = [rank.communicate(timeout=120)[1] for rank in reversed(ranks)]
     finally:
         finish(ranks, timeout=1)
     assert all(rank.returncode for rank in ranks)
-    assert "RuntimeError: out of memory, on rank 1 alone" in said[0], said
+    assert "RuntimeError: out of memory, on rank 1 alone" in errors[0], errors
 
 
 def test_two_machines_train_as_one_under_torchrun(folder: Path, by_two: Path) -> None:
-    """Two launchers of one rank each, which meet at an address: with the command of the README."""
+    """Two launchers of one rank each that connect to one address, with the command of the README."""
     port, settings = free_port(), dry(folder, "torchrun")["overrides"]
     options = [
         "--nnodes",
@@ -309,26 +310,37 @@ def test_two_machines_train_as_one_under_torchrun(folder: Path, by_two: Path) ->
 def test_two_machines_train_as_one_under_slurm_and_composer(
     folder: Path, by_two: Path, tmp_path: Path
 ) -> None:
-    """The example starts Composer's launcher on each. A `srun` and a `scontrol` of our own stand for the cluster."""
+    """The example starts Composer's launcher on each machine of a simulated cluster."""
     (tmp_path / ".venv").symlink_to(BIN.parent)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     commands = {
         "scontrol": 'test "$*" = "show hostnames 127.0.0.[1-2]"; echo 127.0.0.1; echo 127.0.0.2',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 "$@" & first=$!; SLURM_NODEID=1 "$@"; wait $first',
+        "srun": "while [[ $1 == --* ]]; do shift; done; "
+        'SLURM_NODEID=0 "$@" & first=$!; SLURM_NODEID=1 "$@"; wait $first',
     }
     for name, text in commands.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     slurm = {
-        "SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": free_port(), "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": free_port(),
+        "SLURM_GPUS_ON_NODE": "1",
         "SLURM_CPUS_PER_TASK": "1",
-    }  # fmt: skip
+    }
     subprocess.run(
         ["bash", ROOT / "examples/slurm-train.sh", folder / "dry.yaml", *dry(folder, "slurm")["overrides"]],
-        env={**os.environ, **slurm, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path, check=True, timeout=300,
-    )  # fmt: skip
+        env={
+            **os.environ,
+            **slurm,
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
     assert curve(folder / "slurm") == curve(by_two)
 
 
@@ -339,13 +351,14 @@ def test_two_machines_train_as_one_under_slurm_and_composer(
         ("fsdp.replicas=3", "fsdp.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
     ],
 )
-def test_wrong_settings_are_one_line_and_status_2_before_anything_is_loaded(
-    override: str, message: str, folder: Path
-) -> None:
+def test_wrong_settings_are_one_line_and_status_2_at_once(override: str, message: str, folder: Path) -> None:
     result = subprocess.run(
         [sys.executable, ROOT / "train.py", write_stage(folder, name="wrong"), override],
-        env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 2
     assert result.stderr == f"error: {message}\n"
     assert result.stdout == ""

@@ -1,21 +1,21 @@
-"""Packs, masks, caches: the decoder gives each document what it would get alone."""
+"""Packs, masks and caches: the decoder gives each document the same states as alone."""
 
 from typing import Literal
 
 import pytest
 import torch
 
-from support.decoders import LENGTHS, build, packed, small
+from support.decoders import LENGTHS, build_decoder, packed_inputs, small_config
 from unitoken.train.model.decoder import KVCache, document_mask
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "flex"])
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"swin_norm": True}])
-def test_packed_documents_get_the_states_and_gradients_they_get_alone(
+def test_packed_documents_train_as_they_do_alone(
     kind: Literal["sdpa", "flex"], changes: dict[str, object]
 ) -> None:
-    decoder = build(small(**changes))
-    ids, positions, documents = packed()
+    decoder = build_decoder(small_config(**changes))
+    ids, positions, documents = packed_inputs()
     states = decoder(decoder.embed_tokens(ids), positions, document_mask(documents, kind))
     together = states[:, : sum(LENGTHS)]
     weights = torch.linspace(-1, 1, together.numel()).view_as(together)
@@ -34,19 +34,21 @@ def test_packed_documents_get_the_states_and_gradients_they_get_alone(
 
 @pytest.mark.parametrize("kind", ["sdpa", "flex"])
 def test_padding_gives_no_nan_forward_or_backward(kind: Literal["sdpa", "flex"]) -> None:
-    decoder = build(small())
-    ids, positions, documents = packed(padding=9)
-    empty = torch.cat([documents, torch.full_like(documents, -1)])  # and a row of padding only
+    decoder = build_decoder(small_config())
+    ids, positions, documents = packed_inputs(padding=9)
+    empty = torch.cat([documents, torch.full_like(documents, -1)])  # a second row holds padding only
     states = decoder(
         decoder.embed_tokens(ids.repeat(2, 1)), positions.repeat(2, 1), document_mask(empty, kind)
     )
     states.square().mean().backward()
     assert states.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in decoder.parameters())
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
-def test_a_cache_gives_what_reading_everything_at_once_gives() -> None:
-    decoder = build(small(num_key_value_heads=2)).eval()
+def test_a_cache_gives_the_states_of_reading_all_at_once() -> None:
+    decoder = build_decoder(small_config(num_key_value_heads=2)).eval()
     ids = torch.randint(0, 50, (3, 11), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(11).expand(3, -1)
     with torch.no_grad():
@@ -59,16 +61,20 @@ def test_a_cache_gives_what_reading_everything_at_once_gives() -> None:
     torch.testing.assert_close(torch.cat([first, *later], dim=1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_on_both_residual_branches_in_training_only() -> None:
-    decoder = build(small(num_hidden_layers=1), dropout=0.5)
-    ids, positions, _ = packed(padding=0)
+def test_dropout_is_on_both_residual_branches_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = build_decoder(small_config(num_hidden_layers=1), dropout=0.5)
+    ids, positions, _ = packed_inputs(padding=0)
     embeddings = decoder.embed_tokens(ids).detach()
-    layer = decoder.layers[0]
-    calls = []
-    layer._drop = lambda hidden: calls.append(hidden.shape) or hidden
-    decoder(embeddings, positions, None)
-    assert len(calls) == 2
-    del layer._drop
+    dropped: list[torch.Tensor] = []
+
+    def recorded(hidden: torch.Tensor) -> torch.Tensor:
+        dropped.append(hidden)
+        return hidden
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.layers[0], "_dropout", recorded)
+        decoder(embeddings, positions, None)
+    assert len(dropped) == 2
     assert not torch.equal(decoder(embeddings, positions, None), decoder(embeddings, positions, None))
     decoder.eval()
     assert torch.equal(decoder(embeddings, positions, None), decoder(embeddings, positions, None))

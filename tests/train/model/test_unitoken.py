@@ -1,4 +1,4 @@
-"""The model as a whole: checkpoints of transformers, features in their places, ranks without images."""
+"""The whole model: checkpoints of transformers, features in their positions, ranks without images."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
-from unitoken.train.checkpoint.loading import find_weights, load_weights, shapes_of
-from unitoken.train.checkpoint.tensors import TensorSource
+from unitoken.train.checkpoint.loading import find_weights, load_weights
+from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 
@@ -39,21 +39,27 @@ def build(
 
 @pytest.fixture(scope="module")
 def chameleon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What transformers saves: gains a head, a VQ-VAE beside the decoder, several files."""
+    """A folder as transformers saves it: gains per head, a VQ-VAE beside the decoder, several files."""
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
     torch.manual_seed(0)
     config = ChameleonConfig(
-        **DECODER.model_dump(exclude={"qk_norm", "num_key_value_heads"}), num_key_value_heads=2,
+        **DECODER.model_dump(exclude={"qk_norm", "num_key_value_heads"}),
+        num_key_value_heads=2,
         vocabulary_map={"<image>": 5, "IMGIMGAZ": 6},
         vq_config={
-            "embed_dim": 8, "num_embeddings": 64, "latent_channels": 8, "resolution": 32, "base_channels": 32,
-            "channel_multiplier": [1, 1], "num_res_blocks": 1,
+            "embed_dim": 8,
+            "num_embeddings": 64,
+            "latent_channels": 8,
+            "resolution": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
         },
-    )  # fmt: skip
+    )
     model = ChameleonForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
-        if "_norm" in name:  # else a mix-up of gains would not be seen
+        if "_norm" in name:  # so that a mix-up of gains shows
             torch.nn.init.normal_(parameter, 0.8, 0.3)
     folder = tmp_path_factory.mktemp("chameleon")
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -62,7 +68,7 @@ def chameleon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole SigLIP, text tower and pooling head included."""
+    """A whole SigLIP model, with its text tower and pooling head."""
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
@@ -107,7 +113,8 @@ def test_one_gain_for_all_heads_is_the_same_as_equal_gains(chameleon: Path, tmp_
         (folder / "config.json").write_bytes((chameleon / "config.json").read_bytes())
         save_file(layout, folder / "model.safetensors")
         model = build(str(folder), None).eval()
-        assert model.model.layers[0].self_attn.q_norm.weight.shape == ((1, 8) if name == "shared" else (4, 8))
+        rows = 1 if name == "shared" else 4
+        assert parameter_shapes(model)["model.layers.0.self_attn.q_norm.weight"] == (rows, 8)
         ids = torch.arange(10)[None]
         states.append(model.model(model.model.embed_tokens(ids), ids, None))
     assert torch.equal(*states)
@@ -135,12 +142,21 @@ NORM = "model.layers.0.self_attn.q_norm.weight"
     [
         (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), r"not part of this model: model\.extra"),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(59, 32)}), r"lm_head\.weight has shape \(59, 32\), .* needs \(60, 32\)"),
-        (lambda t: t.update({NORM: torch.tensor(1.0)}), r"q_norm\.weight has shape \(\), the model needs \(4, 8\)"),
-        (lambda t: t.update({NORM: torch.zeros(0, 8)}), r"q_norm\.weight has shape \(0, 8\), the model needs \(4, 8\)"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(59, 32)}),
+            r"lm_head\.weight has shape \(59, 32\), .* needs \(60, 32\)",
+        ),
+        (
+            lambda t: t.update({NORM: torch.tensor(1.0)}),
+            r"q_norm\.weight has shape \(\), the model needs \(4, 8\)",
+        ),
+        (
+            lambda t: t.update({NORM: torch.zeros(0, 8)}),
+            r"q_norm\.weight has shape \(0, 8\), the model needs \(4, 8\)",
+        ),
         (lambda t: t.update({"surplus.weight": torch.zeros(1)}), r"not part of this model: surplus\.weight"),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(
     spoil: Any, message: str, chameleon: Path, tmp_path: Path
 ) -> None:
@@ -167,7 +183,7 @@ def from_model(model: UniToken, *parts: str) -> TensorSource:
     )
 
 
-def test_an_earlier_stage_without_a_tower_leaves_tower_and_adapter_as_without_it(siglip: Path) -> None:
+def test_a_stage_without_a_tower_does_not_change_the_next_tower(siglip: Path) -> None:
     base = build(DECODER, None)
     with torch.no_grad():
         base.lm_head.weight.fill_(0.5)
@@ -186,7 +202,7 @@ def test_an_earlier_stages_tower_comes_before_the_pretrained_one(siglip: Path) -
     assert (model.vit.post_layernorm.bias == 7.0).all()
 
 
-def test_a_part_that_is_there_in_parts_is_an_error() -> None:
+def test_an_incomplete_part_is_an_error() -> None:
     source = from_model(build())
     del source.shapes["vit.post_layernorm.bias"]
     with pytest.raises(
@@ -208,8 +224,8 @@ def spoiled_folder(chameleon: Path, folder: Path, *lost: str) -> str:
     return str(folder)
 
 
-def test_a_part_that_was_lost_is_not_replaced_by_a_random_one(chameleon: Path, tmp_path: Path) -> None:
-    """One of its pair is there: the other was trained with it. All that is missing is said at once."""
+def test_a_lost_part_is_not_replaced_by_random_weights(chameleon: Path, tmp_path: Path) -> None:
+    """Its companion is there, so both were trained together. One error names all that is missing."""
     with pytest.raises(
         ConfigError,
         match=r"^init_from: 4 tensors do not fit: missing: adapter\.0\.weight; .*adapter\.2\.bias$",
@@ -226,7 +242,9 @@ def test_a_part_that_was_lost_is_not_replaced_by_a_random_one(chameleon: Path, t
     build(trained=from_model(build(), "model", "lm_head"))
 
 
-def test_what_does_not_fit_is_said_of_all_folders(chameleon: Path, siglip: Path, tmp_path: Path) -> None:
+def test_one_error_names_what_does_not_fit_in_all_folders(
+    chameleon: Path, siglip: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
         ConfigError, match=r"x: 2 tensors .*model\.norm\.weight; missing: lm_head.*; .*siglip\d*: 1 .*shape"
     ):
@@ -249,11 +267,11 @@ def test_new_weights_depend_on_the_seed_alone() -> None:
     with_tower, without = build(), build(vision=None)
     assert torch.equal(with_tower.lm_head.weight, without.lm_head.weight)
     assert not torch.equal(with_tower.lm_head.weight[:, :1], with_tower.model.embed_tokens.weight[:, :1])
-    assert shapes_of(with_tower).keys() > shapes_of(without).keys()
+    assert parameter_shapes(with_tower).keys() > parameter_shapes(without).keys()
 
 
 def batch_of(images: int) -> dict[str, Tensor]:
-    """Two packs of 20 tokens; 4 features an image from position 3 of the second pack on."""
+    """Return two packs of 20 tokens, with 4 features an image from position 3 of the second pack on."""
     generator = torch.Generator().manual_seed(0)
     return {
         "input_ids": torch.randint(0, 60, (2, 20), generator=generator),
@@ -269,7 +287,7 @@ def batch_of(images: int) -> dict[str, Tensor]:
     }
 
 
-def test_features_stand_where_the_batch_says_and_nowhere_else() -> None:
+def test_features_replace_just_the_positions_of_the_batch() -> None:
     model = build()
     batch = batch_of(2)
     embeddings = model.embed(batch)
@@ -278,18 +296,17 @@ def test_features_stand_where_the_batch_says_and_nowhere_else() -> None:
     torch.testing.assert_close(embeddings, expected)
 
 
-def test_a_rank_without_images_runs_the_tower_all_the_same() -> None:
-    """Under FSDP2 the ranks gather the tower's shards together: one that left it out would make the others hang."""
+def test_a_rank_without_images_runs_the_tower_too() -> None:
+    """Under FSDP2 the ranks gather the tower together: a rank that skipped it would hang the others."""
     model = build().train()
-    calls = []
+    calls: list[int] = []
     model.vit.register_forward_hook(lambda *_: calls.append(1))
     loss = model(batch_of(0)).total
     loss.backward()
     assert calls == [1]
     gradients = [parameter.grad for part in (model.vit, model.adapter) for parameter in part.parameters()]
-    assert all(
-        gradient is not None and not gradient.any() for gradient in gradients
-    )  # in the backward pass, and worth nothing
+    # The tower takes part in the backward pass, with gradients of zero.
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
     text_only = build(vision=None).train()
     text_only.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if name in text_only.state_dict()}

@@ -1,0 +1,93 @@
+"""Find checkpoints: a run's newest, a checkpoint file, a folder of Hugging Face's layout, or a hub id.
+
+Neither torch nor Composer is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
+from unitoken.common.errors import ConfigError
+
+STEP = re.compile(r"step-(\d{8,})\.pt")
+LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
+CONFIG = "config.json"  # in every folder of Hugging Face's layout
+
+
+def find_origin(source: str) -> Path:
+    """Find trained weights.
+
+    Args:
+        source: a checkpoint file (step-*.pt), a run's folder, a folder of Hugging Face's layout, or a hub id.
+
+    Returns:
+        The checkpoint file, of a run's folder the newest; or the folder, of a hub id the download.
+
+    Raises:
+        ConfigError: nothing of that name exists, or it is none of these.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if not zipfile.is_zipfile(path):  # the format of torch.save
+            hint = "; name the folder that it is in" if path.suffix in (".safetensors", ".json") else ""
+            raise ConfigError(
+                f"{path}: not a checkpoint of a run (step-00000100.pt), or a truncated one{hint}"
+            )
+        return path.resolve()  # a link may be replaced while the file is read
+    if path.is_dir():
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is not None:
+            return checkpoint
+        if not (path / CONFIG).is_file():
+            raise ConfigError(
+                f"{path}: no checkpoint in it, neither a run's step-*.pt (did that stage run?) "
+                f"nor a model's {CONFIG}"
+            )
+        return path
+    # `runs/stage1` looks like a hub id; if the folder runs/ exists, it is a missing checkpoint.
+    if path.parent.is_dir() and path.parent != Path():
+        raise ConfigError(f"{source}: no such checkpoint")
+    return checkpoint_folder(source)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint to resume a run from, or None if nothing was saved yet.
+
+    Copies and object stores lose the link `latest`, and a run may be killed before it makes the first one.
+    Then it falls back to the newest step-*.pt; these are written atomically.
+    """
+    link = folder / LATEST
+    if not link.is_symlink():
+        saved = sorted(path for path in folder.glob("step-*.pt") if STEP.fullmatch(path.name))
+        if not saved and link.exists():
+            raise ConfigError(f"{link}: it is not a link, and there is no step-*.pt beside it to resume from")
+        return saved[-1] if saved else None
+    checkpoint = folder / link.readlink()
+    if not checkpoint.is_file():
+        raise ConfigError(f"{link}: it names {checkpoint.name}, which does not exist")
+    return checkpoint
+
+
+def checkpoint_folder(source: str) -> Path:
+    """Return a local folder of Hugging Face's layout, downloading it if `source` is a hub id.
+
+    Raises:
+        ConfigError: no such folder, and not a hub id or not to be had from the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.startswith(FOLDERS_BEGIN_WITH) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ConfigError(f"{source}: no such folder, and not a hub id (owner/name){how_to_get(source)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub's client raises a dozen kinds: offline, unknown, gated, disk full
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{source}: no such folder, and the download from the hub failed: {first}"
+        ) from None
