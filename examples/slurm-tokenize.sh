@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Tokenize on a Slurm cluster: 64 ranks, one GPU each, then the merge.
+# Tokenize on a Slurm cluster: 64 ranks with one GPU each, then merge.
 #
 #   IN=items.json OUT=s3://bucket/items CONFIG=yamls/tokenize/chameleon.yaml bash examples/slurm-tokenize.sh \
 #       tokenizer=PATH vision.weights=PATH
 #
-# OUT, and IN with its images, are on shared storage or are URLs. The merge runs whether or not every rank came to its
-# end and names the chunks that are missing; the same command goes on from there, with any number of ranks.
+# OUT, IN and the images must be on shared storage, or be URLs. The merge runs even if some ranks failed, and names the
+# missing chunks. The same command continues from there, with any number of ranks.
 set -euo pipefail
 
 SPLITS=${SPLITS:-64}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train one stage on several machines of a Slurm cluster: a launcher on each, a rank for each of its GPUs.
+# Train one stage on several machines of a Slurm cluster: one launcher per machine, one rank per GPU.
 #
 #   sbatch --nodes 2 examples/slurm-train.sh yamls/stage2.yaml init_from=runs/stage1
 #
-# The data, or its stores, and save.folder are what all machines see. The same command goes on where a run was saved last, on
-# as many machines as there are.
+# All machines must see the same data (or stores) and the same save.folder. The same command continues from the last
+# checkpoint, on any number of machines.
 #SBATCH --job-name train
 #SBATCH --ntasks-per-node 1
 #SBATCH --gres gpu:8
@@ -17,7 +17,7 @@ set -euo pipefail
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
-# Each launcher asks Slurm for its own number. One that fails ends the job, or the others would wait for it.
+# Each launcher learns its number from Slurm. If one fails, the job ends; otherwise the others would wait for it.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'exec .venv/bin/composer -n "$SLURM_GPUS_ON_NODE" \
     --world_size "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --node_rank "$SLURM_NODEID" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" train.py "$@"' composer "$@"

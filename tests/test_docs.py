@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ import yaml
 from typer.main import get_command
 
 from support.paths import ROOT
+from unitoken.commands.app import app
 from unitoken.common.config import load_config
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.train.config import StageConfig
@@ -26,9 +26,10 @@ from unitoken.train.config import StageConfig
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 QUICKSTART = ROOT / "docs" / "quickstart.md"
-PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train")
+PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train", "commands")
 # Their paths, and those of these folders, are checked wherever a page names them in backticks.
 FOLDERS = (*PACKAGES, "benchmarks", "docs", "examples", "tests", "yamls")
+NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`")  # a name of the code in backticks
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -60,22 +61,10 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def one_command() -> Any:
-    """The application `unitoken`, or None before there is one."""
-    if importlib.util.find_spec("unitoken.commands") is None:
-        return None
-    return get_command(importlib.import_module("unitoken.commands.main").app)
-
-
-def older_programs() -> dict[str, Any]:
-    """The same commands as the three programs have them; None where only `unitoken` has the command."""
-    found: dict[str, Any] = dict.fromkeys(("train", "init", "schema"))
-    for program in ("tokenize", "streaming_data", "train"):
-        app: Any = get_command(importlib.import_module(f"unitoken.{program}.__main__").app)
-        found = {
-            "tokenize" if name == "run" else name: command for name, command in app.commands.items()
-        } | found
-    return found
+def unitoken_commands() -> dict[str, Any]:
+    """The commands of `unitoken` by name."""
+    command: Any = get_command(app)
+    return dict(command.commands)
 
 
 def parse(words: list[str]) -> None:
@@ -84,21 +73,9 @@ def parse(words: list[str]) -> None:
     Raises:
         click.UsageError: an unknown command or option, a missing or impossible value.
     """
-    app = one_command()
-    known = older_programs() if app is None else app.commands
-    assert words[0] in known, f"no such command: {words[0]}"
-    command, arguments = known[words[0]], words[1:]
-    if command is None:
-        return
-    options = {option for parameter in command.params for option in parameter.opts}
-    arguments = [word if word in options else underscored(word, options) for word in arguments]
-    command.make_context(f"unitoken {words[0]}", arguments)
-
-
-def underscored(word: str, options: set[str]) -> str:
-    """An option of the older programs, which write `--out_dir`; any other word as it is."""
-    older = f"--{word[2:].replace('-', '_')}"
-    return older if word.startswith("--") and older in options else word
+    command: Any = get_command(app)
+    name, found, arguments = command.resolve_command(command.make_context("unitoken", list(words)), words)
+    found.make_context(name, arguments)
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -144,15 +121,14 @@ def test_the_settings_of_every_command_are_valid(words: list[str]) -> None:
     for file in files:
         assert (ROOT / file).is_file(), file
         if file.endswith(".yaml"):
-            model = TokenizeConfig if file.startswith("yamls/tokenize/") else StageConfig
-            load_config(model, ROOT / file, overrides)
+            is_tokenization = "tokenizer" in yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+            load_config(TokenizeConfig if is_tokenization else StageConfig, ROOT / file, overrides)
 
 
 @EACH_PAGE
 def test_every_command_named_in_a_sentence_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    known = older_programs() if one_command() is None else one_command().commands
-    assert set(re.findall(r"`unitoken ([a-z][a-z-]*)", text)) <= set(known)
+    assert set(re.findall(r"`unitoken ([a-z][a-z-]*)", text)) <= set(unitoken_commands())
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= make_targets()
 
 
@@ -206,6 +182,16 @@ def test_the_readme_names_every_package_and_real_modules() -> None:
     assert [path for path in road if not (ROOT / path).is_file()] == []
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("adding-*.md")), ids=lambda page: page.stem)
+def test_every_name_in_the_guides_is_one_of_the_code(page: Path) -> None:
+    folders = [ROOT / name for name in (*PACKAGES, "tests")]
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    words = set(re.findall(r"\w+", code))
+    named = {part for name in NAME.findall(page.read_text(encoding="utf-8")) for part in name.split(".")}
+    assert named
+    assert not named - words, f"{page.name} uses names that are nowhere in the code: {sorted(named - words)}"
+
+
 @EACH_PAGE
 def test_every_yaml_example_is_valid(page: Path) -> None:
     """An example is a whole file, or some keys of a stage's."""
@@ -222,27 +208,17 @@ def test_every_yaml_example_is_valid(page: Path) -> None:
 
 # --- the quickstart -----------------------------------------------------------------------------------------
 
-# What `unitoken` is while only the three programs exist, whose options have underscores.
-OLDER = """\
-arguments=("${@/#--in-filename/--in_filename}")
-arguments=("${arguments[@]/#--out-dir/--out_dir}")
-case $1 in
-    tokenize) exec python -m unitoken.tokenize run "${arguments[@]:1}" ;;
-    verify | preview) exec python -m unitoken.tokenize "$@" ;;
-    plan | simulate | export-webdataset) exec python -m unitoken.streaming_data "$@" ;;
-    train) exec composer -n 1 train.py "$2" ;;
-    *) exec python -m unitoken.train "$@" ;;
-esac
+START = """\
+#!/usr/bin/env bash
+exec python -c 'from unitoken.commands.main import start; start()' "$@"
 """
 
 
 def write_program(folder: Path) -> None:
     """Write `unitoken` into a folder, so that the one that is tested is this repository's."""
-    lines = OLDER if one_command() is None else 'exec python -m unitoken.commands.main "$@"\n'
     folder.mkdir()
-    program = folder / "unitoken"
-    program.write_text(f"#!/usr/bin/env bash\n{lines}")
-    program.chmod(0o755)
+    (folder / "unitoken").write_text(START)
+    (folder / "unitoken").chmod(0o755)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What the map of the tree and the project's files say is true."""
 
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
 
@@ -58,6 +59,17 @@ def is_there(path: str) -> bool:
 def test_every_folder_of_the_wheel_is_in_the_tree() -> None:
     missing = sorted({f"{folder}/" for folder in packaged_folders()} - tree())
     assert not missing, f"add a line for each to {ARCHITECTURE.name}: {', '.join(missing)}"
+
+
+def test_the_order_inside_packages_is_that_of_the_test() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    checked = runpy.run_path(str(ROOT / "tests" / "test_arrows.py"))["INSIDE"]
+    lines = [
+        f"- `{package}`: {', '.join(name for name in order if not name.startswith('__'))}"
+        for package, order in checked.items()
+    ]
+    missing = [line for line in lines if line not in text.splitlines()]
+    assert not missing, f"{ARCHITECTURE.name} needs:\n" + "\n".join(missing)
 
 
 def test_the_licence_is_apache_2() -> None:
