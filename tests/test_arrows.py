@@ -98,7 +98,7 @@ def test_a_module_imports_only_what_stands_below_it(name: str) -> None:
         if theirs == package and package in INSIDE:
             assert INSIDE[package].index(place(other)) <= INSIDE[package].index(place(name)), other
     assert "unitoken" not in names
-    # By their folder names the packages are importable from the root alone, and there `tokenize` is Python's own.
+    # Without `unitoken.` they are importable at the root only, and there `tokenize` is Python's own.
     assert not {name.split(".")[0] for name in names} & (set(PACKAGES) - {"tokenize"})
 
 
@@ -156,7 +156,7 @@ def test_no_folder_has_more_modules_than_one_can_look_through() -> None:
 
 
 def risks(source: str) -> set[str]:
-    """What could run a file's content: modules that unpickle, and calls that evaluate, start a shell or allow a pickle."""
+    """Return what could run a file's content: unpicklers, and calls that evaluate or start a shell."""
     found = {name.split(".")[0] for name in imported(source)} & {
         "pickle",
         "dill",

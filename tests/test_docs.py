@@ -203,7 +203,8 @@ def test_every_yaml_example_is_valid(page: Path) -> None:
             StageConfig.model_validate(content)
         else:
             for key, value in content.items():
-                pydantic.TypeAdapter(StageConfig.model_fields[key].annotation).validate_python(value)
+                annotation: Any = StageConfig.model_fields[key].annotation
+                pydantic.TypeAdapter(annotation).validate_python(value)
 
 
 # --- the quickstart -----------------------------------------------------------------------------------------

@@ -152,7 +152,8 @@ class Migration:
         fields = load_plain(read_pickle(Path(name)), name)
         if not isinstance(fields, dict) or not isinstance(tokens := fields.get("token"), list):
             raise ItemError(
-                f"bad pickle: {short_name(name)}: expected a dict with 'token' and 'label', found {brief(fields)}"
+                f"bad pickle: {short_name(name)}: expected a dict with 'token' and 'label', "
+                f"found {brief(fields)}"
             )
         if entry.get("len", len(tokens)) != len(tokens):
             raise ItemError(f"length differs: {len(tokens)} tokens, the record says {brief(entry['len'])}")

@@ -1,1 +1,1 @@
-# Empty, and needed: without it the import system takes the root's train.py for the package `unitoken.train`.
+"""Training. Without this file the root's train.py would be taken for the package `unitoken.train`."""

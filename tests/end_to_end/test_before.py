@@ -22,7 +22,7 @@ from support.stages import curve
 from support.tokenizing import content, run_here
 from unitoken.common.config import load_config
 from unitoken.dataset.record import Record
-from unitoken.dataset.vision_views import Views
+from unitoken.dataset.sizes.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.reading.loader import build_loader
@@ -59,8 +59,8 @@ def stage(folder: Path) -> StageConfig:
 def load_plan(config: StageConfig) -> Plan:
     """The plan of the stage's data; images bring features, as its model has a vision tower."""
     checked = check_stage(config, 1)
-    assert checked.vision is not None
-    views = Views(checked.vision.image_size, checked.vision.patch_size, config.data.anyres)
+    assert checked.sizes.vision is not None
+    views = Views(checked.sizes.vision.image_size, checked.sizes.vision.patch_size, config.data.anyres)
     loader = build_loader(
         config.data,
         views=views,

@@ -30,14 +30,14 @@ def unitoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "source" / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--wheel-dir", folder, folder / "source"]
+    build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "source")]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
     # A path in a .pth file brings the libraries, and not the import hook of our own editable install.
     Path(packages, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [*pip, "--python", folder / "venv", "install", "--no-deps", "--no-index", wheel]
+    install = [*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     return folder / "venv" / "bin" / "unitoken"
 

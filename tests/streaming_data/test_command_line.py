@@ -36,7 +36,7 @@ from unitoken.streaming_data.tools.sweep import SweepRow, sweep_table
 VOCABULARY = small_vocabulary()
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     return result.exit_code, result.output
 
@@ -56,7 +56,7 @@ def stage(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("file", ["stage.yaml", "data.yaml"])
-def test_plan_prints_the_mixture_of_a_stage_or_of_its_data_alone(stage, file):
+def test_plan_prints_the_mixture_of_a_stage_or_of_its_data_alone(stage: Path, file: str) -> None:
     code, out = run("plan", stage.parent / file, "data.seed=3", "--image-size", "16", "--patch-size", "4")
     assert code == 0
     assert "of tokens" in out
@@ -66,7 +66,7 @@ def test_plan_prints_the_mixture_of_a_stage_or_of_its_data_alone(stage, file):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_plan_sweeps_lengths_and_marks_the_best(stage):
+def test_plan_sweeps_lengths_and_marks_the_best(stage: Path) -> None:
     code, out = run("plan", stage, "--sweep-length")
     assert code == 0
     table = out[out.index("packed_length") :].splitlines()
@@ -78,14 +78,14 @@ def test_plan_sweeps_lengths_and_marks_the_best(stage):
     assert "%" in short
 
 
-def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage):
+def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage: Path) -> None:
     code, out = run("plan", stage, "data.global_batch=4096", "--sweep-length")
     assert code == 2
     assert sum("<- best" in line for line in out.splitlines()) == 1
     assert "; lower data.global_batch, or raise `repeat` or `epoch_samples`" in out
 
 
-def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage):
+def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage: Path) -> None:
     assert "warning" not in run("plan", stage)[1]
     write_dataset(
         stage.parent / "drawn", [make_record(f"d{n}", VOCABULARY, 5, answer_images=1) for n in range(20)]
@@ -106,7 +106,7 @@ def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage)
     assert warnings[1].startswith("warning: stream 'text': ")
 
 
-def test_a_place_that_can_not_be_written_is_one_line(stage, tmp_path):
+def test_a_place_that_can_not_be_written_is_one_line(stage: Path, tmp_path: Path) -> None:
     (tmp_path / "META.yaml").write_text("META: [{path: a/record.json, ratio: 1.0}]")
     for command in (
         ("convert-config", tmp_path / "META.yaml", "--out"),
@@ -117,7 +117,7 @@ def test_a_place_that_can_not_be_written_is_one_line(stage, tmp_path):
         assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (made|written): Not a directory\n", out), out
 
 
-def test_a_mistake_is_one_line_and_status_2(stage, tmp_path):
+def test_a_mistake_is_one_line_and_status_2(stage: Path, tmp_path: Path) -> None:
     code, out = run("plan", stage, "data.unit=bytes")
     assert (code, out.count("\n")) == (2, 1)
     code, out = run("plan", tmp_path / "none.yaml")
@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_and_status_2(stage, tmp_path):
     assert "cannot read the configuration" in out
 
 
-def test_the_references_data_file_becomes_streams(tmp_path):
+def test_the_references_data_file_becomes_streams(tmp_path: Path) -> None:
     meta = tmp_path / "META.yaml"
     meta.write_text(
         "META:\n- path: /data/llava/record.json\n- path: /data/mjv_10m/record.json\n  ratio: 0.333\n  type: default\n"
@@ -158,14 +158,14 @@ def test_the_references_data_file_becomes_streams(tmp_path):
         ("streams: {}", "unknown key 'streams'"),
     ],
 )
-def test_a_data_file_that_is_none_is_refused(tmp_path, text, found):
+def test_a_data_file_that_is_none_is_refused(tmp_path: Path, text: str, found: str) -> None:
     (tmp_path / "META.yaml").write_text(text)
     code, out = run("convert-config", tmp_path / "META.yaml")
     assert code == 2
     assert found in out
 
 
-def test_help_loads_nothing_heavy():
+def test_help_loads_nothing_heavy() -> None:
     code = "import sys; from unitoken.streaming_data.__main__ import app; app(['--help'], standalone_mode=False); "
     code += "print({'torch', 'streaming', 'pyarrow', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -182,7 +182,7 @@ def mixed(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # webdataset leaves its files open
-def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed):
+def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path: Path, mixed: Path) -> None:
     import webdataset
 
     from unitoken.streaming_data.reading.shards import Shards
@@ -209,7 +209,9 @@ def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path, mixed)
     assert summary["samples"] == 25
 
 
-def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_place(tmp_path, mixed):
+def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_place(
+    tmp_path: Path, mixed: Path
+) -> None:
     for out in ("one", "two"):
         assert run("export-webdataset", mixed, tmp_path / out)[0] == 0
     assert (tmp_path / "one" / "000000.tar").read_bytes() == (tmp_path / "two" / "000000.tar").read_bytes()
@@ -221,7 +223,9 @@ def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_plac
     assert "found thesis.doc" in run("export-webdataset", mixed, tmp_path / "three")[1]
 
 
-def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(tmp_path, mixed, monkeypatch):
+def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(
+    tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ("export-webdataset", mixed, tmp_path / "out", "--samples-per-tar", 10)
     upload, uploaded = Folder.upload, []
 
@@ -257,7 +261,7 @@ def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(tmp_path, mixe
     ]
 
 
-def test_tars_that_are_not_an_export_are_left_alone(tmp_path, mixed):
+def test_tars_that_are_not_an_export_are_left_alone(tmp_path: Path, mixed: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "000000.tar").write_bytes(b"mine")
     code, out = run("export-webdataset", mixed, tmp_path / "out")
@@ -267,7 +271,7 @@ def test_tars_that_are_not_an_export_are_left_alone(tmp_path, mixed):
     assert run("export-webdataset", mixed, mixed)[0] == 2
 
 
-def test_pictures_are_called_by_what_they_are(tmp_path):
+def test_pictures_are_called_by_what_they_are(tmp_path: Path) -> None:
     record = make_record("a", VOCABULARY, 4, 7)
     kinds = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]
     pictures = []
@@ -281,7 +285,8 @@ def test_pictures_are_called_by_what_they_are(tmp_path):
     with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
         names = tar.getnames()
         assert all((member.mtime, member.uid, member.uname) == (0, 0, "") for member in tar)
-        assert [tar.extractfile(name).read() for name in names[2:]] == pictures
+        members = [tar.extractfile(name) for name in names[2:]]
+        assert [member.read() for member in members if member is not None] == pictures
     endings = ["jpg", "png", "gif", "bmp", "tif", "webp"]
     assert names == [
         "000000000.json",
@@ -290,7 +295,7 @@ def test_pictures_are_called_by_what_they_are(tmp_path):
     ]
 
 
-def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed):
+def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path: Path, mixed: Path) -> None:
     code, out = run("export-webdataset", tmp_path / "none", tmp_path / "out")
     assert (code, out.count("\n")) == (2, 1)
     flip_byte(shard_paths(mixed)[0])
@@ -300,7 +305,9 @@ def test_an_export_of_what_is_no_dataset_or_damaged_is_one_line(tmp_path, mixed)
     assert not (tmp_path / "out" / "webdataset.json").exists()
 
 
-def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatch):
+def test_a_remote_dataset_is_exported_from_its_store(
+    tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         sources,
         "open_store",
@@ -313,7 +320,7 @@ def test_a_remote_dataset_is_exported_from_its_store(tmp_path, mixed, monkeypatc
     ).read_bytes()
 
 
-def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
+def test_names_and_ratios_survive_whatever_is_in_them(tmp_path: Path) -> None:
     """Paths as in the reference's own files, and worse ones."""
     paths = [
         "/home/meta_data/pretokenization/records_ureader_1.1m/record.json",
@@ -342,7 +349,7 @@ def test_names_and_ratios_survive_whatever_is_in_them(tmp_path):
     assert "migrate" in out
 
 
-def test_the_best_length_is_no_short_one_that_leaves_samples_out():
+def test_the_best_length_is_no_short_one_that_leaves_samples_out() -> None:
     rows = [
         SweepRow(1024, 0.999, 900, 0.4, 900),
         SweepRow(2048, 0.9, 0, 1.0, 800),
@@ -354,7 +361,7 @@ def test_the_best_length_is_no_short_one_that_leaves_samples_out():
     assert "16,384       -  each is longer" in text
 
 
-def test_the_towers_size_is_that_of_the_stages_model(stage, tmp_path):
+def test_the_towers_size_is_that_of_the_stages_model(stage: Path, tmp_path: Path) -> None:
     """729 features of views of 384 pixels would not fit into packs of 512; 16 of the stage's own do."""
     settings = yaml.safe_load(stage.read_text())
     settings["data"]["packed_length"] = 512
@@ -373,7 +380,7 @@ def test_the_towers_size_is_that_of_the_stages_model(stage, tmp_path):
     assert "17 tokens + 730 features of 1 picture" in out
 
 
-def test_proportions_that_are_no_shares_of_1_are_said_as_shares(stage):
+def test_proportions_that_are_no_shares_of_1_are_said_as_shares(stage: Path) -> None:
     code, out = run("plan", stage, "data.streams.text.proportion=0.7", "data.streams.pictures.proportion=0.7")
     assert code == 0
     assert "the proportions sum to 1.4 and not to 1: the shares are " in out
@@ -390,7 +397,7 @@ def test_proportions_that_are_no_shares_of_1_are_said_as_shares(stage):
         ("data.seq_len=3", "on the command line: unknown key 'data.seq_len'"),
     ],
 )
-def test_a_typo_on_the_command_line_is_not_blamed_on_the_file(stage, override, words):
+def test_a_typo_on_the_command_line_is_not_blamed_on_the_file(stage: Path, override: str, words: str) -> None:
     code, out = run("plan", stage, override)
     assert code == 2
     assert words in out
@@ -405,7 +412,7 @@ print([(r["json"]["id"], r["tokens.npy"], r["json"]["image_spans"], sum(r[n] is 
 """
 
 
-def test_hugging_faces_datasets_loads_a_mixed_export_whole(tmp_path):
+def test_hugging_faces_datasets_loads_a_mixed_export_whole(tmp_path: Path) -> None:
     """It takes the columns from the first samples, which have no pictures here: the card names them."""
     records = [make_record(f"t{n}", VOCABULARY, 6) for n in range(12)]
     records += [make_record(f"q{n}", VOCABULARY, 6, question_images=1 + n % 2) for n in range(8)]

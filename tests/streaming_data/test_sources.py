@@ -14,7 +14,7 @@ from support.small_datasets import (
     write_manifest,
 )
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.images import crops
+from unitoken.dataset.images import allowed_crops
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.check import check_sources
@@ -153,7 +153,7 @@ def test_crops_are_those_of_the_datasets_with_most_images_first(tmp_path: Path) 
     many = dataset("many", 5, crop="aspect", target_size=64)
     text = dataset("text", 0, crop="square", target_size=512)
     config = data_config(tmp_path, {"few": {"local": few}, "many": {"remote": many}, "text": {"local": text}})
-    aspect = crops("aspect", 64, 32)
+    aspect = allowed_crops("aspect", 64, 32)
     assert len(aspect) > 2
     assert crops_of([source.manifest for source in open_sources(config)]) == aspect
     assert (64, 64) in aspect

@@ -7,7 +7,7 @@ from typing import Any
 
 from unitoken.storage.folder import Folder
 from unitoken.tokenize.sources.base import SourceFile
-from unitoken.tokenize.sources.reader import Input, Item, cut, find_files, read_piece
+from unitoken.tokenize.sources.reader import Input, RawItem, cut, find_files, read_piece
 
 
 def source_of(path: Path, chunk_size: int = 10) -> Input:
@@ -15,7 +15,7 @@ def source_of(path: Path, chunk_size: int = 10) -> Input:
     return cut(find_files([str(path)]), chunk_size)
 
 
-def items_of(source: Input) -> list[Item]:
+def items_of(source: Input) -> list[RawItem]:
     """Read all items, piece by piece."""
     return [item for piece in range(len(source.pieces)) for item in read_piece(source, piece)]
 

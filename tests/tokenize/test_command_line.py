@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -91,7 +92,7 @@ def test_a_run_from_start_to_end(vqgan: Path, tmp_path: Path) -> None:
 
 
 def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Path, tmp_path: Path) -> None:
-    items = (
+    items: list[dict[str, Any]] = (
         [{}] * 7
         + [{"conversations": turns("<|image|>", "a"), "image": f"{n}.png"} for n in range(5)]
         + [{"conversations": turns("a", "b")}] * 8

@@ -430,7 +430,7 @@ def test_a_stage_exports_at_its_end_even_after_a_kill(
     output = capsys.readouterr().out
     assert "finished" in output
     assert "exported to" in output
-    source = checkpoints.open_source(find_origin(str(tmp_path / "run/model")))
+    source = checkpoints.open_weights(find_origin(str(tmp_path / "run/model")))
     assert torch.equal(
         source.load()["lm_head.weight"], weights(tmp_path / "run")["lm_head.weight"].bfloat16().float()
     )

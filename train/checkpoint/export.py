@@ -3,10 +3,10 @@
 transformers' Chameleon and this program load it to the same logits.
 
 config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
-model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; model.vqmodel.* if `codec` names a Chameleon VQGAN
+model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; model.vqmodel.* if `codec` names Chameleon's
 tokenizer*.json        if `codec` names a tokenizer
-tower/                 preprocessor_config.json of the tower; beside config.json transformers would take it for
-                       Chameleon's
+tower/                 preprocessor_config.json of the tower; beside config.json transformers would take it
+                       for Chameleon's
 vocabulary.json, pictures.json, stage.yaml
 
 The folder is written aside and renamed: a folder of its name is complete. Weights are read and written one
