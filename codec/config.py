@@ -39,8 +39,5 @@ def how_to_get(name: str) -> str:
     Returns "" for all other names.
     """
     if name.startswith("weights/vqgan"):
-        return (
-            "; Meta gives it on request, and "
-            "`python -m unitoken.tokenize convert-vqgan FOLDER weights/vqgan` converts it"
-        )
+        return "; Meta gives it on request, and `unitoken convert-vqgan FOLDER weights/vqgan` converts it"
     return "; `make weights` fetches it" if name.startswith("weights/") else ""

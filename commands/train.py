@@ -11,38 +11,38 @@ import typer
 
 from unitoken.common.cli import one_line_errors
 
+StageFile = Annotated[Path, typer.Argument(help="The stage's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as seed=1.")
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        "--nproc",
+        min=1,
+        help="Ranks on this machine.  [default: one a GPU, or one]",
+        show_default=False,
+    ),
+]
+WorldSize = Annotated[int | None, typer.Option("--world-size", min=1, help="Ranks on all machines together.")]
+BaseRank = Annotated[int | None, typer.Option("--base-rank", min=0, help="The first rank on this machine.")]
+NodeRank = Annotated[int | None, typer.Option("--node-rank", min=0, help="This machine's number.")]
+MasterAddress = Annotated[str | None, typer.Option("--master-addr", help="The address of the first machine.")]
+MasterPort = Annotated[
+    int | None, typer.Option("--master-port", min=1, max=65535, help="A free port of the first machine.")
+]
+
 
 def train(
-    stage: Annotated[Path, typer.Argument(help="The stage's YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as seed=1."),
-    ] = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            "-n",
-            "--nproc",
-            min=1,
-            help="Ranks on this machine.  [default: one a GPU, or one]",
-            show_default=False,
-        ),
-    ] = None,
-    world_size: Annotated[
-        int | None, typer.Option("--world-size", min=1, help="Ranks on all machines together.")
-    ] = None,
-    base_rank: Annotated[
-        int | None, typer.Option("--base-rank", min=0, help="The first rank on this machine.")
-    ] = None,
-    node_rank: Annotated[
-        int | None, typer.Option("--node-rank", min=0, help="This machine's number.")
-    ] = None,
-    master_addr: Annotated[
-        str | None, typer.Option("--master-addr", help="The address of the first machine.")
-    ] = None,
-    master_port: Annotated[
-        int | None, typer.Option("--master-port", min=1, max=65535, help="A free port of the first machine.")
-    ] = None,
+    stage: StageFile,
+    overrides: Overrides = None,
+    nproc: Ranks = None,
+    world_size: WorldSize = None,
+    base_rank: BaseRank = None,
+    node_rank: NodeRank = None,
+    master_addr: MasterAddress = None,
+    master_port: MasterPort = None,
 ) -> None:
     """Train a stage, one process a GPU; rerun to continue.
 

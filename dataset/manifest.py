@@ -101,7 +101,7 @@ def read_manifest(store: Store) -> Manifest:
         return _parse(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
     except MissingError:
         is_unfinished = bool(store.sizes("chunk-"))
-        hint = "; finish it with `python -m unitoken.tokenize merge`" if is_unfinished else ""
+        hint = "; finish it with `unitoken merge`" if is_unfinished else ""
         raise ConfigError(f"{store.url}: not a dataset folder: it has no {MANIFEST}{hint}") from None
     except StoreError as error:
         raise ConfigError(str(error)) from None

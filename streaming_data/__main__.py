@@ -89,6 +89,7 @@ def plan(
                 report(f"\n{sweep_table(sweep(recipe, sources, views))}")
 
 
+# Long: most of it declares the options.
 @app.command()
 def simulate(
     config: StageFile,

@@ -9,7 +9,7 @@ from unitoken.common.config import Config, Name
 
 
 class TokenizeConfig(Config):
-    """The settings' YAML file of `python -m unitoken.tokenize`."""
+    """The settings' YAML file of `unitoken tokenize`."""
 
     tokenizer: Name
     """Folder or Hugging Face hub id of the text tokenizer."""

@@ -199,7 +199,7 @@ def load_file(model: type[ConfigT], store: Store, name: str) -> ConfigT:
         return parse_json(model, store.read(name), f"{store.url}/{name}")
     except MissingError:
         raise ConfigError(
-            f"{store.url}: no {name} in it: not a folder that `python -m unitoken.tokenize run` writes"
+            f"{store.url}: no {name} in it: not a folder that `unitoken tokenize` writes"
         ) from None
     except StoreError as error:
         raise ConfigError(f"{error}") from None

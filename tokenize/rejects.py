@@ -1,4 +1,4 @@
-"""List the rejects of a dataset, grouped by kind: `python -m unitoken.tokenize rejects`."""
+"""List the rejects of a dataset, grouped by kind: `unitoken rejects`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Try rejected items again: `python -m unitoken.tokenize rejects --retry`.
+"""Try rejected items again: `unitoken rejects --retry`.
 
 A retry is a round of its own: `retry-01.json` names the items, they get chunks of their own, and the merge
 takes the result of the last round for each item. Until the merge the dataset stays as it was, with its

@@ -23,14 +23,11 @@ def summary(out: str, manifest: Manifest) -> str:
             "as in LLaVA's loader"
         )
     if m.rejected:
-        lines.append(f"rejected, by reason (see `python -m unitoken.tokenize rejects {out}`):")
+        lines.append(f"rejected, by reason (see `unitoken rejects {out}`):")
         lines += [f"{group.items:>8,}  {group.kind}" for group in group_rejects(out)[:SUMMARY_KINDS]]
     if m.samples:
         where = f"{{remote: {out}}}" if is_url(out) else f"{{local: {out}}}"
-        lines.append(
-            f"next: python -m unitoken.tokenize preview {out}; "
-            f"in a stage's YAML: data.streams: {{NAME: {where}}}"
-        )
+        lines.append(f"next: unitoken preview {out}; in a stage's YAML: data.streams: {{NAME: {where}}}")
     return "\n".join(lines)
 
 
@@ -56,6 +53,6 @@ def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[s
         found.append(
             f"{manifest.rejected} of {manifest.items} items were rejected ({fraction:.1%}), "
             f"max_reject_fraction is {max_reject_fraction}; "
-            f"`python -m unitoken.tokenize rejects {out}` shows why, and with --retry tries them again"
+            f"`unitoken rejects {out}` shows why, and with --retry tries them again"
         )
     return found

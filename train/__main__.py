@@ -63,66 +63,75 @@ def export(
         report(f"{out}: exported from {checkpoint}")
 
 
+Trained = Annotated[Path, typer.Argument(help="A run's folder, a checkpoint file, or an exported folder.")]
+OutFolder = Annotated[Path, typer.Option(help="The folder for pictures, texts and results.jsonl.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")]
+PromptsFile = Annotated[
+    Path | None, typer.Option(help="A .txt file with a prompt a line, or a .json or .jsonl of items.")
+]
+PromptImages = Annotated[
+    list[str] | None, typer.Option(help="A picture for every --prompt, where it says <|image|>.")
+]
+Draw = Annotated[
+    bool,
+    typer.Option("--draw", help="Reply with one picture; else with text and pictures as the model likes."),
+]
+DrawingSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Size of drawings in pixels, width x height, as 512x512.  [default: samples.size, or as in the "
+        "data]",
+        show_default=False,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Guidance of pictures, away from the null prompt; 1 is none.  [default: 4, or 1 if the model "
+        "was trained without null prompts]",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
+TopKText = Annotated[int, typer.Option(min=0, help="Draw text from this many tokens; 0 is all of them.")]
+TopKImage = Annotated[int, typer.Option(min=0, help="Draw pictures from this many codes; 0 is all of them.")]
+RandomSeed = Annotated[int, typer.Option(min=0, help="The seed of the random draws.")]
+RepliesPerPrompt = Annotated[int, typer.Option(min=1, help="Replies to each prompt.")]
+LongestReply = Annotated[
+    int,
+    typer.Option(
+        min=1, help="The longest reply in tokens, within packed_length; a picture that was begun is finished."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Replies at a time.")]
+StageFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="The stage's YAML file.  [default: stage.yaml beside the checkpoint]", show_default=False
+    ),
+]
+
+
 @app.command()
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint file, or an exported folder.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder for pictures, texts and results.jsonl.")],
+    checkpoint: Trained,
+    out: OutFolder,
     overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A .txt file with a prompt a line, or a .json or .jsonl of items.")
-    ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option(help="A picture for every --prompt, where it says <|image|>.")
-    ] = None,
-    draw: Annotated[
-        bool,
-        typer.Option(
-            "--draw", help="Reply with one picture; else with text and pictures as the model likes."
-        ),
-    ] = False,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="Size of drawings in pixels, width x height, as 512x512.  "
-            "[default: samples.size, or as in the data]",
-            show_default=False,
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Guidance of pictures, away from the null prompt; 1 is none.  "
-            "[default: 4, or 1 if the model was trained without null prompts]",
-            show_default=False,
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 1.0,
-    top_k_text: Annotated[
-        int, typer.Option(min=0, help="Draw text from this many tokens; 0 is all of them.")
-    ] = 10,
-    top_k_image: Annotated[
-        int, typer.Option(min=0, help="Draw pictures from this many codes; 0 is all of them.")
-    ] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of the random draws.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Replies to each prompt.")] = 1,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="The longest reply in tokens, within packed_length; a picture that was begun is finished.",
-        ),
-    ] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Replies at a time.")] = 8,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="The stage's YAML file.  [default: stage.yaml beside the checkpoint]", show_default=False
-        ),
-    ] = None,
+    prompt: Prompt = None,
+    prompts: PromptsFile = None,
+    image: PromptImages = None,
+    draw: Draw = False,
+    size: DrawingSize = None,
+    guidance: Guidance = None,
+    temperature: Temperature = 1.0,
+    top_k_text: TopKText = 10,
+    top_k_image: TopKImage = 2000,
+    seed: RandomSeed = 0,
+    count: RepliesPerPrompt = 1,
+    max_tokens: LongestReply = 2048,
+    batch: BatchSize = 8,
+    config: StageFile = None,
 ) -> None:
     """Answer and draw.
 

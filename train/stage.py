@@ -359,7 +359,7 @@ def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks)
         raise SystemExit(128 + signal)
     _report(
         f"{config.name}: finished, saved in {folder}; next: init_from={folder} in another stage, or "
-        f'python -m unitoken.train generate {folder} --prompt "..." --out FOLDER'
+        f'unitoken generate {folder} --prompt "..." --out FOLDER'
     )
     end_on_signals("interrupted after the last step, which is saved; the same command goes on")
     _export(config, resolved)

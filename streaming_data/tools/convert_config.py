@@ -48,7 +48,7 @@ def convert_config(path: Path, datasets: str) -> str:
     entries = load_config(MetaFile, path).META
     names = _names([entry.path for entry in entries])
     lines = [
-        f"# From {path.name}. Each source becomes a dataset folder first, by `python -m unitoken.tokenize`:",
+        f"# From {path.name}. Each source becomes a dataset folder first, by `unitoken tokenize`:",
         "# `run` for conversations, `migrate` for what the reference has tokenized.",
         "data:",
         "  streams:",

@@ -41,7 +41,7 @@ def schema() -> Draft202012Validator:
 
 
 def test_the_schemas_in_the_repository_are_up_to_date() -> None:
-    """If it fails, run `unitoken-schema yamls/stage.schema.json` or `python -m unitoken.tokenize schema`."""
+    """If it fails, run `unitoken schema stage yamls/stage.schema.json`, and the same for tokenize."""
     assert (YAMLS / "stage.schema.json").read_text() == dump_schema(StageConfig, TITLE)
     assert (YAMLS / "tokenize" / "tokenize.schema.json").read_text() == dump_schema(
         TokenizeConfig, "A tokenization"

@@ -1,5 +1,5 @@
 def my_format(raw: dict) -> dict:
-    """{"file": "cat.jpg", "question": "What is it?", "answers": ["A cat."]} -> a standard item"""
+    """{"file": "cat.jpg", "question": "What is it?", "answers": ["A cat."]} -> a standard item."""
     if not raw["answers"]:
         raise ValueError("no answer: the list is empty")  # a reject with this reason
     return {

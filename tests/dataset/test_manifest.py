@@ -70,7 +70,7 @@ def test_a_folder_that_is_not_a_dataset_is_an_error(tmp_path: Path) -> None:
         load_manifest(tmp_path)
     (tmp_path / "chunk-000000").mkdir()
     (tmp_path / "chunk-000000" / "index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"finish it with `python -m unitoken.tokenize merge`"):
+    with pytest.raises(ConfigError, match=r"finish it with `unitoken merge`"):
         load_manifest(tmp_path)
 
 

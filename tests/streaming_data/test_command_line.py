@@ -85,7 +85,7 @@ def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage: Path) -> None
     assert "; lower data.global_batch, or raise `repeat` or `epoch_samples`" in out
 
 
-def test_what_may_be_another_mixture_than_was_meant_is_a_line_of_the_plan(stage: Path) -> None:
+def test_plan_warns_of_mixtures_that_are_likely_mistakes(stage: Path) -> None:
     assert "warning" not in run("plan", stage)[1]
     write_dataset(
         stage.parent / "drawn", [make_record(f"d{n}", VOCABULARY, 5, answer_images=1) for n in range(20)]
@@ -128,7 +128,8 @@ def test_a_mistake_is_one_line_and_status_2(stage: Path, tmp_path: Path) -> None
 def test_the_references_data_file_becomes_streams(tmp_path: Path) -> None:
     meta = tmp_path / "META.yaml"
     meta.write_text(
-        "META:\n- path: /data/llava/record.json\n- path: /data/mjv_10m/record.json\n  ratio: 0.333\n  type: default\n"
+        "META:\n- path: /data/llava/record.json\n- path: /data/mjv_10m/record.json\n"
+        "  ratio: 0.333\n  type: default\n"
         "- path: other/llava/record.json\n  ratio: 1.0\n"
     )
     code, _ = run("convert-config", meta, "--out", tmp_path / "data.yaml", "--datasets", "s3://bucket/sets")
@@ -166,7 +167,8 @@ def test_a_data_file_that_is_none_is_refused(tmp_path: Path, text: str, found: s
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys; from unitoken.streaming_data.__main__ import app; app(['--help'], standalone_mode=False); "
+    code = "import sys; from unitoken.streaming_data.__main__ import app; "
+    code += "app(['--help'], standalone_mode=False); "
     code += "print({'torch', 'streaming', 'pyarrow', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.splitlines()[-1] == "set()"
@@ -209,9 +211,7 @@ def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path: Path, 
     assert summary["samples"] == 25
 
 
-def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_place(
-    tmp_path: Path, mixed: Path
-) -> None:
+def test_an_export_repeats_its_bytes_and_needs_an_empty_place(tmp_path: Path, mixed: Path) -> None:
     for out in ("one", "two"):
         assert run("export-webdataset", mixed, tmp_path / out)[0] == 0
     assert (tmp_path / "one" / "000000.tar").read_bytes() == (tmp_path / "two" / "000000.tar").read_bytes()
@@ -223,13 +223,13 @@ def test_an_export_is_the_same_bytes_again_and_goes_nowhere_but_to_an_empty_plac
     assert "found thesis.doc" in run("export-webdataset", mixed, tmp_path / "three")[1]
 
 
-def test_an_export_that_was_killed_goes_on_with_the_tar_it_was_at(
+def test_a_killed_export_continues_with_its_current_tar(
     tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("export-webdataset", mixed, tmp_path / "out", "--samples-per-tar", 10)
     upload, uploaded = Folder.upload, []
 
-    def dies_at_the_second(self, path, name):
+    def dies_at_the_second(self: Folder, path: Path, name: str) -> None:
         uploaded.append(name)
         if len(uploaded) == 2:
             raise StoreError("the disk is full")
@@ -408,7 +408,8 @@ import sys
 import datasets
 rows = datasets.load_dataset(sys.argv[1])["train"]
 pictures = ("0.png", "1.png")
-print([(r["json"]["id"], r["tokens.npy"], r["json"]["image_spans"], sum(r[n] is not None for n in pictures)) for r in rows])
+print([(r["json"]["id"], r["tokens.npy"], r["json"]["image_spans"],
+        sum(r[n] is not None for n in pictures)) for r in rows])
 """
 
 

@@ -91,7 +91,7 @@ def test_a_run_from_start_to_end(vqgan: Path, tmp_path: Path) -> None:
     assert call("merge", "--out_dir", str(tmp_path / "out")) == (0, stdout, "")
 
 
-def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Path, tmp_path: Path) -> None:
+def test_too_many_rejects_give_status_1_and_common_reasons(vqgan: Path, tmp_path: Path) -> None:
     items: list[dict[str, Any]] = (
         [{}] * 7
         + [{"conversations": turns("<|image|>", "a"), "image": f"{n}.png"} for n in range(5)]
@@ -101,14 +101,12 @@ def test_too_many_rejects_end_with_status_1_and_the_commonest_reasons(vqgan: Pat
     status, stdout, stderr = call(*arguments(source, tmp_path / "out", vqgan))
     assert status == 1
     assert "       7  no conversations\n       5  no such image\n" in stdout
-    shows = f"`python -m unitoken.tokenize rejects {tmp_path / 'out'}` shows why, and with --retry tries them again"
+    shows = f"`unitoken rejects {tmp_path / 'out'}` shows why, and with --retry tries them again"
     assert stderr == f"error: 12 of 20 items were rejected (60.0%), max_reject_fraction is 0.01; {shows}\n"
     assert call(*arguments(source, tmp_path / "out", vqgan), "max_reject_fraction=0.7")[0] == 0
 
 
-def test_a_run_that_keeps_nothing_ends_with_status_1_and_the_corrected_command_works(
-    vqgan: Path, tmp_path: Path
-) -> None:
+def test_a_run_without_samples_fails_and_can_be_corrected(vqgan: Path, tmp_path: Path) -> None:
     source = write_items(
         tmp_path,
         [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,
@@ -120,7 +118,7 @@ def test_a_run_that_keeps_nothing_ends_with_status_1_and_the_corrected_command_w
     assert call(*arguments(source, tmp_path / "out", vqgan), "adapter=messages")[0] == 0
 
 
-def test_where_none_of_the_first_200_items_can_be_used_nothing_is_begun(vqgan: Path, tmp_path: Path) -> None:
+def test_nothing_is_begun_if_the_first_200_items_are_unusable(vqgan: Path, tmp_path: Path) -> None:
     raw = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     source = write_items(tmp_path, [raw] * 200 + [good])
@@ -169,7 +167,8 @@ def test_missing_chunks_end_with_status_1(vqgan: Path, tmp_path: Path) -> None:
         (["target_sise=x"], "did you mean 'target_size'?"),
         (
             ["vision.kind=emu9"],
-            "on the command line: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', found 'emu9'",
+            "on the command line: `vision.kind`: Input should be 'chameleon', 'emu3' or 'janus', "
+            "found 'emu9'",
         ),
         (["vision.weights=/no/such"], "vision.weights: /no/such: no such file or folder"),
         (["tokenizer=/no/such"], "tokenizer: /no/such: no such folder"),
@@ -192,9 +191,7 @@ def test_mistakes_end_with_status_2_and_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_in_an_adapter_leaves_no_folder_that_refuses_the_corrected_one(
-    vqgan: Path, tmp_path: Path
-) -> None:
+def test_a_corrected_adapter_is_accepted_by_the_same_folder(vqgan: Path, tmp_path: Path) -> None:
     source, adapter = write_items(tmp_path, [{"conversations": turns("a", "b")}]), tmp_path / "mine.py"
     adapter.write_text("def mine(raw:\n")
     run = [*arguments(source, tmp_path / "out", vqgan), f"adapter={adapter}:mine"]

@@ -31,7 +31,7 @@ def test_the_summary_has_counts_reasons_and_the_next_command(out: Path) -> None:
     text = summary(str(out), merge(str(out)))
     assert "12 items -> 11 samples, 1 rejected; " in text
     assert "1  no conversations" in text
-    assert f"python -m unitoken.tokenize rejects {out}" in text
+    assert f"unitoken rejects {out}" in text
 
 
 @pytest.mark.parametrize(

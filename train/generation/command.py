@@ -1,4 +1,4 @@
-"""`python -m unitoken.train generate`: a checkpoint's replies to prompts, as files (reply_folder.py)."""
+"""`unitoken generate`: a checkpoint's replies to prompts, as files (reply_folder.py)."""
 
 from __future__ import annotations
 

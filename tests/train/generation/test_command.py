@@ -1,4 +1,4 @@
-"""`python -m unitoken.train generate`: from a checkpoint to files, and its error messages."""
+"""`unitoken generate`: from a checkpoint to files, and its error messages."""
 
 import json
 import os
