@@ -37,7 +37,7 @@ from unitoken.streaming_data.plan.mixing import mix
 from unitoken.streaming_data.plan.order import (
     CanonicalRow,
     Chosen,
-    choose,
+    choose_samples,
     epoch_amounts,
     random_order,
     rows_of,
@@ -100,7 +100,7 @@ def build(recipe: Recipe, streams: Sequence[StreamSamples], epoch: int, first: P
         )
     taken = epoch_amounts(streams, recipe.unit, recipe.size)
     chosen = [
-        choose(stream, amount, recipe.unit, recipe.seed, epoch, recipe.shuffle)
+        choose_samples(stream, amount, recipe.unit, recipe.seed, epoch, recipe.shuffle)
         for stream, amount in zip(streams, taken, strict=True)
     ]
     samples = sum(c.count for c in chosen)

@@ -113,7 +113,9 @@ class Chosen:
         return places
 
 
-def choose(stream: StreamSamples, amount: float, unit: str, seed: int, epoch: int, shuffle: bool) -> Chosen:
+def choose_samples(
+    stream: StreamSamples, amount: float, unit: str, seed: int, epoch: int, shuffle: bool
+) -> Chosen:
     """Take `amount` of a stream: every candidate equally often, and a random subset of them once more."""
     all_are_candidates = int(np.count_nonzero(stream.lengths)) == len(stream.lengths)
     candidates = (

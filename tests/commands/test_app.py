@@ -65,6 +65,8 @@ def test_the_schemas_are_those_of_the_examples(kind: str, tmp_path: Path) -> Non
     assert call("schema", kind, str(tmp_path / "schema.json"))[0] == 0
     assert (tmp_path / "schema.json").read_text() == call("schema", kind)[1]
     assert (tmp_path / "schema.json").read_text() == (ROOT / folder / f"{kind}.schema.json").read_text()
+    status, _, error = call("schema", kind, str(tmp_path / "no" / "folder"))
+    assert (status, error.count("\n")) == (2, 1)
 
 
 def test_train_becomes_composers_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from support.stages import curve
 from support.tokenizing import content, run_here
 from unitoken.common.config import load_config
 from unitoken.dataset.record import Record
-from unitoken.dataset.sizes.vision_views import Views
+from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.reading.loader import build_loader

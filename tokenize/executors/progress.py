@@ -64,7 +64,7 @@ def progress_of(job: Job, chunks: Sequence[Chunk]) -> RunProgress:
 def show_progress(work: RunProgress) -> Iterator[Progress]:
     """Show the progress of a run until the block ends."""
     if not sys.stderr.isatty():
-        lines = ProgressLines(work)
+        lines = ItemProgressLines(work)
         yield lines
         lines.show(last=True)
         return
@@ -75,7 +75,7 @@ def show_progress(work: RunProgress) -> Iterator[Progress]:
     # The bar takes the width that the texts leave.
     columns = (TextColumn("tokenize"), BarColumn(bar_width=None), TextColumn("{task.fields[state]}"))
     with RichProgress(*columns, console=Console(stderr=True), expand=True) as rich_progress:
-        bar = ProgressBar(work, rich_progress)
+        bar = ItemProgressBar(work, rich_progress)
         yield bar
         bar.show(last=True)
 
@@ -135,7 +135,7 @@ class ProgressCount:
         return self._done_chunks
 
 
-class ProgressLines(ProgressCount):
+class ItemProgressLines(ProgressCount):
     """Progress as lines of text."""
 
     _shown = float("-inf")
@@ -150,7 +150,7 @@ class ProgressLines(ProgressCount):
             notify(line)
 
 
-class ProgressBar(ProgressCount):
+class ItemProgressBar(ProgressCount):
     """Progress as a bar of rich."""
 
     def __init__(self, work: RunProgress, rich_progress: Any) -> None:

@@ -44,7 +44,7 @@ INSTRUCTION_KEYS = (
 # --- any item -----------------------------------------------------------------------------------------------
 
 
-def id_of(raw: Raw) -> Any:
+def find_id(raw: Raw) -> Any:
     """Return the item's id. img2dataset's tables have the key that their tars use in `key`."""
     return raw.get("id", raw.get("key"))
 
@@ -59,9 +59,9 @@ def fields_of(raw: Raw) -> Raw:
     return {key.lower(): value for key, value in merged.items() if isinstance(key, str) and value is not None}
 
 
-def choose(choices: Sequence[Any], raw: Raw, text: str) -> Any:
+def choose_by_id(choices: Sequence[Any], raw: Raw, text: str) -> Any:
     """Choose by a hash of the item's id, or of its text if it has none: each run chooses the same."""
-    name = id_of(raw) if id_of(raw) is not None else raw.get("__key__")
+    name = find_id(raw) if find_id(raw) is not None else raw.get("__key__")
     digest = hashlib.sha256(f"{text if name is None else name}".encode(errors="backslashreplace")).digest()
     return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 

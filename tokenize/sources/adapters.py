@@ -21,11 +21,11 @@ from unitoken.tokenize.sources.adapter_fields import (
     EDITED_KEYS,
     SOURCE_KEYS,
     Raw,
-    choose,
+    choose_by_id,
     fields_of,
     file_named,
     files_of,
-    id_of,
+    find_id,
     instruction,
     join_system,
     one_picture,
@@ -126,23 +126,23 @@ def messages(raw: Raw) -> Raw:
 def caption(raw: Raw) -> Raw:
     """Ask the model to describe the picture of a pair."""
     picture, text = picture_and_caption(raw)
-    request = choose(DESCRIBE, raw, text)
+    request = choose_by_id(DESCRIBE, raw, text)
     turns = question_and_answer(f"{IMAGE_PLACEHOLDER} {request}", text)
-    return {"id": id_of(raw), "conversations": turns, "image": [picture]}
+    return {"id": find_id(raw), "conversations": turns, "image": [picture]}
 
 
 def drawing(raw: Raw) -> Raw:
     """Ask the model to draw the picture of a pair."""
     picture, text = picture_and_caption(raw)
-    request = choose(DRAW, raw, text).format(text)
+    request = choose_by_id(DRAW, raw, text).format(text)
     turns = question_and_answer(request, IMAGE_PLACEHOLDER)
-    return {"id": id_of(raw), "conversations": turns, "image": [picture]}
+    return {"id": find_id(raw), "conversations": turns, "image": [picture]}
 
 
 def caption_or_drawing(raw: Raw) -> Raw:
     """Use about half of the pairs as captions and the other half as drawings, each pair in one way only."""
     _, text = picture_and_caption(raw)
-    adapter: Adapter = choose((caption, drawing), raw, text)
+    adapter: Adapter = choose_by_id((caption, drawing), raw, text)
     return adapter(raw)
 
 
@@ -153,7 +153,7 @@ def editing(raw: Raw) -> Raw:
         fields[suffix.rpartition(".")[0]] = raw[suffix]
     source, edited = one_picture(raw, fields, SOURCE_KEYS), one_picture(raw, fields, EDITED_KEYS)
     turns = question_and_answer(f"{IMAGE_PLACEHOLDER} {instruction(raw, fields)}", IMAGE_PLACEHOLDER)
-    return {"id": id_of(raw), "conversations": turns, "image": [source, edited]}
+    return {"id": find_id(raw), "conversations": turns, "image": [source, edited]}
 
 
 ADAPTERS: dict[str, Adapter] = {

@@ -35,7 +35,7 @@ from unitoken.train.accounting.flops import FlopsPerUnit
 from unitoken.train.accounting.step_sums import StepResult
 from unitoken.train.callbacks.intervals import is_due
 from unitoken.train.callbacks.optimisation import Optimisation
-from unitoken.train.callbacks.progress import ProgressLines
+from unitoken.train.callbacks.progress import StepProgressLines
 from unitoken.train.distributed import ranks
 
 METRICS = "metrics.jsonl"
@@ -62,7 +62,7 @@ class Metrics(Callback):  # type: ignore[misc]
         folder: Path,
         data: DataConfig,
         optimisation: Optimisation,
-        progress: ProgressLines,
+        progress: StepProgressLines,
         *,
         every: int,
         total_steps: int,

@@ -31,7 +31,7 @@ DROP_ORDER = ("useful", "tokens_per_second", "skipped", "loss")  # dropped one b
 MIN_BAR_WIDTH = 12  # columns, with the spaces around the bar
 
 
-class ProgressLines:
+class StepProgressLines:
     """Prints a line every `every` steps and at the end."""
 
     def __init__(self, name: str, total_steps: int, every: int) -> None:
@@ -65,7 +65,7 @@ class ProgressLines:
         """Stop drawing."""
 
 
-class ProgressBar(ProgressLines):
+class StepProgressBar(StepProgressLines):
     """A bar that is redrawn each step; text that is printed meanwhile appears above it."""
 
     def start(self, done: int) -> None:
@@ -101,6 +101,6 @@ class ProgressBar(ProgressLines):
         self.bar.stop()
 
 
-def build_progress(name: str, total_steps: int, every: int, bar: bool) -> ProgressLines:
+def build_progress(name: str, total_steps: int, every: int, bar: bool) -> StepProgressLines:
     """Build a bar if `bar` is set and stdout is a terminal, and lines otherwise."""
-    return (ProgressBar if bar and sys.stdout.isatty() else ProgressLines)(name, total_steps, every)
+    return (StepProgressBar if bar and sys.stdout.isatty() else StepProgressLines)(name, total_steps, every)

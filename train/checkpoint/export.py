@@ -70,7 +70,7 @@ def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
     checkpoint = latest_checkpoint(Path(config.save.folder))
     assert checkpoint is not None, "a finished run has a checkpoint"
     out = Path(config.save.export)
-    identity = run_folder.id_of(checkpoint)
+    identity = run_folder.checkpoint_id(checkpoint)
     if identity is None or (read_mark(out) or {}).get("checkpoint") != identity:
         export_model(str(checkpoint), out, stage=config, manifests=manifests)
         report(f"{config.name}: exported to {out}")
@@ -131,7 +131,7 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
     """Return the mark's fields about the exported checkpoint, which `export_at_end` compares."""
     if origin.is_dir():
         return {}
-    return {"step": run_folder.step_of(origin), "checkpoint": run_folder.id_of(origin)}
+    return {"step": run_folder.step_of(origin), "checkpoint": run_folder.checkpoint_id(origin)}
 
 
 def _find_image_tokenizer(metadata: CompleteMetadata, manifests: Sequence[Manifest] | None) -> Weights | None:

@@ -88,7 +88,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def id_of(checkpoint: Path) -> str | None:
+def checkpoint_id(checkpoint: Path) -> str | None:
     """Return a checkpoint's id, unique among all runs; None if it is older than ids."""
     identity: str | None = _saver_state(read_checkpoint(checkpoint)).get("id")
     return identity

@@ -17,7 +17,7 @@ from support.plans import LENGTH, make_recipe, make_stream, samples_of
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.build import Plan, _pack_window, build
 from unitoken.streaming_data.plan.lengths import StreamSamples
-from unitoken.streaming_data.plan.order import choose, epoch_amounts
+from unitoken.streaming_data.plan.order import choose_samples, epoch_amounts
 from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.reading.share import WorkerShare
 
@@ -308,7 +308,7 @@ def test_a_plan_partitions_chosen_samples_into_packs_that_fit(
     chosen = Counter(
         int(sample) + offset
         for stream, amount, offset in zip(streams, wanted, (0, samples), strict=True)
-        for taken in [choose(stream, amount, "samples", seed, epoch, shuffle)]
+        for taken in [choose_samples(stream, amount, "samples", seed, epoch, shuffle)]
         for sample in taken.ids(0, taken.count)
     )
     assert sum(chosen.values()) == round(samples * repeat) + 100

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unitoken.streaming_data.plan.lengths import StreamSamples
-from unitoken.streaming_data.plan.order import choose, epoch_amounts, random_bits, rows_of, windows_of
+from unitoken.streaming_data.plan.order import choose_samples, epoch_amounts, random_bits, rows_of, windows_of
 
 
 def make_stream(
@@ -33,7 +33,7 @@ def taken(
     streams: list[StreamSamples], wanted: list[float], unit: str, epoch: int = 0, shuffle: bool = True
 ) -> list[np.ndarray]:
     chosen = [
-        choose(stream, amount, unit, 0, epoch, shuffle)
+        choose_samples(stream, amount, unit, 0, epoch, shuffle)
         for stream, amount in zip(streams, wanted, strict=True)
     ]
     return [c.ids(0, c.count) for c in chosen]
@@ -128,8 +128,8 @@ def test_the_windows_of_all_rows_hold_what_was_chosen(
         make_stream("b", 50, 10, shard=20),
     ]
     total = streams[0].total("samples")
-    chosen = [] if not total else [choose(streams[0], round(share * total), "samples", 3, 1, shuffle)]
-    chosen.append(choose(streams[1], 50, "samples", 3, 1, shuffle))
+    chosen = [] if not total else [choose_samples(streams[0], round(share * total), "samples", 3, 1, shuffle)]
+    chosen.append(choose_samples(streams[1], 50, "samples", 3, 1, shuffle))
     streams = streams[-len(chosen) :]
     found = [
         (ids, lengths)
@@ -148,7 +148,7 @@ def test_the_windows_of_all_rows_hold_what_was_chosen(
 
 def test_windows_do_not_depend_on_the_stretch() -> None:
     streams = [make_stream("a", 5000, 100), make_stream("b", 1000, 10)]
-    chosen = [choose(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
+    chosen = [choose_samples(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
     found = []
     for stretch in (1, 1000, 1 << 20):
         windows = windows_of(
@@ -162,7 +162,7 @@ def test_windows_do_not_depend_on_the_stretch() -> None:
 def test_every_stretch_of_an_epoch_holds_the_mixture() -> None:
     """Shards are as large as two windows: in one shuffled list, some windows would hold one stream."""
     streams = [make_stream("a", 8000, 100, shard=2000), make_stream("b", 24000, 10, shard=2000)]
-    chosen = [choose(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
+    chosen = [choose_samples(stream, len(stream.lengths), "samples", 0, 0, True) for stream in streams]
     row = rows_of(chosen, 1, 1000)[0]
     for ids, _ in windows_of(streams, chosen, row, 0, 0, True, shuffle_block=2000):
         assert (ids < 8000).mean() == pytest.approx(0.25, abs=0.06)
@@ -171,7 +171,7 @@ def test_every_stretch_of_an_epoch_holds_the_mixture() -> None:
 
 def test_few_shards_are_in_use_at_a_time() -> None:
     stream = make_stream("a", 20_000, 100, shard=100)  # 200 shards, a block of 10
-    chosen = [choose(stream, 20_000, "samples", 0, 0, True)]
+    chosen = [choose_samples(stream, 20_000, "samples", 0, 0, True)]
     row = rows_of(chosen, 1, 500)[0]
     for ids, _ in windows_of([stream], chosen, row, 0, 0, True, shuffle_block=1000):
         assert 5 < len(np.unique(ids // 100)) <= (1000 + 500) / 100 + 2

@@ -11,8 +11,8 @@ import pytest
 
 from support.tokenizing import settings, some_items, write_items
 from unitoken.tokenize.executors.progress import (
+    ItemProgressLines,
     ProgressCount,
-    ProgressLines,
     RunProgress,
     progress_of,
     show_progress,
@@ -92,7 +92,7 @@ def test_the_rate_counts_the_first_seconds_too(monkeypatch: pytest.MonkeyPatch) 
     """Items come in bursts: counted from the first burst on, the rate was 123/s instead of 0.6/s."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    count = ProgressLines(RunProgress(100, 50, 1, lambda: 0))
+    count = ItemProgressLines(RunProgress(100, 50, 1, lambda: 0))
     assert count.rate == 0
     count.advance(10, 0)
     clock[0] = 2.0

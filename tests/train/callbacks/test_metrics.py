@@ -16,7 +16,7 @@ from support.stages import evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.loggers import build_loggers
 from unitoken.train.callbacks.metrics import Metrics, read_metrics
-from unitoken.train.callbacks.progress import ProgressLines
+from unitoken.train.callbacks.progress import StepProgressLines
 from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
@@ -256,7 +256,7 @@ def test_lines_are_printed_where_there_is_no_terminal(
 def test_the_time_left_follows_from_the_time_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    lines = ProgressLines("stage", 1000, 10)
+    lines = StepProgressLines("stage", 1000, 10)
     lines.start(200)
     now = 150.0  # 50 steps in 50 seconds, after those that an earlier run did
     assert str(lines.time_left(250)) == "0:12:30"

@@ -5,14 +5,14 @@ import io
 import pytest
 from rich.console import Console
 
-from unitoken.train.callbacks.progress import ProgressBar
+from unitoken.train.callbacks.progress import StepProgressBar
 
 LINE = {"step": 156_249, "loss": 12.3456, "tokens_per_second": 1_234_567.0, "useful": 0.931, "skipped": 12}
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
 def test_counter_and_time_left_fit_every_terminal_width(columns: int) -> None:
-    bar = ProgressBar("stage2-anyres", 156_250, 10)
+    bar = StepProgressBar("stage2-anyres", 156_250, 10)
     bar.start(0)
     try:
         bar.bar.console.width = columns
