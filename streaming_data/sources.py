@@ -19,7 +19,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import locked, remove_abandoned, write_aside
@@ -44,6 +44,7 @@ class StreamSource:
     store: Store | None  # where its shards come from; None: they are in `folder`
     config: StreamConfig
     manifest: Manifest
+    shards: list[dict[str, Any]] = dataclasses.field(repr=False)  # the entries of the index
 
     @property
     def fingerprint(self) -> str:
@@ -53,9 +54,8 @@ class StreamSource:
 
     def check_file(self, file: str) -> None:
         """Raise ConfigError unless a file of the folder has the hash that the manifest lists."""
-        problem = _hash_problem(self.folder / file, self.manifest.files.get(file))
-        if problem:
-            raise ConfigError(f"stream '{self.name}': {self.folder / file} is {problem}")
+        with _errors_of_stream(self.name):
+            _check_file(self.folder, self.manifest, file)
 
 
 def open_sources(config: DataConfig) -> list[StreamSource]:
@@ -88,11 +88,15 @@ def _open_source(name: str, stream: StreamConfig, cache: Path) -> StreamSource:
         folder = Path(stream.local) if stream.local else cache / "datasets" / key
         _fetch_small_files(name, store, folder)
     with _errors_of_stream(name):
-        source = StreamSource(name, folder, store, stream, load_manifest(folder))
-    source.check_file(INDEX)
-    with _errors_of_stream(name):
-        read_index(folder)
-    return source
+        manifest = load_manifest(folder)
+        _check_file(folder, manifest, INDEX)
+        return StreamSource(name, folder, store, stream, manifest, read_index(folder))
+
+
+def _check_file(folder: Path, manifest: Manifest, file: str) -> None:
+    problem = _hash_problem(folder / file, manifest.files.get(file))
+    if problem:
+        raise ConfigError(f"{folder / file} is {problem}")
 
 
 @contextlib.contextmanager

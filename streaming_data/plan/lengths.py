@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import SIDECAR
-from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.sidecar import sidecar_errors
 from unitoken.streaming_data.arrays import Integers
 from unitoken.streaming_data.kinds import are_of_kinds, kind_numbers
@@ -87,7 +86,7 @@ def read_lengths(source: StreamSource, recipe: Recipe, views: Views | None) -> S
     path, limit = source.folder / SIDECAR, limit_of(source.config, recipe.packed_length)
     with sidecar_errors(source.name, source.folder):
         source.check_file(SIDECAR)
-        shard_sizes = np.array([entry["samples"] for entry in read_index(source.folder)], np.int64)
+        shard_sizes = np.array([entry["samples"] for entry in source.shards], np.int64)
         with pyarrow.parquet.ParquetFile(path) as sidecar:
             count = sidecar.metadata.num_rows
             if shard_sizes.sum() != count:

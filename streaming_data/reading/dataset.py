@@ -141,7 +141,9 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         self.length = self.packs_per_epoch // ranks  # len(): packs of this rank
 
         stamps = config.cache_folder / "shards"
-        self._shards = [Shards(s.name, s.folder, s.store, stamps, config.cache_limit) for s in self.sources]
+        self._shards = [
+            Shards(s.name, s.folder, s.shards, s.store, stamps, config.cache_limit) for s in self.sources
+        ]
         # The first shard of each stream, and the first sample of each shard.
         self._first_shard = np.cumsum([0] + [len(shards.samples) for shards in self._shards])
         self._bounds = np.cumsum(np.concatenate([[0], *(shards.samples for shards in self._shards)]))

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from unitoken.common.errors import ConfigError, one_line
 from unitoken.dataset.manifest import INDEX
-from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.record import Record, unpack_bytes
 from unitoken.storage.shard_cache import Cache, ShardError
 from unitoken.storage.store import Store
@@ -89,26 +88,28 @@ class Shards:
         self,
         stream: str,
         folder: Path,
+        entries: list[dict[str, Any]],
         store: Store | None,
         stamps: Path,
         limit: int | None = None,
         most_mapped: int | None = None,
     ) -> None:
-        """Read the index, and check that the shards of a local dataset are there.
+        """Check the entries of the index, and that the shards of a local dataset are there.
 
         Args:
             stream: its name.
             folder: of the dataset, or of its cache.
+            entries: of its index (dataset/mds_index.py).
             store: where missing shards are downloaded from; None for a local dataset.
             stamps: folder of this host's record of verified and downloaded shards.
             limit: bytes that downloaded shards may take.
             most_mapped: shards that a process keeps mapped; None: as many as its `limit` allows.
 
         Raises:
-            ConfigError: the index is unreadable, or a shard of a local dataset is missing.
+            ConfigError: a shard has other columns than a record, or a shard of a local dataset is missing.
         """
         self.folder = folder
-        self.entries = read_index(folder)
+        self.entries = entries
         self.samples = np.array([entry["samples"] for entry in self.entries], np.int64)
         self.cache = Cache(stream, self.entries, store, folder, stamps, limit)
         self._stream = stream

@@ -72,7 +72,7 @@ def export_webdataset(dataset: str, out: str, samples_per_tar: int) -> int:
         }
         done = _begin(target, json.dumps(begun).encode() + b"\n")
         limit = CACHE_BYTES if source.store else None
-        shards = Shards("data", source.folder, source.store, Path(temporary) / "shards", limit)
+        shards = Shards("data", source.folder, source.shards, source.store, Path(temporary) / "shards", limit)
         return _write(source, shards, target, done, Path(temporary), samples_per_tar)
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from unitoken.common.config import Config
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.arrays import Floats, Integers
 from unitoken.streaming_data.plan.build import Plan
@@ -144,9 +143,7 @@ def _size(count: float) -> str:
 
 def shard_table(sources: Sequence[StreamSource]) -> ShardTable:
     """Return the shards that the sources' indices list."""
-    entries = [
-        (number, entry) for number, source in enumerate(sources) for entry in read_index(source.folder)
-    ]
+    entries = [(number, entry) for number, source in enumerate(sources) for entry in source.shards]
     return ShardTable(
         np.cumsum([0] + [entry["samples"] for _, entry in entries], dtype=np.int64),
         np.array([entry["raw_data"]["bytes"] for _, entry in entries], np.int64),

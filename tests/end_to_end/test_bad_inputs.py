@@ -26,6 +26,7 @@ from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.common.hashing import sha256_of_file
+from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.storage.store import StoreError
@@ -158,7 +159,7 @@ def test_datasets_with_right_hashes_and_wrong_numbers(name: str, dataset: Path, 
         check_sources(sources, config, views)
         recipe = Recipe.of(config, sources, views)
         read_lengths(sources[0], recipe, views)
-        shards = Shards("a", folder, None, folder / "cache", None)
+        shards = Shards("a", folder, read_index(folder), None, folder / "cache", None)
         for number in range(len(shards.samples)):
             shard = shards.open(number)
             for record in shard.records(np.arange(shards.samples[number]), 0):

@@ -28,7 +28,7 @@ def tokenized(
     """Tokenize a source. Returns each sample's id and number of pictures, and the reasons of the rejects."""
     run_here(settings(vqgan, **changes), source, out)
     manifest = merge(str(out))
-    shards = Shards("cases", out, None, out / "stamps", None)
+    shards = Shards("cases", out, read_index(out), None, out / "stamps", None)
     samples = []
     for number, entry in enumerate(read_index(out)):
         for record in shards.open(number).records(np.arange(entry["samples"]), 0):

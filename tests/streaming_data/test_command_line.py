@@ -25,6 +25,7 @@ from support.small_datasets import (
     write_dataset,
 )
 from unitoken.dataset.manifest import load_manifest
+from unitoken.dataset.mds_index import read_index
 from unitoken.storage.folder import Folder
 from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError
@@ -114,7 +115,7 @@ def test_a_place_that_can_not_be_written_is_one_line(stage: Path, tmp_path: Path
     ):
         code, out = run(*command, tmp_path / "META.yaml" / "x")
         assert code > 0
-        assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (made|written): Not a directory\n", out), out
+        assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (created|written): Not a directory\n", out), out
 
 
 def test_a_mistake_is_one_line_and_status_2(stage: Path, tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_the_references_data_file_becomes_streams(tmp_path: Path) -> None:
     assert config.streams["llava_2"].remote == "s3://bucket/sets/llava_2"
     code, out = run("convert-config", meta, "--out", tmp_path / "data.yaml")
     assert code == 2
-    assert "is there already" in out
+    assert "exists already" in out
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_stock_webdataset_reads_an_export_with_its_own_decoders(tmp_path: Path, 
     assert (code, out) == (0, f"3 tars in {tmp_path / 'tars'}\n")
     tars = sorted(map(str, (tmp_path / "tars").glob("*.tar")))
     found = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
-    shards = Shards("data", mixed, None, tmp_path / "stamps")
+    shards = Shards("data", mixed, read_index(mixed), None, tmp_path / "stamps")
     records = [shards.record(shard, n) for shard, count in enumerate(shards.samples) for n in range(count)]
     assert len(found) == len(records) == 25
     for number, (sample, record) in enumerate(zip(found, records, strict=True)):
@@ -376,7 +377,7 @@ def test_the_towers_size_is_that_of_the_stages_model(stage: Path, tmp_path: Path
     stage.write_text(yaml.safe_dump({**settings, "model": {"vision": "google/siglip-so400m-patch14-384"}}))
     code, out = run("plan", stage)
     assert code == 2
-    assert "not on this machine: taken for views of 384 pixels with patches of 14" in out
+    assert "not on this machine; assuming views of 384 pixels with patches of 14" in out
     assert "17 tokens + 730 features of 1 picture" in out
 
 

@@ -4,6 +4,7 @@ import errno
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from support import drawn
 from support.stages import curve, evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import Manifest, load_manifest
+from unitoken.dataset.manifest import load_manifest
+from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.callbacks.metrics import Metrics
@@ -133,15 +135,19 @@ def test_a_stage_opens_each_dataset_once(
     evaluated_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an evaluation, samples and an export, each of which needs something of the datasets."""
-    opened: list[Path] = []
+    opened: list[tuple[str, Path]] = []
 
-    def counted(folder: Path) -> Manifest:
-        opened.append(folder)
-        return load_manifest(folder)
+    def counted(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def count(folder: Path) -> Any:
+            opened.append((read.__name__, folder))
+            return read(folder)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("unitoken.") and getattr(module, "load_manifest", None) is load_manifest:
-            monkeypatch.setattr(module, "load_manifest", counted)
+        return count
+
+    for read in (load_manifest, read_index):
+        for name, module in list(sys.modules.items()):
+            if name.startswith("unitoken.") and getattr(module, read.__name__, None) is read:
+                monkeypatch.setattr(module, read.__name__, counted(read))
     datasets = [drawn.write_data(tmp_path / "data")]
     overrides = ["data.streams.all.held_out=0.4", "eval.interval=2ba"]
     if evaluated_on == "other":
@@ -153,7 +159,8 @@ def test_a_stage_opens_each_dataset_once(
     assert (tmp_path / "run" / "samples" / "step-00000002" / "0.png").is_file()
     assert list(evaluations(tmp_path / "run")) == [2]
     assert (tmp_path / "model" / "config.json").is_file()
-    assert sorted(opened) == sorted(datasets)
+    expected = [(name, folder) for name in ("load_manifest", "read_index") for folder in datasets]
+    assert sorted(opened) == sorted(expected)
 
 
 @pytest.mark.parametrize("compat", [None, "unitoken"])

@@ -237,7 +237,7 @@ def test_a_pickled_reader_reads_on(dataset: Path) -> None:
 
 
 def test_more_shards_than_may_be_mapped_are_read(dataset: Path) -> None:
-    shards = Shards("a", dataset, None, dataset.parent / "cache", most_mapped=2)
+    shards = Shards("a", dataset, read_index(dataset), None, dataset.parent / "cache", most_mapped=2)
     assert len(read_all(shards)) == len(RECORDS)
     assert len(shards.mapped) == 2
 
