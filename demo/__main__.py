@@ -55,7 +55,7 @@ def say(text: str) -> None:
 
 def tokenize(name: str) -> None:
     """Tokenize DATA/name.json into the dataset folder DATA/name."""
-    command = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/demo/tokenize.yaml"]
+    command = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/digits.yaml"]
     paths = ["--in_filename", str(DATA / f"{name}.json"), "--out_dir", str(DATA / name)]
     subprocess.run([*command, "--splits", str(RANKS), *paths], cwd=ROOT, env=ENVIRONMENT, check=True)
 

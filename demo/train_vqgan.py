@@ -27,7 +27,7 @@ from unitoken.codec.image_tokenizer.files import Parameters
 from unitoken.dataset.images import tokenizer_pixels
 
 FOLDER = Path(__file__).parent / "assets" / "vqgan"
-SIZE = 16  # target_size in yamls/demo/tokenize.yaml
+SIZE = 16  # target_size in yamls/tokenize/digits.yaml
 STEPS, BATCH = 1500, 32
 SHAPE = {
     "embed_dim": 8,

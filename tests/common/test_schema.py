@@ -16,8 +16,8 @@ from unitoken.tokenize.config import TokenizeConfig
 from unitoken.train.config import StageConfig
 
 YAMLS = ROOT / "yamls"
-TOKENIZATIONS = [*sorted(YAMLS.glob("tokenize/*.yaml")), YAMLS / "demo" / "tokenize.yaml"]
-STAGES = sorted({*YAMLS.glob("*.yaml"), *YAMLS.glob("demo/*.yaml")} - {*TOKENIZATIONS})
+TOKENIZATIONS = sorted(YAMLS.glob("tokenize/*.yaml"))
+STAGES = sorted([*YAMLS.glob("*.yaml"), *YAMLS.glob("demo/*.yaml")])
 SIZES = "{vocab_size: 10, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}"
 FIRST_LINE = "# yaml-language-server: $schema="
 

@@ -17,7 +17,7 @@ import yaml
 from support.paths import ROOT
 from support.tokenizing import TOKENIZER, some_items, write_items
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two minutes on a quiet machine
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,9 @@ def test_a_place_that_can_not_be_written_is_one_line(stage: Path, tmp_path: Path
     ):
         code, out = run(*command, tmp_path / "META.yaml" / "x")
         assert code > 0
-        assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (created|written): Not a directory\n", out), out
+        assert re.fullmatch(r"error: \S*META.yaml/x: cannot be (created|written): Not a directory\n", out), (
+            out
+        )
 
 
 def test_a_mistake_is_one_line_and_status_2(stage: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def _write_bad_pictures(folder: Path) -> None:
 
 def command(source: Path, out: str, size: Size, *arguments: str) -> list[str]:
     """The command that tokenizes the items."""
-    program = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/demo/tokenize.yaml"]
+    program = [sys.executable, "-m", "unitoken.tokenize", "run", "--config", "yamls/tokenize/digits.yaml"]
     settings = [f"chunk_size={size.chunk_size}", "max_reject_fraction=0.04"]
     return [*program, *arguments, "--in_filename", str(source), "--out_dir", out, *settings]
 
