@@ -78,7 +78,7 @@ def test_the_wheel_works_from_any_folder(unitoken: Path, vqgan: Path, tmp_path: 
         "name": "tiny",
         "model": {
             "decoder": {
-                "vocab_size": 512,
+                "vocab_size": 11008,
                 "hidden_size": 32,
                 "intermediate_size": 48,
                 "num_hidden_layers": 1,
@@ -86,6 +86,7 @@ def test_the_wheel_works_from_any_folder(unitoken: Path, vqgan: Path, tmp_path: 
             },
             "vision": None,
         },
+        "trainable": ["model", "lm_head"],
         "optimizer": {"lr": 1e-3},
         "max_duration": "1ba",
         "data": {
