@@ -140,10 +140,7 @@ class PackedDataset(StreamingDataset):  # type: ignore[misc]
         self.packs_per_epoch = self.plan.packs
         self.length = self.packs_per_epoch // ranks  # len(): packs of this rank
 
-        stamps = config.cache_folder / "shards"
-        self._shards = [
-            Shards(s.name, s.folder, s.shards, s.store, stamps, config.cache_limit) for s in self.sources
-        ]
+        self._shards = _open_shards(config, self.sources)
         # The first shard of each stream, and the first sample of each shard.
         self._first_shard = np.cumsum([0] + [len(shards.samples) for shards in self._shards])
         self._bounds = np.cumsum(np.concatenate([[0], *(shards.samples for shards in self._shards)]))
@@ -328,3 +325,11 @@ def _world() -> _World:
     if ranks % ranks_per_node:
         raise ConfigError(f"{ranks} ranks are not whole nodes of {ranks_per_node}")
     return _World(ranks // ranks_per_node, ranks_per_node, rank)
+
+
+def _open_shards(config: DataConfig, sources: Sequence[StreamSource]) -> list[Shards]:
+    """Open each stream's shards, with this host's one record of what was verified and downloaded."""
+    stamps, limit = config.cache_folder / "shards", config.cache_limit
+    return [
+        Shards(source.name, source.folder, source.shards, source.store, stamps, limit) for source in sources
+    ]

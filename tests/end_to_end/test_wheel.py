@@ -35,8 +35,9 @@ def unitoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
-    # A path in a .pth file brings the libraries, and not the import hook of our own editable install.
-    Path(packages, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # Paths in a .pth file bring the libraries, and not the import hook of our own editable install.
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    Path(packages, "libraries.pth").write_text("\n".join(libraries) + "\n")
     install = [*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     return folder / "venv" / "bin" / "unitoken"

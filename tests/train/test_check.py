@@ -111,13 +111,13 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
         ),
         (
             ("data.packed_length=9", "data.streams.all.kinds=[generation]"),
-            r"9 is too short for any image of stream 'all' that is drawn: "
+            r"9 is too short for any generated image of stream 'all': "
             r"the smallest takes 10 \(10 tokens\)",
         ),
         (
             ("data.anyres=true", "data.packed_length=48", "data.streams.all.max_tokens=20"),
-            r"data\.streams\.all\.max_tokens: 20 is too short for any image of stream 'all' "
-            r"that is asked about: the smallest takes 21 \(10 tokens, a separator and 10 features\)",
+            r"data\.streams\.all\.max_tokens: 20 is too short for any question image of stream 'all': "
+            r"the smallest takes 21 \(10 tokens, a separator and 10 features\)",
         ),
         ("fsdp.replicas=3", r"fsdp\.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
         ("fsdp.replicas=2", r"fsdp\.replicas: 2 of 2 ranks leaves one rank a copy; nothing would be sharded"),
