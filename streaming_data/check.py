@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import load_vocabulary
-from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.dataset.vocabulary import Vocabulary, check_same_vocabulary
 from unitoken.streaming_data.plan.feature_cost import check_images_fit
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource
@@ -36,12 +35,8 @@ def check_streams_vocabulary(sources: Sequence[StreamSource], vocabulary: Vocabu
     """Raise ConfigError unless the streams were tokenized with `vocabulary`, which is that of `owner`."""
     for source in sources:
         if source.manifest.vocabulary != vocabulary.fingerprint:
-            tokens = load_vocabulary(source.folder).size
-            raise ConfigError(
-                f"stream '{source.name}': {source.folder} has a vocabulary with fingerprint "
-                f"{source.manifest.vocabulary} ({tokens} tokens), "
-                f"{owner} has {vocabulary.fingerprint} ({vocabulary.size} tokens)"
-            )
+            theirs = load_vocabulary(source.folder)
+            check_same_vocabulary(theirs, f"stream '{source.name}': {source.folder}", vocabulary, owner)
 
 
 def other_codes(sources: Sequence[StreamSource]) -> list[str]:

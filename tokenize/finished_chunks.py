@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any, TypeVar
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import INDEX, LEFT_OUT, REJECTS, SIDECAR
+from unitoken.dataset.mds_index import SHARD_NAME
 from unitoken.dataset.sidecar import samples_schema
 from unitoken.storage.store import Store
 from unitoken.tokenize.job import Chunk, Work
 
-SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
 READERS = 16  # chunks read at once: over a network each takes three requests
 T = TypeVar("T")
 K = TypeVar("K")

@@ -12,7 +12,7 @@ from composer import Callback, Trainer
 from composer.core import Time, TimeUnit
 
 from unitoken.common import cli
-from unitoken.common.errors import ConfigError
+from unitoken.common.errors import ConfigError, exit_status_of_signal
 from unitoken.common.files import exclusive_lock
 from unitoken.common.interruption import end_on_signals, remember_signals
 from unitoken.dataset.vision_views import CANVASES
@@ -356,7 +356,7 @@ def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks)
     if signal:
         saved_at = callbacks.saver.saved_at
         _report(f"{config.name}: interrupted at step {saved_at}, saved; the same command goes on")
-        raise SystemExit(128 + signal)
+        raise SystemExit(exit_status_of_signal(signal))
     _report(
         f"{config.name}: finished, saved in {folder}; next: init_from={folder} in another stage, or "
         f'unitoken generate {folder} --prompt "..." --out FOLDER'

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from unitoken.common.errors import ConfigError, one_line
 from unitoken.dataset.manifest import INDEX
+from unitoken.dataset.mds_index import shard_columns, shard_offsets
 from unitoken.dataset.record import Record, unpack_bytes
 from unitoken.storage.shard_cache import Cache, ShardError
 from unitoken.storage.store import Store
@@ -151,42 +152,23 @@ class Shards:
         path = self.folder / self.entries[shard]["raw_data"]["basename"]
         name = f"stream '{self._stream}': the shard {path}"
         with self.cache.open(shard) as file:
-            size = file.seek(0, 2)
-            if size < 8:
-                raise ShardError(f"{name} is corrupt: {size} bytes are no shard")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offsets = self._offsets(shard, name, data, size)
+            try:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError for an empty file
+                offsets = shard_offsets(data, int(self.samples[shard]))
+            except ValueError as error:
+                raise ShardError(f"{name} is corrupt: {error}") from None
         return self.mapped.add(shard, Shard(name, data, offsets, self._decoder_of[shard]))
-
-    def _offsets(self, shard: int, name: str, data: mmap.mmap, size: int) -> npt.NDArray[np.uint32]:
-        """Return where the samples of a shard begin, (samples + 1,), or raise ShardError."""
-        count = int(np.frombuffer(data, "<u4", 1)[0])
-        if count != self.samples[shard]:
-            raise ShardError(
-                f"{name} is corrupt: it holds {count} samples, {INDEX} names {self.samples[shard]}"
-            )
-        first = 4 * (count + 2)  # behind the number of samples and their offsets
-        if first > size:
-            raise ShardError(f"{name} is corrupt: {size} bytes do not hold where {count} samples begin")
-        offsets = np.frombuffer(data, "<u4", count + 1, 4)
-        descending = (np.diff(offsets.astype(np.int64)) < 0).any()
-        if int(offsets[0]) < first or int(offsets[-1]) != size or descending:
-            raise ShardError(
-                f"{name} is corrupt: its samples do not begin one after the other, and end where it ends"
-            )
-        return offsets
 
     def _decoder(self, entry: dict[str, Any]) -> SampleDecoder:
         """Return the decoder for a shard's columns: ours, or upstream's if there are other columns, too."""
         try:
-            _check_columns(entry)
+            columns = shard_columns(entry)
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"{self.folder / INDEX}: not an MDS index: {type(error).__name__}: {error}"
             ) from None
         key = json.dumps([entry["column_names"], entry["column_encodings"], entry["column_sizes"]])
         if key not in self._decoders:
-            columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
             tokens = columns.get("tokens", "")
             ours = {
                 "id": "str",
@@ -204,21 +186,6 @@ class Shards:
                 else _upstream_decoder(self.folder, entry)
             )
         return self._decoders[key]
-
-
-def _check_columns(entry: dict[str, Any]) -> None:
-    """Raise ValueError or KeyError unless an index entry's lists of columns are well formed."""
-    names, encodings, sizes = (entry[f"column_{part}"] for part in ("names", "encodings", "sizes"))
-    if (
-        not all(isinstance(values, list) for values in (names, encodings, sizes))
-        or not all(isinstance(text, str) for text in [*names, *encodings])
-        or not len(names) == len(encodings) == len(sizes) == len(set(names))
-    ):
-        raise ValueError(
-            "column_names, column_encodings and column_sizes: expected three lists of one length"
-        )
-    if not all(size is None or (type(size) is int and 0 <= size < 1 << 32) for size in sizes):
-        raise ValueError(f"`column_sizes`: expected numbers or null, found {sizes!r}")
 
 
 def _fast_decoder(token_type: str) -> SampleDecoder:

@@ -14,7 +14,7 @@ import numpy as np
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import INDEX, REJECTS, SIDECAR
-from unitoken.dataset.mds_index import dump_index
+from unitoken.dataset.mds_index import SHARD_NAME, dump_index
 from unitoken.storage.store import Store
 from unitoken.tokenize.finished_chunks import (
     FinishedChunk,
@@ -26,7 +26,7 @@ from unitoken.tokenize.job import Chunk, Work
 
 IndexEntry = dict[str, Any]  # a shard, in an index
 REJECT_KEYS = {"chunk", "file", "position", "id", "stage", "reason"}
-ROOT_SHARD_NAME = re.compile(r"(chunk|retry)-[\d-]+/shard\.\d{5,}\.mds")
+ROOT_SHARD_NAME = re.compile(rf"(chunk|retry)-[\d-]+/{SHARD_NAME.pattern}")
 
 
 def read_root_index(store: Store) -> list[IndexEntry]:
