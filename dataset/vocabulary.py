@@ -110,6 +110,14 @@ class Vocabulary:
         return frozenset(single | set(self.grid_ids) | set(self.image_ids))
 
     @cached_property
+    def new_ids(self) -> range:
+        """The ids that the tokenizer lacked: those at the end that are all special. A model grows by them."""
+        first = self.size
+        while first - 1 in self.special_ids:
+            first -= 1
+        return range(first, self.size)
+
+    @cached_property
     def _id_of_code(self) -> npt.NDArray[np.int64]:
         return np.asarray(self.image_ids, np.int64)
 
