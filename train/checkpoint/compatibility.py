@@ -29,7 +29,8 @@ _MACHINE_PATHS = ("save.folder", "data.cache")
 _WEIGHT_SETTINGS = ("model.", "init_from", "trainable", "optimizer.", "data.", "precision", "compat", "seed")
 # Settings among these that only say how the weights are computed.
 _COMPUTE_SETTINGS = ("model.attention", "model.compile", "data.cache", "data.workers", "data.prefetch")
-# Sizes that decide the shapes of tensors and the order of layers.
+# Sizes that decide the shapes of tensors and the order of layers; the family stands for biases and for the
+# kind of the norms of queries and keys.
 _DECODER_SHAPES = (
     "vocab_size",
     "hidden_size",
@@ -37,7 +38,10 @@ _DECODER_SHAPES = (
     "num_hidden_layers",
     "num_attention_heads",
     "kv_heads",
+    "head_size",
+    "family",
     "swin_norm",
+    "tie_word_embeddings",
 )
 _VISION_SHAPES = (
     "hidden_size",
@@ -48,7 +52,7 @@ _VISION_SHAPES = (
     "patch_size",
 )
 # Constants of the model that no tensor's shape shows.
-_DECODER_CONSTANTS = ("rope_theta", "rms_norm_eps")
+_DECODER_CONSTANTS = ("rope_theta", "rope_scaling", "rms_norm_eps")
 _VISION_CONSTANTS = ("layer_norm_eps",)
 
 
