@@ -38,7 +38,6 @@ _DECODER_SHAPES = (
     "num_hidden_layers",
     "num_attention_heads",
     "kv_heads",
-    "head_size",
     "family",
     "swin_norm",
     "tie_word_embeddings",
@@ -128,7 +127,9 @@ def check_fits(metadata: CheckpointMetadata, sizes: ModelSizes, vocabulary: Voca
         where: the setting and the weights, for the message.
     """
     if metadata.sizes is not None:
-        _check_same(metadata.sizes.decoder, sizes.decoder, _DECODER_SHAPES, where, "decoder")
+        own_head_dim = metadata.sizes.decoder.head_dim or sizes.decoder.head_dim
+        fields = (*_DECODER_SHAPES, "head_size") if own_head_dim else _DECODER_SHAPES
+        _check_same(metadata.sizes.decoder, sizes.decoder, fields, where, "decoder")
         if metadata.sizes.vision is not None and sizes.vision is None:
             raise ConfigError(f"{where}: it has a vision tower, this stage's model has none (model.vision)")
         if metadata.sizes.vision is not None and sizes.vision is not None:
