@@ -144,7 +144,8 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
         (
             "model.decoder.tie_word_embeddings=true",
             r"trainable: 'lm_head' is model\.embed_tokens in this model, "
-            r"whose decoder has tie_word_embeddings; name model or model\.embed_tokens, and leave lm_head out$",
+            r"whose decoder has tie_word_embeddings; name model or model\.embed_tokens, "
+            r"and leave lm_head out$",
         ),
         (
             "model.decoder.attention_bias=true",
