@@ -141,6 +141,32 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
             "trainable=[vit, adaptor]",
             r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter",
         ),
+        (
+            "model.decoder.tie_word_embeddings=true",
+            r"trainable: 'lm_head' is model\.embed_tokens in this model, "
+            r"whose decoder has tie_word_embeddings; name model or model\.embed_tokens, "
+            r"and leave lm_head out$",
+        ),
+        (
+            "model.decoder.attention_bias=true",
+            r"`model\.decoder`: attention_bias is Qwen2's, which has `qk_norm: none`, found layer_shared",
+        ),
+        (
+            ("model.decoder.qk_norm=rms", "model.decoder.swin_norm=true"),
+            r"`model\.decoder`: swin_norm is Chameleon's, which has a LayerNorm as qk_norm, found rms",
+        ),
+        (
+            "model.decoder.head_dim=8",
+            r"`model\.decoder`: head_dim 8 times 2 heads is not hidden_size 32, as in Chameleon",
+        ),
+        (
+            "model.decoder.rope_scaling={rope_type: linear, factor: 2, beta_fast: 3}",
+            r"`model\.decoder\.rope_scaling`: rope_type linear has no beta_fast",
+        ),
+        (
+            "model.decoder.rope_scaling={rope_type: dynamic, factor: 2}",
+            r"rope_type`: Input should be .linear., .llama3. or .yarn., found .dynamic.",
+        ),
         ("trainable=[]", r"`trainable`: List should have at least 1 item"),
         (
             ("data.continuous=none", "trainable=[vit, adapter.0]"),

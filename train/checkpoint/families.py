@@ -117,6 +117,16 @@ def text_fields(fields: Fields, path: Path) -> tuple[str | None, Fields]:
     return kind, fields
 
 
+def ties_inner_embeddings(fields: Fields) -> bool:
+    """Return whether a model with a language model inside ties its embeddings by a field of its own.
+
+    Transformers 5 reads this field of the whole model, which is true by default in Janus'; transformers 4
+    reads the language model's.
+    """
+    kind = fields.get("model_type")
+    return kind in NESTED and bool(fields.get("tie_word_embeddings", kind == "janus"))
+
+
 def decoder_fields(kind: str | None, fields: Fields, path: Path) -> Fields:
     """Return the fields of `DecoderConfig` that a config.json gives, with transformers' defaults.
 

@@ -26,6 +26,13 @@ from unitoken.train.checkpoint.locations import latest_checkpoint
 
 PROGRAM = TESTS / "support" / "rank_program.py"
 BIN = Path(sys.executable).parent
+TIED = (  # a Qwen2 with tied embeddings
+    "model.decoder.qk_norm=none",
+    "model.decoder.attention_bias=true",
+    "model.decoder.num_key_value_heads=1",
+    "model.decoder.tie_word_embeddings=true",
+    "trainable=[vit, adapter, model]",
+)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
 
@@ -68,6 +75,9 @@ def by_two(folder: Path) -> Path:
             "fsdp.reshard=false",
         ),
         dry(folder, "moved", steps=0, stop=4),
+        dry(folder, "tied", *TIED, stop=3),
+        dry(folder, "tied", *TIED),
+        dry(folder, "tied-moved", *TIED, stop=3),
         *other_settings_halfway(folder, "two-changed"),
     )
     return folder / "two"
@@ -105,6 +115,19 @@ def assert_same(run: Path, expected: Path) -> None:
 def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
     """The losses and gradient norms are the same, also when one of the ranks has no image in a microbatch."""
     assert_same(by_two, by_one)
+
+
+def test_two_ranks_train_tied_embeddings_as_one(folder: Path, by_two: Path) -> None:
+    """Stopped and resumed on two ranks; also stopped on two and resumed on one."""
+    train(**dry(folder, "tied-one", *TIED))
+    train(**dry(folder, "tied-moved", *TIED))
+    weights = run_folder.open_checkpoint(folder / "tied-one" / "step-00000005.pt").load()
+    assert "lm_head.weight" not in weights
+    for run in ("tied", "tied-moved"):
+        assert_same(folder / run, folder / "tied-one")
+        found = run_folder.open_checkpoint(folder / run / "step-00000005.pt").load()
+        name = "model.embed_tokens.weight"
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-3, atol=1e-4)
 
 
 def test_two_ranks_change_optimizer_settings_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
