@@ -1,28 +1,36 @@
 """New rows for a vocabulary that a pretrained model's tokenizer lacks."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from support.small_datasets import small_vocabulary
-from support.stages import DECODER
+from support.stages import DECODER, curve, stage, write_data
 from support.tokenizing import tiny_transformers
 from unitoken.codec.config import CodecConfig, ImageTokenizerConfig
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.train.check import check_stage
+from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.growth import Growth
 from unitoken.train.checkpoint.loading import find_weights, load_weights
-from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
+from unitoken.train.checkpoint.locations import find_origin
+from unitoken.train.checkpoint.tensors import TensorSource, open_decoder_folder, parameter_shapes
 from unitoken.train.config import VOCABULARY_MATRICES, DecoderConfig, GrowConfig, ModelConfig
 from unitoken.train.model.unitoken import UniToken, build_model
+from unitoken.train.stage import run_stage
 
 Init = Literal["mean", "normal", "codebook"]
 OLD, SPARE, GROWN = 50, 60, 192  # ids of the tokenizer, rows of the checkpoint, rows after growth
+pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 IDS = torch.randint(0, OLD, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -164,3 +172,89 @@ def test_a_new_decoder_gets_the_same_kind_of_rows() -> None:
             assert found[OLD:].std(0).max() < 1e-4
             found, drawn = found[:OLD], drawn[:OLD]
         assert torch.equal(found, drawn), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and a pretrained model whose tokenizer lacks image codes."""
+    folder = tmp_path_factory.mktemp("growth")
+    write_data(folder / "data")
+    write_pretrained(folder / "pretrained", SPARE)
+    return folder
+
+
+def write_pretrained(folder: Path, rows: int) -> None:
+    model = build(rows)
+    load_weights(model, {}, seed=3)
+    folder.mkdir()
+    save_file(dict(model.state_dict()), folder / "model.safetensors")
+    config = {**DECODER, "vocab_size": rows, "model_type": "chameleon", "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def run(folder: Path, name: str, *overrides: str) -> dict[str, Tensor]:
+    """Run a stage on the pretrained model in folder `name`, and return its weights."""
+    config = stage(
+        folder,
+        f"save.folder={folder / name}",
+        f"model.decoder={folder / 'pretrained'}",
+        "model.grow.init=mean",
+        "trainable=[new_rows, adapter]",
+        *overrides,
+    )
+    run_stage(config, check_stage(config, 1))
+    return run_folder.open_weights(find_origin(config.save.folder)).load()
+
+
+def test_stages_grow_a_model_once_and_go_on_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a pretrained folder to Stage I, to Stage II, and to an export that is the next stage's decoder."""
+    before = open_decoder_folder(str(folder / "pretrained")).load()
+    one = run(folder, "one", "max_duration=5ba")
+    printed = capsys.readouterr().out
+    assert "lm_head.weight: rows 50 to 191 are new (mean)" in printed
+    adapter = sum(tensor.numel() for name, tensor in one.items() if name.startswith("adapter."))
+    assert f"trains {2 * (GROWN - OLD) * 32 + adapter:,} parameters in 6 tensors" in printed
+    for name, tensor in before.items():
+        if name in VOCABULARY_MATRICES:
+            assert one[name].shape == (GROWN, 32)
+            assert torch.equal(one[name][:OLD], tensor[:OLD]), name
+            # Moments as small as their epsilon: rows of one batch move by other steps than by decay.
+            assert one[name][OLD:].std(0).max() > 1e-3
+        else:
+            assert torch.equal(one[name], tensor), name
+    # The first step has a learning rate of 0: these are the weights that the stages begin with.
+    two = run(folder, "two", f"init_from={folder}/one", "max_duration=1ba", "trainable=[model, lm_head]")
+    export_model(str(folder / "one"), folder / "export", "fp32")
+    three = run(folder, "three", f"model.decoder={folder}/export", "max_duration=1ba")
+    assert "are new" not in capsys.readouterr().out
+    for name in before:
+        assert torch.equal(two[name], one[name]), name
+        assert torch.equal(three[name], one[name]), name
+
+
+def test_init_from_a_pretrained_folder_grows_it(folder: Path) -> None:
+    decoder = f"model.decoder={json.dumps({**DECODER, 'vocab_size': SPARE})}"
+    found = run(folder, "from", decoder, f"init_from={folder}/pretrained", "max_duration=1ba")
+    expected = run(folder, "as-decoder", "max_duration=1ba")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_spare_rows_are_enough_if_the_vocabulary_fits(folder: Path) -> None:
+    write_pretrained(folder / "spare", 165)
+    found = run(folder, "fits", f"model.decoder={folder}/spare", "max_duration=1ba")
+    before = open_decoder_folder(str(folder / "spare")).load()
+    for name in VOCABULARY_MATRICES:
+        assert found[name].shape == (165, 32)
+        assert torch.equal(found[name][:OLD], before[name][:OLD])
+        assert found[name][OLD:].std(0).max() < 1e-4
+
+
+def test_a_learning_rate_of_new_rows_is_theirs_alone(folder: Path) -> None:
+    start, found = (
+        run(folder, f"scaled-{steps}", f"max_duration={steps}ba", "optimizer.lr_scales={new_rows: 0}")
+        for steps in (1, 3)
+    )
+    moved = {name.split(".")[0] for name, tensor in found.items() if not torch.equal(tensor, start[name])}
+    assert moved == {"adapter"}
+    assert len(curve(folder / "scaled-3")) == 3
