@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,25 +87,19 @@ def build_optimizer(
             matching = [entry for entry in config.lr_scales if matches(entry, name)]
             decays = compat or not ("norm" in name or name.endswith("bias"))
             groups.setdefault((max(matching, key=len, default="rest"), decays), []).append(parameter)
-    row_groups = [] if new_rows is None else [_group_of_rows(matrices, config, new_rows)]
-    unused = set(config.lr_scales) - {name for name, _ in groups} - {group["name"] for group in row_groups}
+    built = []
+    if new_rows is not None:
+        # AdamW would decay all rows: `decay_new_rows` decays the new ones instead.
+        rows = {"first_row": new_rows.start, "row_decay": config.weight_decay}
+        built = [_group(matrices, NEW_ROWS, config, weight_decay=0.0) | rows]
+    unused = set(config.lr_scales) - {name for name, _ in groups} - {group["name"] for group in built}
     if unused:
         raise ConfigError(f"optimizer.lr_scales: '{sorted(unused)[0]}' names no parameter that is trained")
     order = [*config.lr_scales, "rest"]
+    for name, decays in sorted(groups, key=lambda key: (order.index(key[0]), not key[1])):
+        built.append(_group(groups[name, decays], name, config, decays * config.weight_decay))
     return torch.optim.AdamW(
-        [
-            *row_groups,
-            *(
-                {
-                    "params": groups[name, decays],
-                    "name": name,
-                    "lr_scale": config.lr_scales.get(name, 1.0),
-                    "lr": 0.0,
-                    "weight_decay": config.weight_decay if decays else 0.0,
-                }
-                for name, decays in sorted(groups, key=lambda key: (order.index(key[0]), not key[1]))
-            ),
-        ],
+        built,
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
@@ -114,21 +109,15 @@ def build_optimizer(
     )
 
 
-def _group_of_rows(
-    matrices: Sequence[nn.Parameter], config: OptimizerConfig, rows: range
-) -> dict[str, object]:
-    """Return a group of matrices of which only some rows are trained.
-
-    AdamW would decay all rows: `decay_new_rows` decays the new ones instead, by `row_decay`.
-    """
+def _group(
+    parameters: Sequence[nn.Parameter], name: str, config: OptimizerConfig, weight_decay: float
+) -> dict[str, Any]:
     return {
-        "params": matrices,
-        "name": NEW_ROWS,
-        "lr_scale": config.lr_scales.get(NEW_ROWS, 1.0),
+        "params": parameters,
+        "name": name,
+        "lr_scale": config.lr_scales.get(name, 1.0),
         "lr": 0.0,
-        "weight_decay": 0.0,
-        "row_decay": config.weight_decay,
-        "first_row": rows.start,
+        "weight_decay": weight_decay,
     }
 
 

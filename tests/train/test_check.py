@@ -164,7 +164,7 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
         ),
         (
             ("model.decoder.vocab_size=49", "model.grow={}"),
-            r"the datasets has 50 ids and model\.decoder rows for 49 \(vocab_size\), so it is not this model's",
+            r"50 ids and model\.decoder rows for 49 \(vocab_size\), so it is not this model's tokenizer",
         ),
         ("model.grow={init: median}", r"`model\.grow\.init`: Input should be 'mean', 'normal' or 'codebook'"),
         ("model.grow={init: codebook}", r"model\.grow: init 'codebook' needs `codec`"),
