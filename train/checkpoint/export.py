@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
-from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer, hash_tensors
 from unitoken.common.cli import report, warn
 from unitoken.common.files import AsideFolder
 from unitoken.dataset.manifest import VOCABULARY, Manifest
@@ -120,6 +120,9 @@ def export_model(
         fields = _config(metadata, tokenizer, image_tokenizer, DTYPES[dtype])
         files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
         mark = {"vocabulary": metadata.vocabulary.fingerprint, **_origin_fields(origin), "files": files}
+        if image_tokenizer is not None:  # so that data made with the export counts as made with the original
+            noted = {"fingerprint": image_tokenizer.fingerprint, "tensors": hash_tensors(folder.path)}
+            mark["image_tokenizer"] = noted
         fields["unitoken"] = {**mark, "sha256": compute_digests(folder.path, fields)}
         _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
