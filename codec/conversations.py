@@ -8,9 +8,10 @@
 An image is a path, a URL (`data:` too), its bytes, {"base64": text}, or {"bytes": ..., "path": ...} as
 Hugging Face's `datasets` stores it.
 
-Turns alternate, human first. Every `<|image|>` in the text is the place of one image, in order; without any,
-the images come before the first human turn. `<image>` is read as `<|image|>` if there are as many as images.
-The last assistant turn may be null, which leaves it for a model to write.
+Turns alternate, human first; a turn from `system` may come before them. Every `<|image|>` in the text is the
+place of one image, in order; without any, the images come before the first human turn. `<image>` is read as
+`<|image|>` if there are as many as images. The last assistant turn may be null, which leaves it for a model
+to write.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class Conversation:
     """Paths, URLs or bytes, in the order of the images in the text."""
     turns_left_out: int = 0
     """The turns that an adapter left out."""
+    system: Turn | None = None
+    """A turn before the others, which is not trained on."""
 
 
 def brief(value: object, limit: int = 60) -> str:
@@ -183,12 +186,13 @@ def item_id(item: object, name: str) -> str:
     return checked_text(str(given), "the id")
 
 
-def parse(item: object, name: str) -> Conversation:
+def parse(item: object, name: str, prepend_system: bool = False) -> Conversation:
     """Check one item of the input against the rules in this module's docstring.
 
     Args:
         item: the item, or the ItemError of the source that could not read it.
         name: the id if the item has none.
+        prepend_system: put the text of a system turn before that of the first human turn.
 
     Raises:
         ItemError: the item breaks a rule.
@@ -203,22 +207,44 @@ def parse(item: object, name: str) -> Conversation:
         has_key = "conversations" in item
         found = f"found {brief(raw_turns)}" if has_key else f"the item's keys are {brief(list(item))}"
         raise ItemError(f"no conversations: expected a list of turns under 'conversations', {found}")
-    texts = [_text(turn, number, last=number == len(raw_turns) - 1) for number, turn in enumerate(raw_turns)]
+    has_system = _is_system(raw_turns[0]) and len(raw_turns) > 1
+    if has_system and prepend_system:
+        raw_turns, has_system = _with_system_prepended(raw_turns), False
+    first = -1 if has_system else 0
+    numbered = list(enumerate(raw_turns, first))  # the first human turn is turn 0
+    texts = [_text(turn, number, last=number == numbered[-1][0]) for number, turn in numbered]
     images = tuple(_image(image) for image in pictures_of(item))
     texts = _standard_placeholders(texts, len(images))
     written = sum(text.count(IMAGE_PLACEHOLDER) for text in texts if text is not None)
     if written == 0:
-        texts[0] = f"{IMAGE_PLACEHOLDER} " * len(images) + (texts[0] or "")
+        texts[-first] = f"{IMAGE_PLACEHOLDER} " * len(images) + (texts[-first] or "")
     elif written != len(images):
         given = f"{len(images)} image{'s' if len(images) != 1 else ''}"
         raise ItemError(f"image counts differ: {written} {IMAGE_PLACEHOLDER} in the text but {given}")
     turns = tuple(
-        Turn(tuple(text.split(IMAGE_PLACEHOLDER)), trained=number % 2 == 1)
-        for number, text in enumerate(texts)
+        Turn(tuple(text.split(IMAGE_PLACEHOLDER)), trained=number > 0 and number % 2 == 1)
+        for (number, _), text in zip(numbered, texts, strict=True)
         if text is not None
     )
     left_out = item.get(LEFT_OUT)
-    return Conversation(name, turns, images, left_out if isinstance(left_out, int) else 0)
+    left_out = left_out if isinstance(left_out, int) else 0
+    if has_system:
+        return Conversation(name, turns[1:], images, left_out, system=turns[0])
+    return Conversation(name, turns, images, left_out)
+
+
+def _is_system(turn: object) -> bool:
+    role = turn.get("from") if isinstance(turn, dict) else None
+    return isinstance(role, str) and role.lower() == "system"
+
+
+def _with_system_prepended(turns: list[Any]) -> list[Any]:
+    """Put the text of the first turn, the system's, before that of the second, where both are text."""
+    system, human, *others = turns
+    value = human.get("value") if isinstance(human, dict) else None
+    if not isinstance(system.get("value"), str) or not isinstance(value, str):
+        return turns
+    return [{**human, "value": "\n\n".join(filter(None, (system["value"], value)))}, *others]
 
 
 def refuse_empty(conversation: Conversation) -> None:
@@ -235,6 +261,10 @@ def _text(turn: Any, number: int, last: bool) -> str | None:
             f"bad turn: turn {number}: expected an object with 'from' and 'value', found {brief(turn)}"
         )
     role, text = turn["from"], turn["value"]
+    if number == -1:  # a system turn
+        if not isinstance(text, str):
+            raise ItemError(f"turn without text: the system turn: expected text, found {brief(text)}")
+        return checked_text(text, "the system turn")
     if not isinstance(role, str) or role.lower() not in ROLES[number % 2]:
         raise ItemError(
             f"wrong turn order: turn {number} is from {brief(role)}, expected '{ROLES[number % 2][0]}'"

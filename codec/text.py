@@ -7,6 +7,7 @@ plain characters. With `compat: unitoken` it becomes the token, as in the refere
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,37 @@ class TextEncoder:
             raise ItemError(f"text that forges a special token: {brief(text)} is one by itself")
         middle = len(text) // 2
         return [*self.encode(text[:middle], start), *self.encode(text[middle:], start=False)]
+
+    def count_of_beginning(
+        self, text: str, ids: Sequence[int], length: int, start: bool, *, shared: bool
+    ) -> int:
+        """Return how many of a text's ids belong to its first `length` characters.
+
+        Args:
+            text: the whole text.
+            ids: what `encode` returned for it.
+            length: of the beginning.
+            start: as for `encode`.
+            shared: count a token that begins there and ends behind it.
+        """
+        if length == 0:
+            return 0
+        if self._tokenizer.is_fast:
+            encoding = self._tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=not self._compat,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            if tuple(encoding["input_ids"]) == tuple(ids):
+                return sum(
+                    (begin if shared else end - 1) < length for begin, end in encoding["offset_mapping"]
+                )
+        alone = self.encode(text[:length], start)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False))
+        count = sum(1 for _ in same)
+        return count + (shared and count < len(alone))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Return the ids; short texts are cached: questions and empty texts repeat, and each takes 50 us."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
 from unitoken.common.config import Config, first_problem
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
+from unitoken.dataset.vocabulary import CHAMELEON, LATENTS_PER_GRID_UNIT, Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, Store, StoreError
 
@@ -44,6 +45,12 @@ class VisionTokenizer(Config):
     precision: str
 
 
+def without_later_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out fields that older versions do not have where they say what these versions did."""
+    older = {"layout": CHAMELEON, "system": None}
+    return {name: value for name, value in fields.items() if name not in older or value != older[name]}
+
+
 class Manifest(Config):
     """What a dataset was made from and with, and its counts: `items == samples + rejected`."""
 
@@ -53,6 +60,8 @@ class Manifest(Config):
     vision: VisionTokenizer
     target_size: int = pydantic.Field(gt=0, le=1 << 14)
     adapter: str = "standard"
+    layout: str = CHAMELEON
+    system: str | None = None  # what became of system turns, where the settings say it
     crop: str
     crop_position: str = "center"
     seed: int = 0  # of random crops
@@ -92,7 +101,7 @@ class Manifest(Config):
 
     def dump(self) -> bytes:
         """Return the content of the manifest file."""
-        return json.dumps(self.model_dump(), indent=1, sort_keys=True).encode() + b"\n"
+        return json.dumps(without_later_fields(self.model_dump()), indent=1, sort_keys=True).encode() + b"\n"
 
 
 def read_manifest(store: Store) -> Manifest:

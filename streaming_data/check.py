@@ -26,9 +26,10 @@ def check_sources(sources: Sequence[StreamSource], config: DataConfig, views: Vi
     Raises:
         ConfigError: a stream has images, and none of them fits into a pack.
     """
+    vocabulary = load_vocabulary(sources[0].folder, sources[0].manifest.vocabulary)
     for source in sources:
-        check_images_fit(source, config, views)
-    return load_vocabulary(sources[0].folder, sources[0].manifest.vocabulary)
+        check_images_fit(source, config, views, vocabulary)
+    return vocabulary
 
 
 def check_streams_vocabulary(sources: Sequence[StreamSource], vocabulary: Vocabulary, owner: str) -> None:

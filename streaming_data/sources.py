@@ -67,6 +67,12 @@ def open_sources(config: DataConfig) -> list[StreamSource]:
     sources = [_open_source(name, stream, config.cache_folder) for name, stream in config.streams.items()]
     first = sources[0]
     for other in sources[1:]:
+        if other.manifest.layout != first.manifest.layout:
+            raise ConfigError(
+                f"streams '{first.name}' and '{other.name}' have different layouts: {first.folder} has "
+                f"'{first.manifest.layout}', {other.folder} has '{other.manifest.layout}'; "
+                "tokenize both with one layout"
+            )
         if other.manifest.vocabulary != first.manifest.vocabulary:
             raise ConfigError(
                 f"streams '{first.name}' and '{other.name}' have different vocabularies: "

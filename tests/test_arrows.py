@@ -15,7 +15,10 @@ PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize
 FORBIDDEN = {("tokenize", "streaming_data"), ("train", "tokenize"), ("streaming_data", "codec")}
 # The same inside a package: its sub-packages, and the modules that stand beside them.
 INSIDE = {
-    "codec": ("config", "image_tokenizer", "conversations", "text", "sequence"),
+    "codec": (
+        *("config", "image_tokenizer", "conversations", "text", "sequence"),
+        *("chat_template", "tokenizer_vocabulary"),
+    ),
     "streaming_data": (
         "arrays",
         "kinds",

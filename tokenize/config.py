@@ -1,7 +1,10 @@
 """The settings of a tokenization. `yamls/tokenize/chameleon.yaml` explains each for those who fill it in."""
 
+from __future__ import annotations
+
 from typing import Literal
 
+import pydantic
 from pydantic import Field
 
 from unitoken.codec.config import ImageTokenizerConfig
@@ -14,6 +17,13 @@ class TokenizeConfig(Config):
     tokenizer: Name
     """Folder or Hugging Face hub id of the text tokenizer."""
     vision: ImageTokenizerConfig
+    layout: Name = "chameleon"
+    """How conversations and images become tokens: `chameleon`, `chat_template` (the tokenizer's), `emu3`, or
+    the YAML file of a layout of your own."""
+    system: Literal["reject", "prepend"] | None = None
+    """What becomes of an item with a system turn: `prepend` puts its text before the first question. By
+    default the layout decides; where it has no system turns, `adapter: standard` rejects the item and the
+    other adapters prepend."""
     adapter: Name = "standard"
     """A name in adapters.py, or path/to/file.py:function."""
     target_size: int = Field(default=512, ge=2, le=2**14)
@@ -37,4 +47,10 @@ class TokenizeConfig(Config):
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     """The run ends with status 1 if a larger fraction of the items is rejected."""
     compat: Literal["unitoken"] | None = None
-    """Repeat the reference's rules, also where ours differ."""
+    """Repeat the reference's rules, also where ours differ; for the layout `chameleon`."""
+
+    @pydantic.model_validator(mode="after")
+    def _compat_has_the_layout_of_the_reference(self) -> TokenizeConfig:
+        if self.compat is not None and self.layout != "chameleon":
+            raise ValueError(f"layout: compat 'unitoken' needs 'chameleon', found '{self.layout}'")
+        return self

@@ -12,21 +12,23 @@ import time
 from collections import Counter
 
 from unitoken.codec.conversations import Conversation, ItemError, parse, refuse_empty
+from unitoken.codec.sequence import check_system_turn
 from unitoken.common.cli import notify
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decoded
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.rejects import kind_of
 from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.adapters import ADAPTERS, Adapter, find_adapter
+from unitoken.tokenize.sources.adapters import ADAPTERS, Adapter, find_adapter, prepends_system
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
 
 COUNT = 200
 SECONDS = 60.0  # for pictures behind a slow network; the run itself finds what is not seen by then
 
 
-def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
+def check_first_items(config: TokenizeConfig, input: reader.Input, vocabulary: Vocabulary) -> None:
     """Check that at least one of the first `COUNT` items can be used.
 
     An input of fewer items is only reported: it is soon done, and its rejects tell more.
@@ -44,7 +46,7 @@ def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
     end = time.monotonic() + SECONDS
     for item in items:
         try:
-            conversation = _parse_item(adapter, item, config.compat is not None)
+            conversation = _parse_item(adapter, item, config, vocabulary)
             for source in conversation.images:
                 if time.monotonic() > end:
                     return
@@ -60,30 +62,35 @@ def check_first_items(config: TokenizeConfig, input: reader.Input) -> None:
         (kind, count), *_ = reasons.most_common(1)
         raise ConfigError(
             f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}"
-            f"{_adapter_hint(config, tried)}"
+            f"{_adapter_hint(config, tried, vocabulary)}"
         )
-    hint = _adapter_hint(config, tried) if tried else ""
+    hint = _adapter_hint(config, tried, vocabulary) if tried else ""
     if hint:
         notify(f"none of the {len(tried)} items can be used{hint}")
 
 
-def _parse_item(adapter: Adapter, item: reader.RawItem, compat: bool) -> Conversation:
+def _parse_item(
+    adapter: Adapter, item: reader.RawItem, config: TokenizeConfig, vocabulary: Vocabulary
+) -> Conversation:
     if isinstance(item.value, ItemError):
         raise item.value
-    conversation = parse(adapter(item.value), "")  # type: ignore[arg-type]
-    if not compat:
+    prepends = prepends_system(config, vocabulary)
+    conversation = parse(adapter(item.value), "", prepends)  # type: ignore[arg-type]
+    check_system_turn(conversation, vocabulary)
+    if config.compat is None:
         refuse_empty(conversation)
     return conversation
 
 
-def _adapter_hint(config: TokenizeConfig, items: list[reader.RawItem]) -> str:
+def _adapter_hint(config: TokenizeConfig, items: list[reader.RawItem], vocabulary: Vocabulary) -> str:
     """Return the end of a sentence that names the adapter reading the most items; "" if it is configured."""
 
     def count_readable(name: str) -> int:
         adapter, count = find_adapter(name), 0
+        settings = config.model_copy(update={"adapter": name})
         for item in items:
             with contextlib.suppress(ItemError):
-                _parse_item(adapter, item, config.compat is not None)
+                _parse_item(adapter, item, settings, vocabulary)
                 count += 1
         return count
 

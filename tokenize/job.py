@@ -24,8 +24,8 @@ from pydantic_core import PydanticSerializationError
 
 from unitoken.common.config import Config
 from unitoken.common.errors import ConfigError, one_line
-from unitoken.dataset.manifest import VOCABULARY, VisionTokenizer
-from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.dataset.manifest import VOCABULARY, VisionTokenizer, without_later_fields
+from unitoken.dataset.vocabulary import CHAMELEON, Vocabulary
 from unitoken.storage.store import MissingError, Store, StoreError
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.output import Output
@@ -43,6 +43,8 @@ class JobFile(Config):
     vocabulary: str  # fingerprint
     vision: VisionTokenizer
     adapter: str
+    layout: str = CHAMELEON
+    system: str | None = None
     target_size: int
     crop: str
     crop_position: str
@@ -50,6 +52,13 @@ class JobFile(Config):
     max_tokens: int | None
     compat: str | None
     max_reject_fraction: float  # no byte depends on it: a later start may change it
+
+    @pydantic.model_serializer(mode="wrap")
+    def _as_older_versions(
+        self, serialize: pydantic.SerializerFunctionWrapHandler, info: pydantic.SerializationInfo
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return without_later_fields(fields) if info.mode == "json" else fields
 
     def manifest_fields(self) -> dict[str, Any]:
         """Return the fields that the manifest repeats."""

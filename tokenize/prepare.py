@@ -15,12 +15,14 @@ import yaml
 
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer
 from unitoken.codec.text import load_tokenizer
+from unitoken.codec.tokenizer_vocabulary import is_layout_file, tokenizer_vocabulary
 from unitoken.common.config import load_config, parse_config
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE
 from unitoken.common.urls import without_secrets
+from unitoken.dataset.layout import MAX_GRID
 from unitoken.dataset.manifest import MANIFEST, VOCABULARY, read_manifest
-from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID, Vocabulary
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError, is_url
 from unitoken.tokenize.config import TokenizeConfig
@@ -68,17 +70,18 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
     find_adapter(config.adapter)
     files = find_files(sources)
     tokenizer = load_tokenizer(config.tokenizer)
-    vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), vision.codebook_size)
+    vocabulary = tokenizer_vocabulary(tokenizer, vision.codebook_size, config.layout)
     input = cut_once(output, files, config.chunk_size)
     file = JobFile(
         source=input.fingerprint,
         vocabulary=vocabulary.fingerprint,
         vision=vision,
         adapter=adapter,
-        **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter"}),
+        layout=vocabulary.layout_name,
+        **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter", "layout"}),
     )
     if not output.exists(JOB):
-        check_first_items(config, input)
+        check_first_items(config, input, vocabulary)
     return begin_job(output, file, input, vocabulary, config)
 
 
@@ -198,7 +201,12 @@ def _dump_settings(config: TokenizeConfig) -> bytes:
     adapter = f"{_absolute(path)}:{function}" if path else config.adapter
     vision = config.vision.model_copy(update={"weights": _absolute(config.vision.weights)})
     stored = config.model_copy(
-        update={"tokenizer": _absolute(config.tokenizer), "vision": vision, "adapter": adapter}
+        update={
+            "tokenizer": _absolute(config.tokenizer),
+            "vision": vision,
+            "adapter": adapter,
+            "layout": _absolute(config.layout) if is_layout_file(config.layout) else config.layout,
+        }
     )
     fields = stored.model_dump(mode="json", exclude=MACHINE_SETTINGS)
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).encode()

@@ -32,7 +32,7 @@ from unitoken.train.checkpoint.export_mark import check_export_target
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_metadata
-from unitoken.train.config import LogConfig, SaveConfig, StageConfig
+from unitoken.train.config import DecoderConfig, LogConfig, SaveConfig, StageConfig
 from unitoken.train.generation.check_samples import check_samples
 
 
@@ -90,6 +90,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     evaluation_config = _evaluation_config(config)
     _check_save(config.save)
     decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
+    _check_tied_head(config, decoder)
     sizes = ModelSizes(decoder=decoder, vision=vision)
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
     vocabulary = check_sources(train.sources, config.data, views)
@@ -231,6 +232,16 @@ def _check_trainable(config: StageConfig) -> None:
             raise ConfigError(
                 f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: {shown}"
             )
+
+
+def _check_tied_head(config: StageConfig, decoder: DecoderConfig) -> None:
+    """Raise ConfigError if lm_head is to be trained, which a model with tied embeddings does not have."""
+    heads = [name for name in config.trainable if name.split(".")[0] == "lm_head"]
+    if heads and decoder.tie_word_embeddings:
+        raise ConfigError(
+            f"trainable: '{heads[0]}' is model.embed_tokens in this model, whose decoder has "
+            "tie_word_embeddings; name model or model.embed_tokens, and leave lm_head out"
+        )
 
 
 def _is_within(name: str, module: str) -> bool:

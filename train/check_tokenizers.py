@@ -77,7 +77,7 @@ def load_checked_tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
         ConfigError: its vocabulary is not the data's.
     """
     tokenizer = load_tokenizer(codec.tokenizer)
-    loaded = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids))
+    loaded = vocabulary.from_tokenizer(tokenizer.get_vocab(), len(vocabulary.image_ids))
     if loaded.fingerprint != vocabulary.fingerprint:
         raise ConfigError(
             f"codec.tokenizer: {codec.tokenizer} gives a vocabulary with fingerprint "

@@ -16,6 +16,7 @@ from unitoken.common.config import Config, Count, Name
 from unitoken.streaming_data.settings import DataConfig, StreamConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Length = Annotated[int, Field(gt=0, le=2**31)]  # in tokens
 
 
 def _error_with_examples(examples: str) -> WrapValidator:
@@ -46,8 +47,69 @@ Warmup = Annotated[
 ]
 
 
+class RopeScaling(Config):
+    """A scaled rotary embedding; the names are those of the checkpoints' config.json."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    """How many times longer the texts are than those without scaling."""
+    original_max_position_embeddings: Length | None = None
+    """Of llama3 and yarn: the longest text before scaling."""
+    low_freq_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Of llama3: wavelengths above the longest text divided by this are scaled in full."""
+    high_freq_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Of llama3: wavelengths below the longest text divided by this are not scaled."""
+    beta_fast: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Of yarn: frequencies with more rotations than this are not scaled; None: 32."""
+    beta_slow: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Of yarn: frequencies with fewer rotations than this are scaled in full; None: 1."""
+    attention_factor: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Of yarn: factor of queries and keys; None: it follows from `factor`, `mscale` and `mscale_all_dim`."""
+    mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    truncate: bool | None = None
+    """Of yarn: round the borders between scaled and unscaled frequencies to whole dimensions; None: yes."""
+
+    def __str__(self) -> str:
+        numbers = self.model_dump(exclude={"rope_type"}, exclude_none=True)
+        return f"{self.rope_type} ({', '.join(f'{name} {value:g}' for name, value in numbers.items())})"
+
+    @pydantic.model_validator(mode="after")
+    def _has_the_numbers_of_its_type(self) -> RopeScaling:
+        needed, allowed = ROPE_NUMBERS[self.rope_type]
+        given = self.model_dump(exclude={"rope_type"}, exclude_none=True)
+        for name in needed:
+            if name not in given:
+                raise ValueError(f"rope_type {self.rope_type} needs {name}")
+        for name in given:
+            if name not in (*needed, *allowed):
+                raise ValueError(f"rope_type {self.rope_type} has no {name}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            raise ValueError(f"high_freq_factor {high:g} is not above low_freq_factor {low:g}")
+        return self
+
+
+# The numbers that each type of scaling needs, and those that it may have besides.
+ROPE_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+# Of older files, whose decoders were all Chameleon's.
+_OLD_QK_NORMS = {"shared": "layer_shared", "per_head": "layer_per_head"}
+
+
 class DecoderConfig(Config):
-    """A Chameleon decoder; the names are those of the checkpoints' config.json."""
+    """A decoder; the names are those of the checkpoints' config.json.
+
+    The defaults are Chameleon's. Llama's and Mistral's have `qk_norm: none`, Qwen2's also `attention_bias`,
+    and Qwen3's `qk_norm: rms`.
+    """
 
     vocab_size: Annotated[int, Field(gt=0, le=2**24)]
     hidden_size: Count
@@ -56,27 +118,79 @@ class DecoderConfig(Config):
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
     """None: as many as attention heads."""
+    head_dim: Count | None = None
+    """Size of a head; None: hidden_size / num_attention_heads."""
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: Length | None = None
+    """The longest text of the checkpoint's own training; None: not known. Nothing is cut to it."""
     swin_norm: bool = False
-    """Normalise after attention and MLP instead of before; true in the 34B model."""
-    qk_norm: Literal["shared", "per_head"] = "shared"
-    """One gain for all heads (UniToken, Lumina-mGPT) or one per head (transformers)."""
+    """Normalise after attention and MLP instead of before; true in Chameleon 34B."""
+    qk_norm: Annotated[
+        Literal["none", "layer_shared", "layer_per_head", "rms"],
+        pydantic.BeforeValidator(
+            lambda value: _OLD_QK_NORMS.get(value, value) if isinstance(value, str) else value
+        ),
+    ] = "layer_shared"
+    """Norm of queries and keys: none (Llama, Qwen2); a LayerNorm with one gain for all heads (UniToken,
+    Lumina-mGPT) or one per head (transformers' Chameleon); or a root-mean-square norm (Qwen3)."""
+    attention_bias: bool = False
+    """Biases of the query, key and value projections, as in Qwen2."""
+    tie_word_embeddings: bool = False
+    """The token embedding is the output layer, too."""
 
     @property
     def kv_heads(self) -> int:
         """Number of key-value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
+    @property
+    def head_size(self) -> int:
+        """Size of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Size of all heads' queries together."""
+        return self.num_attention_heads * self.head_size
+
+    @property
+    def key_size(self) -> int:
+        """Size of all heads' keys together, and of their values."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def family(self) -> Literal["chameleon", "llama", "qwen2", "qwen3"]:
+        """The family in transformers that has these switches."""
+        if self.qk_norm == "none":
+            return "qwen2" if self.attention_bias else "llama"
+        return "qwen3" if self.qk_norm == "rms" else "chameleon"
+
     @pydantic.model_validator(mode="after")
     def _heads_divide(self) -> DecoderConfig:
-        if self.hidden_size % (2 * self.num_attention_heads):
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % (2 * heads):
+            raise ValueError(f"hidden_size {self.hidden_size} is not an even number times {heads} heads")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim {self.head_dim} is not even, as the rotary embedding needs it")
+        if heads % self.kv_heads:
+            raise ValueError(f"{heads} attention heads can not share {self.kv_heads} key-value heads")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _is_of_a_family(self) -> DecoderConfig:
+        """Refuse mixtures of families, which no program but this one could load."""
+        if self.attention_bias and self.qk_norm != "none":
+            raise ValueError(f"attention_bias is Qwen2's, which has `qk_norm: none`, found {self.qk_norm}")
+        if self.family != "chameleon" and self.swin_norm:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not an even number times {self.num_attention_heads} heads"
+                f"swin_norm is Chameleon's, which has a LayerNorm as qk_norm, found {self.qk_norm}"
             )
-        if self.num_attention_heads % self.kv_heads:
+        if self.family == "chameleon" and self.query_size != self.hidden_size:
             raise ValueError(
-                f"{self.num_attention_heads} attention heads can not share {self.kv_heads} key-value heads"
+                f"head_dim {self.head_dim} times {self.num_attention_heads} heads is not hidden_size "
+                f"{self.hidden_size}, as in Chameleon (qk_norm {self.qk_norm})"
             )
         return self
 

@@ -9,12 +9,12 @@ import numpy as np
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.sidecar import sidecar_errors
-from unitoken.dataset.vocabulary import image_tokens
 from unitoken.streaming_data.arrays import Integers
 from unitoken.streaming_data.kinds import are_of_kinds, kind_numbers
 
 if TYPE_CHECKING:
     from unitoken.dataset.vision_views import Views
+    from unitoken.dataset.vocabulary import Vocabulary
     from unitoken.streaming_data.settings import DataConfig, StreamConfig
     from unitoken.streaming_data.sources import StreamSource
 
@@ -33,7 +33,9 @@ def limit_of(stream: StreamConfig, packed_length: int) -> int:
     return min(stream.max_tokens or packed_length, packed_length)
 
 
-def check_images_fit(source: StreamSource, config: DataConfig, views: Views | None) -> None:
+def check_images_fit(
+    source: StreamSource, config: DataConfig, views: Views | None, vocabulary: Vocabulary
+) -> None:
     """Check that a stream's smallest question image and smallest generated image fit into a pack.
 
     A sample also has text, and other images may be larger: over-long samples are counted when the plan is
@@ -48,14 +50,18 @@ def check_images_fit(source: StreamSource, config: DataConfig, views: Views | No
         source.check_file(SIDECAR)
         uses = _image_uses(source)
         if "question" in uses:
-            _check_fits(source, config, views if config.continuous != "none" else None, "question")
+            with_features = views if config.continuous != "none" else None
+            _check_fits(source, config, with_features, vocabulary, "question")
         if "generated" in uses:
-            _check_fits(source, config, views if config.continuous == "all" else None, "generated")
+            with_features = views if config.continuous == "all" else None
+            _check_fits(source, config, with_features, vocabulary, "generated")
 
 
-def _check_fits(source: StreamSource, config: DataConfig, views: Views | None, use: str) -> None:
+def _check_fits(
+    source: StreamSource, config: DataConfig, views: Views | None, vocabulary: Vocabulary, use: str
+) -> None:
     """Raise ConfigError if the smallest image of a use is too long; `views` is None if it has no features."""
-    limit, block = limit_of(source.config, config.packed_length), _smallest_block(source)
+    limit, block = limit_of(source.config, config.packed_length), _smallest_block(source, vocabulary)
     cost = _smallest_cost(source, use, limit - block, views) if views is not None else 0
     if block + cost > limit:
         key = f"streams.{source.name}.max_tokens" if limit < config.packed_length else "packed_length"
@@ -66,10 +72,10 @@ def _check_fits(source: StreamSource, config: DataConfig, views: Views | None, u
         )
 
 
-def _smallest_block(source: StreamSource) -> int:
+def _smallest_block(source: StreamSource, vocabulary: Vocabulary) -> int:
     """Return the tokens of a stream's smallest image."""
-    latent = source.manifest.vision.downsampling
-    return min(image_tokens(height // latent, width // latent) for width, height in source.manifest.crops())
+    latent, image = source.manifest.vision.downsampling, vocabulary.image
+    return min(image.count(height // latent, width // latent) for width, height in source.manifest.crops())
 
 
 def _image_uses(source: StreamSource) -> set[str]:

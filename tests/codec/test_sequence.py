@@ -10,7 +10,7 @@ from unitoken.codec.conversations import ItemError, parse
 from unitoken.codec.sequence import assemble, check_length, lay_out
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.dataset.record import Record
-from unitoken.dataset.vocabulary import Vocabulary, image_tokens
+from unitoken.dataset.vocabulary import Vocabulary
 
 TOKENIZER = load_tokenizer(str(GOLDEN / "assets" / "tokenizer"))
 VOCABULARY = Vocabulary.from_tokens(TOKENIZER.get_vocab(), 8192)
@@ -130,8 +130,10 @@ def test_any_conversation_can_be_read_from_its_record(conversation: list[list[tu
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 6), (32, 32)])
-def test_image_tokens_counts_the_tokens_of_a_block(height: int, width: int) -> None:
-    assert image_tokens(height, width) == len(VOCABULARY.image_block(np.zeros((height, width), int)))
+def test_the_tokens_of_a_block_are_counted(height: int, width: int) -> None:
+    assert VOCABULARY.image.count(height, width) == len(
+        VOCABULARY.image_block(np.zeros((height, width), int))
+    )
 
 
 def test_too_many_tokens_are_refused() -> None:

@@ -18,7 +18,7 @@ def small_config(**changes: object) -> DecoderConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    return DecoderConfig.model_validate({**sizes, "qk_norm": "per_head", **changes})
+    return DecoderConfig.model_validate({**sizes, "qk_norm": "layer_per_head", **changes})
 
 
 def build_decoder(config: DecoderConfig, dropout: float = 0.0) -> Decoder:

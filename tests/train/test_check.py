@@ -299,8 +299,11 @@ def test_the_sizes_are_read_from_old_and_new_config_files(tmp_path: Path) -> Non
         {**sizes, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
         {NORM: (2, 16)},
     )
-    assert read_decoder(str(old)).model_dump() == {**read_decoder(str(new)).model_dump(), "qk_norm": "shared"}
-    assert read_decoder(str(new)).qk_norm == "per_head"
+    assert read_decoder(str(old)).model_dump() == {
+        **read_decoder(str(new)).model_dump(),
+        "qk_norm": "layer_shared",
+    }
+    assert read_decoder(str(new)).qk_norm == "layer_per_head"
     assert read_decoder(str(new)).rope_theta == 5e5
     whole = write_checkpoint(
         tmp_path / "siglip", {"vision_config": {"hidden_size": 48}, "text_config": {}}, {"a": (1,)}
@@ -311,7 +314,7 @@ def test_the_sizes_are_read_from_old_and_new_config_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaled rotary embeddings"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rotary embeddings of type 'dynamic'"),
         ({"attention_bias": True}, "`attention_bias` is True; only False is supported"),
         ({"vocab_size": "many"}, r"config\.json: vocab_size: Input should be a valid integer"),
     ],

@@ -28,7 +28,7 @@ class Passage(NamedTuple):
 def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[Passage]:
     """Cut a record into passages, in order."""
     trained = record.labels() >= 0
-    special_names = {getattr(vocabulary, name): token for name, token in SPECIAL_NAMES.items()}
+    special_names = names_of_turns(vocabulary, tokenizer)
     images = {
         int(start): (int(end), f"[image {height}x{width}]")
         for start, end, height, width in record.image_spans
@@ -57,6 +57,15 @@ def describe(record: Record, vocabulary: Vocabulary, tokenizer: Any) -> list[Pas
     return passages
 
 
+def names_of_turns(vocabulary: Vocabulary, tokenizer: Any) -> dict[int, str]:
+    """Return the names of the special tokens that stand between turns, by their ids."""
+    if vocabulary.layout is None:
+        return {getattr(vocabulary, name): token for name, token in SPECIAL_NAMES.items()}
+    names = {token: name for name, token in vocabulary.layout.names}
+    ids = vocabulary.conversation.special_ids()
+    return {token: names.get(token) or tokenizer.convert_ids_to_tokens(token) for token in ids}
+
+
 class Dataset(NamedTuple):
     """An opened dataset with the text tokenizer that made it."""
 
@@ -83,7 +92,7 @@ def open_dataset(out: str, tokenizer_name: str) -> Dataset:
     from unitoken.codec.text import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_name)
-    found = Vocabulary.from_tokens(tokenizer.get_vocab(), len(vocabulary.image_ids)).fingerprint
+    found = vocabulary.from_tokenizer(tokenizer.get_vocab(), len(vocabulary.image_ids)).fingerprint
     if found != manifest.vocabulary:
         raise ConfigError(
             f"{out}: was made with another tokenizer: its vocabulary is {manifest.vocabulary}, "

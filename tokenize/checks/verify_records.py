@@ -45,7 +45,7 @@ class Rules:
     def placed(self) -> npt.NDArray[np.bool_]:
         """By token id: whether its only place is the first token or an image."""
         placed = np.zeros(self.vocabulary.size, bool)
-        placed[list(self.vocabulary.special_ids - {self.vocabulary.end_of_turn})] = True
+        placed[list(self.vocabulary.placed_ids)] = True
         return placed
 
 
@@ -118,8 +118,9 @@ def _check_image_blocks(
 def _check_special_tokens(
     tokens: npt.NDArray[Any], spans: npt.NDArray[np.uint32], rules: Rules
 ) -> Iterator[str]:
-    if int(tokens[0]) != rules.vocabulary.bos:
-        yield f"begins with token {int(tokens[0])}, expected {rules.vocabulary.bos}"
+    first_ids = rules.vocabulary.conversation.first_ids()
+    if first_ids is not None and int(tokens[0]) not in first_ids:
+        yield f"begins with token {int(tokens[0])}, expected {' or '.join(map(str, sorted(first_ids)))}"
     misplaced = rules.placed[tokens]  # (T,)
     misplaced[0] = False
     for start, end in spans[:, :2].tolist():

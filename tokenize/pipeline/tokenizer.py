@@ -17,12 +17,12 @@ from unitoken.codec.sequence import assemble, check_length
 from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.dataset import images
 from unitoken.dataset.image_files import ImageError
-from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, image_tokens
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT
 from unitoken.storage.store import is_url, split
 from unitoken.tokenize.job import Chunk, Job
 from unitoken.tokenize.pipeline.item import Item, Picture, Place, Rejects, Sample, SourceItem
 from unitoken.tokenize.sources import reader
-from unitoken.tokenize.sources.adapters import find_adapter
+from unitoken.tokenize.sources.adapters import find_adapter, prepends_system
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
 
 MAX_THREADS = 8  # that open pictures, where the settings name no number
@@ -44,6 +44,7 @@ class Tokenizer:
         self._text = TextEncoder(load_tokenizer(config.tokenizer), self.vocabulary, self._compat)
         self.vision = load_vision(config.vision, device)
         self._adapter = find_adapter(config.adapter)
+        self._prepends_system = prepends_system(config, self.vocabulary)
         self._pictures = PictureReader(config.allow_http, config.allow_private, config.timeout_seconds)
         self.threads = config.threads or min(MAX_THREADS, os.cpu_count() or 1)
         unit = self.vision.downsampling * LATENTS_PER_GRID_UNIT
@@ -72,7 +73,7 @@ class Tokenizer:
 
     def parse(self, item: SourceItem) -> Item:
         """Check an item in the standard form."""
-        conversation = parse(item.value, item.place.id)
+        conversation = parse(item.value, item.place.id, self._prepends_system)
         if not self._compat:
             refuse_empty(conversation)
         return Item(item.place, conversation, item.folder)
@@ -90,7 +91,8 @@ class Tokenizer:
             except ImageError as error:
                 raise ItemError(f"unusable image: {short_name(source)}: {error}") from None
             height, width = picture.pixels.shape[:2]
-            tokens += image_tokens(height // self.vision.downsampling, width // self.vision.downsampling)
+            latent = self.vision.downsampling
+            tokens += self.vocabulary.image.count(height // latent, width // latent)
             check_length(tokens, self._config.max_tokens, "tokens in its images alone")
             pictures.append(picture)
         return replace(item, pictures=tuple(pictures))

@@ -151,14 +151,15 @@ def without_greeting(turns: list[Raw]) -> tuple[list[Raw], int]:
 
 
 def join_system(turns: list[Raw]) -> list[Raw]:
-    """Put the text of system turns at the beginning of the first human turn, where they all are text."""
+    """Join the system turns before the first human turn to one, where they all are text; drop empty ones."""
     count = _system_turns(turns)
-    texts = [turn["value"] for turn in turns[: count + 1]]
+    texts = [turn["value"] for turn in turns[:count]]
     if not 0 < count < len(turns) or turns[count]["from"] != "human":
         return turns
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) or text is None for text in texts):
         return turns
-    return [{"from": "human", "value": "\n\n".join(filter(None, texts))}, *turns[count + 1 :]]
+    text = "\n\n".join(filter(None, texts))
+    return [*([{"from": "system", "value": text}] if text else []), *turns[count:]]
 
 
 def _system_turns(turns: list[Raw]) -> int:

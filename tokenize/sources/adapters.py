@@ -16,7 +16,8 @@ from typing import Any
 
 from unitoken.codec.conversations import PICTURE_KEYS, ItemError, brief, pictures_of
 from unitoken.dataset.manifest import LEFT_OUT
-from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
+from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
+from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.sources.adapter_fields import (
     EDITED_KEYS,
     SOURCE_KEYS,
@@ -199,3 +200,11 @@ def adapter_fingerprint(name: str) -> str:
     It is the name; of a user's own adapter it is the function's name and a hash of its file.
     """
     return name if name in ADAPTERS else user_adapter_fingerprint(name, ADAPTERS)
+
+
+def prepends_system(config: TokenizeConfig, vocabulary: Vocabulary) -> bool:
+    """Return whether the text of a system turn is put before the first human's."""
+    if config.system is not None:
+        return config.system == "prepend"
+    is_ours = config.adapter in ADAPTERS and config.adapter != "standard"
+    return is_ours and vocabulary.conversation.system is None

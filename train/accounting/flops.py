@@ -6,7 +6,7 @@ A product with an m x n matrix takes 2mn FLOPs a row in the forward pass; in the
 for the gradient of the matrix if it is trained, and as many again for the gradient of the row if anything
 below is trained. So in Stage I each frozen decoder matrix counts twice (it needs no gradient, but the adapter
 below it does) and the frozen patch embedding once. The two products of attention have no weights: they count
-once forward and twice backward. Norms, activations and the rotary embedding are not counted.
+once forward and twice backward. Norms, biases, activations and the rotary embedding are not counted.
 
 The count is what the model needs, not what is computed: padding is left out; attention counts each document's
 own length squared (not halved for causality, as is the custom); only supervised rows meet the output layer;
@@ -103,7 +103,7 @@ class _ForwardPass:
         """Return the FLOPs of attention's two products for a unit of squared length.
 
         Args:
-            width: hidden size, of all heads together.
+            width: size of all heads' queries together.
         """
         return 4.0 * width * (3 if self.input_needs_gradient else 1)
 
@@ -124,25 +124,26 @@ def step_flops(
     forward.pass_uncounted("model.embed_tokens")
 
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    key_size = hidden // decoder.num_attention_heads * decoder.kv_heads
+    query_size, key_size = decoder.query_size, decoder.key_size
     token = square = 0.0
     for number in range(decoder.num_hidden_layers):
         layer = f"model.layers.{number}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         forward.pass_uncounted(f"{layer}.input_layernorm")
         token += forward.multiply({
-            f"{attention}.q_proj": hidden * hidden,
+            f"{attention}.q_proj": hidden * query_size,
             f"{attention}.k_proj": hidden * key_size,
             f"{attention}.v_proj": hidden * key_size,
         })  # fmt: skip
         forward.pass_uncounted(f"{attention}.q_norm", f"{attention}.k_norm")
-        square += forward.attend(hidden)
-        token += forward.multiply({f"{attention}.o_proj": hidden * hidden})
+        square += forward.attend(query_size)
+        token += forward.multiply({f"{attention}.o_proj": query_size * hidden})
         forward.pass_uncounted(f"{layer}.post_attention_layernorm")
         token += forward.multiply({f"{mlp}.gate_proj": hidden * inner, f"{mlp}.up_proj": hidden * inner})
         token += forward.multiply({f"{mlp}.down_proj": hidden * inner})
     forward.pass_uncounted("model.norm")
-    target = forward.multiply({"lm_head": hidden * decoder.vocab_size})
+    head = "model.embed_tokens" if decoder.tie_word_embeddings else "lm_head"
+    target = forward.multiply({head: hidden * decoder.vocab_size})
     return FlopsPerUnit(token, square, view, target)
 
 

@@ -60,13 +60,17 @@ class ParameterCounts:
 def count_parameters(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> ParameterCounts:
     """Count the parameters of a model of these sizes."""
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    head_dim = hidden // decoder.num_attention_heads
-    key_size = decoder.kv_heads * head_dim
-    shared = decoder.qk_norm == "shared"
-    query_norms, key_norms = (1, 1) if shared else (decoder.num_attention_heads, decoder.kv_heads)
-    norms = 2 * hidden + 2 * head_dim * (query_norms + key_norms)
-    layer = 2 * hidden * hidden + 2 * hidden * key_size + 3 * hidden * inner + norms
-    rest, tower = 2 * decoder.vocab_size * hidden + hidden, 0
+    query_size, key_size = decoder.query_size, decoder.key_size
+    biases = query_size + 2 * key_size if decoder.attention_bias else 0
+    rows_of_norms = {  # gains of the norms of queries and keys, and the biases of LayerNorms
+        "none": 0,
+        "layer_shared": 2 * (1 + 1),
+        "layer_per_head": 2 * (decoder.num_attention_heads + decoder.kv_heads),
+        "rms": 1 + 1,
+    }
+    norms = 2 * hidden + decoder.head_size * rows_of_norms[decoder.qk_norm]
+    layer = 2 * hidden * query_size + 2 * hidden * key_size + biases + 3 * hidden * inner + norms
+    rest, tower = (1 if decoder.tie_word_embeddings else 2) * decoder.vocab_size * hidden + hidden, 0
     if vision is not None:
         size, wide = vision.hidden_size, vision.intermediate_size
         tower_layer = 4 * (size * size + size) + 2 * size * wide + wide + size + 4 * size
@@ -77,7 +81,14 @@ def count_parameters(decoder: DecoderConfig, vision: VisionTowerConfig | None) -
 
 
 def decoder_layer_bytes(
-    decoder: DecoderConfig, mode: RecomputeMode, *, width: int, trains: bool, mask: int = 0, dropout: int = 1
+    decoder: DecoderConfig,
+    mode: RecomputeMode,
+    *,
+    width: int,
+    trains: bool,
+    mask: int = 0,
+    dropout: int = 1,
+    repeats: bool = True,
 ) -> int:
     """Return the bytes per token that a decoder layer keeps for the backward pass.
 
@@ -89,20 +100,24 @@ def decoder_layer_bytes(
         mask: bytes of a token's row of the attention mask. Sdpa keeps a copy in each layer; flex has one mask
             for all.
         dropout: bytes of an element of dropout's mask: 1 on a GPU, 4 on a CPU, 0 without dropout.
+        repeats: whether keys and values are repeated for all heads of a group: by sdpa, and not by flex.
     """
     hidden, inner, heads = decoder.hidden_size, decoder.intermediate_size, decoder.num_attention_heads
-    key_size = hidden // heads * decoder.kv_heads
+    query_size, key_size = decoder.query_size, decoder.key_size
     if mode == "full":
         return width * hidden  # the layer's input
     if mode == "selective":
         # Input; query, key, value; attention and its log-sum-exp; o_proj; gate and up; down.
-        return width * (hidden + hidden + 2 * key_size + hidden + hidden + 2 * inner + hidden) + 4 * heads
+        return width * (3 * hidden + 2 * query_size + 2 * key_size + 2 * inner) + 4 * heads
     # Input and scale; normalised, and times the gain for the next product.
     norm = 4 * hidden + 4 + trains * 2 * width * hidden
-    # Inputs and normalised; means and scales.
-    head_norms = 4 * (hidden + key_size) * (1 + trains) + 8 * (heads + decoder.kv_heads)
+    head_norms = 0
+    if decoder.family == "chameleon":  # inputs and normalised; means and scales
+        head_norms = 4 * (query_size + key_size) * (1 + trains) + 8 * (heads + decoder.kv_heads)
+    elif decoder.qk_norm == "rms":  # the same, rounded, and without means
+        head_norms = (4 + trains * width) * (query_size + key_size) + 4 * (heads + decoder.kv_heads)
     # Query, key and value, repeated to the same number of heads; output; log-sum-exp.
-    attention = width * 4 * hidden + 4 * heads + mask
+    attention = width * 2 * (query_size + (query_size if repeats else key_size)) + 4 * heads + mask
     mlp = width * (3 + trains) * inner  # gate, its silu, up; their product
     return 2 * norm + head_norms + attention + mlp + 2 * dropout * hidden
 
@@ -179,12 +194,19 @@ class _Step:
 
     def layer_bytes(self) -> dict[RecomputeMode, int]:
         """Return the bytes per token that a decoder layer keeps in each mode."""
-        mask = self.width * self.config.data.packed_length if self.config.model.attention == "sdpa" else 0
+        sdpa = self.config.model.attention == "sdpa"
+        mask = self.width * self.config.data.packed_length if sdpa else 0
         dropout = 1 if self.config.model.dropout else 0
         trains = self.trains("model")
         return {
             mode: decoder_layer_bytes(
-                self.decoder, mode, width=self.width, trains=trains, mask=mask, dropout=dropout
+                self.decoder,
+                mode,
+                width=self.width,
+                trains=trains,
+                mask=mask,
+                dropout=dropout,
+                repeats=sdpa,
             )
             for mode in MODES
         }
@@ -227,13 +249,15 @@ class _Step:
             copies = 2 * copied if self.width == 2 else 0
             return _GatheredBytes(copies, copies, copies, 0)
         trained_rest = number.rest if self.trains("model") else 0
+        # Of embeddings and output layer; with tied embeddings they are the same.
+        output_layer = trained_rest if self.decoder.tie_word_embeddings else trained_rest / 2
 
         def two_units(size: int, trains: bool) -> float:
             """Return the bytes of two gathered units plus gradients in reduction.
 
             The root unit stays gathered, with the output layer's gradients.
             """
-            gathered = self.width * (number.rest + 2 * size + trained_rest / 2)
+            gathered = self.width * (number.rest + 2 * size + output_layer)
             return gathered + trains * (self.width + self.reduced) * size
 
         other_layers = self.width * (number.total - number.rest - number.layer)

@@ -84,7 +84,8 @@ class Samples(Callback):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Load the tokenizers and encode the prompts, which are the same each time."""
         with ranks.share_errors(), composer_trainer.evaluation_mode(state) as network:
-            self._dialogue = Dialogue(self._codec, str(network.lm_head.weight.device))
+            device = str(network.output_weight.device)
+            self._dialogue = Dialogue(self._codec, self._vocabulary, device)
             check_trained_vocabulary(self._dialogue.vocabulary, self._vocabulary, "the data")
             requests = [build_prompt(text) for text in self._config.draw]
             self._requests = self._dialogue.encode(requests, self._crops)

@@ -29,7 +29,8 @@ _MACHINE_PATHS = ("save.folder", "data.cache")
 _WEIGHT_SETTINGS = ("model.", "init_from", "trainable", "optimizer.", "data.", "precision", "compat", "seed")
 # Settings among these that only say how the weights are computed.
 _COMPUTE_SETTINGS = ("model.attention", "model.compile", "data.cache", "data.workers", "data.prefetch")
-# Sizes that decide the shapes of tensors and the order of layers.
+# Sizes that decide the shapes of tensors and the order of layers; the family stands for biases and for the
+# kind of the norms of queries and keys.
 _DECODER_SHAPES = (
     "vocab_size",
     "hidden_size",
@@ -37,7 +38,9 @@ _DECODER_SHAPES = (
     "num_hidden_layers",
     "num_attention_heads",
     "kv_heads",
+    "family",
     "swin_norm",
+    "tie_word_embeddings",
 )
 _VISION_SHAPES = (
     "hidden_size",
@@ -48,7 +51,7 @@ _VISION_SHAPES = (
     "patch_size",
 )
 # Constants of the model that no tensor's shape shows.
-_DECODER_CONSTANTS = ("rope_theta", "rms_norm_eps")
+_DECODER_CONSTANTS = ("rope_theta", "rope_scaling", "rms_norm_eps")
 _VISION_CONSTANTS = ("layer_norm_eps",)
 
 
@@ -124,7 +127,9 @@ def check_fits(metadata: CheckpointMetadata, sizes: ModelSizes, vocabulary: Voca
         where: the setting and the weights, for the message.
     """
     if metadata.sizes is not None:
-        _check_same(metadata.sizes.decoder, sizes.decoder, _DECODER_SHAPES, where, "decoder")
+        own_head_dim = metadata.sizes.decoder.head_dim or sizes.decoder.head_dim
+        fields = (*_DECODER_SHAPES, "head_size") if own_head_dim else _DECODER_SHAPES
+        _check_same(metadata.sizes.decoder, sizes.decoder, fields, where, "decoder")
         if metadata.sizes.vision is not None and sizes.vision is None:
             raise ConfigError(f"{where}: it has a vision tower, this stage's model has none (model.vision)")
         if metadata.sizes.vision is not None and sizes.vision is not None:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer, hash_tensors
 from unitoken.common.cli import report, warn
+from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
 from unitoken.dataset.manifest import VOCABULARY, Manifest
 from unitoken.dataset.vocabulary import Vocabulary, image_code_name
@@ -104,6 +105,7 @@ def export_model(
     _restore_previous(out)
     origin = find_origin(source)
     metadata = read_complete_metadata(origin, stage)
+    _check_family(origin, metadata.sizes.decoder)
     if origin.is_file():
         check_checkpoint(origin)
     weights = _in_transformers_layout(run_folder.open_weights(origin), metadata.sizes)
@@ -128,6 +130,12 @@ def export_model(
         _publish(folder, out)
     if codec is None:
         report(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights")
+
+
+def _check_family(origin: Path, decoder: DecoderConfig) -> None:
+    """Raise ConfigError for a decoder that is not Chameleon's, whose layout is not written yet."""
+    if decoder.family != "chameleon" or decoder.tie_word_embeddings or decoder.rope_scaling:
+        raise ConfigError(f"{origin}: a {decoder.family} decoder is not exported yet, only Chameleon's is")
 
 
 def _origin_fields(origin: Path) -> dict[str, Any]:
@@ -193,7 +201,7 @@ def _previous(out: Path) -> Path:
 
 def _in_transformers_layout(source: TensorSource, sizes: ModelSizes) -> TensorSource:
     """Convert query and key norms to transformers' row for each head, and check the shapes of all weights."""
-    decoder = sizes.decoder.model_copy(update={"qk_norm": "per_head"})
+    decoder = sizes.decoder.model_copy(update={"qk_norm": "layer_per_head"})
     model = build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision))
     expected = parameter_shapes(model)
     fitted = fit_norms(source, expected)
@@ -283,7 +291,7 @@ def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
     }
-    return {**decoder.model_dump(), "num_key_value_heads": decoder.kv_heads, **fixed}
+    return {**decoder.model_dump(exclude_none=True), "num_key_value_heads": decoder.kv_heads, **fixed}
 
 
 def _vision_fields(vision: VisionTowerConfig) -> dict[str, Any]:

@@ -15,6 +15,13 @@ import pydantic
 
 from unitoken.common.config import ConfigT, first_problem
 from unitoken.common.errors import ConfigError
+from unitoken.train.checkpoint.families import (
+    NESTED,
+    check_tensors,
+    decoder_fields,
+    decoder_names,
+    text_fields,
+)
 from unitoken.train.checkpoint.locations import CONFIG, checkpoint_folder
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 
@@ -104,34 +111,30 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def read_decoder(source: str) -> DecoderConfig:
-    """Read the sizes of a Chameleon checkpoint (transformers' `save_pretrained`, Lumina-mGPT, UniToken).
+    """Read the sizes of a decoder's checkpoint (transformers' `save_pretrained`, Lumina-mGPT, UniToken).
 
     Args:
         source: a folder or a hub id.
 
     Raises:
-        ConfigError: no such folder, not a Chameleon decoder, or a feature that the model's code does not
-            support.
+        ConfigError: no such folder, a family that is not supported, a feature that the model's code does not
+            support, or heads or tied embeddings that are not those of the tensors.
     """
     folder = checkpoint_folder(source)
     path = folder / CONFIG
-    fields = _read_json(path)
-    _check_field(path, fields, "hidden_act", "silu")
-    for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-        _check_field(path, fields, key, False)
-    rope = fields.get("rope_parameters") or {}  # where transformers 5 keeps rope_theta
-    if fields.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"{path}: scaled rotary embeddings are not supported")
-    sizes = {key: fields[key] for key in DecoderConfig.model_fields if fields.get(key) is not None}
-    if "rope_theta" in rope:
-        sizes["rope_theta"] = rope["rope_theta"]
-    norm = stored_tensors(folder).get(FIRST_NORM)
-    if norm is None:
-        raise ConfigError(f"{folder}: not a Chameleon decoder: the tensor '{FIRST_NORM}' is missing")
-    # Exported folders have the field: their files have a row for each head even where all rows are equal.
-    if "qk_norm" not in sizes:
-        sizes["qk_norm"] = "shared" if norm.shape[:1] == (1,) else "per_head"
-    return _validate(DecoderConfig, sizes, path)
+    kind, fields = text_fields(_read_json(path), path)
+    sizes = decoder_fields(kind, fields, path)
+    stored = stored_tensors(folder)
+    shapes = {ours: stored[name].shape for ours, name in decoder_names(stored).items()}
+    if kind in (None, "chameleon"):
+        norm = shapes.get(FIRST_NORM)
+        if norm is None:
+            raise ConfigError(f"{folder}: not a Chameleon decoder: the tensor '{FIRST_NORM}' is missing")
+        # Exported folders have the field: their files have a row for each head even where all rows are equal.
+        sizes.setdefault("qk_norm", "layer_shared" if norm[:1] == (1,) else "layer_per_head")
+    decoder = _validate(DecoderConfig, sizes, path)
+    check_tensors(decoder, shapes, folder)
+    return decoder
 
 
 def read_vision(source: str) -> VisionTowerConfig:
@@ -157,8 +160,12 @@ def read_vision(source: str) -> VisionTowerConfig:
 
 
 def has_vision(folder: Path) -> bool:
-    """Return whether a decoder's folder has sizes of a tower: exported folders do, UniToken's do not."""
-    return "vision_config" in _read_json(folder / CONFIG)
+    """Return whether a decoder's folder has sizes of a tower: exported folders do, UniToken's do not.
+
+    The towers of Emu3 and Janus are not of this project's kind.
+    """
+    fields = _read_json(folder / CONFIG)
+    return "vision_config" in fields and fields.get("model_type") not in NESTED
 
 
 def _validate(model: type[ConfigT], fields: dict[str, Any], path: Path) -> ConfigT:

@@ -13,6 +13,7 @@ from unitoken.train.checkpoint.tensors import (
     Shapes,
     TensorSource,
     compare_shapes,
+    drop_tied_head,
     fit_norms,
     open_decoder_folder,
     open_vision_folder,
@@ -51,7 +52,7 @@ def find_weights(
     expected = _shapes_by_part(parameter_shapes(model))
     shapes: dict[str, tuple[Shapes, Shapes]] = {}  # of each file or folder: found, and expected of it
     for part, source in parts.items():
-        parts[part] = fit_norms(source, expected.get(part, {}))
+        parts[part] = drop_tied_head(fit_norms(source, expected.get(part, {})), expected.get(part, {}))
         found, needed = shapes.setdefault(source.where, ({}, {}))
         found |= parts[part].shapes
         needed |= expected.get(part, {})

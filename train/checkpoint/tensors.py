@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unitoken.common.errors import ConfigError
+from unitoken.train.checkpoint.families import EMBEDDING, HEAD, decoder_names
 from unitoken.train.checkpoint.integrity import check_finite, check_tensor_file
 from unitoken.train.checkpoint.layouts import stored_tensors
 from unitoken.train.checkpoint.locations import checkpoint_folder
@@ -52,17 +53,14 @@ def parameter_shapes(model: nn.Module) -> Shapes:
 
 
 def open_decoder_folder(source: str) -> TensorSource:
-    """Open a Chameleon checkpoint.
+    """Open a decoder's checkpoint.
 
     It has `model.*` and `lm_head.*`, and if it is UniToken's or exported by us also `vit.*` and `adapter.*`.
-    The VQ-VAE that transformers keeps in `model.vqmodel` is left out, as it has no part in training, and so
-    is the tower's pooling head in UniToken's checkpoints.
 
     Args:
         source: a folder or a hub id.
     """
-    unused = ("model.vqmodel.", "vit.head.")
-    return _open_folder(source, lambda names: {name: name for name in names if not name.startswith(unused)})
+    return _open_folder(source, decoder_names)
 
 
 def open_vision_folder(source: str) -> TensorSource:
@@ -144,7 +142,7 @@ def fit_norms(source: TensorSource, expected: Shapes) -> TensorSource:
         if not (tensor == tensor[:1]).all():
             raise ConfigError(
                 f"{source.where}: {name} differs from head to head, "
-                "the model has one for all (qk_norm: shared)"
+                "the model has one for all (qk_norm: layer_shared)"
             )
 
     def read(names: Collection[str]) -> Tensors:
@@ -159,6 +157,28 @@ def fit_norms(source: TensorSource, expected: Shapes) -> TensorSource:
 
     fitted = {name: (count, *source.shapes[name][1:]) for name, count in rows.items()}
     return TensorSource(source.where, source.shapes | fitted, read)
+
+
+def drop_tied_head(source: TensorSource, expected: Shapes) -> TensorSource:
+    """Leave out an output layer that is a copy of the embeddings, for a model that has one tensor for both.
+
+    Args:
+        source: the weights.
+        expected: the shapes of the model's parameters.
+
+    Raises:
+        ConfigError: it is no copy. They are compared now, as only the first rank loads weights.
+    """
+    embedding = f"model.{EMBEDDING}"
+    if HEAD not in source.shapes or HEAD in expected:
+        return source
+    tensors = source.read([HEAD, embedding])
+    if not torch.equal(tensors[HEAD], tensors[embedding]):
+        raise ConfigError(
+            f"{source.where}: {HEAD} differs from {embedding}, the model has one tensor for both "
+            "(tie_word_embeddings: true)"
+        )
+    return source._replace(shapes={name: shape for name, shape in source.shapes.items() if name != HEAD})
 
 
 def check_shapes(

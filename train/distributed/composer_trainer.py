@@ -323,7 +323,7 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
     """
     network: UniToken = state.model.network
     modes = [(module, module.training) for module in network.modules()]
-    device = network.lm_head.weight.device
+    device = network.output_weight.device
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)  # sampling on a GPU uses a sum that has no deterministic form
     with (

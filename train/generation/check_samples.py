@@ -10,7 +10,8 @@ from unitoken.codec.image_tokenizer.files import check_decoder, find_image_token
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decode
-from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, MAX_GRID
+from unitoken.dataset.layout import MAX_GRID
+from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT
 from unitoken.train.checkpoint.metadata import PictureCrops
 from unitoken.train.config import SamplesConfig
 from unitoken.train.generation.prompts import build_prompt, read_image

@@ -138,7 +138,7 @@ def _reply(request: Request, checked: CheckedRequest, sampling: Sampling) -> Non
 
     config, device = request.config, "cuda" if torch.cuda.is_available() else "cpu"
     assert config.codec is not None, "check_request"
-    dialogue = Dialogue(config.codec, device)
+    dialogue = Dialogue(config.codec, checked.trained_vocabulary, device)
     _check_vocabulary(dialogue.vocabulary, request.checkpoint, checked)
     vision = checked.vision
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
@@ -247,7 +247,8 @@ def _identity(request: Request, checked: CheckedRequest, sampling: Sampling) -> 
     weights = [origin] if origin.is_file() else sorted(origin.glob("*.safetensors"))
     prompts = hashlib.sha256()
     for conversation in request.conversations:
-        prompts.update(repr([turn.segments for turn in conversation.turns]).encode())
+        turns = [conversation.system] if conversation.system else []
+        prompts.update(repr([turn.segments for turn in [*turns, *conversation.turns]]).encode())
         for image in conversation.images:
             prompts.update(image if isinstance(image, bytes) else image.encode())
     images = [_file_stamp(path) for path in image_files(request.conversations)]

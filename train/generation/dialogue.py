@@ -40,16 +40,20 @@ class Dialogue:
 
     Args:
         config: the text tokenizer and the image tokenizer.
+        trained: the vocabulary of the model, which names the layout; None: Chameleon's layout.
         device: of the image tokenizer.
 
     Raises:
         ConfigError: one of them can not be loaded.
     """
 
-    def __init__(self, config: CodecConfig, device: str = "cpu") -> None:
+    def __init__(self, config: CodecConfig, trained: Vocabulary | None = None, device: str = "cpu") -> None:
         self.tokenizer: Any = load_tokenizer(config.tokenizer)
         self.vision = load_vision(config.vision, device)
-        self.vocabulary = Vocabulary.from_tokens(self.tokenizer.get_vocab(), self.vision.codebook_size)
+        tokens, codes = self.tokenizer.get_vocab(), self.vision.codebook_size
+        self.vocabulary = (
+            trained.from_tokenizer(tokens, codes) if trained else Vocabulary.from_tokens(tokens, codes)
+        )
         self._text = TextEncoder(self.tokenizer, self.vocabulary)
         self._batch = config.vision.batch_size
 

@@ -32,7 +32,7 @@ from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.checkpoint.metadata import read_sizes
-from unitoken.train.checkpoint.tensors import check_shapes, fit_norms, parameter_shapes
+from unitoken.train.checkpoint.tensors import check_shapes, drop_tied_head, fit_norms, parameter_shapes
 from unitoken.train.config import ModelConfig
 from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, choose_tokens, generator_of
 from unitoken.train.model.decoder import KVCache, dense_document_mask
@@ -64,8 +64,9 @@ def load_model(config: ModelConfig, checkpoint: str | Path) -> UniToken:
     model = build_model(*read_sizes(origin, config), config)
     if origin.is_file():
         check_checkpoint(origin)
-    source = fit_norms(run_folder.open_weights(origin), parameter_shapes(model))
-    check_shapes(source.shapes, parameter_shapes(model), source.where)
+    expected = parameter_shapes(model)
+    source = drop_tied_head(fit_norms(run_folder.open_weights(origin), expected), expected)
+    check_shapes(source.shapes, expected, source.where)
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     return model.eval()
 
@@ -194,7 +195,7 @@ def generate(
     numbers = range(len(prompts)) if numbers is None else numbers
     collate = collate or PromptCollate(_views_of(model))
     shared = _Model(model, vocabulary, collate, sampling, broadcast)
-    grammar = Grammar(vocabulary, sizes, model.lm_head.weight.device)
+    grammar = Grammar(vocabulary, sizes, model.output_weight.device)
     order = sorted(range(len(prompts)), key=[collate.length(prompt) for prompt in prompts].__getitem__)
     replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch):
@@ -272,7 +273,7 @@ class _Context:
     """The cache of the tokens read so far in each row, and `logits` (R, vocabulary) of the next token."""
 
     def __init__(self, model: UniToken, batch: Batch, room: int) -> None:
-        self._model, device = model, model.lm_head.weight.device
+        self._model, device = model, model.output_weight.device
         documents = batch["document_ids"]
         rows, length = documents.shape
         # (R, length + room): which places of the cache hold a token.

@@ -45,7 +45,10 @@ def parse_prompt(item: Any, name: str) -> Conversation:
 def _without_answer(item: Any) -> Any:
     """Remove the last turn of an item that ends with an answer, and the images in it."""
     turns = item.get("conversations") if isinstance(item, dict) else None
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
+    if not isinstance(turns, list) or not turns:
+        return item
+    has_system = isinstance(turns[0], dict) and turns[0].get("from") == "system"
+    if (len(turns) - has_system) % 2:
         return item
     item = {**item, "conversations": turns[:-1]}
     answer = turns[-1].get("value") if isinstance(turns[-1], dict) else None

@@ -1,7 +1,7 @@
 """The grammar of replies, which allows the next tokens, and the sampling of one by the model's logits.
 
-A turn is text and images, up to the token that ends it. The block of an image follows its grammar to the last
-newline:
+A turn is text and images, up to the token that ends it. The block of an image follows its layout to the last
+token. In Chameleon's:
 
     text ... image_start  height  width  codes, newline, ... image_end  text ... end_of_turn
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
+from unitoken.dataset.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,22 @@ class Grammar:
             [token for token in range(vocabulary.size) if token not in excluded], of_image=False
         )
         self.codes = self._choices(vocabulary.image_ids)
-        self.longest = max((len(list(vocabulary.image_grammar(*size))) for size in sizes), default=0)
-        grids = [(self._grid(height), self._grid(width)) for height, width in sizes]
-        self.heights = self._choices(sorted({height for height, _ in grids}))
-        self.widths = {
-            height: self._choices(sorted({w for h, w in grids if h == height})) for height, _ in grids
+        self.longest = max((vocabulary.image.count(*size) for size in sizes), default=0)
+        self._headers = {vocabulary.image.header_ids(*size): size for size in sizes}
+        self._next_in_header = {
+            header[:length]: self._choices(
+                sorted({other[length] for other in self._headers if other[:length] == header[:length]})
+            )
+            for header in self._headers
+            for length in range(len(header))
         }
-        self.single = {
-            token: self._choices([token])
-            for token in (vocabulary.image_start, vocabulary.newline, vocabulary.image_end)
+        self._single = {
+            token: self._choices([token]) for token in (*vocabulary.image.row_end, *vocabulary.image.end)
         }
 
     def drawing(self) -> GrammarSteps:
         """Generate one image and nothing else."""
-        yield self.single[self.vocabulary.image_start]
-        yield from self._image()
+        yield from self._image(())
 
     def turn(self, max_tokens: int) -> GrammarSteps:
         """Generate text and images up to the end of the turn or `max_tokens`; images are finished."""
@@ -92,25 +93,22 @@ class Grammar:
                 return
             count += 1
             if token == self.vocabulary.image_start:
-                count += yield from self._image()
+                count += yield from self._image((token,))
 
-    def _image(self) -> Generator[Choices, int, int]:
-        """Generate an image after its start token; return the number of tokens."""
-        height = yield self.heights
-        width = yield self.widths[height]
-        block = list(self.vocabulary.image_grammar(self._latents(height), self._latents(width)))[3:]
+    def _image(self, header: tuple[int, ...]) -> Generator[Choices, int, int]:
+        """Generate an image of which `header` is there already; return the number of tokens."""
+        there = len(header)
+        while header not in self._headers:
+            token = yield self._next_in_header[header]
+            header = (*header, token)
+        size = self._headers[header]
+        block = list(self.vocabulary.image_grammar(*size))[len(header) :]
         for allowed in block:
-            yield self.codes if allowed is self.vocabulary.image_ids else self.single[allowed[0]]
-        return 2 + len(block)
+            yield self.codes if allowed is self.vocabulary.image_ids else self._single[allowed[0]]
+        return len(header) - there + len(block)
 
     def _choices(self, ids: Sequence[int], *, of_image: bool = True) -> Choices:
         return Choices(torch.tensor(ids, dtype=torch.int64, device=self.device), of_image)
-
-    def _grid(self, latents: int) -> int:
-        return self.vocabulary.grid_ids[latents // LATENTS_PER_GRID_UNIT - 1]
-
-    def _latents(self, grid: int) -> int:
-        return LATENTS_PER_GRID_UNIT * (self.vocabulary.grid_ids.index(grid) + 1)
 
 
 def guided(logits: Tensor, null: Tensor, guidance: float) -> Tensor:

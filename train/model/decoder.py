@@ -1,17 +1,19 @@
-"""Chameleon's decoder in plain torch, for packed sequences.
+"""A decoder in plain torch, for packed sequences: Chameleon's, Llama's, Mistral's, Qwen2's or Qwen3's.
 
 Parameter names are those of the Hugging Face checkpoints (`embed_tokens`, `layers.N.self_attn.q_proj`, ...,
-`norm`). Chameleon differs from Llama in two ways: query and key pass a LayerNorm over the head dimension
-before the rotary embedding, and both residual branches have dropout (attention has none). `swin_norm` is the
-34B model's variant.
+`norm`). The families are one network with switches, which are the fields of `DecoderConfig`. Chameleon
+differs from Llama in that query and key pass a LayerNorm over the head dimension before the rotary embedding;
+Qwen3 has a root-mean-square norm there, Qwen2 has biases. All have dropout on both residual branches
+(attention has none). `swin_norm` is the variant of Chameleon 34B.
 
 Positions and documents are inputs: tokens attend to earlier tokens of the same document only.
 
-Shapes: P packs (rows), L positions, H query heads, K key-value heads, D head dimension, hidden = H * D.
+Shapes: P packs (rows), L positions, H query heads, K key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unitoken.train.config import DecoderConfig
+from unitoken.train.config import DecoderConfig, RopeScaling
 from unitoken.train.model import activation_checkpointing
 
 if TYPE_CHECKING:  # takes three seconds to import, and sdpa does not need it
@@ -107,18 +109,19 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """Return flex attention of (P, H, L, D) tensors."""
+    """Return flex attention (P, H, L, D) of queries (P, H, L, D), keys and values (P, K, L, D)."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    settings: dict[str, Any] = {"block_mask": mask, "enable_gqa": query.shape[1] != key.shape[1]}
     if torch.compiler.is_compiling():  # compiled together with the layer around it
-        return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
+        return cast(Tensor, flex_attention(query, key, value, **settings))
     if query.is_cuda:
-        return cast(Tensor, _compiled(flex_attention)(query, key, value, block_mask=mask))
+        return cast(Tensor, _compiled(flex_attention)(query, key, value, **settings))
     with warnings.catch_warnings():
         # Newer versions of torch warn that eager flex attention is slow; on the CPU it is for tests.
         warnings.simplefilter("ignore")
         try:
-            return cast(Tensor, flex_attention(query, key, value, block_mask=mask))
+            return cast(Tensor, flex_attention(query, key, value, **settings))
         except NotImplementedError:  # torch 2.11 has no gradient of it on a CPU
             return _dense_attention(query, key, value, mask)
 
@@ -129,7 +132,32 @@ def _dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask)
 
     rows, _, length, _ = query.shape
     allowed = create_mask(mask.mask_mod, rows, 1, length, length, device=str(query.device))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    return _sdpa(query, key, value, allowed)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return attention (P, H, L, D) of queries (P, H, L, D) to keys and values (P, K, S, D).
+
+    Args:
+        query: (P, H, L, D).
+        key: (P, K, S, D).
+        value: (P, K, S, D).
+        mask: which keys each query sees. Without one a single query sees all keys; several are in a causal
+            order, with no keys before theirs.
+    """
+    rows, heads, length, size = query.shape
+    groups = key.shape[1]
+    if groups != heads and length == 1:
+        # All queries see the same keys: the heads of a group are computed like places of one head, and the
+        # cache is not copied.
+        query = query.view(rows, groups, heads // groups, size)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).view(rows, heads, 1, size)
+    if groups != heads:
+        # With `enable_gqa` torch 2.7 has no fast kernel on CPUs (forward and backward take 2.4 times as long
+        # for 1,024 tokens), nor one with a mask on GPUs, and computes whole matrices of probabilities.
+        key, value = (states.repeat_interleave(heads // groups, dim=1) for states in (key, value))
+    causal = mask is None and length > 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
 class RMSNorm(nn.Module):
@@ -165,7 +193,9 @@ class HeadNorm(nn.Module):
         return F.layer_norm(states, states.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
-def compute_rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def compute_rotary(
+    position_ids: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of the rotary embedding (arXiv 2104.09864), each (P, L, D).
 
     They are in float32, as bfloat16 can not tell neighbouring positions apart.
@@ -174,12 +204,61 @@ def compute_rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[T
         position_ids: (P, L), positions inside the document.
         head_dim: D.
         theta: base of the wavelengths.
+        scaling: how the frequencies are scaled for longer texts, or None.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     with torch.autocast(position_ids.device.type, enabled=False):
-        angles = position_ids[:, :, None].float() * (1.0 / theta**exponents)
+        frequencies = 1.0 / theta**exponents
+        if scaling is not None:
+            frequencies = _scale_frequencies(frequencies, theta, scaling)
+        angles = position_ids[:, :, None].float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        factor = _attention_factor(scaling)
+        if factor == 1:
+            return angles.cos(), angles.sin()
+        return angles.cos() * factor, angles.sin() * factor
+
+
+def _scale_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """Scale the frequencies (D / 2) of the rotary embedding, as transformers' modeling_rope_utils.py does."""
+    factor, length = scaling.factor, scaling.original_max_position_embeddings
+    if scaling.rope_type == "linear":
+        return frequencies / factor
+    assert length is not None
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        assert low is not None
+        assert high is not None
+        wavelengths = 2 * math.pi / frequencies
+        unscaled = ((length / wavelengths - low) / (high - low)).clamp(0, 1)
+    else:  # yarn, arXiv 2309.00071
+        size = 2 * len(frequencies)
+        fast, slow = (
+            size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+            for rotations in (scaling.beta_fast or 32, scaling.beta_slow or 1)
+        )
+        if scaling.truncate is not False:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        first, last = max(fast, 0), min(slow, size - 1)
+        places = torch.arange(size // 2, device=frequencies.device, dtype=torch.float32)
+        unscaled = 1 - ((places - first) / (last - first or 0.001)).clamp(0, 1)
+    scaled: Tensor = frequencies / factor * (1 - unscaled) + frequencies * unscaled
+    return scaled
+
+
+def _attention_factor(scaling: RopeScaling | None) -> float:
+    """Return the factor of queries and keys by which yarn keeps attention as sharp in longer texts."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+
+    def logarithmic(scale: float) -> float:
+        return 0.1 * scale * math.log(scaling.factor) + 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return logarithmic(scaling.mscale) / logarithmic(scaling.mscale_all_dim)
+    return logarithmic(1.0)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,10 +268,19 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def _build_head_norm(config: DecoderConfig, heads: int) -> nn.Module:
+    """Build the norm of so many heads of queries or keys; an identity, which has no parameters, for none."""
+    if config.qk_norm == "none":
+        return nn.Identity()
+    if config.qk_norm == "rms":
+        return RMSNorm(config.head_size, config.rms_norm_eps)
+    return HeadNorm(heads if config.qk_norm == "layer_per_head" else 1, config.head_size)
+
+
 class DecoderAttention(nn.Module):
     """Grouped-query self-attention: (P, L, hidden) -> (P, L, hidden).
 
-    Queries and keys pass a norm and the rotary embedding.
+    Queries and keys pass a norm, where the family has one, and the rotary embedding.
 
     Args:
         config: sizes of the decoder.
@@ -202,15 +290,14 @@ class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
-        self.head_dim = config.hidden_size // self.heads
-        shared = config.qk_norm == "shared"
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_norm = HeadNorm(1 if shared else self.heads, self.head_dim)
-        self.k_norm = HeadNorm(1 if shared else self.kv_heads, self.head_dim)
+        self.head_dim = config.head_size
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.key_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.key_size, bias=bias)
+        self.o_proj = nn.Linear(config.query_size, config.hidden_size, bias=False)
+        self.q_norm = _build_head_norm(config, config.num_attention_heads)
+        self.k_norm = _build_head_norm(config, config.kv_heads)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
         """Attend within documents, and to the tokens of `past`.
@@ -231,18 +318,11 @@ class DecoderAttention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves the norms in float32
         if past is not None:
             key, value = past.update(self.layer, key, value)
-        if self.kv_heads != self.heads:
-            key, value = (
-                states.repeat_interleave(self.heads // self.kv_heads, dim=1) for states in (key, value)
-            )
         if mask is not None and not isinstance(mask, Tensor):
             attended = _flex_attention(query, key, value, mask)
         else:
-            # Without a mask a single new token sees the whole cache; several new tokens come with an empty
-            # cache only.
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None and length > 1
-            )
+            # Several new tokens without a mask come with an empty cache only.
+            attended = _sdpa(query, key, value, mask)
         out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(rows, length, -1))
         return out
 
@@ -333,8 +413,8 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer, dropout) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.rope_theta = config.rope_theta
+        self.head_dim = config.head_size
+        self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
 
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, mask: Mask, past: KVCache | None = None
@@ -347,7 +427,7 @@ class Decoder(nn.Module):
             mask: which keys each query sees; None for one document a row.
             past: the cache of earlier tokens, extended by these; or None.
         """
-        cos, sin = compute_rotary(position_ids, self.head_dim, self.rope_theta)
+        cos, sin = compute_rotary(position_ids, self.head_dim, self.rope_theta, self.rope_scaling)
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, past)

@@ -1,9 +1,10 @@
-"""UniToken, base variant: Chameleon's decoder, SigLIP's vision tower, and the adapter between them.
+"""UniToken, base variant: a language model's decoder, SigLIP's vision tower, and the adapter between them.
 
     batch -> embeddings of input_ids, image features put in their positions -> decoder -> loss on supervised
     tokens
 
 Its children have the reference's names: `model`, `lm_head`, and with a vision tower `vit` and `adapter`.
+Without `lm_head` the token embedding is the output layer, too (`tie_word_embeddings`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
@@ -48,7 +50,8 @@ class UniToken(nn.Module):
     ) -> None:
         super().__init__()
         self.model = Decoder(decoder, dropout)
-        self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        if not decoder.tie_word_embeddings:
+            self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         self.vision = vision
         if vision is not None:
             self.vit = VisionTower(vision)
@@ -57,13 +60,20 @@ class UniToken(nn.Module):
         self.attention = attention
         self.masked_ids = masked_ids
 
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight (vocabulary, hidden): the head's, or with tied embeddings theirs."""
+        layer = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+        weight: Tensor = layer.weight
+        return weight
+
     def forward(self, batch: ModelInputs) -> Loss:
         """Return the loss over the supervised tokens of a batch."""
         embeddings = self.embed(batch)
         mask = document_mask(batch["document_ids"], self.attention)
         hidden = self.model(embeddings, batch["position_ids"], mask)
         masked_ids = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
-        return token_loss(hidden, batch["labels"], self.lm_head.weight, self.z_loss, masked_ids)
+        return token_loss(hidden, batch["labels"], self.output_weight, self.z_loss, masked_ids)
 
     def predict(self, batch: ModelInputs, mask: Tensor | None, past: KVCache) -> Tensor:
         """Return the float32 logits (P, vocabulary) of the token after the last one of each row.
@@ -74,8 +84,7 @@ class UniToken(nn.Module):
             past: the cache of the tokens before.
         """
         hidden = self.model(self.embed(batch), batch["position_ids"], mask, past)
-        logits: Tensor = self.lm_head(hidden[:, -1]).float()
-        return logits
+        return F.linear(hidden[:, -1], self.output_weight).float()
 
     def embed(self, batch: ModelInputs) -> Tensor:
         """Return the embeddings (P, L, hidden) of a batch's ids, with image features in their positions."""

@@ -8,7 +8,7 @@ import pytest
 
 from support.small_datasets import BLOCK, make_record, small_vocabulary, write_dataset, write_manifest
 from unitoken.common.errors import ConfigError
-from unitoken.dataset.manifest import SIDECAR
+from unitoken.dataset.manifest import SIDECAR, load_vocabulary
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.feature_cost import check_images_fit
 from unitoken.streaming_data.settings import DataConfig
@@ -43,7 +43,7 @@ def check(folder: Path, packed_length: int, views: Views | None, continuous: str
         }
     )
     for source in open_sources(config):
-        check_images_fit(source, config, views)
+        check_images_fit(source, config, views, load_vocabulary(source.folder))
 
 
 def test_with_anyres_the_smallest_image_of_the_data_decides(tmp_path: Path) -> None:

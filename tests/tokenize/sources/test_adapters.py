@@ -28,7 +28,7 @@ EXAMPLE = DATA / "my_format.py"
 
 
 def adapted(name: str, raw: object) -> Conversation:
-    return parse(find_adapter(name)(raw), "0")  # type: ignore[arg-type]
+    return parse(find_adapter(name)(raw), "0", prepend_system=True)  # type: ignore[arg-type]
 
 
 def texts(conversation: Conversation) -> list[str]:

@@ -61,12 +61,27 @@ def batch() -> dict[str, torch.Tensor]:
     ids=",".join,
 )
 def test_the_flops_of_a_step_are_those_torch_counts(trainable: list[str]) -> None:
-    model = UniToken(DECODER, VISION)
+    assert_counted(DECODER, trainable)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": "rms", "head_dim": 20}, {"qk_norm": "none", "attention_bias": True}]
+)
+@pytest.mark.parametrize("trainable", [["vit", "adapter"], ["model"], ["model.layers.2"]], ids=",".join)
+def test_other_families_flops_are_those_torch_counts(
+    trainable: list[str], changes: dict[str, object]
+) -> None:
+    tied = {**DECODER.model_dump(), **changes, "tie_word_embeddings": True}
+    assert_counted(DecoderConfig.model_validate(tied), trainable)
+
+
+def assert_counted(decoder: DecoderConfig, trainable: list[str]) -> None:
+    model = UniToken(decoder, VISION)
     trained = freeze(model, trainable)
     # The counter does not count the other attention kernels on a CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch()).total.backward()
-    flops = step_flops(DECODER, VISION, trained).total(PACKS * LENGTH, PACKS * LENGTH**2, VIEWS, targets=20)
+    flops = step_flops(decoder, VISION, trained).total(PACKS * LENGTH, PACKS * LENGTH**2, VIEWS, targets=20)
     assert flops == pytest.approx(counter.get_total_flops(), rel=1e-3)  # torch 2.7: the same number
 
 

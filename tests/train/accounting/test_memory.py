@@ -90,7 +90,16 @@ def kept_by_decoder(
     return (everything - bytes_kept(decoder, *inputs)) / TOKENS
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "qk_norm": "per_head"}])
+FAMILIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": 2, "qk_norm": "layer_per_head"},
+    {"num_key_value_heads": 2, "qk_norm": "none", "tie_word_embeddings": True},
+    {"num_key_value_heads": 2, "qk_norm": "none", "attention_bias": True},
+    {"num_key_value_heads": 2, "qk_norm": "rms", "head_dim": 40},
+)
+
+
+@pytest.mark.parametrize("changes", FAMILIES)
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("setting", [*MODES, 2, 4])
 def test_a_decoder_keeps_the_estimate(
@@ -102,8 +111,8 @@ def test_a_decoder_keeps_the_estimate(
         for mode in MODES
     }
     found = kept_by_decoder(setting, trains, dropout=0.1, **changes)
-    tolerance = 0.08 if setting == "full" else 0.02  # the random generator's state is kept as well
-    assert stack_bytes(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=tolerance)
+    found -= 2 * 4 * config.head_size  # cosines and sines, which all layers share
+    assert stack_bytes(setting, config.num_hidden_layers, each) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -136,9 +145,9 @@ def test_recomputing_more_keeps_less() -> None:
     assert none > kept_by_decoder(2, True, 0.1) > full
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"qk_norm": "per_head"}])
+@pytest.mark.parametrize("changes", [*FAMILIES, {"num_key_value_heads": 1}])
 def test_parameters_are_counted_like_those_of_the_model(changes: dict[str, Any]) -> None:
-    decoder = DecoderConfig.model_validate({**DECODER, **changes})
+    decoder = DecoderConfig.model_validate({**DECODER, "num_attention_heads": 4, **changes})
     vision = VisionTowerConfig.model_validate(VISION)
     model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
     assert count_parameters(decoder, vision).total == sum(

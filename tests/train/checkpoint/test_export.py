@@ -143,7 +143,9 @@ def test_an_export_has_all_metadata(folder: Path, exported: Path) -> None:
     assert whole.sizes.vision == VisionTowerConfig.model_validate(VISION)
     assert (
         whole.sizes.decoder.model_dump()
-        == DecoderConfig.model_validate({**DECODER, "num_key_value_heads": 2}).model_dump()
+        == DecoderConfig.model_validate(
+            {**DECODER, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+        ).model_dump()
     )
     fields = json.loads((exported / "config.json").read_bytes())
     files = sorted(path.name for path in exported.iterdir())

@@ -171,7 +171,7 @@ def test_a_published_decoder_is_loaded(
     folder = layout(tmp_path / "decoder", weights)
     expected = part(weights, "model", "lm_head")
     per_head = layout is chameleon
-    assert read_decoder(folder).qk_norm == ("per_head" if per_head else "shared")
+    assert read_decoder(folder).qk_norm == ("layer_per_head" if per_head else "layer_shared")
     model = load(ModelConfig(decoder=folder))
     assert_holds(model, repeat_norms_per_head(expected) if per_head else expected)
     assert parameter_shapes(model).keys() == expected.keys()

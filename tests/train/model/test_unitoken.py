@@ -90,7 +90,7 @@ def test_a_folder_of_transformers_gives_transformers_logits(chameleon: Path) -> 
     assert (chameleon / "model.safetensors.index.json").exists()
     theirs = ChameleonForConditionalGeneration.from_pretrained(chameleon).eval()
     ours = build(str(chameleon), None).eval()
-    assert read_decoder(str(chameleon)).qk_norm == "per_head"
+    assert read_decoder(str(chameleon)).qk_norm == "layer_per_head"
     ids = torch.randint(7, 60, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(input_ids=ids).logits
