@@ -48,13 +48,17 @@ def tensor_files(index: Path) -> list[str]:
         index: the index of a model in several files, which need not exist.
 
     Raises:
-        ConfigError: the index can not be read.
+        ConfigError: the index can not be read, or there is no image tokenizer in it.
     """
     if not index.is_file():
         return ["*.safetensors"]
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         prefix = tensor_prefix(files)
-        return sorted({Path(files[name]).name for name in files if prefix and name.startswith(prefix)})
+        if prefix is None:
+            raise ConfigError(f"{index}: it names no tensor that ends in {CODEBOOK}, an image tokenizer's")
+        return sorted({Path(files[name]).name for name in files if name.startswith(prefix)})
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index}: not readable as an index: {one_line(error, 200)}") from None

@@ -186,6 +186,16 @@ def test_wrong_samples_are_found_before_weights_are_loaded(
         check_stage(config, 1)
 
 
+def test_an_encoder_alone_can_answer_but_not_draw(folder: Path, tmp_path: Path) -> None:
+    alone = encoder_alone(ROOT / "demo/assets/vqgan", tmp_path / "alone")
+    weights = f"codec.vision.weights={alone}"
+    config = settings(folder, "alone", weights, samples=asking(folder))
+    needed = rf"samples\.draw: codec\.vision\.weights: {alone} has transformers' encoder"
+    with pytest.raises(ConfigError, match=needed):
+        check_stage(config, 1)
+    check_stage(settings(folder, "alone", weights, samples=asking(folder, draw=[])), 1)
+
+
 def test_data_of_other_tokenizers_is_refused(tmp_path: Path) -> None:
     from support import stages
 
