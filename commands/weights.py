@@ -69,7 +69,7 @@ def _fetch(name: str, folder: Path, only_image_tokenizer: bool) -> int:
             return sum(Path(path).stat().st_size for path in paths)
 
         if only_image_tokenizer:
-            return fetch([hub.CONFIG, hub.INDEX]) + fetch(hub.tensor_files(folder / hub.INDEX))
+            return fetch([hub.CONFIG, hub.INDEX]) + fetch(hub.files_to_download(folder / hub.INDEX))
         return fetch(PATTERNS)
     except Exception as error:  # errors of the hub, the network and the disk have no common base
         raise DataError(f"{name}: can not be fetched: {one_line(error, 200)}; {GO_ON}") from None

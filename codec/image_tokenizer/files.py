@@ -210,7 +210,7 @@ def _download(config: ImageTokenizerConfig) -> Path:
     if not (path / hub.CONFIG).is_file():
         return path
     _read_config(config.kind, path)  # another kind is refused before gigabytes are downloaded
-    return hub.download(config.weights, hub.tensor_files(path / hub.INDEX))
+    return hub.download(config.weights, hub.files_to_download(path / hub.INDEX))
 
 
 # --- Meta's layout ------------------------------------------------------------------------------------------

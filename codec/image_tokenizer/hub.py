@@ -39,7 +39,7 @@ def tensor_prefix(names: Iterable[str]) -> str | None:
     return next((prefix for prefix in reversed(TENSOR_PREFIXES) if prefix + CODEBOOK in found), None)
 
 
-def tensor_files(index: Path) -> list[str]:
+def files_to_download(index: Path) -> list[str]:
     """Return the names of the safetensors files that hold the image tokenizer's tensors.
 
     A whole model is up to a hundred times larger.

@@ -68,7 +68,7 @@ def test_metas_files_on_the_hub_are_all_that_is_downloaded(
     ]
 
 
-def test_another_kind_is_refused_before_its_tensors_are_downloaded(
+def test_another_layout_is_refused_before_its_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = whole_model(tiny_transformers(tmp_path / "a", "janus"), tmp_path / "whole", "multi_modality")

@@ -12,6 +12,7 @@ from PIL import Image
 from support.drawn import CODEC, ROOM, ROOT, drawing_stage, write_data
 from support.ranks import finish, start
 from support.stages import curve
+from support.tokenizing import encoder_alone
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.samples import sheet
