@@ -93,7 +93,9 @@ def test_the_longest_image_of_anyres_fits_into_a_pack() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda p: p.stem
+    "path",
+    [path for place in ("", "demo/", "open/") for path in sorted(ROOT.glob(f"yamls/{place}[bs]*.yaml"))],
+    ids=lambda p: p.stem,
 )
 def test_every_stage_in_the_repository_loads(path: Path) -> None:
     assert load_config(StageConfig, path).name == path.stem
