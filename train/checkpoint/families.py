@@ -111,7 +111,7 @@ def text_fields(fields: Fields, path: Path) -> tuple[str | None, Fields]:
         if not isinstance(inner, dict):
             raise ConfigError(f"{path}: `text_config`: expected an object, found {type(inner).__name__}")
         kind, fields = inner.get("model_type", NESTED[kind]), inner
-    if kind is not None and kind not in FAMILIES:
+    if kind is not None and (not isinstance(kind, str) or kind not in FAMILIES):
         supported = ", ".join(sorted([*FAMILIES, *NESTED]))
         raise ConfigError(f"{path}: `model_type` {kind!r} is not supported; supported are {supported}")
     return kind, fields

@@ -56,6 +56,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    if not isinstance(kind := fields.get("model_type"), str | None):
+        raise ConfigError(f"{path}: `model_type`: expected text, found {type(kind).__name__}")
     return fields
 
 
