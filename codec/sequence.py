@@ -149,7 +149,9 @@ class _Tokens:
         run, self._run = self._run, []
         if not run:
             return
-        start = self._at_start or self._vocabulary.conversation.text_starts_anew
+        # The reference encodes the first text behind `<s>` as the beginning of a text.
+        is_first = self._at_start if self._vocabulary.layout is None else self._length == 0
+        start = is_first or self._vocabulary.conversation.text_starts_anew
         self._at_start = False
         text = "".join(part for part, _ in run)
         ids = self._text.encode(text, start)

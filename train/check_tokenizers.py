@@ -16,8 +16,9 @@ from unitoken.streaming_data.settings import DataConfig
 
 
 def describe_vocabulary(vocabulary: Vocabulary) -> str:
-    """Return a vocabulary's fingerprint and size, as "0123456789abcdef (65536 tokens)"."""
-    return f"{vocabulary.fingerprint} ({vocabulary.size} tokens)"
+    """Return a vocabulary's fingerprint, size and layout, as "0123456789abcdef (65536 tokens)"."""
+    layout = "" if vocabulary.layout is None else f" in the layout '{vocabulary.layout_name}'"
+    return f"{vocabulary.fingerprint} ({vocabulary.size} tokens{layout})"
 
 
 def check_codec(codec: CodecConfig, vocabulary: Vocabulary, manifests: Iterable[Manifest]) -> list[str]:

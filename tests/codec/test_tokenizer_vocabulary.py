@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.chat_tokenizers import CHATML, LLAMA3, MISTRAL, QWEN3, chat_tokenizer
+from support.paths import GOLDEN
 from unitoken.codec.chat_template import RENDERING, render
 from unitoken.codec.conversations import Conversation, ItemError, parse
 from unitoken.codec.sequence import assemble, lay_out
-from unitoken.codec.text import TextEncoder
+from unitoken.codec.text import TextEncoder, load_tokenizer
 from unitoken.codec.tokenizer_vocabulary import tokenizer_vocabulary
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import IGNORED, Record
@@ -133,6 +134,16 @@ def test_a_template_with_the_date_gives_the_same_ids_each_day() -> None:
     template = CHATML.replace("named SmolLM, trained by", "of ' + strftime_now('%d %B %Y') + '")
     vocabulary = tokenizer_vocabulary(chat_tokenizer(template), 8, "chat_template")
     assert "26 July 2024" in str(vocabulary.conversation.human.opening)
+
+
+def test_a_tokenizer_that_marks_the_first_word_by_a_space_is_read() -> None:
+    tokenizer = load_tokenizer(str(GOLDEN / "assets" / "tokenizer_llama_style"))
+    tokenizer.chat_template = MISTRAL
+    vocabulary = tokenizer_vocabulary(tokenizer, 8, "chat_template")  # compares with the template's ids
+    assert not vocabulary.conversation.text_starts_anew
+    record = lay_out(conversation_of(["Hello", "b"]), [], [], TextEncoder(tokenizer, vocabulary), vocabulary)
+    rendered = render(tokenizer, messages_of(["Hello", "b"]))
+    assert record.tokens.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_a_vocabulary_with_a_layout_is_read_back() -> None:
