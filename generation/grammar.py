@@ -29,7 +29,7 @@ class Choices:
 GrammarSteps = Generator[Choices, int, None]  # yields the choices, is sent the chosen id
 
 
-class Place(NamedTuple):
+class ReplyPlace(NamedTuple):
     """Where in a reply the next token stands.
 
     Attributes:
@@ -41,8 +41,8 @@ class Place(NamedTuple):
     behind: int = 0
 
 
-TEXT = Place(None)
-IMAGE = Place(())  # before the first token of an image
+TEXT = ReplyPlace(None)
+IMAGE = ReplyPlace(())  # before the first token of an image
 
 
 class Grammar:
@@ -80,7 +80,7 @@ class Grammar:
             token: self._choices([token]) for token in (*vocabulary.image.row_end, *vocabulary.image.end)
         }
 
-    def choices(self, place: Place) -> Choices:
+    def choices(self, place: ReplyPlace) -> Choices:
         """Return what may come next; the same object for the same choices."""
         if place.header is None:
             return self.text
@@ -93,16 +93,16 @@ class Grammar:
             return self._single[image.end[column]]
         return self.codes if column < width else self._single[image.row_end[column - width]]
 
-    def after(self, place: Place, token: int) -> Place:
+    def after(self, place: ReplyPlace, token: int) -> ReplyPlace:
         """Return the place behind one of the choices, which does not end the turn."""
         if place.header is None:
-            return Place((token,)) if self._headers and token == self.vocabulary.image_start else TEXT
+            return ReplyPlace((token,)) if self._headers and token == self.vocabulary.image_start else TEXT
         if place.header not in self._headers:
-            return Place((*place.header, token))
+            return ReplyPlace((*place.header, token))
         height, width = self._headers[place.header]
         image, behind = self.vocabulary.image, place.behind + 1
         whole = height * (width + len(image.row_end)) + len(image.end)
-        return TEXT if behind == whole else Place(place.header, behind)
+        return TEXT if behind == whole else ReplyPlace(place.header, behind)
 
     def drawing(self) -> GrammarSteps:
         """Generate one image and nothing else."""

@@ -18,10 +18,10 @@ from transformers import LogitsProcessor
 
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.generation.grammar import IMAGE, TEXT, Grammar, Place
+from unitoken.generation.grammar import IMAGE, TEXT, Grammar, ReplyPlace
 
-END = Place(None, 1)  # the image is drawn: the turn ends
-OVER = Place(None, 2)  # behind the end of the turn, where `generate` pads
+END = ReplyPlace(None, 1)  # the image is drawn: the turn ends
+OVER = ReplyPlace(None, 2)  # behind the end of the turn, where `generate` pads
 
 
 class ImageGrammar(LogitsProcessor):  # type: ignore[misc]
@@ -49,7 +49,7 @@ class ImageGrammar(LogitsProcessor):  # type: ignore[misc]
         self._end = torch.tensor([vocabulary.end_of_turn])
         # The places of the rows in the latest step, by all ids before. Rows of the next step continue these;
         # where they do not, another call of `generate` has begun.
-        self._places: dict[bytes, Place] = {}
+        self._places: dict[bytes, ReplyPlace] = {}
         self._masks: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
     @classmethod
@@ -69,7 +69,7 @@ class ImageGrammar(LogitsProcessor):  # type: ignore[misc]
         """
         return cls(Vocabulary.load(Path(folder) / VOCABULARY), sizes, drawing)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (R, V) with -inf for the tokens that can not follow the ids (R, L)."""
         rows = input_ids.cpu().numpy()
         before = [self._places.get(row[:-1].tobytes()) for row in rows]
@@ -81,10 +81,9 @@ class ImageGrammar(LogitsProcessor):  # type: ignore[misc]
             places = [IMAGE if self._drawing else TEXT] * len(rows)
         self._places = {row.tobytes(): place for row, place in zip(rows, places, strict=True)}
         masks = torch.stack([self._mask(place, scores) for place in places])
-        masked: torch.FloatTensor = scores.masked_fill(masks, float("-inf"))
-        return masked
+        return scores.masked_fill(masks, float("-inf"))
 
-    def _after(self, place: Place, token: int) -> Place:
+    def _after(self, place: ReplyPlace, token: int) -> ReplyPlace:
         if place == OVER or token not in self._allowed(place):
             return OVER
         if place == END or (place == TEXT and token == self._vocabulary.end_of_turn):
@@ -92,10 +91,10 @@ class ImageGrammar(LogitsProcessor):  # type: ignore[misc]
         following = self._grammar.after(place, token)
         return END if self._drawing and following == TEXT else following
 
-    def _allowed(self, place: Place) -> torch.Tensor:
+    def _allowed(self, place: ReplyPlace) -> torch.Tensor:
         return self._end if place == END else self._grammar.choices(place).ids
 
-    def _mask(self, place: Place, scores: torch.Tensor) -> torch.Tensor:
+    def _mask(self, place: ReplyPlace, scores: torch.Tensor) -> torch.Tensor:
         """Return which of the ids (V,) can not come next, on the device of the scores."""
         if place == OVER:
             return torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
