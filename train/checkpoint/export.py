@@ -133,16 +133,24 @@ def export_model(
         _write_metadata(folder.path, metadata, tokenizer)
         torch_name = str(DTYPES[dtype]).removeprefix("torch.")
         fields = model_config(metadata, tokenizer, image_tokenizer, torch_name)
-        files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
-        mark = {"vocabulary": metadata.vocabulary.fingerprint, **_origin_fields(origin), "files": files}
-        digests = compute_digests(folder.path, fields)
-        # The card is the user's to complete, so it is in neither `files` nor `sha256`.
-        (folder.path / CARD).write_text(model_card(metadata, manifests, out.name, dtype), encoding="utf-8")
-        fields["unitoken"] = {**mark, "sha256": digests, "card": sha256_of_file(folder.path / CARD)}
-        _write_json(folder.path / CONFIG, fields)
+        card = model_card(metadata, manifests, out.name, dtype)
+        mark = {"vocabulary": metadata.vocabulary.fingerprint, **_origin_fields(origin)}
+        _mark(folder.path, fields, card, mark)
         _publish(folder, out)
     if codec is None:
         report(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights")
+
+
+def _mark(folder: Path, fields: dict[str, Any], card: str, mark: dict[str, Any]) -> None:
+    """Write config.json with the mark of a complete export, and the model card.
+
+    The card is the user's to complete, so it is neither among `files` nor among `sha256`.
+    """
+    files = sorted([CONFIG, *(path.name for path in folder.iterdir())])
+    digests = compute_digests(folder, fields)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    mark = {**mark, "files": files, "sha256": digests, "card": sha256_of_file(folder / CARD)}
+    _write_json(folder / CONFIG, {**fields, "unitoken": mark})
 
 
 def _origin_fields(origin: Path) -> dict[str, Any]:

@@ -194,8 +194,8 @@ def prepare_tokenizer(tokenizer: Any, vocabulary: Vocabulary) -> None:
     found = tokenizer.convert_tokens_to_ids(names)
     if found != [*vocabulary.new_ids]:
         raise ConfigError(
-            f"codec.tokenizer: {names[0]} gets the id {found[0]} in it and has {vocabulary.new_ids[0]} in the "
-            "vocabulary: the tokenizer's ids have gaps, so it can not be exported with the new tokens"
+            f"codec.tokenizer: {names[0]} gets the id {found[0]} in it and has {vocabulary.new_ids[0]} in "
+            "the vocabulary: the tokenizer's ids have gaps, so it can not be exported with the new tokens"
         )
     template = str(tokenizer.chat_template or "")
     end = tokenizer.convert_ids_to_tokens(vocabulary.end_of_turn)
