@@ -37,21 +37,11 @@ def check_exportable(decoder: DecoderConfig, where: str) -> None:
         decoder: the sizes and switches.
         where: the checkpoint or the setting, for the message.
     """
-    refused = {
-        "attention_bias": decoder.attention_bias and decoder.family != "qwen2",
-        "swin_norm": decoder.swin_norm and decoder.family != "chameleon",
-    }
-    if decoder.family == "chameleon":
-        refused |= {
-            "tie_word_embeddings": decoder.tie_word_embeddings,
-            "rope_scaling": decoder.rope_scaling is not None,
-            "head_dim": decoder.head_size * decoder.num_attention_heads != decoder.hidden_size,
-        }
-    found = [name for name, is_refused in refused.items() if is_refused]
-    if found:
+    if decoder.family == "chameleon" and (decoder.tie_word_embeddings or decoder.rope_scaling is not None):
+        found = "rope_scaling" if decoder.rope_scaling is not None else "tie_word_embeddings"
         raise ConfigError(
-            f"{where}: a decoder with qk_norm {decoder.qk_norm} and {' and '.join(found)} is of no family "
-            "in transformers, so it can not be exported"
+            f"{where}: a decoder with qk_norm {decoder.qk_norm} and {found} is of no family in transformers, "
+            "so it can not be exported"
         )
 
 

@@ -1,27 +1,41 @@
 """Exported Llamas, Qwens and Mistrals are plain folders of transformers: equal logits and no warning."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
-from support.chat_tokenizers import CHATML, chat_tokenizer
+from support.chat_tokenizers import CHATML, LLAMA3, MISTRAL, chat_tokenizer
 from support.drawn import CODEC
+from support.paths import DATA, ROOT
 from support.small_datasets import make_record, write_dataset
 from support.stages import VISION, stage
 from unitoken.codec.config import CodecConfig
+from unitoken.codec.conversations import Conversation, Turn
+from unitoken.codec.sequence import assemble
+from unitoken.codec.text import TextEncoder
 from unitoken.codec.tokenizer_vocabulary import tokenizer_vocabulary
+from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.check import check_stage
+from unitoken.train.checkpoint.compatibility import read_complete_metadata
 from unitoken.train.checkpoint.export import export_model
-from unitoken.train.checkpoint.metadata import read_metadata
-from unitoken.train.config import StageConfig
+from unitoken.train.checkpoint.export_config import check_exportable, prepare_tokenizer
+from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
+from unitoken.train.checkpoint.loading import find_weights
+from unitoken.train.checkpoint.metadata import read_metadata, read_stage
+from unitoken.train.checkpoint.model_card import model_card
+from unitoken.train.checkpoint.tensors import open_vision_folder
+from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig
 from unitoken.train.generation.engine import load_model
-from unitoken.train.model.unitoken import UniToken
+from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.stage import run_stage
 
 ROWS = 640  # of the embedding: more than the vocabulary has tokens
@@ -183,3 +197,197 @@ def test_two_stages_and_an_export_give_equal_logits(
     vocabulary = read_metadata(made.folder).vocabulary
     assert vocabulary is not None
     assert theirs.generation_config.eos_token_id == vocabulary.end_of_turn
+
+
+def test_the_tower_lies_apart_and_is_read_from_there(exported: Callable[[str], Exported]) -> None:
+    made = exported("llama_tied")
+    decoder, tower = load_file(made.folder / "model.safetensors"), made.folder / "tower"
+    assert {name.split(".")[0] for name in decoder} == {"model"}  # no lm_head: it is tied
+    assert {name.split(".")[0] for name in load_file(tower / "model.safetensors")} == {"vit", "adapter"}
+    expected = made.model.state_dict()
+    for config in (
+        ModelConfig(decoder=str(made.folder), vision=str(made.folder)),
+        ModelConfig(decoder=str(made.folder), vision=str(tower)),
+    ):
+        parts = find_weights(build_model(*model_configs(config), config), config, None)
+        found = {name: tensor for source in parts.values() for name, tensor in source.load().items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert read_vision(str(made.folder)) == read_vision(str(tower))
+
+
+def test_a_damaged_tower_is_named(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported("qwen3").folder, tmp_path / "model")
+    weights = folder / "tower" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    for source in (folder, folder / "tower"):
+        with pytest.raises(ConfigError, match=r"tower/model\.safetensors: it was changed or damaged"):
+            open_vision_folder(str(source)).load()
+    shutil.rmtree(folder / "tower")
+    with pytest.raises(ConfigError, match=r"tower/config\.json: this file of the export is missing"):
+        read_metadata(folder)
+
+
+def test_an_export_is_the_start_of_another_stage(folder: Path, exported: Callable[[str], Exported]) -> None:
+    """By `init_from`, and as `decoder`; its bf16 twin was written at the end of the stage."""
+    made = exported("qwen2")
+    for name in ("qwen2-fp32", "qwen2-export"):
+        save = made.stage.save.model_copy(update={"folder": f"{folder}/new", "export": None})
+        config = made.stage.model_copy(update={"save": save, "init_from": str(folder / name)})
+        assert check_stage(config, 1).warnings == ()
+        decoder = made.stage.model.model_copy(update={"decoder": str(folder / name)})
+        check_stage(config.model_copy(update={"init_from": None, "model": decoder}), 1)
+    again = folder / "again"
+    export_model(str(made.folder), again, "fp32")
+    for name in ("model.safetensors", "tower/model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (again / name).read_bytes() == (made.folder / name).read_bytes(), name
+
+
+def test_an_older_export_is_exported_anew(tmp_path: Path) -> None:
+    """Its tower is among the decoder's tensors."""
+    before = DATA / "before" / "model"
+    old = load_file(before / "model.safetensors")
+    assert any(name.startswith("vit.") for name in old)
+    config = read_stage(before)
+    assert config is not None
+    export_model(str(before), tmp_path / "new", "fp32", config.model_copy(update={"codec": None}))
+    new = load_file(tmp_path / "new/model.safetensors") | load_file(tmp_path / "new/tower/model.safetensors")
+    ours = {name: tensor for name, tensor in old.items() if not name.startswith("model.vqmodel.")}
+    assert new.keys() == ours.keys()
+    assert all(torch.equal(new[name], tensor.float()) for name, tensor in ours.items())
+    assert read_vision(str(tmp_path / "new")) == read_vision(str(before))
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_holds_all_tokens_at_their_ids(
+    folder: Path, exported: Callable[[str], Exported]
+) -> None:
+    from transformers import AutoTokenizer
+
+    made, vocabulary = exported("qwen3"), vocabulary_of(folder)
+    tokenizer, before = (AutoTokenizer.from_pretrained(path) for path in (made.folder, folder / "tokenizer"))
+    assert len(vocabulary.new_ids) > 64
+    assert tokenizer.convert_tokens_to_ids(vocabulary.new_names()) == [*vocabulary.new_ids]
+    assert {name: tokenizer.get_vocab()[name] for name in before.get_vocab()} == before.get_vocab()
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (vocabulary.bos, vocabulary.end_of_turn)
+    assert tokenizer.pad_token_id is not None
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "a cat"}]
+    assert tokenizer.apply_chat_template(messages) == before.apply_chat_template(messages)
+    codes = len(vocabulary.image_ids)
+    assert tokenizer_vocabulary(tokenizer, codes, "chat_template") == vocabulary
+    turns = Turn(("Hi <eoss>",), trained=False), Turn(("a cat",), trained=True)
+    conversation = Conversation("0", turns, ())
+    records = [
+        assemble(conversation, [], [], TextEncoder(each, vocabulary), vocabulary)
+        for each in (tokenizer, before)
+    ]
+    assert records[0].tokens.tolist() == records[1].tokens.tolist()
+
+
+@pytest.mark.parametrize(("template", "eos"), [(LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>")])
+def test_a_template_keeps_the_tokens_that_it_names(template: str, eos: str) -> None:
+    tokenizer = chat_tokenizer(template, eos="<|begin_of_text|>" if template == LLAMA3 else None)
+    before = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    vocabulary = tokenizer_vocabulary(tokenizer, 8, "chat_template")
+    prepare_tokenizer(tokenizer, vocabulary)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (eos, eos)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]) == before
+
+
+def test_chameleons_processor_ends_a_prompt_by_sep_token() -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    vocabulary = Vocabulary.from_tokens(tokenizer.get_vocab(), 8)
+    prepare_tokenizer(tokenizer, vocabulary)
+    assert tokenizer.sep_token == "<reserved08706>"
+    assert tokenizer.sep_token_id == tokenizer.eos_token_id == vocabulary.end_of_turn
+    again = Vocabulary.from_tokens(tokenizer.get_vocab(), 8)
+    assert again == vocabulary
+
+
+# --- config.json and the card -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sizes_come_back_from_an_export(name: str, exported: Callable[[str], Exported]) -> None:
+    made = exported(name)
+    sizes = read_metadata(Path(made.stage.save.folder) / "latest").sizes
+    assert sizes is not None
+    found = read_decoder(str(made.folder))
+    assert found.max_position_embeddings == 128
+    same = {"max_position_embeddings": None, "head_dim": None}
+    assert found.model_copy(update=same) == sizes.decoder.model_copy(update=same)
+    assert found.head_size == sizes.decoder.head_size
+
+
+@pytest.mark.parametrize(
+    ("switches", "problem"),
+    [
+        ({"tie_word_embeddings": True}, "qk_norm layer_shared and tie_word_embeddings"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "qk_norm layer_shared and rope_scaling"),
+    ],
+)
+def test_what_transformers_does_not_compute_is_refused(
+    switches: dict[str, Any], problem: str, folder: Path
+) -> None:
+    """At the start of a stage, not at its end."""
+    sizes = {name: SIZES[name] for name in SIZES if name != "pad_token_id"}
+    decoder = {**sizes, **switches}
+    with pytest.raises(ConfigError, match=f"model: a decoder with {problem} is of no family") as caught:
+        check_exportable(DecoderConfig.model_validate(decoder), "model")
+    assert "\n" not in str(caught.value)
+    config = stage(folder, name="refused", model={"decoder": decoder, "vision": VISION}, trainable=["model"])
+    config = config.model_copy(update={"save": config.save.model_copy(update={"export": f"{folder}/out"})})
+    with pytest.raises(ConfigError, match=r"save\.export: a decoder with"):
+        check_stage(config, 1)
+
+
+def test_the_card_tells_what_the_model_is(folder: Path, exported: Callable[[str], Exported]) -> None:
+    made = exported("qwen3")
+    card = (made.folder / "README.md").read_text(encoding="utf-8")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert "base_model" not in yaml.safe_load(front)  # a folder of this machine
+    assert "Base model: a local folder, `qwen3`" in text
+    assert "| all | 24 |" in text
+    assert "packed_length: 128" in text
+    assert f'unitoken generate {made.folder.name} --prompt "Draw a cat." --draw' in text
+    assert "Licence" in text
+    assert str(folder) not in card
+    assert str(ROOT) not in card
+
+
+def test_a_card_names_the_hubs_model_and_no_secret(folder: Path, exported: Callable[[str], Exported]) -> None:
+    made = exported("qwen3")
+    metadata = read_complete_metadata(made.folder)
+    secret = "https://me:secret@host/x?sig=abc"
+    streams = {secret: made.stage.data.streams["all"]}
+    config = made.stage.model_copy(
+        update={
+            "model": made.stage.model.model_copy(update={"decoder": "Qwen/Qwen3-0.6B"}),
+            "data": made.stage.data.model_copy(update={"streams": streams}),
+            "init_from": f"{folder}/runs/stage1",
+        }
+    )
+    card = model_card(metadata._replace(stage=config), {}, "mine", "bf16")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen3-0.6B"
+    assert "Continued from: a local folder, `stage1`" in card
+    assert "secret" not in card
+    assert "sig=" not in card
+    assert str(folder) not in card
+
+
+def test_a_card_that_was_worked_on_is_not_replaced(
+    exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    made = exported("qwen3")
+    folder = shutil.copytree(made.folder, tmp_path / "model")
+    export_model(str(made.folder), folder, "fp32")
+    with (folder / "README.md").open("a") as file:
+        file.write("license: mine\n")
+    read_metadata(folder)
+    with pytest.raises(ConfigError, match=r"holds README\.md besides the exported model"):
+        export_model(str(made.folder), folder, "fp32")
