@@ -183,9 +183,12 @@ def test_an_export_in_bf16_and_several_files_loads_the_same(
         assert torch.equal(tensor.bfloat16().float(), other), name
 
 
-def test_the_tokenizers_are_exported_with_the_model(folder: Path, golden: Path, tmp_path: Path) -> None:
+def test_the_tokenizers_are_exported_with_the_model(
+    folder: Path, golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With `codec`, transformers' image tokenizer gives the codes of the data."""
     from transformers import AutoTokenizer, ChameleonForConditionalGeneration
+    from transformers.utils import logging
 
     assets = golden / "assets"
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizer")
@@ -199,11 +202,15 @@ def test_the_tokenizers_are_exported_with_the_model(folder: Path, golden: Path, 
     config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
     model = write_run(tmp_path / "run", config, vocabulary)
     export_model(str(tmp_path / "run"), tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
-
+    logging.enable_propagation()
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.get_vocab() == tokenizer.get_vocab()
+    assert (exported.sep_token, exported.sep_token_id) == ("<reserved08706>", vocabulary.end_of_turn)
     theirs, report = ChameleonForConditionalGeneration.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True
     )
+    logging.disable_propagation()
+    assert not caplog.records
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert theirs.config.image_token_id == 8711
