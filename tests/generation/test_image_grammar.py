@@ -96,6 +96,15 @@ def test_one_object_serves_many_calls(model: Any) -> None:
         sizes_of(generate(model, grammar, [prompt]))
 
 
+def test_prompts_that_continue_other_ids_are_a_new_call() -> None:
+    """Here one of two prompts begins with the ids of the step before."""
+    grammar = ImageGrammar(VOCABULARY, [(2, 4)], drawing=True)
+    for rows in ([[1, 2]], [[1, 2, VOCABULARY.image_start], [4, 5, 6]]):
+        masked = grammar(torch.tensor(rows), torch.zeros(len(rows), VOCABULARY.size))
+        for row in masked:
+            assert (row == 0).nonzero()[:, 0].tolist() == [VOCABULARY.image_start]
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it(model: Any) -> None:
     together = generate(model, ImageGrammar(VOCABULARY, SIZES, drawing=True), PROMPTS)
     for prompt, expected in zip(PROMPTS, together, strict=True):

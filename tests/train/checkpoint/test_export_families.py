@@ -288,13 +288,25 @@ def test_the_tokenizer_holds_all_tokens_at_their_ids(
     assert records[0].tokens.tolist() == records[1].tokens.tolist()
 
 
-@pytest.mark.parametrize(("template", "eos"), [(LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>")])
-def test_a_template_keeps_the_tokens_that_it_names(template: str, eos: str) -> None:
-    tokenizer = chat_tokenizer(template, eos="<|begin_of_text|>" if template == LLAMA3 else None)
+WITH_EOS = "{{ eos_token }}" + CHATML  # whose turns end by another token
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        (LLAMA3, "<|begin_of_text|>", ("<|eot_id|>", "<|eot_id|>")),
+        (MISTRAL, "</s>", ("</s>", "</s>")),
+        (WITH_EOS, "<|endoftext|>", ("<|endoftext|>", "<|im_end|>")),
+    ],
+)
+def test_a_template_keeps_the_tokens_that_it_names(
+    template: str, eos: str, expected: tuple[str, str]
+) -> None:
+    tokenizer = chat_tokenizer(template, eos=eos)
     before = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
     vocabulary = tokenizer_vocabulary(tokenizer, 8, "chat_template")
     prepare_tokenizer(tokenizer, vocabulary)
-    assert (tokenizer.eos_token, tokenizer.pad_token) == (eos, eos)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == expected
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]) == before
 
 
