@@ -121,24 +121,30 @@ def export_model(
     weights = _in_transformers_layout(run_folder.open_weights(origin), metadata.sizes)
     if manifests is None:
         manifests = read_local_manifests(metadata.stage.data) if metadata.stage else {}
-    codec = metadata.stage.codec if metadata.stage else None
-    tokenizer = load_checked_tokenizer(codec, metadata.vocabulary) if codec else None
-    if tokenizer is not None:
-        prepare_tokenizer(tokenizer, metadata.vocabulary)
+    tokenizer = _prepared_tokenizer(metadata)
     image_tokenizer = _find_image_tokenizer(metadata, manifests)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with AsideFolder(out) as folder:
         _write_weights(folder.path, weights, image_tokenizer, DTYPES[dtype], max_shard_bytes)
         _write_metadata(folder.path, metadata, tokenizer)
-        torch_name = str(DTYPES[dtype]).removeprefix("torch.")
-        fields = model_config(metadata, tokenizer, image_tokenizer, torch_name)
+        fields = model_config(metadata, tokenizer, image_tokenizer, dtype)
         card = model_card(metadata, manifests, out.name, dtype)
         mark = {"vocabulary": metadata.vocabulary.fingerprint, **_origin_fields(origin)}
         _mark(folder.path, fields, card, mark)
         _publish(folder, out)
-    if codec is None:
+    if tokenizer is None:
         report(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights")
+
+
+def _prepared_tokenizer(metadata: CompleteMetadata) -> Any:
+    """Return the stage's text tokenizer with all tokens of the vocabulary; None if the stage names none."""
+    codec = metadata.stage.codec if metadata.stage else None
+    if codec is None:
+        return None
+    tokenizer = load_checked_tokenizer(codec, metadata.vocabulary)
+    prepare_tokenizer(tokenizer, metadata.vocabulary)
+    return tokenizer
 
 
 def _mark(folder: Path, fields: dict[str, Any], card: str, mark: dict[str, Any]) -> None:

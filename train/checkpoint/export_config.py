@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 # The version in whose format the files are written. Transformers 4.57.6 takes the tokenizer of any local
 # folder that names a version from 4.57.3 to 4.57.6, or none, for a broken one of Mistral's, and warns.
 FORMAT_VERSION = "4.57.0"
@@ -54,7 +55,7 @@ def model_config(
         metadata: of the model.
         tokenizer: of the export, as it is written; None without one.
         image_tokenizer: Chameleon's, if the folder holds it.
-        dtype: of the tensors, as `bfloat16`.
+        dtype: of the tensors: bf16 or fp32.
     """
     decoder, vocabulary = metadata.sizes.decoder, metadata.vocabulary
     fields: Fields = {
@@ -74,7 +75,7 @@ def model_config(
         fields["vq_config"] = {"num_embeddings": len(vocabulary.image_ids)}
         if image_tokenizer is not None:
             fields["vq_config"] = _vq_config(image_tokenizer)
-    return {**fields, "dtype": dtype, "transformers_version": FORMAT_VERSION}
+    return {**fields, "dtype": DTYPE_NAMES[dtype], "transformers_version": FORMAT_VERSION}
 
 
 def generation_config(vocabulary: Vocabulary, tokenizer: Any) -> Fields:
