@@ -1,5 +1,6 @@
 """Exported Llamas, Qwens and Mistrals are plain folders of transformers: equal logits and no warning."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,12 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from support.chat_tokenizers import CHATML, LLAMA3, MISTRAL, chat_tokenizer
 from support.drawn import CODEC
 from support.paths import DATA, ROOT
 from support.small_datasets import make_record, write_dataset
 from support.stages import VISION, stage
+from support.tokenizing import content, picture, run_here
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.conversations import Conversation, Turn
 from unitoken.codec.sequence import assemble
@@ -24,10 +27,13 @@ from unitoken.codec.text import TextEncoder
 from unitoken.codec.tokenizer_vocabulary import tokenizer_vocabulary
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.merge import merge
+from unitoken.train.__main__ import app
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.compatibility import read_complete_metadata
 from unitoken.train.checkpoint.export import export_model
-from unitoken.train.checkpoint.export_config import check_exportable, prepare_tokenizer
+from unitoken.train.checkpoint.export_config import FORMAT_VERSION, check_exportable, prepare_tokenizer
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights
 from unitoken.train.checkpoint.metadata import read_metadata, read_stage
@@ -403,3 +409,56 @@ def test_a_card_that_was_worked_on_is_not_replaced(
     read_metadata(folder)
     with pytest.raises(ConfigError, match=r"holds README\.md besides the exported model"):
         export_model(str(made.folder), folder, "fp32")
+
+
+# --- the folder in use --------------------------------------------------------------------------------------
+
+
+def test_the_exported_tokenizer_makes_the_same_data(
+    folder: Path, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    picture(tmp_path / "0.png", 0)
+    question = [{"from": "human", "value": "<|image|>What is it?"}, {"from": "gpt", "value": "a <cat>"}]
+    items = [{"conversations": question, "image": ["0.png"]}] * 3
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    made = []
+    for tokenizer in (folder / "tokenizer", exported("qwen3").folder):
+        fields = {"tokenizer": str(tokenizer), "vision": CODEC["vision"], "target_size": 16}
+        config = TokenizeConfig.model_validate({**fields, "layout": "chat_template"})
+        out = tmp_path / f"data{len(made)}"
+        run_here(config, tmp_path / "items.json", out)
+        merge(str(out))
+        made.append({name: hash for name, hash in content(out).items() if name != "settings.yaml"})
+    assert made[0]["vocabulary.json"] == made[1]["vocabulary.json"]
+    shards = [{name: hash for name, hash in each.items() if name.endswith(".mds")} for each in made]
+    assert shards[0] == shards[1]
+    assert len(shards[0]) > 0
+
+
+def test_the_command_generates_with_the_exported_tokenizer(
+    folder: Path, exported: Callable[[str], Exported]
+) -> None:
+    made = exported("llama_tied")
+    drawing = ["--prompt", "Draw a cat.", "--draw", "--size", "16x16", "--temperature", "0"]
+    pictures = []
+    for name, overrides in (("a", []), ("b", [f"codec.tokenizer={made.folder}"])):
+        out = folder / f"drawn-{name}"
+        result = CliRunner().invoke(
+            app, ["generate", str(made.folder), *drawing, "--out", str(out), *overrides]
+        )
+        assert result.exit_code == 0, result.output
+        pictures.append((out / "0000.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_a_large_tokenizer_is_not_taken_for_mistrals(tmp_path: Path, no_log: None) -> None:
+    """Transformers 4.57.6 warns of local tokenizers of over 100,000 tokens, by the version in config.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(100_001)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    fields = {"model_type": "llama", "transformers_version": FORMAT_VERSION}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert AutoTokenizer.from_pretrained(tmp_path)("w7 w9")["input_ids"] == [7, 9]
