@@ -188,6 +188,9 @@ def prepare_tokenizer(tokenizer: Any, vocabulary: Vocabulary) -> None:
             f"codec.tokenizer: {names[0]} gets the id {found[0]} in it and has {vocabulary.new_ids[0]} in "
             "the vocabulary: the tokenizer's ids have gaps, so it can not be exported with the new tokens"
         )
+    # Tokenizers of no class of their own also return `token_type_ids`, which these models do not take.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # what is saved
     template = str(tokenizer.chat_template or "")
     end = tokenizer.convert_ids_to_tokens(vocabulary.end_of_turn)
     if tokenizer.eos_token_id != vocabulary.end_of_turn and "eos_token" not in template:

@@ -194,7 +194,7 @@ def test_two_stages_and_an_export_give_equal_logits(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = exported(name)
-    AutoTokenizer.from_pretrained(made.folder)
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
     theirs, report = AutoModelForCausalLM.from_pretrained(made.folder, output_loading_info=True)
     assert type(theirs).__name__ == f"{CLASSES[FAMILIES[name][0]]}ForCausalLM"
     assert [list(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")] == [[]] * 3
@@ -205,6 +205,11 @@ def test_two_stages_and_an_export_give_equal_logits(
     vocabulary = read_metadata(made.folder).vocabulary
     assert vocabulary is not None
     assert theirs.generation_config.eos_token_id == vocabulary.end_of_turn
+    question = [{"role": "user", "content": "Hello"}]
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    theirs.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
 def test_the_tower_lies_apart_and_is_read_from_there(exported: Callable[[str], Exported]) -> None:
