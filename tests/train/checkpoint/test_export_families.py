@@ -428,7 +428,7 @@ def test_the_exported_tokenizer_makes_the_same_data(
     question = [{"from": "human", "value": "<|image|>What is it?"}, {"from": "gpt", "value": "a <cat>"}]
     items = [{"conversations": question, "image": ["0.png"]}] * 3
     (tmp_path / "items.json").write_text(json.dumps(items))
-    made = []
+    made: list[dict[str, str]] = []
     for tokenizer in (folder / "tokenizer", exported("qwen3").folder):
         fields = {"tokenizer": str(tokenizer), "vision": CODEC["vision"], "target_size": 16}
         config = TokenizeConfig.model_validate({**fields, "layout": "chat_template"})
