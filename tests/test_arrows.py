@@ -11,8 +11,12 @@ import pytest
 from support.paths import ROOT
 
 # Each may import from itself and from those before it, except for what is forbidden.
-PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train", "commands")
+PACKAGES = (
+    *("common", "storage", "dataset", "codec", "streaming_data", "tokenize"),
+    *("generation", "train", "commands"),
+)
 FORBIDDEN = {("tokenize", "streaming_data"), ("train", "tokenize"), ("streaming_data", "codec")}
+FORBIDDEN |= {("generation", other) for other in ("storage", "codec", "streaming_data", "tokenize")}
 # The same inside a package: its sub-packages, and the modules that stand beside them.
 INSIDE = {
     "codec": (

@@ -27,7 +27,10 @@ from unitoken.train.config import StageConfig
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 QUICKSTART = ROOT / "docs" / "quickstart.md"
-PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train", "commands")
+PACKAGES = (
+    *("common", "storage", "dataset", "codec", "streaming_data", "tokenize"),
+    *("generation", "train", "commands"),
+)
 # Their paths, and those of these folders, are checked wherever a page names them in backticks.
 FOLDERS = (*PACKAGES, "benchmarks", "docs", "examples", "tests", "yamls")
 NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`")  # a name of the code in backticks

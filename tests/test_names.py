@@ -11,7 +11,7 @@ import pytest
 
 from support.paths import ROOT, TESTS
 
-PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "train")
+PACKAGES = ("common", "storage", "dataset", "codec", "streaming_data", "tokenize", "generation", "train")
 PROGRAMS = {"__main__", "commands"}  # their functions bear the names of commands
 # A name that several modules define, and why it may.
 SHARED_NAMES: dict[str, str] = {}

@@ -29,6 +29,7 @@ from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
 from unitoken.train.checkpoint.compatibility import check_fits, check_growth, compare_constants
+from unitoken.train.checkpoint.export_config import check_exportable
 from unitoken.train.checkpoint.export_mark import check_export_target
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
@@ -103,6 +104,8 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     _check_save(config.save)
     decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
     _check_tied_head(config, decoder)
+    if config.save.export is not None:
+        check_exportable(decoder, "save.export")
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
     vocabulary = check_sources(train.sources, config.data, views)
     sizes = ModelSizes(decoder=_with_room(config, decoder, vocabulary), vision=vision)

@@ -87,7 +87,7 @@ def load_checked_tokenizer(codec: CodecConfig, vocabulary: Vocabulary) -> Any:
     return tokenizer
 
 
-def read_local_manifests(data: DataConfig) -> list[Manifest]:
-    """Read the manifests of the datasets that are on this machine."""
-    folders = [Path(stream.local) for stream in data.streams.values() if stream.local]
-    return [load_manifest(folder) for folder in folders if (folder / MANIFEST).is_file()]
+def read_local_manifests(data: DataConfig) -> dict[str, Manifest]:
+    """Read the manifests of the datasets that are on this machine, by the name of their stream."""
+    folders = {name: Path(stream.local) for name, stream in data.streams.items() if stream.local}
+    return {name: load_manifest(folder) for name, folder in folders.items() if (folder / MANIFEST).is_file()}

@@ -1,12 +1,13 @@
 """Export a trained model as a folder of Hugging Face's layout.
 
-transformers' Chameleon and this program load it to the same logits.
+transformers' class of the decoder's family and this program load it to the same logits.
 
-config.json            Chameleon's, with the tower's sizes (`vision_config`) and a mark of ours (`unitoken`)
-model*.safetensors     model.*, lm_head.*, vit.*, adapter.*; model.vqmodel.* if `codec` names Chameleon's
-tokenizer*.json        if `codec` names a tokenizer
-tower/                 preprocessor_config.json of the tower; beside config.json transformers would take it
-                       for Chameleon's
+config.json            of the family, with a mark of ours (`unitoken`); generation_config.json
+model*.safetensors     model.*, lm_head.*; model.vqmodel.* if both decoder and image tokenizer are Chameleon's
+tokenizer*             if `codec` names a tokenizer: with the tokens that it lacked
+tower/                 config.json, model.safetensors (vit.*, adapter.*) and preprocessor_config.json of the
+                       tower; beside the decoder's other programs would take them for parts of their class
+README.md              the model card
 vocabulary.json, pictures.json, stage.yaml
 
 The folder is written aside and renamed: a folder of its name is complete. Weights are read and written one
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,11 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
-from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer, hash_tensors
+from unitoken.codec.image_tokenizer.files import Weights, find_image_tokenizer, hash_tensors
 from unitoken.common.cli import report, warn
-from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
+from unitoken.common.hashing import sha256_of_file
 from unitoken.dataset.manifest import VOCABULARY, Manifest
-from unitoken.dataset.vocabulary import Vocabulary, image_code_name
 from unitoken.train.check_tokenizers import (
     check_image_tokenizer,
     load_checked_tokenizer,
@@ -38,26 +38,34 @@ from unitoken.train.check_tokenizers import (
 )
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import CompleteMetadata, read_complete_metadata
-from unitoken.train.checkpoint.export_mark import check_export_target, read_mark
+from unitoken.train.checkpoint.export_config import (
+    check_exportable,
+    generation_config,
+    model_config,
+    prepare_tokenizer,
+    preprocessor_config,
+    tower_config,
+)
+from unitoken.train.checkpoint.export_mark import CARD, check_export_target, read_mark
 from unitoken.train.checkpoint.integrity import check_checkpoint, compute_digests
-from unitoken.train.checkpoint.locations import CONFIG, find_origin, latest_checkpoint
+from unitoken.train.checkpoint.locations import CONFIG, TOWER, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import PICTURES, STAGE, ModelSizes, dump_stage, with_absolute_paths
+from unitoken.train.checkpoint.model_card import model_card
 from unitoken.train.checkpoint.tensors import (
     Tensors,
     TensorSource,
     check_shapes,
+    drop_tied_head,
     fit_norms,
     parameter_shapes,
 )
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import ModelConfig, StageConfig
 from unitoken.train.model.unitoken import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5_000_000_000
 VQ = "model.vqmodel."
-TOWER = "tower"
-# The token that transformers writes where an image will be: by its own name, and by Chameleon's.
-IMAGE_NAMES = ("<image>", "<reserved08707>")
+TOWER_PARTS = ("vit.", "adapter.")
 
 
 def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
@@ -73,7 +81,8 @@ def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
     out = Path(config.save.export)
     identity = run_folder.checkpoint_id(checkpoint)
     if identity is None or (read_mark(out) or {}).get("checkpoint") != identity:
-        export_model(str(checkpoint), out, stage=config, manifests=manifests)
+        by_stream = dict(zip(config.data.streams, manifests, strict=True))
+        export_model(str(checkpoint), out, stage=config, manifests=by_stream)
         report(f"{config.name}: exported to {out}")
 
 
@@ -82,7 +91,7 @@ def export_model(
     out: Path,
     dtype: Literal["bf16", "fp32"] = "bf16",
     stage: StageConfig | None = None,
-    manifests: Sequence[Manifest] | None = None,
+    manifests: Mapping[str, Manifest] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Export a model to a folder, which may hold an earlier export.
@@ -93,7 +102,8 @@ def export_model(
         dtype: of the tensors.
         stage: supplies the metadata that is missing beside the source, and the tokenizers; None reads it from
             there.
-        manifests: of the datasets that the model was trained on; None reads those that are on this machine.
+        manifests: of the datasets that the model was trained on, by the name of their stream; None reads
+            those that are on this machine.
         max_shard_bytes: the largest size of a safetensors file with more than one tensor.
 
     Raises:
@@ -105,34 +115,49 @@ def export_model(
     _restore_previous(out)
     origin = find_origin(source)
     metadata = read_complete_metadata(origin, stage)
-    _check_family(origin, metadata.sizes.decoder)
+    check_exportable(metadata.sizes.decoder, str(origin))
     if origin.is_file():
         check_checkpoint(origin)
     weights = _in_transformers_layout(run_folder.open_weights(origin), metadata.sizes)
-    codec = metadata.stage.codec if metadata.stage else None
-    tokenizer = load_checked_tokenizer(codec, metadata.vocabulary) if codec else None
+    if manifests is None:
+        manifests = read_local_manifests(metadata.stage.data) if metadata.stage else {}
+    tokenizer = _prepared_tokenizer(metadata)
     image_tokenizer = _find_image_tokenizer(metadata, manifests)
-    if image_tokenizer is not None:
-        weights = _add_image_tokenizer(weights, image_tokenizer)
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with AsideFolder(out) as folder:
-        _write_tensors(folder.path, weights, DTYPES[dtype], max_shard_bytes)
+        _write_weights(folder.path, weights, image_tokenizer, DTYPES[dtype], max_shard_bytes)
         _write_metadata(folder.path, metadata, tokenizer)
-        fields = _config(metadata, tokenizer, image_tokenizer, DTYPES[dtype])
-        files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
+        fields = model_config(metadata, tokenizer, image_tokenizer, dtype)
+        card = model_card(metadata, manifests, out.name, dtype)
         noted = _origin_fields(origin) | _image_tokenizer_field(folder.path, image_tokenizer)
-        mark = {"vocabulary": metadata.vocabulary.fingerprint, **noted, "files": files}
-        fields["unitoken"] = {**mark, "sha256": compute_digests(folder.path, fields)}
-        _write_json(folder.path / CONFIG, fields)
+        mark = {"vocabulary": metadata.vocabulary.fingerprint, **noted}
+        _mark(folder.path, fields, card, mark)
         _publish(folder, out)
-    if codec is None:
+    if tokenizer is None:
         report(f"{out}: without tokenizer and image tokenizer: set codec.tokenizer and codec.vision.weights")
 
 
-def _check_family(origin: Path, decoder: DecoderConfig) -> None:
-    """Raise ConfigError for a decoder that is not Chameleon's, whose layout is not written yet."""
-    if decoder.family != "chameleon" or decoder.tie_word_embeddings or decoder.rope_scaling:
-        raise ConfigError(f"{origin}: a {decoder.family} decoder is not exported yet, only Chameleon's is")
+def _prepared_tokenizer(metadata: CompleteMetadata) -> Any:
+    """Return the stage's text tokenizer with all tokens of the vocabulary; None if the stage names none."""
+    codec = metadata.stage.codec if metadata.stage else None
+    if codec is None:
+        return None
+    tokenizer = load_checked_tokenizer(codec, metadata.vocabulary)
+    prepare_tokenizer(tokenizer, metadata.vocabulary)
+    return tokenizer
+
+
+def _mark(folder: Path, fields: dict[str, Any], card: str, mark: dict[str, Any]) -> None:
+    """Write config.json with the mark of a complete export, and the model card.
+
+    The card is the user's to complete, so it is neither among `files` nor among `sha256`.
+    """
+    files = sorted([CONFIG, *(path.name for path in folder.iterdir())])
+    digests = compute_digests(folder, fields)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    mark = {**mark, "files": files, "sha256": digests, "card": sha256_of_file(folder / CARD)}
+    _write_json(folder / CONFIG, {**fields, "unitoken": mark})
 
 
 def _origin_fields(origin: Path) -> dict[str, Any]:
@@ -149,26 +174,47 @@ def _image_tokenizer_field(folder: Path, weights: Weights | None) -> dict[str, A
     return {"image_tokenizer": {"fingerprint": weights.fingerprint, "tensors": hash_tensors(folder)}}
 
 
-def _find_image_tokenizer(metadata: CompleteMetadata, manifests: Sequence[Manifest] | None) -> Weights | None:
-    """Return the stage's image tokenizer if it is Chameleon's VQGAN, which the folder can hold."""
+def _find_image_tokenizer(metadata: CompleteMetadata, manifests: Mapping[str, Manifest]) -> Weights | None:
+    """Return the stage's image tokenizer if transformers' class of the model has a place for it.
+
+    That is Chameleon's; others stay in a folder of their own, which is only compared with the data.
+    """
     stage = metadata.stage
-    if stage is None or stage.codec is None or stage.codec.vision.kind != "chameleon":
+    if stage is None or stage.codec is None:
         return None
     weights = find_image_tokenizer(stage.codec.vision)
-    if manifests is None:
-        manifests = read_local_manifests(stage.data)
-    for warning in check_image_tokenizer(stage.codec, weights, metadata.vocabulary, manifests):
+    for warning in check_image_tokenizer(stage.codec, weights, metadata.vocabulary, manifests.values()):
         warn(warning)
-    return weights
+    is_chameleon = stage.codec.vision.kind == metadata.sizes.decoder.family == "chameleon"
+    return weights if is_chameleon else None
+
+
+def _write_weights(
+    folder: Path, weights: TensorSource, image_tokenizer: Weights | None, dtype: torch.dtype, shard: int
+) -> None:
+    """Write the decoder and what belongs to its class, and the tower and its adapter beside it."""
+    decoder = _part(weights, lambda name: not name.startswith(TOWER_PARTS))
+    if image_tokenizer is not None:
+        decoder = _add_image_tokenizer(decoder, image_tokenizer)
+    _write_tensors(folder, decoder, dtype, shard)
+    tower = _part(weights, lambda name: name.startswith(TOWER_PARTS))
+    if tower.shapes:
+        (folder / TOWER).mkdir()
+        _write_tensors(folder / TOWER, tower, dtype, shard)
+
+
+def _part(source: TensorSource, is_in: Callable[[str], bool]) -> TensorSource:
+    return source._replace(shapes={name: shape for name, shape in source.shapes.items() if is_in(name)})
 
 
 def _write_metadata(folder: Path, metadata: CompleteMetadata, tokenizer: Any) -> None:
-    """Write all files of the export but config.json and the tensors."""
+    """Write all files of the export but config.json, the model card and the tensors."""
     if metadata.sizes.vision is not None:
-        (folder / TOWER).mkdir()
-        _write_json(folder / TOWER / "preprocessor_config.json", _preprocessor(metadata.sizes.vision))
+        _write_json(folder / TOWER / CONFIG, tower_config(metadata.sizes.vision))
+        _write_json(folder / TOWER / "preprocessor_config.json", preprocessor_config(metadata.sizes.vision))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _write_json(folder / "generation_config.json", generation_config(metadata.vocabulary, tokenizer))
     if metadata.stage is not None:
         (folder / STAGE).write_bytes(dump_stage(with_absolute_paths(metadata.stage)))
     if metadata.pictures is not None:
@@ -204,11 +250,13 @@ def _previous(out: Path) -> Path:
 
 
 def _in_transformers_layout(source: TensorSource, sizes: ModelSizes) -> TensorSource:
-    """Convert query and key norms to transformers' row for each head, and check the shapes of all weights."""
-    decoder = sizes.decoder.model_copy(update={"qk_norm": "layer_per_head"})
+    """Convert Chameleon's norms of queries and keys to a row for each head, and check the shapes of all."""
+    decoder = sizes.decoder
+    if decoder.family == "chameleon":
+        decoder = decoder.model_copy(update={"qk_norm": "layer_per_head"})
     model = build_model(decoder, sizes.vision, ModelConfig(decoder=decoder, vision=sizes.vision))
     expected = parameter_shapes(model)
-    fitted = fit_norms(source, expected)
+    fitted = drop_tied_head(fit_norms(source, expected), expected)
     check_shapes(fitted.shapes, expected, source.where)
     return fitted
 
@@ -251,80 +299,6 @@ def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype, max_s
     if shards.is_sharded:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _config(
-    metadata: CompleteMetadata, tokenizer: Any, image_tokenizer: Weights | None, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Return the fields of transformers' ChameleonConfig.
-
-    Transformers ignores two of them: `qk_norm`, which says that the rows of a norm are equal, and
-    `vision_config`.
-    """
-    sizes, vocabulary = metadata.sizes, metadata.vocabulary
-    fields = {
-        "architectures": ["ChameleonForConditionalGeneration"],
-        "model_type": "chameleon",
-        **_decoder_fields(sizes.decoder),
-        "bos_token_id": vocabulary.bos,
-        "eos_token_id": vocabulary.end_of_turn,
-        "vocabulary_map": _vocabulary_map(vocabulary, tokenizer),
-        # Without image tokenizer transformers makes a random one of this size.
-        "vq_config": {"num_embeddings": len(vocabulary.image_ids)},
-    }
-    if sizes.vision is not None:
-        fields["vision_config"] = _vision_fields(sizes.vision)
-    if image_tokenizer is not None:
-        fields["vq_config"] = _vq_config(image_tokenizer)
-    return {**fields, "dtype": str(dtype).removeprefix("torch.")}
-
-
-def _vocabulary_map(vocabulary: Vocabulary, tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the image codes and, if the tokenizer has it, of the image's placeholder."""
-    names = {image_code_name(code): token for code, token in enumerate(vocabulary.image_ids)}
-    ids = tokenizer.get_vocab() if tokenizer is not None else {}
-    placeholders = [ids[name] for name in IMAGE_NAMES if name in ids]
-    return {**names, "<image>": placeholders[0]} if placeholders else names
-
-
-def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
-    fixed = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-    }
-    return {**decoder.model_dump(exclude_none=True), "num_key_value_heads": decoder.kv_heads, **fixed}
-
-
-def _vision_fields(vision: VisionTowerConfig) -> dict[str, Any]:
-    fixed = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    return {**fixed, **vision.model_dump()}
-
-
-def _vq_config(weights: Weights) -> dict[str, Any]:
-    """Return the settings of a Chameleon VQGAN under transformers' names."""
-    from unitoken.codec.image_tokenizer.chameleon import shape_of
-
-    assert isinstance(weights.shape, Parameters), "only a Chameleon VQGAN is exported"
-    return shape_of(weights.shape)
-
-
-def _preprocessor(vision: VisionTowerConfig) -> dict[str, Any]:
-    """Return the settings of transformers' SiglipImageProcessor."""
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from unitoken.common.errors import ConfigError
+from unitoken.common.hashing import sha256_of_file
 from unitoken.train.checkpoint.locations import CONFIG
+
+CARD = "README.md"
 
 
 def check_export_target(out: Path) -> None:
@@ -24,6 +27,8 @@ def check_export_target(out: Path) -> None:
         foreign = [path.name for path in out.iterdir() if path.is_dir()]
     else:
         foreign = [path.name for path in out.iterdir() if path.name not in files]
+    if CARD in foreign and sha256_of_file(out / CARD) == mark.get("card"):
+        foreign.remove(CARD)  # as it was exported: nobody has worked on it
     if foreign:
         raise ConfigError(
             f"{out}: it holds {', '.join(sorted(foreign))} besides the exported model, so it is not replaced"

@@ -84,14 +84,14 @@ def check_small_files(folder: Path, fields: Mapping[str, Any]) -> None:
 
 def check_tensor_file(path: Path) -> None:
     """Raise ConfigError if a safetensors file of an exported folder was changed; others are not checked."""
-    config = path.parent / "config.json"
-    try:
-        fields = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return  # the reader of config.json reports a broken file
-    expected = _expected_digests(fields).get(path.name)
-    if expected:
-        _check_digest(path, expected)
+    for folder in (path.parent, path.parent.parent):  # the tower's files are in a folder of their own
+        try:
+            fields = json.loads((folder / "config.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue  # the reader of config.json reports a broken file
+        expected = _expected_digests(fields).get(path.relative_to(folder).as_posix())
+        if expected:
+            _check_digest(path, expected)
 
 
 def _expected_digests(fields: Any) -> dict[str, str]:

@@ -15,7 +15,9 @@ import pydantic
 
 from unitoken.common.config import ConfigT, first_problem
 from unitoken.common.errors import ConfigError
+from unitoken.train.checkpoint.export_mark import is_export
 from unitoken.train.checkpoint.families import (
+    FAMILIES,
     HEAD,
     NESTED,
     check_tensors,
@@ -24,7 +26,7 @@ from unitoken.train.checkpoint.families import (
     text_fields,
     ties_inner_embeddings,
 )
-from unitoken.train.checkpoint.locations import CONFIG, checkpoint_folder
+from unitoken.train.checkpoint.locations import CONFIG, TOWER, checkpoint_folder
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 
 FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
@@ -75,11 +77,18 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read a folder's tensors by name from the headers of its safetensors files. Raises ConfigError."""
+    """Read a folder's tensors by name from the headers of its safetensors files.
+
+    Those of an exported model's tower and adapter are among them.
+
+    Raises:
+        ConfigError: a file is missing or not readable.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, StoredTensor] = {}
-    for path in tensor_files(folder):
+    paths = tensor_files(folder) + (tensor_files(folder / TOWER) if _has_own_tower(folder) else [])
+    for path in paths:
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
@@ -153,10 +162,12 @@ def read_vision(source: str) -> VisionTowerConfig:
     Raises:
         ConfigError: no such folder, no vision tower, or a feature that the model's code does not support.
     """
-    path = checkpoint_folder(source) / CONFIG
+    folder = checkpoint_folder(source)
+    path = (folder / TOWER if _has_own_tower(folder) else folder) / CONFIG
     fields = _read_json(path)
-    if fields.get("model_type") == "chameleon" and "vision_config" not in fields:
-        raise ConfigError(f"{path}: it has the sizes of a Chameleon decoder and of no vision tower")
+    kind = str(fields.get("model_type"))
+    if kind in FAMILIES and "vision_config" not in fields:
+        raise ConfigError(f"{path}: it has the sizes of a {kind.capitalize()} decoder and of no vision tower")
     fields = fields.get("vision_config", fields)
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: `vision_config`: expected an object, found {type(fields).__name__}")
@@ -172,7 +183,13 @@ def has_vision(folder: Path) -> bool:
     The towers of Emu3 and Janus are not of this project's kind.
     """
     fields = _read_json(folder / CONFIG)
-    return "vision_config" in fields and fields.get("model_type") not in NESTED
+    has_sizes = "vision_config" in fields and fields.get("model_type") not in NESTED
+    return has_sizes or _has_own_tower(folder)
+
+
+def _has_own_tower(folder: Path) -> bool:
+    """Return whether an exported folder has its tower in a folder; those of older versions have it inside."""
+    return is_export(folder) and (folder / TOWER / CONFIG).is_file()
 
 
 def _validate(model: type[ConfigT], fields: dict[str, Any], path: Path) -> ConfigT:

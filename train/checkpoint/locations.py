@@ -15,6 +15,7 @@ from unitoken.common.errors import ConfigError
 STEP = re.compile(r"step-(\d{8,})\.pt")
 LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
 CONFIG = "config.json"  # in every folder of Hugging Face's layout
+TOWER = "tower"  # in an exported folder: a folder of tower and adapter, which transformers' class has not
 
 
 def find_origin(source: str) -> Path:

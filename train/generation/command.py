@@ -244,7 +244,7 @@ def _identity(request: Request, checked: CheckedRequest, sampling: Sampling) -> 
     Files are identified by name, size and time: weights are large and prompts may be many.
     """
     config, origin = request.config, checked.origin
-    weights = [origin] if origin.is_file() else sorted(origin.glob("*.safetensors"))
+    weights = [origin] if origin.is_file() else sorted(origin.rglob("*.safetensors"))
     prompts = hashlib.sha256()
     for conversation in request.conversations:
         turns = [conversation.system] if conversation.system else []

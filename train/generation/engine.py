@@ -25,6 +25,7 @@ from unitoken.dataset.images import decode
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.generation.grammar import Grammar, GrammarSteps
 from unitoken.streaming_data.reading.collate import Batch, Collate, featured_images, insert_features
 from unitoken.streaming_data.reading.null_prompts import without_text
 from unitoken.train.checkpoint import run_folder
@@ -34,7 +35,7 @@ from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.checkpoint.metadata import read_sizes
 from unitoken.train.checkpoint.tensors import check_shapes, drop_tied_head, fit_norms, parameter_shapes
 from unitoken.train.config import ModelConfig
-from unitoken.train.generation.sampling import Grammar, GrammarSteps, Sampling, choose_tokens, generator_of
+from unitoken.train.generation.sampling import Sampling, choose_tokens, generator_of
 from unitoken.train.model.decoder import KVCache, dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
 

@@ -1,21 +1,15 @@
-"""The grammar of replies, which allows the next tokens, and the sampling of one by the model's logits.
-
-A turn is text and images, up to the token that ends it. The block of an image follows its layout to the last
-token. In Chameleon's:
-
-    text ... image_start  height  width  codes, newline, ... image_end  text ... end_of_turn
-"""
+"""The sampling of one of the allowed tokens by the model's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.generation.grammar import Choices
 
 
 @dataclass(frozen=True)
@@ -35,80 +29,6 @@ class Sampling:
     top_k_image: int | None = None
     guidance: float = 1.0
     seed: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Choices:
-    """The ids (K,) of which one comes next, and whether they belong to an image."""
-
-    ids: Tensor
-    of_image: bool
-
-
-GrammarSteps = Generator[Choices, int, None]  # yields the choices, is sent the chosen id
-
-
-class Grammar:
-    """Which tokens may come next in a reply.
-
-    Args:
-        sizes: the (height, width) in latents that an image may have; empty: a reply is text only.
-        device: of the ids.
-    """
-
-    def __init__(
-        self, vocabulary: Vocabulary, sizes: Sequence[tuple[int, int]], device: torch.device
-    ) -> None:
-        self.vocabulary, self.device = vocabulary, device
-        excluded = vocabulary.special_ids - {vocabulary.end_of_turn}
-        if sizes:
-            excluded = excluded - {vocabulary.image_start}
-        self.text = self._choices(
-            [token for token in range(vocabulary.size) if token not in excluded], of_image=False
-        )
-        self.codes = self._choices(vocabulary.image_ids)
-        self.longest = max((vocabulary.image.count(*size) for size in sizes), default=0)
-        self._headers = {vocabulary.image.header_ids(*size): size for size in sizes}
-        self._next_in_header = {
-            header[:length]: self._choices(
-                sorted({other[length] for other in self._headers if other[:length] == header[:length]})
-            )
-            for header in self._headers
-            for length in range(len(header))
-        }
-        self._single = {
-            token: self._choices([token]) for token in (*vocabulary.image.row_end, *vocabulary.image.end)
-        }
-
-    def drawing(self) -> GrammarSteps:
-        """Generate one image and nothing else."""
-        yield from self._image(())
-
-    def turn(self, max_tokens: int) -> GrammarSteps:
-        """Generate text and images up to the end of the turn or `max_tokens`; images are finished."""
-        count = 0
-        while count < max_tokens:
-            token = yield self.text
-            if token == self.vocabulary.end_of_turn:
-                return
-            count += 1
-            if token == self.vocabulary.image_start:
-                count += yield from self._image((token,))
-
-    def _image(self, header: tuple[int, ...]) -> Generator[Choices, int, int]:
-        """Generate an image of which `header` is there already; return the number of tokens."""
-        there = len(header)
-        while header not in self._headers:
-            token = yield self._next_in_header[header]
-            header = (*header, token)
-        size = self._headers[header]
-        block = list(self.vocabulary.image_grammar(*size))[len(header) :]
-        for allowed in block:
-            yield self.codes if allowed is self.vocabulary.image_ids else self._single[allowed[0]]
-        return len(header) - there + len(block)
-
-    def _choices(self, ids: Sequence[int], *, of_image: bool = True) -> Choices:
-        return Choices(torch.tensor(ids, dtype=torch.int64, device=self.device), of_image)
 
 
 def guided(logits: Tensor, null: Tensor, guidance: float) -> Tensor:
