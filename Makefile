@@ -10,7 +10,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,8 +74,10 @@ merge: install ## Chunks -> one index.json, after workers that were started one 
 	@$(BIN)/unitoken merge --out-dir "$(OUT)"
 
 weights: install ## Fetch Lumina-mGPT-7B-512 and SigLIP into weights/ (about 18 GB, needs a network)
-	@$(BIN)/python -c "from huggingface_hub import snapshot_download as get; [print(get(name, local_dir='weights/' + name.split('/')[1], allow_patterns=['*.safetensors', '*.json', 'tokenizer*'])) for name in ('Alpha-VLLM/Lumina-mGPT-7B-512', 'google/siglip-so400m-patch14-384')]"
-	@echo "Meta gives the image tokenizer on request (github.com/facebookresearch/chameleon); then: unitoken convert-vqgan FOLDER weights/vqgan"
+	@$(BIN)/unitoken weights chameleon
+
+weights-open: install ## Fetch Qwen3-0.6B, Janus' image tokenizer and a SigLIP into weights/ (about 6 GB, needs a network)
+	@$(BIN)/unitoken weights open
 
 clean: ## Remove what the targets made; data that you tokenized stays
 	rm -rf $(VENV) build *.egg-info demo/out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -33,6 +33,12 @@ FOLDERS_BEGIN_WITH = (".", "/", "~", "weights/")
 """A name that begins with one of these is a folder; no hub id does."""
 
 
+OPEN_WEIGHTS = ("Qwen/Qwen3-0.6B", "deepseek-community/Janus-Pro-1B", "google/siglip-base-patch16-224")
+"""What `yamls/open/` begins with: a language model, an image tokenizer and a vision tower."""
+CHAMELEON_WEIGHTS = ("Alpha-VLLM/Lumina-mGPT-7B-512", "google/siglip-so400m-patch14-384")
+"""What `yamls/stage1.yaml` begins with; Meta gives the image tokenizer on request."""
+
+
 def how_to_get(name: str) -> str:
     """Return how to get a missing file or folder that our own `yamls/` name, as the end of an error message.
 
@@ -40,4 +46,7 @@ def how_to_get(name: str) -> str:
     """
     if name.startswith("weights/vqgan"):
         return "; Meta gives it on request, and `unitoken convert-vqgan FOLDER weights/vqgan` converts it"
-    return "; `make weights` fetches it" if name.startswith("weights/") else ""
+    for command, ids in (("open", OPEN_WEIGHTS), ("chameleon", CHAMELEON_WEIGHTS)):
+        if any(name.startswith(f"weights/{hub_id.split('/')[1]}") for hub_id in ids):
+            return f"; `unitoken weights {command}` fetches it"
+    return ""

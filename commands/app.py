@@ -19,6 +19,7 @@ import typer
 from unitoken.commands.init import init
 from unitoken.commands.schema import schema
 from unitoken.commands.train import train
+from unitoken.commands.weights import weights
 from unitoken.common.cli import command_app, report
 from unitoken.streaming_data import __main__ as mixtures
 from unitoken.tokenize import __main__ as datasets
@@ -29,6 +30,7 @@ app = command_app(__doc__, add_completion=True)
 # In the order of the data's road.
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
+    "weights": weights,
     "tokenize": datasets.run,
     "merge": datasets.merge,
     "verify": datasets.verify,

@@ -27,7 +27,7 @@ def init(
         if target.exists():
             raise ConfigError(f"{target} exists already; name another folder")
         # digits.yaml is the demo's, whose tokenizers are not in the wheel.
-        copied = [*SHIPPED.glob("*.*"), *SHIPPED.glob("tokenize/*.*")]
+        copied = [*SHIPPED.glob("*.*"), *SHIPPED.glob("tokenize/*.*"), *SHIPPED.glob("open/*.*")]
         copied.remove(SHIPPED / "tokenize" / "digits.yaml")
         try:
             for source in sorted(copied):

@@ -149,7 +149,7 @@ def test_no_module_bears_a_standard_library_name(name: str) -> None:
 def test_every_folder_with_modules_is_in_the_wheel() -> None:
     """A folder that is not listed works in an editable install and is silently absent from a wheel."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    examples = {"unitoken.yamls", "unitoken.yamls.tokenize"}
+    examples = {"unitoken.yamls", "unitoken.yamls.open", "unitoken.yamls.tokenize"}
     assert sorted(listed) == sorted({f"unitoken.{name.rpartition('.')[0]}" for name in MODULES} | examples)
 
 

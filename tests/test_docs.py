@@ -20,6 +20,7 @@ from typer.main import get_command
 from support.paths import ROOT
 from unitoken.commands.app import app
 from unitoken.common.config import load_config
+from unitoken.dataset.layout import LayoutPattern
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.train.config import StageConfig
 
@@ -194,11 +195,13 @@ def test_every_name_in_the_guides_is_one_of_the_code(page: Path) -> None:
 
 @EACH_PAGE
 def test_every_yaml_example_is_valid(page: Path) -> None:
-    """An example is a whole file, or some keys of a stage's."""
+    """An example is a whole file, of a layout or of settings, or some keys of a stage's."""
     for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
         content = yaml.safe_load(block)
         if "tokenizer" in content:
             TokenizeConfig.model_validate(content)
+        elif "conversation" in content:
+            LayoutPattern.model_validate(content)
         elif "model" in content:
             StageConfig.model_validate(content)
         else:

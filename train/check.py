@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import tempfile
 from pathlib import Path
 
@@ -27,13 +28,22 @@ from unitoken.streaming_data.check import (
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
-from unitoken.train.checkpoint.compatibility import check_fits, compare_constants
+from unitoken.train.checkpoint.compatibility import check_fits, check_growth, compare_constants
 from unitoken.train.checkpoint.export_mark import check_export_target
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_metadata
-from unitoken.train.config import DecoderConfig, LogConfig, SaveConfig, StageConfig
+from unitoken.train.config import (
+    NEW_ROWS,
+    VOCABULARY_MATRICES,
+    DecoderConfig,
+    LogConfig,
+    SaveConfig,
+    StageConfig,
+)
 from unitoken.train.generation.check_samples import check_samples
+
+VOCABULARY_MULTIPLE = 64  # grown matrices have a multiple of it as rows, for which GPUs are fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +69,7 @@ class ResolvedStage:
         train: the data to train on.
         evaluation: the data to evaluate on; None without `eval`.
         vocabulary: the one vocabulary of all datasets.
+        new_rows: the rows of the decoder's matrices that `model.grow` adds; None without it.
         pictures: the sizes to which the images of the training data were cropped.
         compat: behave as the reference. This weights the loss by microbatches instead of by tokens, applies
             weight decay to all parameters, trains on separators, and shows the vision tower images as the
@@ -71,6 +82,7 @@ class ResolvedStage:
     train: ResolvedData
     evaluation: ResolvedData | None
     vocabulary: Vocabulary
+    new_rows: range | None
     pictures: PictureCrops
     compat: bool
     warnings: tuple[str, ...]
@@ -91,14 +103,9 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     _check_save(config.save)
     decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
     _check_tied_head(config, decoder)
-    sizes = ModelSizes(decoder=decoder, vision=vision)
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
     vocabulary = check_sources(train.sources, config.data, views)
-    if vocabulary.size > decoder.vocab_size:
-        raise ConfigError(
-            f"model.decoder: it has room for {decoder.vocab_size} ids (vocab_size), "
-            f"the datasets' vocabulary has {vocabulary.size}"
-        )
+    sizes = ModelSizes(decoder=_with_room(config, decoder, vocabulary), vision=vision)
     warnings = [*uneven_proportions(config.data), *other_codes(train.sources)]
     warnings += _check_origins(config, sizes, vocabulary)
     if config.codec is not None and uses_codec(config):
@@ -116,6 +123,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
         train=train,
         evaluation=evaluation,
         vocabulary=vocabulary,
+        new_rows=range(vocabulary.new_ids.start, sizes.decoder.vocab_size) if config.model.grow else None,
         pictures=pictures,
         compat=config.compat == "unitoken",
         warnings=tuple(warnings),
@@ -124,7 +132,36 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
 
 def uses_codec(config: StageConfig) -> bool:
     """Return whether the stage itself uses the tokenizers, so that they are checked before it trains."""
-    return config.samples is not None or config.save.export is not None
+    return config.samples is not None or config.save.export is not None or _grows_by_codebook(config)
+
+
+def _grows_by_codebook(config: StageConfig) -> bool:
+    return config.model.grow is not None and config.model.grow.init == "codebook"
+
+
+def _with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabulary) -> DecoderConfig:
+    """Return the decoder's sizes, grown for the vocabulary with `model.grow`. Raises ConfigError."""
+    room, needed, first = decoder.vocab_size, vocabulary.size, vocabulary.new_ids.start
+    if config.model.grow is None:
+        if needed > room:
+            raise ConfigError(
+                f"model.decoder: it has room for {room} ids (vocab_size), "
+                f"the datasets' vocabulary has {needed}; `model.grow: {{init: mean}}` adds rows"
+            )
+        return decoder
+    if not vocabulary.new_ids:
+        raise ConfigError("model.grow: the tokenizer of the datasets has all their ids; leave it out")
+    if first > room:
+        raise ConfigError(
+            f"model.grow: the tokenizer of the datasets has {first} ids and model.decoder rows for {room} "
+            "(vocab_size), so it is not this model's tokenizer"
+        )
+    if _grows_by_codebook(config) and config.codec is None:
+        raise ConfigError("model.grow: init 'codebook' needs `codec`, whose image tokenizer has the codebook")
+    if needed <= room:
+        return decoder
+    rounded = math.ceil(needed / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return decoder.model_copy(update={"vocab_size": rounded})
 
 
 def _check_save(save: SaveConfig) -> None:
@@ -164,6 +201,8 @@ def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabular
         if where.startswith("model.decoder"):
             # The model's own sizes were read from this folder, and the vision tower in it need not be used.
             about = about._replace(sizes=None)
+        if config.model.grow is not None:
+            about = check_growth(about, sizes, vocabulary, where)
         check_fits(about, sizes, vocabulary, where)
         difference = compare_constants(about, sizes)
         if difference is not None and saved is not None:
@@ -216,10 +255,14 @@ def _check_trainable(config: StageConfig) -> None:
     trainable, shown = config.trainable, f"[{', '.join(config.trainable)}]"
     parts = ["model", "lm_head"] + (["vit", "adapter"] if config.model.vision is not None else [])
     for name in trainable:
-        if name.split(".")[0] not in parts:
+        if name != NEW_ROWS and name.split(".")[0] not in parts:
             raise ConfigError(
                 f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}"
             )
+        if NEW_ROWS in trainable and any(_is_within(matrix, name) for matrix in VOCABULARY_MATRICES):
+            raise ConfigError(f"trainable: '{name}' already trains all rows; leave out '{NEW_ROWS}' or it")
+    if NEW_ROWS in trainable and config.model.grow is None:
+        raise ConfigError(f"trainable: '{NEW_ROWS}' are the rows that model.grow adds, which is not set")
     trained_parts = {name.split(".")[0] for name in trainable}
     if config.data.continuous == "none" and trained_parts <= {"vit", "adapter"}:
         raise ConfigError(

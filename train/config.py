@@ -18,6 +18,11 @@ from unitoken.streaming_data.settings import DataConfig, StreamConfig
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Length = Annotated[int, Field(gt=0, le=2**31)]  # in tokens
 
+NEW_ROWS = "new_rows"
+"""In `trainable` and `optimizer.lr_scales`: the rows that `model.grow` adds."""
+VOCABULARY_MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
+"""The parameters that have a row for each id; a model whose embeddings are tied has the first only."""
+
 
 def _error_with_examples(examples: str) -> WrapValidator:
     """Replace pydantic's message about a pattern by one with examples."""
@@ -227,6 +232,15 @@ def _validate_as(model: type[Config]) -> pydantic.BeforeValidator:
     )
 
 
+class GrowConfig(Config):
+    """Rows for the ids of the datasets' vocabulary that the checkpoint's tokenizer lacks."""
+
+    init: Literal["mean", "normal", "codebook"] = "mean"
+    """`mean`: the mean of the old rows, with a billionth of their covariance, as in transformers. `normal`:
+    N(0, 0.02). `codebook`: for image codes a random projection of the image tokenizer's vectors with the old
+    rows' mean and spread, for others as `mean`; needs `codec`."""
+
+
 class ModelConfig(Config):
     """The model: where its sizes and pretrained weights come from, and how it computes."""
 
@@ -234,6 +248,9 @@ class ModelConfig(Config):
     """Folder or hub id of a checkpoint; or the sizes of a new decoder."""
     vision: Annotated[Name | VisionTowerConfig | None, _validate_as(VisionTowerConfig)] = None
     """The same for SigLIP; null: no vision tower and no adapter."""
+    grow: GrowConfig | None = None
+    """Add rows for image codes and special tokens that the checkpoint lacks. Spare rows are used first; more
+    are added up to a multiple of 64. Weights that have them, of an earlier stage, stay as they are."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """On both residual branches of the decoder."""
     z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5
@@ -254,7 +271,7 @@ class OptimizerConfig(Config):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Warmup = "0.01ep"
     lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default={})
-    """Factors of `lr` by the names of modules or parameters: {vit: 1e-2}."""
+    """Factors of `lr` by the names of modules or parameters, or `new_rows`: {vit: 1e-2}."""
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
     """Not applied to norms and biases; with `compat` to all parameters, as in the reference."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -367,7 +384,8 @@ class StageConfig(Config):
     """Weights to start from, without optimizer state: a run's save.folder, a checkpoint file, an exported
     folder, or a hub id."""
     trainable: Annotated[list[str], Field(min_length=1)]
-    """Names of modules or parameters, e.g. [vit, adapter]."""
+    """Names of modules or parameters, e.g. [vit, adapter]. `new_rows` trains the rows that `model.grow` adds
+    to the input and output matrices, and no others."""
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig

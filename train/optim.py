@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.config import OptimizerConfig
+from unitoken.train.config import NEW_ROWS, VOCABULARY_MATRICES, OptimizerConfig
 
 # SigLIP's patch and position embeddings stay frozen, as in the reference, unless they are named explicitly.
 FROZEN = "vit.embeddings"
@@ -26,7 +28,8 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
     Args:
         model: the model.
         trainable: names of parameters or modules. `vit` trains the tower without `vit.embeddings`, which only
-            entries that begin with `vit.embeddings` train.
+            entries that begin with `vit.embeddings` train. `new_rows` trains the vocabulary's matrices, of
+            which `keep_old_rows` then leaves all other rows as they are.
 
     Returns:
         The names of the trained parameters.
@@ -40,6 +43,8 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
         matching = {entry for entry in trainable if matches(entry, name)}
         if name.startswith(f"{FROZEN}."):
             matching = {entry for entry in matching if entry.startswith(FROZEN)}
+        if NEW_ROWS in trainable and name in VOCABULARY_MATRICES:
+            matching.add(NEW_ROWS)
         unused -= matching
         parameter.requires_grad_(bool(matching))
         if matching:
@@ -52,11 +57,13 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
     return trained
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, compat: bool = False) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, compat: bool = False, new_rows: range | None = None
+) -> torch.optim.AdamW:
     """Build AdamW with a group for each entry of `lr_scales` and one for the rest.
 
     Norms and biases are in groups of their own without weight decay, as decay would pull their gains to zero.
-    Each group carries its `name` and `lr_scale`.
+    Each group carries its `name` and `lr_scale`; see `keep_old_rows` for a group with new rows.
 
     Not Composer's DecoupledAdamW: it does not multiply the decay by the learning rate, so that 0.1 would
     shrink the weights by a tenth each step.
@@ -66,31 +73,33 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, compat: bool = Fa
         config: the settings. Entries of `lr_scales` name parameters as `trainable` does; the longest match
             wins.
         compat: decay all parameters, as in the reference.
+        new_rows: the only rows of the vocabulary's matrices to train; None trains all.
 
     Raises:
         ConfigError: an entry of `lr_scales` that names no trained parameter.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    matrices = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if new_rows is not None and name in VOCABULARY_MATRICES:
+            matrices.append(parameter)
+        elif parameter.requires_grad:
             matching = [entry for entry in config.lr_scales if matches(entry, name)]
             decays = compat or not ("norm" in name or name.endswith("bias"))
             groups.setdefault((max(matching, key=len, default="rest"), decays), []).append(parameter)
-    unused = set(config.lr_scales) - {name for name, _ in groups}
+    built = []
+    if new_rows is not None:
+        # AdamW would decay all rows: `decay_new_rows` decays the new ones instead.
+        rows = {"first_row": new_rows.start, "row_decay": config.weight_decay}
+        built = [_group(matrices, NEW_ROWS, config, weight_decay=0.0) | rows]
+    unused = set(config.lr_scales) - {name for name, _ in groups} - {group["name"] for group in built}
     if unused:
         raise ConfigError(f"optimizer.lr_scales: '{sorted(unused)[0]}' names no parameter that is trained")
     order = [*config.lr_scales, "rest"]
+    for name, decays in sorted(groups, key=lambda key: (order.index(key[0]), not key[1])):
+        built.append(_group(groups[name, decays], name, config, decays * config.weight_decay))
     return torch.optim.AdamW(
-        [
-            {
-                "params": groups[name, decays],
-                "name": name,
-                "lr_scale": config.lr_scales.get(name, 1.0),
-                "lr": 0.0,
-                "weight_decay": config.weight_decay if decays else 0.0,
-            }
-            for name, decays in sorted(groups, key=lambda key: (order.index(key[0]), not key[1]))
-        ],
+        built,
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
@@ -98,6 +107,61 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, compat: bool = Fa
         # wait.
         foreach=True,
     )
+
+
+def _group(
+    parameters: Sequence[nn.Parameter], name: str, config: OptimizerConfig, weight_decay: float
+) -> dict[str, Any]:
+    return {
+        "params": parameters,
+        "name": name,
+        "lr_scale": config.lr_scales.get(name, 1.0),
+        "lr": 0.0,
+        "weight_decay": weight_decay,
+    }
+
+
+@torch.no_grad()
+def keep_old_rows(optimizer: torch.optim.Optimizer) -> None:
+    """Drop the gradients of all rows of `new_rows`' matrices but the new ones.
+
+    Called before gradients are measured and clipped. Without gradients the moments of these rows stay 0, and
+    AdamW without decay adds 0 to the rows.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if "first_row" in group else ():
+            if parameter.grad is not None:
+                _local(parameter.grad)[: _first_local_row(parameter, group["first_row"])] = 0.0
+
+
+@torch.no_grad()
+def decay_new_rows(optimizer: torch.optim.Optimizer) -> None:
+    """Decay the rows that `keep_old_rows` leaves to train, as AdamW's step decays whole parameters."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if "first_row" in group else ():
+            if parameter.grad is not None:
+                rows = _local(parameter)[_first_local_row(parameter, group["first_row"]) :]
+                rows.mul_(1 - group["lr"] * group["row_decay"])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _first_local_row(parameter: Tensor, first: int) -> int:
+    """Return which of this rank's rows is the first from row `first` of a parameter on.
+
+    FSDP2 gives the ranks of a group equal shards of rows, of which the last may be shorter or empty.
+    """
+    offset = 0
+    if isinstance(parameter, DTensor):
+        for dimension, placement in enumerate(parameter.placements):
+            if placement.is_shard():
+                ranks = parameter.device_mesh.size(dimension)
+                each = math.ceil(parameter.shape[0] / ranks)
+                offset = each * parameter.device_mesh.get_local_rank(dimension)
+    return max(first - offset, 0)
 
 
 def learning_rate(done: float, config: OptimizerConfig, warmup: float, total: float) -> float:

@@ -33,12 +33,13 @@ from unitoken.train.check_tokenizers import load_checked_tokenizer
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
 from unitoken.train.checkpoint.export import export_at_end
+from unitoken.train.checkpoint.growth import Growth
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_weights
 from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import write_metadata
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
-from unitoken.train.config import StageConfig
+from unitoken.train.config import NEW_ROWS, VOCABULARY_MATRICES, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
@@ -95,7 +96,7 @@ def _train(config: StageConfig, resolved: ResolvedStage) -> None:
 
     network, trained = _build_network(config, resolved)
     if checkpoint is None:
-        _load_initial_weights(network, config)
+        _load_initial_weights(network, config, resolved)
     elif _is_finished(network, config, checkpoint, total_steps):
         _report(f"{config.name}: finished, {checkpoint} is its last checkpoint")
         _export(config, resolved)
@@ -108,7 +109,9 @@ def _train(config: StageConfig, resolved: ResolvedStage) -> None:
     trainer = composer_trainer.build_trainer(
         config,
         network,
-        build_optimizer(network, config.optimizer, compat=resolved.compat),
+        build_optimizer(
+            network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
+        ),
         loader,
         callbacks.in_order(),
         build_loggers(config.log, folder, resumes=checkpoint is not None),
@@ -173,24 +176,36 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
     trained = freeze(network, config.trainable)
     # Only to check the names of `lr_scales` before weights are loaded; the real one needs parameters with
     # memory.
-    build_optimizer(network, config.optimizer, compat=resolved.compat)
+    build_optimizer(
+        network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
+    )
     if config.model.compile:
         for layer in network.model.layers:
             layer.compile()
     return network, trained
 
 
-def _load_initial_weights(network: UniToken, config: StageConfig) -> None:
+def _trained_rows(config: StageConfig, resolved: ResolvedStage) -> range | None:
+    """Return the only rows of the vocabulary's matrices that are trained, or None."""
+    return resolved.new_rows if NEW_ROWS in config.trainable else None
+
+
+def _load_initial_weights(network: UniToken, config: StageConfig, resolved: ResolvedStage) -> None:
     """Load the weights of a new run on the first rank; the other ranks get their shards from it."""
     with ranks.share_errors():
-        trained = _open_init_from(config.init_from) if config.init_from is not None else None
-        parts = find_weights(network, config.model, trained)
+        growth = None
+        if config.model.grow is not None and resolved.new_rows is not None:
+            growth = Growth(
+                config.model.grow, resolved.new_rows, resolved.vocabulary, config.codec, config.seed
+            )
+        trained = _open_init_from(config.init_from, growth) if config.init_from is not None else None
+        parts = find_weights(network, config.model, trained, growth)
         if ranks.is_first_rank():
-            cli.report("\n".join(load_weights(network, parts, config.seed)))
+            cli.report("\n".join(load_weights(network, parts, config.seed, growth)))
 
 
-def _open_init_from(init_from: str) -> TensorSource:
-    """Open the weights to start from; warn if their stage is unfinished."""
+def _open_init_from(init_from: str, growth: Growth | None) -> TensorSource:
+    """Open the weights to start from, with the rows that they lack; warn if their stage is unfinished."""
     origin = find_origin(init_from)
     if origin.is_file():
         if ranks.is_first_rank():  # the only one that reads the weights
@@ -198,7 +213,8 @@ def _open_init_from(init_from: str) -> TensorSource:
         unfinished = run_folder.describe_unfinished(origin)
         if unfinished is not None:
             _report(f"init_from: {origin}: {unfinished}")
-    return run_folder.open_weights(origin)
+    weights = run_folder.open_weights(origin)
+    return weights if growth is None else growth.grow(weights, origin)
 
 
 def _is_finished(network: UniToken, config: StageConfig, checkpoint: Path, total_steps: int) -> bool:
@@ -232,8 +248,14 @@ def _report_size(
 ) -> None:
     """Print the number of trained parameters, and an estimate of the GPU memory."""
     parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    rows = _trained_rows(config, resolved)
+    # With `new_rows` their matrices have gradients and moments as a whole, but their old rows do not train.
+    still = 0 if rows is None else rows.start * resolved.sizes.decoder.hidden_size
+    matrices = sum(name in VOCABULARY_MATRICES for name, _ in network.named_parameters())
     where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.describe_devices()}"
-    _report(f"{config.name}: trains {parameters:,} parameters in {tensors} tensors for {where}")
+    _report(
+        f"{config.name}: trains {parameters - matrices * still:,} parameters in {tensors} tensors for {where}"
+    )
     if composer_trainer.has_gpu():
         views_per_image = 1
         if config.data.anyres:

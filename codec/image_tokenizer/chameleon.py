@@ -38,9 +38,14 @@ def shape_of(parameters: Parameters) -> dict[str, Any]:
 
 
 class VQGAN(nn.Module):
-    """The network. Its parameters have Meta's names, but `decoder.up` counts backwards: see `meta_name`."""
+    """The network. Its parameters have Meta's names, but `decoder.up` counts backwards: see `meta_name`.
 
-    def __init__(self, parameters: Parameters) -> None:
+    Args:
+        parameters: its sizes.
+        with_decoder: False: it only encodes.
+    """
+
+    def __init__(self, parameters: Parameters, with_decoder: bool = True) -> None:
         super().__init__()
         sizes = parameters.ddconfig
         shape = shape_of(parameters)
@@ -48,8 +53,9 @@ class VQGAN(nn.Module):
         self.encoder = ChameleonVQVAEEncoder(encoder)
         self.quantize = ChameleonVQVAEVectorQuantizer(encoder)
         shape.pop("resolution")  # unknown to Janus
-        self.decoder = JanusVQVAEDecoder(JanusVQVAEConfig(**shape, out_channels=sizes.out_ch))
-        self.decoder.up[0].attn = nn.ModuleList()
+        if with_decoder:
+            self.decoder = JanusVQVAEDecoder(JanusVQVAEConfig(**shape, out_channels=sizes.out_ch))
+            self.decoder.up[0].attn = nn.ModuleList()
         self.quant_conv = nn.Conv2d(sizes.z_channels * (2 if sizes.double_z else 1), parameters.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(parameters.embed_dim, sizes.z_channels, 1)
 

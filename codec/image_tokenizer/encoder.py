@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unitoken.codec.config import ImageTokenizerConfig
-from unitoken.codec.image_tokenizer.files import Weights, find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import Weights, check_decoder, find_image_tokenizer
 from unitoken.codec.image_tokenizer.network import load_network
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -62,7 +62,11 @@ class VisionCodec(Protocol):
         ...
 
     def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
-        """Decode codes (B, h, w) to pictures (B, H, W, 3)."""
+        """Decode codes (B, h, w) to pictures (B, H, W, 3).
+
+        Raises:
+            ConfigError: the image tokenizer has no decoder.
+        """
         ...
 
 
@@ -83,6 +87,7 @@ class _Codec:
         self.codebook_size = weights.codebook_size
         self.downsampling = weights.downsampling
         self.fingerprint = weights.fingerprint
+        self._weights, self._name = weights, config.weights
         self._device, self._precision = device, config.precision
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._codebook = network.quantize.embedding.weight.to(device, torch.float32, copy=True)
@@ -119,6 +124,7 @@ class _Codec:
         return self.begin(pixels).codes()
 
     def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
+        check_decoder(self._weights, self._name, "vision.weights")
         with torch.inference_mode(), _arithmetic(self._precision, self._device):
             x = self._network.pixels(torch.tensor(codes, dtype=torch.int64, device=self._device)).float()
             x = (x.clamp(-1, 1) + 1) / 2 * 255

@@ -17,6 +17,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 
 from unitoken.codec.image_tokenizer.chameleon import VQGAN, meta_name
 from unitoken.codec.image_tokenizer.emu3_janus import Emu3, Janus
+from unitoken.codec.image_tokenizer.emu3_names import transformers_shape
 from unitoken.codec.image_tokenizer.files import Parameters, Weights
 from unitoken.common.errors import ConfigError, one_line
 
@@ -38,17 +39,24 @@ def load_network(kind: str, weights: Weights) -> Any:
 def _chameleon(weights: Weights) -> VQGAN:
     assert isinstance(weights.shape, Parameters)
     with torch.device("meta"):
-        network = VQGAN(weights.shape)
+        network = VQGAN(weights.shape, weights.has_decoder)
     levels = len(weights.shape.ddconfig.ch_mult)
     names = {name: meta_name(name, levels) for name in network.state_dict()}  # ours -> Meta's
-    _load(network, names, _read_all(weights), weights, "the .yaml")
+    if weights.tensors:  # transformers' names of the encoder are Meta's
+        _load(network, names, _read_named(weights), weights, "config.json")
+    else:
+        _load(network, names, _read_all(weights), weights, "the .yaml")
     return network
 
 
 def _emu3(weights: Weights) -> Any:
     network = _build(weights, lambda shape: Emu3(Emu3VQVAEConfig.from_dict(shape)))
     names = {name: name for name in network.state_dict()}
-    _load(network, names, _read_named(weights), weights, "config.json")
+    tensors = {
+        name: tensor.reshape(transformers_shape(name, list(tensor.shape)))
+        for name, tensor in _read_named(weights).items()
+    }
+    _load(network, names, tensors, weights, "config.json")
     return network
 
 

@@ -54,7 +54,13 @@ def test_init_copies_the_examples_and_overwrites_nothing(tmp_path: Path) -> None
     status, out, _ = call("init", str(tmp_path / "my"))
     assert status == 0
     assert out.startswith(f"{tmp_path / 'my' / 'yamls'}: ")
-    for name in ("stage1.yaml", "stage2.yaml", "stage.schema.json", "tokenize/chameleon.yaml"):
+    for name in (
+        "stage1.yaml",
+        "stage2.yaml",
+        "stage.schema.json",
+        "tokenize/chameleon.yaml",
+        "open/stage1.yaml",
+    ):
         assert (tmp_path / "my/yamls" / name).read_bytes() == (ROOT / "yamls" / name).read_bytes()
     assert call("init", str(tmp_path / "my"))[0] == 2
 

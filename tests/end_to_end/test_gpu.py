@@ -60,7 +60,7 @@ LAYER = DecoderConfig(
     intermediate_size=11008,
     num_hidden_layers=1,
     num_attention_heads=32,
-    qk_norm="shared",
+    qk_norm="layer_shared",
 )
 SIGLIP = VisionTowerConfig(
     hidden_size=1152,

@@ -51,6 +51,40 @@ def tiny_vqgan(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def encoder_alone(vqgan: Path, folder: Path) -> Path:
+    """Write the image tokenizer of a folder in Meta's layout as transformers saves it, without a decoder."""
+    from safetensors.torch import load_file
+    from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+    from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+
+    from unitoken.codec.image_tokenizer.chameleon import shape_of
+    from unitoken.codec.image_tokenizer.files import read_parameters
+
+    model = ChameleonVQVAE(ChameleonVQVAEConfig(**shape_of(read_parameters(vqgan / "vqgan.yaml"))))
+    state = load_file(vqgan / "vqgan.safetensors")
+    model.load_state_dict({name: state[name] for name in state if not name.startswith("decoder.")})
+    model.save_pretrained(folder)
+    return folder
+
+
+def whole_model(alone: Path, folder: Path, kind: str) -> Path:
+    """Write an image tokenizer as part of a whole model: the second of its two files."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    state = {f"model.vqmodel.{name}": t for name, t in load_file(alone / "model.safetensors").items()}
+    rest = {"model.embed_tokens.weight": torch.zeros(3), "lm_head.weight": torch.zeros(3)}
+    folder.mkdir()
+    files = {"model-00001-of-00002.safetensors": rest, "model-00002-of-00002.safetensors": state}
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shape = json.loads((alone / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "vq_config": shape}))
+    return folder
+
+
 def tiny_transformers(folder: Path, kind: str, seed: int = 0) -> Path:
     """Write a folder of Emu3's or Janus' image tokenizer with random weights, as transformers saves it.
 

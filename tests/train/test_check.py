@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from support.stages import DECODER, stage, write_data, write_stage
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import SPECIAL_NAMES, Vocabulary, grid_name, image_code_name
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin
+from unitoken.train.checkpoint.metadata import ModelSizes, write_metadata
 from unitoken.train.config import StageConfig
 
 
@@ -90,7 +93,9 @@ def test_the_longest_image_of_anyres_fits_into_a_pack() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("yamls/*.yaml")) + sorted(ROOT.glob("yamls/demo/*.yaml")), ids=lambda p: p.stem
+    "path",
+    [path for place in ("", "demo/", "open/") for path in sorted(ROOT.glob(f"yamls/{place}[bs]*.yaml"))],
+    ids=lambda p: p.stem,
 )
 def test_every_stage_in_the_repository_loads(path: Path) -> None:
     assert load_config(StageConfig, path).name == path.stem
@@ -141,6 +146,32 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
             "trainable=[vit, adaptor]",
             r"trainable: 'adaptor' is no part of this model; its parts are model, lm_head, vit, adapter",
         ),
+        (
+            "model.decoder.tie_word_embeddings=true",
+            r"trainable: 'lm_head' is model\.embed_tokens in this model, "
+            r"whose decoder has tie_word_embeddings; name model or model\.embed_tokens, "
+            r"and leave lm_head out$",
+        ),
+        (
+            "model.decoder.attention_bias=true",
+            r"`model\.decoder`: attention_bias is Qwen2's, which has `qk_norm: none`, found layer_shared",
+        ),
+        (
+            ("model.decoder.qk_norm=rms", "model.decoder.swin_norm=true"),
+            r"`model\.decoder`: swin_norm is Chameleon's, which has a LayerNorm as qk_norm, found rms",
+        ),
+        (
+            "model.decoder.head_dim=8",
+            r"`model\.decoder`: head_dim 8 times 2 heads is not hidden_size 32, as in Chameleon",
+        ),
+        (
+            "model.decoder.rope_scaling={rope_type: linear, factor: 2, beta_fast: 3}",
+            r"`model\.decoder\.rope_scaling`: rope_type linear has no beta_fast",
+        ),
+        (
+            "model.decoder.rope_scaling={rope_type: dynamic, factor: 2}",
+            r"rope_type`: Input should be .linear., .llama3. or .yarn., found .dynamic.",
+        ),
         ("trainable=[]", r"`trainable`: List should have at least 1 item"),
         (
             ("data.continuous=none", "trainable=[vit, adapter.0]"),
@@ -157,7 +188,26 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
         ),
         (
             "model.decoder.vocab_size=150",
-            r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163",
+            r"room for 150 ids \(vocab_size\), the datasets' vocabulary has 163; `model\.grow: .* adds rows",
+        ),
+        (
+            ("model.decoder.vocab_size=49", "model.grow={}"),
+            r"50 ids and model\.decoder rows for 49 \(vocab_size\), so it is not this model's tokenizer",
+        ),
+        ("model.grow={init: median}", r"`model\.grow\.init`: Input should be 'mean', 'normal' or 'codebook'"),
+        ("model.grow={init: codebook}", r"model\.grow: init 'codebook' needs `codec`"),
+        ("trainable=[new_rows]", r"'new_rows' are the rows that model\.grow adds, which is not set"),
+        (
+            ("trainable=[new_rows, model]", "model.grow={}"),
+            r"trainable: 'model' already trains all rows; leave out 'new_rows' or it",
+        ),
+        (
+            ("trainable=[adapter, lm_head.weight, new_rows]", "model.grow={}"),
+            r"trainable: 'lm_head\.weight' already trains all rows",
+        ),
+        (
+            ("trainable=[new_rows]", "model.grow={}", "optimizer.lr_scales={model.embed_tokens: 2}"),
+            r"optimizer\.lr_scales: 'model\.embed_tokens' names nothing that is trained",
         ),
         (
             "model.decoder.hiden_size=1",
@@ -201,6 +251,49 @@ def test_a_wrong_setting_is_named(override: str | tuple[str, ...], message: str,
     with pytest.raises(ConfigError, match=message) as caught:
         check_stage(stage(folder, *([override] if isinstance(override, str) else override)), 2)
     assert "\n" not in str(caught.value)
+
+
+def test_growth_gives_room_for_the_vocabulary(folder: Path) -> None:
+    """Rounded up to a multiple of 64, unless spare rows are enough."""
+    for room, grown in ((50, 192), (150, 192), (163, 163), (170, 170), (300, 300)):
+        resolved = check_stage(stage(folder, "model.grow={}", f"model.decoder.vocab_size={room}"), 1)
+        assert (resolved.sizes.decoder.vocab_size, resolved.new_rows) == (grown, range(50, grown))
+    check_stage(stage(folder, "model.grow={}", "trainable=[new_rows, adapter, model.layers]"), 1)
+    assert check_stage(stage(folder), 1).new_rows is None
+
+
+def test_a_vocabulary_grows_once(folder: Path, tmp_path: Path) -> None:
+    """Of a checkpoint as of a folder, one line says so before weights are loaded."""
+    sizes = {**DECODER, "vocab_size": 192}
+    config = stage(folder, "model.grow={}", f"model.decoder={sizes}")
+    decoder = check_stage(config, 1).sizes.decoder
+    write_metadata(tmp_path, config, ModelSizes(decoder=decoder, vision=None), small_vocabulary(60))
+    with zipfile.ZipFile(tmp_path / "step-00000001.pt", "w"):
+        pass
+    for key in ("init_from", "save.folder"):
+        with pytest.raises(
+            ConfigError, match=rf"^{key}: .*: a vocabulary grows once: .*163 tokens"
+        ) as caught:
+            check_stage(stage(folder, "model.grow={}", f"{key}={tmp_path}"), 1)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_size_can_not_grow(folder: Path, tmp_path: Path) -> None:
+    for rows in (49, 193):
+        other = write_checkpoint(tmp_path / str(rows), {**DECODER, "vocab_size": rows}, {NORM: (1, 16)})
+        with pytest.raises(ConfigError, match=rf"{rows}: it has rows for {rows} ids; .* 50 .* to 192"):
+            check_stage(
+                stage(folder, "model.grow={}", "model.decoder.vocab_size=150", f"init_from={other}"), 1
+            )
+
+
+def test_a_tokenizer_without_new_ids_can_not_grow(folder: Path, tmp_path: Path) -> None:
+    names = [*SPECIAL_NAMES.values(), *map(grid_name, range(1, 100)), *map(image_code_name, range(8))]
+    ids = {name: n for n, name in enumerate([*names, *(f"t{n}" for n in range(50))])}
+    whole = Vocabulary.from_tokens(ids, codebook_size=8)
+    write_dataset(tmp_path / "whole", [make_record("x", whole, 9)], whole)
+    with pytest.raises(ConfigError, match=r"model\.grow: the tokenizer .* has all their ids; leave it out"):
+        check_stage(stage(folder, "model.grow={}", f"data.streams={{all: {{local: {tmp_path}/whole}}}}"), 1)
 
 
 def test_folders_may_be_in_the_home_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,14 @@ import torch
 from unitoken.common.errors import ConfigError
 from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
-from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
+from unitoken.train.optim import (
+    build_optimizer,
+    decay_new_rows,
+    freeze,
+    keep_old_rows,
+    learning_rate,
+    set_learning_rate,
+)
 
 DECODER = DecoderConfig(
     vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2
@@ -80,6 +87,35 @@ def test_norms_and_biases_are_not_decayed(model: UniToken) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert decay[id(parameter)] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+def test_only_new_rows_have_gradients_and_decay(model: UniToken) -> None:
+    """Of a step's norm, moments and decay the old rows have no part."""
+    model = model.to_empty(device="cpu")
+    names = freeze(model, ["new_rows", "model.norm"])
+    assert names == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    config = OptimizerConfig(lr=1.0, weight_decay=0.5, lr_scales={"new_rows": 0.1})
+    optimizer = build_optimizer(model, config, new_rows=range(15, 20))
+    set_learning_rate(optimizer, 1.0)
+    rows, rest = optimizer.param_groups
+    assert (rows["name"], rows["lr"], rows["weight_decay"]) == ("new_rows", 0.1, 0.0)
+    assert (rest["name"], rest["lr"]) == ("rest", 1.0)
+    for parameter in (*rows["params"], *rest["params"]):
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.ones_like(parameter)
+    keep_old_rows(optimizer)
+    decay_new_rows(optimizer)
+    assert model.model.norm.weight.grad is not None
+    assert model.model.norm.weight.grad.all()
+    for parameter in rows["params"]:
+        assert parameter.grad.norm().item() == pytest.approx(math.sqrt(5 * 8))
+        assert (parameter.data[:15] == 1.0).all()
+        assert (parameter.data[15:] == 0.95).all()
+    optimizer.step()
+    for parameter in rows["params"]:
+        assert (parameter.data[:15] == 1.0).all()
+        torch.testing.assert_close(parameter.data[15:], torch.full((5, 8), 0.85))
+        assert not optimizer.state[parameter]["exp_avg_sq"][:15].any()
 
 
 def test_the_longest_name_decides_the_learning_rate(model: UniToken) -> None:

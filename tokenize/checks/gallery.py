@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
-from unitoken.codec.image_tokenizer.files import find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import check_decoder, find_image_tokenizer
 from unitoken.common.cli import report
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import write_aside
@@ -91,6 +91,7 @@ def _load_codec(manifest: Manifest, settings: TokenizeConfig, out: str) -> Visio
             f"({given.codebook_size} codes), {out} was made with {expected.weights} "
             f"({expected.codebook_size} codes)"
         )
+    check_decoder(given, settings.vision.weights, "vision.weights")
     return load_vision(settings.vision, "cuda" if torch.cuda.is_available() else "cpu")
 
 

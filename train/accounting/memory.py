@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import NEW_ROWS, DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode
 from unitoken.train.model.loss import CHUNK_ROWS
 
@@ -192,6 +192,11 @@ class _Step:
         """Return whether any parameter of a part of the model (`model`, `vit`, ...) is trained."""
         return any(name.split(".")[0] == part for name in self.config.trainable)
 
+    @property
+    def trains_rest(self) -> bool:
+        """Return whether the vocabulary's matrices have gradients, which they have as a whole."""
+        return self.trains("model") or NEW_ROWS in self.config.trainable
+
     def layer_bytes(self) -> dict[RecomputeMode, int]:
         """Return the bytes per token that a decoder layer keeps in each mode."""
         sdpa = self.config.model.attention == "sdpa"
@@ -248,7 +253,7 @@ class _Step:
             copied = number.rest + number.layer if one_layer else number.total
             copies = 2 * copied if self.width == 2 else 0
             return _GatheredBytes(copies, copies, copies, 0)
-        trained_rest = number.rest if self.trains("model") else 0
+        trained_rest = number.rest if self.trains_rest else 0
         # Of embeddings and output layer; with tied embeddings they are the same.
         output_layer = trained_rest if self.decoder.tie_word_embeddings else trained_rest / 2
 
@@ -292,9 +297,7 @@ def estimate_memory(
     gathered, recomputed = step.gathered(number, ranks), step.recomputed_layer()
     shards = max(ranks // config.fsdp.replicas, 1)
     gradients = 4 * trained / shards
-    rest_gradients = (
-        4 * (number.rest if step.trains("model") else 0) / shards
-    )  # reduced and freed last of all
+    rest_gradients = 4 * (number.rest if step.trains_rest else 0) / shards  # reduced and freed last of all
     accumulates = config.data.global_batch // ranks > config.microbatch
     moments: tuple[dict[str, float], ...] = (
         {  # the backward pass of the last layer

@@ -11,7 +11,7 @@ from unitoken.train.accounting.step_sums import StepResult, StepSums
 from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.config import OptimizerConfig
 from unitoken.train.distributed import composer_trainer
-from unitoken.train.optim import learning_rate, set_learning_rate
+from unitoken.train.optim import decay_new_rows, keep_old_rows, learning_rate, set_learning_rate
 
 
 class Optimisation(Callback):  # type: ignore[misc]
@@ -59,10 +59,12 @@ class Optimisation(Callback):  # type: ignore[misc]
     def after_train_batch(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Clip the gradients, or drop them if loss or norm is not finite."""
         parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        keep_old_rows(state.optimizers[0])
         norm = composer_trainer.gradient_norm(parameters)
         self.measured = self.measures.take(norm)
         if self.measured.finite:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm, foreach=True)
+            decay_new_rows(state.optimizers[0])
             self.in_a_row = 0
         else:
             state.optimizers[0].zero_grad(set_to_none=True)

@@ -141,6 +141,43 @@ def check_fits(metadata: CheckpointMetadata, sizes: ModelSizes, vocabulary: Voca
         )
 
 
+def check_growth(
+    metadata: CheckpointMetadata, sizes: ModelSizes, vocabulary: Vocabulary, where: str
+) -> CheckpointMetadata:
+    """Check that weights can grow to a stage's size, or have grown to it already.
+
+    Args:
+        metadata: of the weights. With a vocabulary they have grown to it, or had room for it.
+        sizes: the stage's sizes, grown.
+        vocabulary: the vocabulary of the stage's datasets.
+        where: the setting and the weights, for the message.
+
+    Returns:
+        The metadata of the weights after growth, for `check_fits`.
+
+    Raises:
+        ConfigError: they have grown to another vocabulary, or their tokenizer is not that of the datasets.
+    """
+    if metadata.vocabulary is not None:
+        if metadata.vocabulary.fingerprint != vocabulary.fingerprint:
+            raise ConfigError(
+                f"{where}: a vocabulary grows once: it has grown to that with fingerprint "
+                f"{describe_vocabulary(metadata.vocabulary)}, and the datasets have "
+                f"{describe_vocabulary(vocabulary)}; start from weights before growth"
+            )
+        return metadata
+    if metadata.sizes is None:
+        return metadata
+    room, first = metadata.sizes.decoder.vocab_size, vocabulary.new_ids.start
+    if not first <= room <= sizes.decoder.vocab_size:
+        raise ConfigError(
+            f"{where}: it has rows for {room} ids; model.grow needs {first} (the ids of the datasets' "
+            f"tokenizer) to {sizes.decoder.vocab_size} (those after growth)"
+        )
+    decoder = metadata.sizes.decoder.model_copy(update={"vocab_size": sizes.decoder.vocab_size})
+    return metadata._replace(sizes=metadata.sizes.model_copy(update={"decoder": decoder}))
+
+
 def compare_constants(metadata: CheckpointMetadata, sizes: ModelSizes) -> str | None:
     """Describe how constants that no tensor's shape shows differ from the stage's, or return None.
 

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
-from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import Parameters, Weights, find_image_tokenizer, hash_tensors
 from unitoken.common.cli import report, warn
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
@@ -114,14 +114,14 @@ def export_model(
     image_tokenizer = _find_image_tokenizer(metadata, manifests)
     if image_tokenizer is not None:
         weights = _add_image_tokenizer(weights, image_tokenizer)
-
     out.parent.mkdir(parents=True, exist_ok=True)
     with AsideFolder(out) as folder:
         _write_tensors(folder.path, weights, DTYPES[dtype], max_shard_bytes)
         _write_metadata(folder.path, metadata, tokenizer)
         fields = _config(metadata, tokenizer, image_tokenizer, DTYPES[dtype])
         files = sorted([CONFIG, *(path.name for path in folder.path.iterdir())])
-        mark = {"vocabulary": metadata.vocabulary.fingerprint, **_origin_fields(origin), "files": files}
+        noted = _origin_fields(origin) | _image_tokenizer_field(folder.path, image_tokenizer)
+        mark = {"vocabulary": metadata.vocabulary.fingerprint, **noted, "files": files}
         fields["unitoken"] = {**mark, "sha256": compute_digests(folder.path, fields)}
         _write_json(folder.path / CONFIG, fields)
         _publish(folder, out)
@@ -140,6 +140,13 @@ def _origin_fields(origin: Path) -> dict[str, Any]:
     if origin.is_dir():
         return {}
     return {"step": run_folder.step_of(origin), "checkpoint": run_folder.checkpoint_id(origin)}
+
+
+def _image_tokenizer_field(folder: Path, weights: Weights | None) -> dict[str, Any]:
+    """Return the mark's field by which data made with the export counts as made with the original weights."""
+    if weights is None:
+        return {}
+    return {"image_tokenizer": {"fingerprint": weights.fingerprint, "tensors": hash_tensors(folder)}}
 
 
 def _find_image_tokenizer(metadata: CompleteMetadata, manifests: Sequence[Manifest] | None) -> Weights | None:

@@ -111,10 +111,20 @@ def text_fields(fields: Fields, path: Path) -> tuple[str | None, Fields]:
         if not isinstance(inner, dict):
             raise ConfigError(f"{path}: `text_config`: expected an object, found {type(inner).__name__}")
         kind, fields = inner.get("model_type", NESTED[kind]), inner
-    if kind is not None and kind not in FAMILIES:
+    if kind is not None and (not isinstance(kind, str) or kind not in FAMILIES):
         supported = ", ".join(sorted([*FAMILIES, *NESTED]))
         raise ConfigError(f"{path}: `model_type` {kind!r} is not supported; supported are {supported}")
     return kind, fields
+
+
+def ties_inner_embeddings(fields: Fields) -> bool:
+    """Return whether a model with a language model inside ties its embeddings by a field of its own.
+
+    Transformers 5 reads this field of the whole model, which is true by default in Janus'; transformers 4
+    reads the language model's.
+    """
+    kind = fields.get("model_type")
+    return kind in NESTED and bool(fields.get("tie_word_embeddings", kind == "janus"))
 
 
 def decoder_fields(kind: str | None, fields: Fields, path: Path) -> Fields:

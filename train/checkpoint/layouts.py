@@ -16,11 +16,13 @@ import pydantic
 from unitoken.common.config import ConfigT, first_problem
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.families import (
+    HEAD,
     NESTED,
     check_tensors,
     decoder_fields,
     decoder_names,
     text_fields,
+    ties_inner_embeddings,
 )
 from unitoken.train.checkpoint.locations import CONFIG, checkpoint_folder
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
@@ -54,6 +56,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    if not isinstance(kind := fields.get("model_type"), str | None):
+        raise ConfigError(f"{path}: `model_type`: expected text, found {type(kind).__name__}")
     return fields
 
 
@@ -122,10 +126,13 @@ def read_decoder(source: str) -> DecoderConfig:
     """
     folder = checkpoint_folder(source)
     path = folder / CONFIG
-    kind, fields = text_fields(_read_json(path), path)
+    whole = _read_json(path)
+    kind, fields = text_fields(whole, path)
     sizes = decoder_fields(kind, fields, path)
     stored = stored_tensors(folder)
     shapes = {ours: stored[name].shape for ours, name in decoder_names(stored).items()}
+    if HEAD not in shapes and ties_inner_embeddings(whole):
+        sizes["tie_word_embeddings"] = True
     if kind in (None, "chameleon"):
         norm = shapes.get(FIRST_NORM)
         if norm is None:

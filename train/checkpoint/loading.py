@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from unitoken.common.errors import ConfigError
+from unitoken.train.checkpoint.growth import Growth
+from unitoken.train.checkpoint.locations import checkpoint_folder
 from unitoken.train.checkpoint.tensors import (
     Shapes,
     TensorSource,
@@ -19,7 +21,7 @@ from unitoken.train.checkpoint.tensors import (
     open_vision_folder,
     parameter_shapes,
 )
-from unitoken.train.config import ModelConfig
+from unitoken.train.config import VOCABULARY_MATRICES, ModelConfig
 from unitoken.train.model.unitoken import UniToken
 
 # Parts that are trained together: where only one of them is there, the other was lost.
@@ -27,7 +29,7 @@ PAIRS = (("model", "lm_head"), ("vit", "adapter"))
 
 
 def find_weights(
-    model: UniToken, config: ModelConfig, trained: TensorSource | None
+    model: UniToken, config: ModelConfig, trained: TensorSource | None, growth: Growth | None = None
 ) -> dict[str, TensorSource]:
     """Find the weights of each part of a model, without loading any.
 
@@ -39,6 +41,7 @@ def find_weights(
         model: the model on the `meta` device.
         config: its settings, with the folders of pretrained weights.
         trained: the weights of an earlier stage, or None.
+        growth: the rows that the configured decoder lacks, or None.
 
     Raises:
         ConfigError: tensors of a part are missing, are not part of the model, or have another shape; it names
@@ -46,7 +49,10 @@ def find_weights(
     """
     parts: dict[str, TensorSource] = _split_with_companions(trained) if trained is not None else {}
     if isinstance(config.decoder, str) and "model" not in parts:
-        parts = _split_with_companions(open_decoder_folder(config.decoder)) | parts
+        folder = open_decoder_folder(config.decoder)
+        if growth is not None:
+            folder = growth.grow(folder, checkpoint_folder(config.decoder))
+        parts = _split_with_companions(folder) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
         parts |= _split_by_part(open_vision_folder(config.vision))
     expected = _shapes_by_part(parameter_shapes(model))
@@ -62,13 +68,16 @@ def find_weights(
     return parts
 
 
-def load_weights(model: UniToken, parts: Mapping[str, TensorSource], seed: int) -> list[str]:
+def load_weights(
+    model: UniToken, parts: Mapping[str, TensorSource], seed: int, growth: Growth | None = None
+) -> list[str]:
     """Load the weights that `find_weights` found into a `meta` model, and draw those of the other parts.
 
     Args:
         model: the model, on the CPU afterwards.
         parts: the weights of each part; a part that is not among them is new.
         seed: of new weights.
+        growth: the rows that are new in new weights, too, or None.
 
     Returns:
         A line about each part: its size and where its weights come from.
@@ -83,6 +92,9 @@ def load_weights(model: UniToken, parts: Mapping[str, TensorSource], seed: int) 
         else:
             module.to_empty(device="cpu")
             _draw_weights(module, part, seed)
+            for name, parameter in module.named_parameters(prefix=part):
+                if growth is not None and name in VOCABULARY_MATRICES:
+                    growth.fill(name, parameter)
         count = sum(parameter.numel() for parameter in module.parameters())
         origin = parts[part].where if part in parts else f"new, seed {seed}"
         lines.append(f"{part}: {count:,} parameters, {origin}")

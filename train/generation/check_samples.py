@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from unitoken.codec.config import CodecConfig
-from unitoken.codec.image_tokenizer.files import find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import check_decoder, find_image_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decode
@@ -97,8 +97,8 @@ def check_samples(
         guidance_trained: whether the data has null prompts.
 
     Raises:
-        ConfigError: tokenizers or prompts are missing, a size does not suit the image tokenizer, or an image
-            can not be read.
+        ConfigError: tokenizers or prompts are missing, a size does not suit the image tokenizer, it has no
+            decoder and shall draw, or an image can not be read.
     """
     if samples is None:
         return []
@@ -111,9 +111,11 @@ def check_samples(
         raise ConfigError(
             "samples: there is nothing to draw and nothing to answer; set samples.draw or samples.answer"
         )
-    downsampling = find_image_tokenizer(codec.vision).downsampling
+    image_tokenizer = find_image_tokenizer(codec.vision)
     for size in image_sizes(samples.size, pictures):
-        latent_size(size, downsampling, "samples.size")
+        latent_size(size, image_tokenizer.downsampling, "samples.size")
+    if samples.draw:
+        check_decoder(image_tokenizer, codec.vision.weights, "samples.draw: codec.vision.weights")
     for picture, text in samples.answer.items():
         if not Path(picture).is_file():
             raise ConfigError(f"samples.answer: {picture}: no such picture")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from unitoken.codec.conversations import Conversation, short_name
-from unitoken.codec.image_tokenizer.files import find_image_tokenizer
+from unitoken.codec.image_tokenizer.files import check_decoder, find_image_tokenizer
 from unitoken.common.cli import report, warn
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE, exclusive_lock
@@ -48,7 +48,8 @@ class CheckedRequest(NamedTuple):
         vision: sizes of the vision tower; None without one.
         trained_vocabulary: the vocabulary that the model was trained in; None if the checkpoint's folder does
             not have it.
-        sizes: the (height, width) in pixels that a generated image may have.
+        sizes: the (height, width) in pixels that a generated image may have; empty without a decoder, when
+            replies are text only.
         crops: the (width, height) in pixels to which images of prompts are cropped for the image tokenizer.
     """
 
@@ -84,9 +85,11 @@ def check_request(
     about = read_metadata(origin)
     samples_size = config.samples.size if config.samples is not None else None
     sizes = image_sizes(parse_size(size) if size else samples_size, about.pictures)
-    downsampling = find_image_tokenizer(codec.vision).downsampling
+    image_tokenizer = find_image_tokenizer(codec.vision)
     for pixels in sizes:
-        latent_size(pixels, downsampling)
+        latent_size(pixels, image_tokenizer.downsampling)
+    if request.drawing or size:
+        check_decoder(image_tokenizer, codec.vision.weights, "codec.vision.weights")
     check_reply_folder(request.out, inputs)
     guidance_trained = config.data.null_prompt_fraction > 0
     _warn_about(sizes, about.pictures, guidance, guidance_trained)
@@ -95,6 +98,8 @@ def check_request(
     # generated.
     crops = about.pictures.crops if about.pictures is not None else []
     crops = crops or [(width, height) for height, width in sizes]
+    if not image_tokenizer.has_decoder:
+        sizes = []
     return CheckedRequest(origin, decoder, vision, about.vocabulary, sizes, crops)
 
 

@@ -151,7 +151,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
         # All queries see the same keys: the heads of a group are computed like places of one head, and the
         # cache is not copied.
         query = query.view(rows, groups, heads // groups, size)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).view(rows, heads, 1, size)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attended.reshape(rows, heads, 1, size)
     if groups != heads:
         # With `enable_gqa` torch 2.7 has no fast kernel on CPUs (forward and backward take 2.4 times as long
         # for 1,024 tokens), nor one with a mask on GPUs, and computes whole matrices of probabilities.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from support.tokenizing import tiny_transformers, tiny_vqgan, vision_config
+from support.tokenizing import encoder_alone, tiny_transformers, tiny_vqgan, vision_config, whole_model
 from unitoken.codec.image_tokenizer.convert_vqgan import convert_vqgan
 from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
-from unitoken.codec.image_tokenizer.files import Weights
+from unitoken.codec.image_tokenizer.files import Weights, hash_tensors
 from unitoken.codec.image_tokenizer.files import find_image_tokenizer as find
 from unitoken.common.errors import ConfigError
 from unitoken.tokenize.__main__ import app
@@ -190,7 +191,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_another_kind_is_one_line(vqgan: Path, tmp_path: Path) -> None:
     janus = tiny_transformers(tmp_path / "janus", "janus")
     with pytest.raises(
-        ConfigError, match=r"kind chameleon needs vqgan.yaml and .*, found transformers' config.json"
+        ConfigError, match=r"kind chameleon needs model_type 'chameleon' or .*, found 'janus_vqgan'"
     ):
         find_weights(janus)
     with pytest.raises(ConfigError, match=r"kind janus needs config.json in it"):
@@ -243,3 +244,145 @@ def test_a_cut_file_of_transformers_is_one_line(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_vision(vision_config(folder, kind="janus"))
+
+
+# --- Chameleon in transformers' layout ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_both_layouts_of_chameleon_give_the_same_codes(vqgan: Path, tmp_path: Path, whole: bool) -> None:
+    folder = encoder_alone(vqgan, tmp_path / "alone")
+    if whole:
+        folder = whole_model(folder, tmp_path / "whole", "chameleon")
+    vision = load_vision_of(folder)
+    assert (vision.codebook_size, vision.downsampling) == (64, 4)
+    codes = vision.encode(pixels(3))
+    assert len(np.unique(codes)) > 1
+    assert (codes == load_vision_of(vqgan).encode(pixels(3))).all()
+    assert (
+        vision.fingerprint == find_weights(tmp_path / "alone").fingerprint != find_weights(vqgan).fingerprint
+    )
+
+
+def test_an_encoder_alone_decodes_nothing_and_says_so(vqgan: Path, tmp_path: Path) -> None:
+    vision = load_vision_of(encoder_alone(vqgan, tmp_path / "alone"))
+    with pytest.raises(
+        ConfigError, match=r"^vision\.weights: .*alone has transformers' encoder .* no decoder"
+    ):
+        vision.decode(np.zeros((1, 4, 4), np.int64))
+
+
+@pytest.mark.parametrize("place", [".", "original_tokenizers"])
+def test_metas_files_are_preferred_as_they_can_draw(vqgan: Path, tmp_path: Path, place: str) -> None:
+    """facebook/chameleon-7b has them in original_tokenizers/, beside transformers' files."""
+    folder = encoder_alone(vqgan, tmp_path / "alone")
+    (folder / place).mkdir(exist_ok=True)
+    for file in vqgan.iterdir():
+        (folder / place / file.name).write_bytes(file.read_bytes())
+    assert find_weights(folder).has_decoder
+    assert find_weights(folder).fingerprint == find_weights(vqgan).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "needed"),
+    [
+        ({"base_channels": 20}, "base_channels: .*multiple of 32"),
+        ({"attn_resolutions": [8]}, "attn_resolutions: .*must be"),
+        ({"attn_type": "none"}, "attn_type: "),
+        ({"num_embeddings": "many"}, "num_embeddings: "),
+    ],
+)
+def test_a_shape_that_is_not_chameleons_is_named(
+    vqgan: Path, tmp_path: Path, change: dict[str, Any], needed: str
+) -> None:
+    path = encoder_alone(vqgan, tmp_path / "alone") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=f"{path}: {needed}"):
+        find_weights(path.parent)
+
+
+def test_a_model_without_its_image_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon"}))
+    save_file({"lm_head.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"no tensor .*model\.vqmodel\.quantize\.embedding\.weight in it"):
+        find_weights(tmp_path)
+
+
+def test_a_changed_export_loses_the_fingerprint_it_notes(vqgan: Path, tmp_path: Path) -> None:
+    folder = encoder_alone(vqgan, tmp_path / "alone")
+    own = find_weights(folder).fingerprint
+    assert own == hash_tensors(folder)
+    config = json.loads((folder / "config.json").read_text())
+    noted = {"fingerprint": "0123456789abcdef", "tensors": own}
+    for mark, expected in ((noted, noted["fingerprint"]), (noted | {"tensors": "?"}, own), ("?", own)):
+        content = config | {"unitoken": {"image_tokenizer": mark}}
+        (folder / "config.json").write_text(json.dumps(content))
+        assert find_weights(folder).fingerprint == expected
+
+
+# --- models in their authors' own layouts -------------------------------------------------------------------
+
+
+def of_its_authors(folder: Path, out: Path) -> Path:
+    """Rewrite Emu3's image tokenizer as in BAAI/Emu3-VisionTokenizer; its authors' code gave equal codes."""
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for rule in (
+            (r"\.(down|up)_block\.", "."),
+            (r"\.middle_block\.attn_norm\.", ".mid.attn_1.norm."),
+            (r"\.middle_block\.", ".mid."),
+            (r"\.attn_norms\.(\d)\.", r".attn.\1.norm."),
+            (r"\.(\w)_proj\.", r".\1."),
+            (r"\.out_proj\.", ".proj_out."),
+        ):
+            name = re.sub(*rule, name)
+        is_projection = re.search(r"\.([qkv]|proj_out)\.weight$", name)
+        state[name] = tensor[..., None, None] if is_projection else tensor
+    out.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "model.safetensors")
+    shape = json.loads((folder / "config.json").read_text())
+    names = {"latent_channels": "z_channels", "base_channels": "ch", "channel_multiplier": "ch_mult"}
+    content = {names.get(key, key): value for key, value in shape.items()} | {"model_type": "Emu3VisionVQ"}
+    (out / "config.json").write_text(json.dumps(content))
+    return out
+
+
+def test_emu3_of_its_authors_gives_the_same_codes(tmp_path: Path) -> None:
+    ours = tiny_transformers(tmp_path / "emu3", "emu3")
+    theirs = of_its_authors(ours, tmp_path / "theirs")
+    names = set(load_file(theirs / "model.safetensors"))
+    assert {"encoder.down.2.attn.0.norm.weight", "decoder.mid.attn_1.proj_out.weight"} <= names
+    first, second = (load_vision(vision_config(folder, kind="emu3")) for folder in (ours, theirs))
+    codes = first.encode(pixels(2))
+    assert (second.encode(pixels(2)) == codes).all()
+    assert (second.decode(codes) == first.decode(codes)).all()
+    assert second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "needed"),
+    [
+        ("janus", "multi_modality", "name deepseek-community/Janus-Pro-1B, in transformers'"),
+        ("emu3", "Emu3", "name BAAI/Emu3-Chat-hf, in transformers'"),
+    ],
+)
+def test_a_model_of_its_authors_is_refused_by_name(
+    tmp_path: Path, kind: str, model_type: str, needed: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(
+        ConfigError, match=f"found '{model_type}', whose layout is its authors' own: {needed}"
+    ):
+        find_weights(tmp_path, kind)
+
+
+def test_missing_weights_say_how_to_get_them() -> None:
+    for name, command in (
+        ("weights/Janus-Pro-1B", "`unitoken weights open` fetches it"),
+        ("weights/Lumina-mGPT-7B-512", "`unitoken weights chameleon` fetches it"),
+        ("weights/vqgan", "`unitoken convert-vqgan FOLDER weights/vqgan` converts it"),
+    ):
+        with pytest.raises(ConfigError, match=command):
+            find_weights(name)
+    with pytest.raises(ConfigError, match=r"no such file or folder$"):
+        find_weights("weights/other")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from support.tokenizing import picture, run_here, settings, tiny_vqgan, turns, write_items
+from support.tokenizing import encoder_alone, picture, run_here, settings, tiny_vqgan, turns, write_items
 from unitoken.codec.image_tokenizer.encoder import load_vision
 from unitoken.common.errors import ConfigError
 from unitoken.dataset import images
@@ -61,3 +61,15 @@ def test_another_image_tokenizer_is_refused(folder: Path, tmp_path: Path) -> Non
     ):
         write_page(str(folder / "data"), other, 1, tmp_path / "page")
     assert not (tmp_path / "page").exists()
+
+
+def test_an_image_tokenizer_without_decoder_is_refused(vqgan: Path, tmp_path: Path) -> None:
+    """Data can be made with it, but shows nothing: that is said before the weights are loaded."""
+    alone = encoder_alone(vqgan, tmp_path / "alone")
+    items = [{"conversations": turns("<|image|>", "a"), "image": [picture(tmp_path / "a.png", 0)]}]
+    run_here(settings(alone), write_items(tmp_path, items), tmp_path / "data")
+    merge(str(tmp_path / "data"))
+    result = CliRunner().invoke(app, ["preview", str(tmp_path / "data"), "--out", str(tmp_path / "page")])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"vision.weights: {alone} has transformers' encoder of Chameleon and no decoder" in result.stderr
+    assert CliRunner().invoke(app, ["preview", str(tmp_path / "data")]).exit_code == 0

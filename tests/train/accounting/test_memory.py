@@ -202,6 +202,7 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigab
         ("stage2", 32, 8, 1, []),
         ("stage2-anyres", 32, 8, 1, []),
         ("stage2", 8, 8, 2, ["microbatch=4"]),
+        ("stage2", 8, 8, 1, ["trainable=[new_rows, vit, adapter]", "model.grow={}"]),
         ("stage2", 32, 16, 1, ["fsdp.reshard=false"]),
         ("stage2", 8, 8, 2, ["microbatch=1", "fsdp.reduce=bf16"]),
         ("stage1", 4, 8, 1, ["microbatch=2", "activation_checkpointing=none"]),

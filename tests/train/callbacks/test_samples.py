@@ -12,6 +12,7 @@ from PIL import Image
 from support.drawn import CODEC, ROOM, ROOT, drawing_stage, write_data
 from support.ranks import finish, start
 from support.stages import curve
+from support.tokenizing import encoder_alone
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.samples import sheet
@@ -184,6 +185,16 @@ def test_wrong_samples_are_found_before_weights_are_loaded(
     )
     with pytest.raises(ConfigError, match="".join(f"[{c}]" if c in "<|>?." else c for c in message)):
         check_stage(config, 1)
+
+
+def test_an_encoder_alone_can_answer_but_not_draw(folder: Path, tmp_path: Path) -> None:
+    alone = encoder_alone(ROOT / "demo/assets/vqgan", tmp_path / "alone")
+    weights = f"codec.vision.weights={alone}"
+    config = settings(folder, "alone", weights, samples=asking(folder))
+    needed = rf"samples\.draw: codec\.vision\.weights: {alone} has transformers' encoder"
+    with pytest.raises(ConfigError, match=needed):
+        check_stage(config, 1)
+    check_stage(settings(folder, "alone", weights, samples=asking(folder, draw=[])), 1)
 
 
 def test_data_of_other_tokenizers_is_refused(tmp_path: Path) -> None:

@@ -218,6 +218,11 @@ def test_the_tokenizers_are_exported_with_the_model(folder: Path, golden: Path, 
     torch.testing.assert_close(text, logits(again)[..., 9300:], rtol=1e-5, atol=1e-5)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16().float())
 
+    # The export is an image tokenizer itself, and counts as the one that it was made from.
+    ours = load_vision(codec.vision.model_copy(update={"weights": str(tmp_path / "out")}))
+    assert (ours.encode(pictures) == expected).all()
+    assert ours.fingerprint == load_vision(codec.vision).fingerprint
+
     other = codec.model_copy(update={"tokenizer": str(assets / "tokenizer_llama_style")})
     with pytest.raises(
         ConfigError,

@@ -206,6 +206,16 @@ def test_tying_that_is_not_that_of_the_tensors_is_refused(tmp_path: Path) -> Non
     assert parts["lm_head"].shapes == {}
 
 
+def test_transformers_5_ties_janus_by_the_whole_models_field(tmp_path: Path) -> None:
+    fields = {"model_type": "janus", "text_config": SIZES}
+    tied = write(tmp_path / "tied", fields, tie_word_embeddings=True)
+    assert read_decoder(str(tied)).tie_word_embeddings
+    assert not read_decoder(str(write(tmp_path / "apart", fields))).tie_word_embeddings
+    untied = write(tmp_path / "no", {**fields, "tie_word_embeddings": False}, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="`tie_word_embeddings` is false, and there is no lm_head"):
+        read_decoder(str(untied))
+
+
 def test_the_tower_of_another_model_is_not_taken_for_ours(tmp_path: Path) -> None:
     for kind in NESTED:
         folder = tmp_path / kind

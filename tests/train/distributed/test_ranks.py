@@ -26,6 +26,13 @@ from unitoken.train.checkpoint.locations import latest_checkpoint
 
 PROGRAM = TESTS / "support" / "rank_program.py"
 BIN = Path(sys.executable).parent
+TIED = (  # a Qwen2 with tied embeddings
+    "model.decoder.qk_norm=none",
+    "model.decoder.attention_bias=true",
+    "model.decoder.num_key_value_heads=1",
+    "model.decoder.tie_word_embeddings=true",
+    "trainable=[vit, adapter, model]",
+)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
 
@@ -68,7 +75,11 @@ def by_two(folder: Path) -> Path:
             "fsdp.reshard=false",
         ),
         dry(folder, "moved", steps=0, stop=4),
+        dry(folder, "tied", *TIED, stop=3),
+        dry(folder, "tied", *TIED),
+        dry(folder, "tied-moved", *TIED, stop=3),
         *other_settings_halfway(folder, "two-changed"),
+        *new_rows_halfway(folder, "two-rows"),
     )
     return folder / "two"
 
@@ -82,6 +93,8 @@ def by_four(folder: Path, by_two: Path) -> Path:
         dry(folder, "moved", steps=0),
         dry(folder, "hsdp", "fsdp.replicas=2", stop=3),
         dry(folder, "hsdp", "fsdp.replicas=2"),
+        *new_rows_halfway(folder, "four-rows"),
+        dry(folder, "hsdp-rows", *NEW_ROWS, "fsdp.replicas=2"),
     )
     return folder / "four"
 
@@ -92,6 +105,15 @@ def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
         dry(folder, run, stop=3),
         dry(folder, run, "optimizer.weight_decay=5", "optimizer.lr_scales={model: 3}"),
     ]
+
+
+# 50 of 170 rows are old, which ends inside of the first rank's shard of two, and of the second's of four.
+NEW_ROWS = ("model.grow={init: normal}", "trainable=[new_rows]", "optimizer.weight_decay=1")
+
+
+def new_rows_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
+    """Return a run that trains new rows alone, is stopped, and resumed."""
+    return [dry(folder, run, *NEW_ROWS, stop=3), dry(folder, run, *NEW_ROWS)]
 
 
 def assert_same(run: Path, expected: Path) -> None:
@@ -105,6 +127,19 @@ def assert_same(run: Path, expected: Path) -> None:
 def test_two_ranks_train_as_one(by_one: Path, by_two: Path) -> None:
     """The losses and gradient norms are the same, also when one of the ranks has no image in a microbatch."""
     assert_same(by_two, by_one)
+
+
+def test_two_ranks_train_tied_embeddings_as_one(folder: Path, by_two: Path) -> None:
+    """Stopped and resumed on two ranks; also stopped on two and resumed on one."""
+    train(**dry(folder, "tied-one", *TIED))
+    train(**dry(folder, "tied-moved", *TIED))
+    weights = run_folder.open_checkpoint(folder / "tied-one" / "step-00000005.pt").load()
+    assert "lm_head.weight" not in weights
+    for run in ("tied", "tied-moved"):
+        assert_same(folder / run, folder / "tied-one")
+        found = run_folder.open_checkpoint(folder / run / "step-00000005.pt").load()
+        name = "model.embed_tokens.weight"
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-3, atol=1e-4)
 
 
 def test_two_ranks_change_optimizer_settings_as_one_does(folder: Path, by_one: Path, by_two: Path) -> None:
@@ -141,6 +176,29 @@ def test_any_number_of_ranks_saves_the_same_weights(folder: Path, by_one: Path, 
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=f"{run}: {name}")
+
+
+def test_new_rows_alone_train_on_any_number_of_ranks(folder: Path, by_four: Path) -> None:
+    """Every other number stays as it was to the bit, its moments 0; with a resume in between."""
+    # The first step has a learning rate of 0.
+    train(**dry(folder, "start-rows", *NEW_ROWS, steps=1))
+    before = run_folder.open_checkpoint(folder / "start-rows" / "step-00000001.pt").load()
+    for part in new_rows_halfway(folder, "one-rows"):
+        train(**part)
+    for run in ("one-rows", "two-rows", "four-rows", "hsdp-rows"):
+        assert_same(folder / run, folder / "one-rows")
+        checkpoint = folder / run / "step-00000005.pt"
+        after = run_folder.open_checkpoint(checkpoint).load()
+        matrices = ("model.embed_tokens.weight", "lm_head.weight")
+        for name, tensor in after.items():
+            kept = 50 if name in matrices else len(tensor)
+            assert torch.equal(tensor[:kept], before[name][:kept]), f"{run}: {name}"
+            assert (tensor[kept:] != before[name][kept:]).all(), f"{run}: {name}"
+        moments = run_folder.read_checkpoint(checkpoint)["optimizers"]["AdamW"]["state"]
+        assert len(moments) == 2
+        for name, state in moments.items():
+            assert not state["exp_avg_sq"][:50].any(), f"{run}: {name}"
+            assert state["exp_avg_sq"][50:].any(), f"{run}: {name}"
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from support.drawn import CODEC, ROOT, drawing_stage, write_run
+from support.tokenizing import encoder_alone
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.__main__ import app
@@ -173,6 +174,20 @@ def test_a_wrong_request_is_a_one_line_error(
     assert message in output
     assert output.startswith("error: ")
     assert output.count("\n") == 1
+
+
+def test_an_encoder_alone_answers_and_draws_nothing(run: Path, tmp_path: Path) -> None:
+    """The image tokenizer of facebook/chameleon-7b and of our exports has no decoder."""
+    alone = encoder_alone(ROOT / "demo/assets/vqgan", tmp_path / "alone")
+    given = [run, f"codec.vision.weights={alone}", "--out", tmp_path / "out", "--prompt"]
+    for drawing in (["--draw"], ["--size", "8x8"]):
+        status, output = ask(*given, "Draw a two.", *drawing)
+        assert (status, output.count("\n")) == (2, 1)
+        assert output.startswith(f"error: codec.vision.weights: {alone} has transformers' encoder")
+    question = ["What is it?", "--image", run.parent / "a.png", "samples={size: [8, 8]}"]
+    status, output = ask(*given, *question, "--max-tokens", 5)
+    assert status == 0, output
+    assert [line["pictures"] for line in results(tmp_path / "out")] == [[]]
 
 
 def numbered(folder: Path) -> list[dict[str, object]]:

@@ -32,18 +32,22 @@ VISION = VisionTowerConfig(
 LIKELIEST = Sampling(temperature=0.0)
 
 
-def build(vocabulary: Vocabulary, vision: VisionTowerConfig | None) -> UniToken:
-    decoder = DecoderConfig(
-        vocab_size=vocabulary.size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
+QWEN2 = {"qk_norm": "none", "attention_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True}
+
+
+def build(vocabulary: Vocabulary, vision: VisionTowerConfig | None, **switches: Any) -> UniToken:
+    sizes = {
+        "vocab_size": vocabulary.size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    decoder = DecoderConfig.model_validate({**sizes, **switches})
     model = build_model(decoder, vision, ModelConfig(decoder=decoder, vision=vision))
     load_weights(model, {}, seed=1)
     with torch.no_grad():
-        model.lm_head.weight.mul_(50)  # so that the likeliest token differs from place to place
+        model.output_weight.mul_(50)  # so that the likeliest token differs from place to place
     return model.eval()
 
 
@@ -97,7 +101,8 @@ def logits_of(
     length = int((batch["document_ids"] >= 0).sum())
     with torch.no_grad():
         embeddings = model.embed(batch)[:, :length]
-        return model.lm_head(model.model(embeddings, batch["position_ids"][:, :length], None))[0, -1]
+        hidden = model.model(embeddings, batch["position_ids"][:, :length], None)
+        return torch.nn.functional.linear(hidden, model.output_weight)[0, -1]
 
 
 def plainly(
@@ -200,6 +205,12 @@ def test_greedy_images_equal_those_without_cache_or_batch(
     assert found == expected
     likeliest = Sampling(temperature=0.7, top_k_image=1, guidance=guidance)
     assert found == generate(model, vocabulary, several, likeliest, sizes=[(2, 2)], drawing=True)
+
+
+def test_a_qwen2_with_tied_embeddings_draws_as_without_cache(vocabulary: Vocabulary) -> None:
+    model, several = build(vocabulary, VISION, **QWEN2), prompts(vocabulary, 4, 9, 7)
+    found = generate(model, vocabulary, several, LIKELIEST, sizes=[(2, 2)], drawing=True)
+    assert found == [plainly(model, vocabulary, p, sizes=[(2, 2)], drawing=True) for p in several]
 
 
 def test_guidance_changes_images(model: UniToken, vocabulary: Vocabulary) -> None:

@@ -1,6 +1,6 @@
 """Recomputed or compiled layers train like plain layers; test_memory.py checks what they keep."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,11 @@ from unitoken.train.model.vision_tower import VisionTower
 
 FLEX = pytest.mark.skipif(
     torch.__version__ >= "2.11", reason="this torch compiles no gradient of flex attention on a CPU"
+)
+FAMILIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"qk_norm": "none", "attention_bias": True, "num_key_value_heads": 2},
+    {"qk_norm": "rms", "head_dim": 12, "num_key_value_heads": 2},
 )
 MODES: tuple[RecomputeMode, ...] = ("none", "full", "selective")
 
@@ -39,10 +44,11 @@ def loss_and_gradients(decoder: Decoder, attention: Literal["sdpa", "flex"]) -> 
     ("setting", "attention"),
     [("full", "sdpa"), ("selective", "sdpa"), (1, "sdpa"), (2, "sdpa"), ("full", "flex")],
 )
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_recomputed_decoder_gives_bit_identical_gradients(
-    setting: RecomputeMode | int, attention: Literal["sdpa", "flex"]
+    setting: RecomputeMode | int, attention: Literal["sdpa", "flex"], family: dict[str, Any]
 ) -> None:
-    decoder = build_decoder(small_config(num_hidden_layers=3), dropout=0.3)
+    decoder = build_decoder(small_config(num_hidden_layers=3, **family), dropout=0.3)
     plain = loss_and_gradients(decoder, attention)
     set_recompute(decoder.layers, setting)
     for expected, found in zip(plain, loss_and_gradients(decoder, attention), strict=True):

@@ -44,7 +44,7 @@ def chameleon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = ChameleonConfig(
-        **DECODER.model_dump(exclude={"qk_norm", "num_key_value_heads"}),
+        **DECODER.model_dump(exclude={"qk_norm", "num_key_value_heads"}, exclude_none=True),
         num_key_value_heads=2,
         vocabulary_map={"<image>": 5, "IMGIMGAZ": 6},
         vq_config={
