@@ -100,13 +100,16 @@ class Evaluation:
         ]
 
     def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
-        """Answer questions without images; an answer that does not end within `max_tokens` becomes ""."""
+        """Answer questions without images; an answer of more than `max_tokens` ends with a whole sentence."""
         prompts = self.dialogue.encode([build_prompt(question) for question in questions], [SIZE])
         replies = generate(
             self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=max_tokens, batch=32
         )
         texts = [reply.text for reply in self.dialogue.decode(replies)]
-        return [text if len(reply) < max_tokens else "" for text, reply in zip(texts, replies, strict=True)]
+        return [
+            text if len(reply) < max_tokens else text[: max(map(text.rfind, ".!?")) + 1]
+            for text, reply in zip(texts, replies, strict=True)
+        ]
 
     @torch.no_grad()
     def loss(self, dataset: Path) -> float:
