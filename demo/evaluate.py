@@ -28,6 +28,7 @@ from unitoken.train.generation.dialogue import Dialogue
 from unitoken.train.generation.engine import PromptCollate, generate, load_model
 from unitoken.train.generation.prompts import build_prompt, parse_prompt, resolve_image_paths
 from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.unitoken import UniToken
 
 DRAWINGS_PER_DIGIT = 10
 SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents
@@ -42,20 +43,20 @@ class Evaluation:
 
     Args:
         config: the settings of a stage.
-        checkpoint: the model: anything that `init_from` takes.
+        model: the network.
         vocabulary: of the datasets; None: the demo's own.
     """
 
-    def __init__(self, config: StageConfig, checkpoint: Path, vocabulary: Vocabulary | None = None) -> None:
-        self.config = config
+    def __init__(self, config: StageConfig, model: UniToken, vocabulary: Vocabulary | None = None) -> None:
+        self.config, self.model = config, model
         assert config.codec is not None
-        self.model = load_model(config.model, checkpoint)
         self.dialogue = Dialogue(config.codec, vocabulary)
 
     @classmethod
     def of_run(cls, run: Path, vocabulary: Vocabulary | None = None) -> Evaluation:
         """Load the model of a finished run."""
-        return cls(load_config(StageConfig, run / STAGE), run, vocabulary)
+        config = load_config(StageConfig, run / STAGE)
+        return cls(config, load_model(config.model, run), vocabulary)
 
     def read(self, file: Path) -> list[Answer]:
         """Let the model answer the question of each item in `file`, without seeing the item's own answer."""

