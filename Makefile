@@ -10,7 +10,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install ## The whole job on real data, on a laptop: ends with demo/out/report.html and one line of figures
 	@$(BIN)/python -m demo $(ARGS)
+
+demo-llm: install ## A real language model learns to read and draw: SmolLM2-135M, about 40 minutes on 2 cores; ends with build/demo-llm/report.html
+	@$(BIN)/python -m demo.llm $(ARGS)
 
 test: install ## All tests that need no GPU and no servers
 	@$(BIN)/python -m pytest -q -m "not gpu and not cloud and not chaos"

@@ -177,7 +177,7 @@ def main() -> None:
     from demo import report
     from demo.evaluate import Evaluation
 
-    evaluation = Evaluation(RUNS / RESUMED)
+    evaluation = Evaluation.of_run(RUNS / RESUMED)
     answers = evaluation.read(DATA / "heldout.json")
     drawings = evaluation.draw()
     figures = measured_figures(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
+from streaming import StreamingDataset
 
 from demo.digits import REQUESTS, WORDS, small, split
 from demo.report import Answer, Drawing
 from unitoken.common.config import load_config
 from unitoken.dataset.images import decode
+from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
+from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.report import PlanReport
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check_stage
@@ -23,6 +28,7 @@ from unitoken.train.generation.dialogue import Dialogue
 from unitoken.train.generation.engine import PromptCollate, generate, load_model
 from unitoken.train.generation.prompts import build_prompt, parse_prompt, resolve_image_paths
 from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.unitoken import UniToken
 
 DRAWINGS_PER_DIGIT = 10
 SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents
@@ -33,13 +39,24 @@ READING = Sampling(temperature=0.0)
 
 
 class Evaluation:
-    """The model of a finished run, with what is needed to prompt it."""
+    """A model, with what is needed to prompt it.
 
-    def __init__(self, run: Path) -> None:
-        self.config = load_config(StageConfig, run / STAGE)
-        assert self.config.codec is not None
-        self.model = load_model(self.config.model, run)
-        self.dialogue = Dialogue(self.config.codec)
+    Args:
+        config: the settings of a stage.
+        model: the network.
+        vocabulary: of the datasets; None: the demo's own.
+    """
+
+    def __init__(self, config: StageConfig, model: UniToken, vocabulary: Vocabulary | None = None) -> None:
+        self.config, self.model = config, model
+        assert config.codec is not None
+        self.dialogue = Dialogue(config.codec, vocabulary)
+
+    @classmethod
+    def of_run(cls, run: Path, vocabulary: Vocabulary | None = None) -> Evaluation:
+        """Load the model of a finished run."""
+        config = load_config(StageConfig, run / STAGE)
+        return cls(config, load_model(config.model, run), vocabulary)
 
     def read(self, file: Path) -> list[Answer]:
         """Let the model answer the question of each item in `file`, without seeing the item's own answer."""
@@ -82,6 +99,37 @@ class Evaluation:
             Drawing(picture, word, WORDS[label])
             for picture, word, label in zip(pictures, words, labels, strict=True)
         ]
+
+    def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
+        """Answer questions without images; an answer of more than `max_tokens` ends with a whole sentence."""
+        prompts = self.dialogue.encode([build_prompt(question) for question in questions], [SIZE])
+        replies = generate(
+            self.model, self.dialogue.vocabulary, prompts, READING, max_tokens=max_tokens, batch=32
+        )
+        texts = [reply.text for reply in self.dialogue.decode(replies)]
+        return [
+            text if len(reply) < max_tokens else text[: max(map(text.rfind, ".!?")) + 1]
+            for text, reply in zip(texts, replies, strict=True)
+        ]
+
+    @torch.no_grad()
+    def loss(self, dataset: Path) -> float:
+        """Return the mean cross-entropy of the tokens that a dataset without images trains on."""
+        total, count = 0.0, 0
+        for sample in StreamingDataset(local=str(dataset), batch_size=1):
+            record = Record.from_mds(sample)
+            ids = torch.from_numpy(record.tokens.astype(np.int64))[None]
+            loss = self.model(
+                {
+                    "input_ids": ids,
+                    "labels": torch.from_numpy(record.labels().astype(np.int64))[None],
+                    "position_ids": torch.arange(ids.shape[1])[None],
+                    "document_ids": torch.zeros_like(ids),
+                    "pixel_values": torch.empty(0),
+                }
+            )
+            total, count = total + loss.token_ce.sum().item(), count + len(loss.token_ce)
+        return total / count
 
     def plan(self) -> PlanReport:
         """Load the report of the plan that the stage was trained with."""

@@ -60,7 +60,13 @@ table.shares th:first-child, table.shares td:first-child { text-align: left }
 footer { margin-top: 28px; color: var(--soft); font-size: 13.5px }
 """
 
-TITLES = {"base": "Base", "stage1": "Stage I", "stage2": "Stage II"}
+TITLES = {
+    "base": "Base",
+    "stage1": "Stage I",
+    "stage2": "Stage II",
+    "rows": "New rows and adapter",
+    "all": "Everything",
+}
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ def _smooth(values: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray
     return np.arange(len(means)) + window // 2, means
 
 
-def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
-    """Plot the loss by step of each stage, side by side, as inline SVG."""
+def curves(losses: Mapping[str, Sequence[float]], resumed_at: int | None = None) -> str:
+    """Plot the loss by step of each stage, side by side, as inline SVG; a kill in the last is marked."""
     figure, axes = plt.subplots(1, len(losses), figsize=(10, 2.9), constrained_layout=True)
     for axis, (name, values) in zip(axes, losses.items(), strict=True):
         axis.plot(values, color="#b9ccf4", linewidth=0.8)
@@ -144,15 +150,16 @@ def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
         for side in axis.spines.values():
             side.set_visible(False)
     axes[0].set_ylabel("loss a token", fontsize=9, color="#667085")
-    axes[-1].axvline(resumed_at, color="#c4320a", linewidth=1, linestyle="--")
-    axes[-1].annotate(
-        "killed, resumed",
-        (resumed_at, axes[-1].get_ylim()[1]),
-        (5, -9),
-        textcoords="offset points",
-        fontsize=8.5,
-        color="#c4320a",
-    )
+    if resumed_at is not None:
+        axes[-1].axvline(resumed_at, color="#c4320a", linewidth=1, linestyle="--")
+        axes[-1].annotate(
+            "killed, resumed",
+            (resumed_at, axes[-1].get_ylim()[1]),
+            (5, -9),
+            textcoords="offset points",
+            fontsize=8.5,
+            color="#c4320a",
+        )
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -160,7 +167,8 @@ def curves(losses: Mapping[str, Sequence[float]], resumed_at: int) -> str:
     return start + rest
 
 
-def _figure(value: str, label: str, good: bool | None = None) -> str:
+def figure_tile(value: str, label: str, good: bool | None = None) -> str:
+    """Return a box with a figure, green or red if it has a goal."""
     kind = "" if good is None else (" good" if good else " bad")
     return f'<div class="figure{kind}"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
 
@@ -169,7 +177,8 @@ def _marked(is_right: bool) -> str:
     return "" if is_right else ' class="wrong"'
 
 
-def _drawings(drawings: Sequence[Drawing]) -> str:
+def drawings_grid(drawings: Sequence[Drawing]) -> str:
+    """Return a table with a row of drawings for each digit."""
     rows = []
     for word in dict.fromkeys(drawing.digit for drawing in drawings):
         cells = "".join(_drawing(drawing) for drawing in drawings if drawing.digit == word)
@@ -183,7 +192,8 @@ def _drawing(drawing: Drawing) -> str:
     return f"<td><img {picture}{_marked(drawing.is_right)}></td>"
 
 
-def _answer(answer: Answer) -> str:
+def answer_figure(answer: Answer) -> str:
+    """Return a picture with the model's answer below it."""
     caption = (
         f"<figcaption{_marked(answer.is_right)}>{html.escape(answer.answer) or '(nothing)'}</figcaption>"
     )
@@ -212,15 +222,17 @@ def _tiles(figures: Mapping[str, Any]) -> str:
     read, drawn = figures["caption_accuracy"], figures["drawing_accuracy"]
     equal = figures["resumed_equal"]
     tiles = [
-        _figure(f"{read:.1%}", "of held-out digits read correctly", read >= 0.9),
-        _figure(f"{drawn:.0%}", "of drawn digits recognized as requested", drawn >= 0.7),
-        _figure("equal" if equal else "different", "losses after kill -9 and resume, bit for bit", equal),
-        _figure(f"{figures['fill']:.1%}", f"of an epoch's {figures['packs']:,} packs is filled with tokens"),
-        _figure(
+        figure_tile(f"{read:.1%}", "of held-out digits read correctly", read >= 0.9),
+        figure_tile(f"{drawn:.0%}", "of drawn digits recognized as requested", drawn >= 0.7),
+        figure_tile("equal" if equal else "different", "losses after kill -9 and resume, bit for bit", equal),
+        figure_tile(
+            f"{figures['fill']:.1%}", f"of an epoch's {figures['packs']:,} packs is filled with tokens"
+        ),
+        figure_tile(
             f"{figures['samples']:,}",
             f"samples from {figures['items']:,} items, {figures['rejected']} rejected",
         ),
-        _figure(f"{figures['seconds']:.0f} s", "from raw pictures to this page"),
+        figure_tile(f"{figures['seconds']:.0f} s", "from raw pictures to this page"),
     ]
     return "".join(tiles)
 
@@ -245,10 +257,10 @@ batches of eight packs. The last column is the standard deviation if conversatio
 <div class="columns">
 <section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit, sampled token by token, with guidance away
 from what the model draws without a prompt. A red frame marks a drawing in which a simple classifier, trained
-on the real digits, sees another digit.</p>{_drawings(report.drawings)}</section>
+on the real digits, sees another digit.</p>{drawings_grid(report.drawings)}</section>
 <section><h2>“What digit is this?”</h2><p>Digits that were held out of training, with the model's answers.
 Wrong answers are red.</p>
-<div class="answers">{"".join(map(_answer, report.answers))}</div></section>
+<div class="answers">{"".join(map(answer_figure, report.answers))}</div></section>
 </div>
 <section><h2>What the model sees</h2><p>One conversation of each direction. Blue tokens are trained on; the
 others are only read.</p>

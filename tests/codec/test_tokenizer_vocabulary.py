@@ -136,7 +136,7 @@ def test_a_template_with_the_date_gives_the_same_ids_each_day() -> None:
     assert "26 July 2024" in str(vocabulary.conversation.human.opening)
 
 
-def test_a_tokenizer_that_marks_the_first_word_by_a_space_is_read() -> None:
+def test_a_tokenizer_that_marks_the_first_word_is_read() -> None:
     tokenizer = load_tokenizer(str(GOLDEN / "assets" / "tokenizer_llama_style"))
     tokenizer.chat_template = MISTRAL
     vocabulary = tokenizer_vocabulary(tokenizer, 8, "chat_template")  # compares with the template's ids

@@ -183,12 +183,29 @@ def test_an_export_in_bf16_and_several_files_loads_the_same(
         assert torch.equal(tensor.bfloat16().float(), other), name
 
 
+def load_without_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
+    """Load an exported Chameleon with transformers, and return its text tokenizer."""
+    from transformers import AutoTokenizer, ChameleonForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs, report = ChameleonForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    logging.disable_propagation()
+    assert not caplog.records
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert theirs.config.image_token_id == 8711
+    return tokenizer
+
+
 def test_the_tokenizers_are_exported_with_the_model(
     folder: Path, golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With `codec`, transformers' image tokenizer gives the codes of the data."""
     from transformers import AutoTokenizer, ChameleonForConditionalGeneration
-    from transformers.utils import logging
 
     assets = golden / "assets"
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizer")
@@ -202,18 +219,9 @@ def test_the_tokenizers_are_exported_with_the_model(
     config = stage(folder).model_copy(update={"codec": codec, "model": ModelConfig(decoder=decoder)})
     model = write_run(tmp_path / "run", config, vocabulary)
     export_model(str(tmp_path / "run"), tmp_path / "out")
-    logging.enable_propagation()
-    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    exported = load_without_a_warning(tmp_path / "out", caplog)
     assert exported.get_vocab() == tokenizer.get_vocab()
     assert (exported.sep_token, exported.sep_token_id) == ("<reserved08706>", vocabulary.end_of_turn)
-    theirs, report = ChameleonForConditionalGeneration.from_pretrained(
-        tmp_path / "out", dtype="auto", output_loading_info=True
-    )
-    logging.disable_propagation()
-    assert not caplog.records
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert theirs.config.image_token_id == 8711
     pictures = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255 * 2 - 1
     expected = load_vision(codec.vision).encode(pictures)

@@ -1,0 +1,65 @@
+"""Everyday questions for `make demo-llm`: the language model answers them itself before it learns digits.
+
+Its own answers, mixed into the training, keep its English as it is: no foreign style is taught, and no corpus
+has to be fetched. The held-out English is of another kind and origin: Python's own reference, a part of the
+standard library (`pydoc_data.topics`, PSF licence), which nothing is trained on.
+"""
+
+from __future__ import annotations
+
+import re
+
+CAPITAL = "What is the capital of France?"
+"""Asked before and after; not among the questions."""
+
+HELD_OUT_TEXTS = 24
+LENGTH = 1200  # characters of each held-out text, about 300 tokens
+
+_THINGS = """a bicycle|bread|a rainbow|a library|the moon|rain|a garden|a clock|a bridge|salt|coffee|a river
+an elephant|a piano|the sun|a train|cheese|a volcano|a novel|a computer|a whale|an island|honey|a candle
+football|a market|winter|a map|paper|a doctor|silk|a forest|glass|a farmer|music|gold"""
+_QUESTIONS = (
+    "What is {}?",
+    "Tell me something interesting about {}.",
+    "Write a short sentence with the words: {}.",
+    "Explain {} to a child.",
+    "Why do people care about {}?",
+)
+_OTHERS = (
+    "How do I boil an egg?",
+    "What is the capital of Japan?",
+    "What is the capital of Italy?",
+    "Who wrote Romeo and Juliet?",
+    "What is two plus two?",
+    "Count from one to ten.",
+    "Name the seasons of the year.",
+    "What colour is the sky?",
+    "Write a poem of four lines about the sea.",
+    "How many days has a week?",
+    "Translate 'good morning' into French.",
+    "What should I cook for dinner?",
+    "Give me three tips for sleeping better.",
+    "How does a plane fly?",
+    "Write a polite letter that asks for a day off.",
+    "Tell me a joke.",
+    "What is the largest ocean?",
+    "How can I learn to draw?",
+    "What do you need to plant a tree?",
+    "Who are you?",
+)
+
+
+def questions() -> list[str]:
+    """Return the questions, 200 in all."""
+    return [
+        *_OTHERS,
+        *(pattern.format(thing) for thing in re.split(r"[|\n]", _THINGS) for pattern in _QUESTIONS),
+    ]
+
+
+def held_out_texts() -> list[str]:
+    """Return the first LENGTH characters of HELD_OUT_TEXTS long articles of Python's own reference."""
+    from pydoc_data.topics import topics
+
+    articles = [re.sub(r"\n{3,}", "\n\n", text).strip() for _, text in sorted(topics.items())]
+    return [text[:LENGTH] for text in articles if len(text) > LENGTH][:HELD_OUT_TEXTS]
