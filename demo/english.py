@@ -2,11 +2,12 @@
 
 Its own answers, mixed into the training, keep its English as it is: no foreign style is taught, and no corpus
 has to be fetched. The held-out English is of another kind and origin: Python's own reference, a part of the
-standard library (`pydoc_data.topics`, PSF licence), which nothing is trained on.
+standard library (`pydoc_data.topics`, PSF licence). Other articles of it are mixed into the training.
 """
 
 from __future__ import annotations
 
+import random
 import re
 
 CAPITAL = "What is the capital of France?"
@@ -58,8 +59,19 @@ def questions() -> list[str]:
 
 
 def held_out_texts() -> list[str]:
-    """Return the first LENGTH characters of HELD_OUT_TEXTS long articles of Python's own reference."""
+    """Return the begin of HELD_OUT_TEXTS long articles of Python's own reference."""
+    return _articles()[:HELD_OUT_TEXTS]
+
+
+def training_texts() -> list[str]:
+    """Return the begin of all other long articles."""
+    return _articles()[HELD_OUT_TEXTS:]
+
+
+def _articles() -> list[str]:
+    """Return the first LENGTH characters of each long article, in an order by chance, each text once."""
     from pydoc_data.topics import topics
 
-    articles = [re.sub(r"\n{3,}", "\n\n", text).strip() for _, text in sorted(topics.items())]
-    return [text[:LENGTH] for text in articles if len(text) > LENGTH][:HELD_OUT_TEXTS]
+    texts = {re.sub(r"\n{3,}", "\n\n", text).strip()[:LENGTH] for text in topics.values()}
+    whole = sorted(text for text in texts if len(text) == LENGTH)
+    return random.Random(0).sample(whole, len(whole))

@@ -83,10 +83,15 @@ class Evaluation:
             answers.append(Answer(np.asarray(decode(prompt.images[0])), digit, reply.text))
         return answers
 
-    def draw(self, sampling: Sampling = DRAWING) -> list[Drawing]:
+    def draw(self, sampling: Sampling = DRAWING, system: str | None = None) -> list[Drawing]:
         """Draw every digit ten times, and read the drawings with a classifier trained on real digits."""
         words = [word for word in WORDS for _ in range(DRAWINGS_PER_DIGIT)]
-        prompts = self.dialogue.encode([build_prompt(REQUESTS[0].format(word)) for word in words], [SIZE])
+        before = [{"from": "system", "value": system}] if system else []
+        requests = [
+            parse_prompt({"conversations": [*before, {"from": "human", "value": request}]}, request)
+            for request in (REQUESTS[0].format(word) for word in words)
+        ]
+        prompts = self.dialogue.encode(requests, [SIZE])
         sizes = [self.dialogue.latents(SIZE)]
         replies = generate(
             self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64

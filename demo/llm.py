@@ -41,7 +41,8 @@ OUT = BUILD / "demo-llm"
 DATA, RUNS = OUT / "data", OUT / "runs"
 STAGES = ("rows", "all")
 VIEWS = 16  # pictures of each digit
-READINGS_PER_CONVERSATION = 4  # the template's system turn, 21 tokens, is in each conversation once
+READINGS_PER_CONVERSATION = 4
+SYSTEM = "You read and draw digits."  # in place of the template's own, of 21 tokens
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",  # the figures are those of a machine without a GPU
@@ -57,9 +58,12 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
 
 
-def conversation(name: str, turns: Iterable[tuple[str, str]], images: Sequence[str] = ()) -> dict[str, Any]:
+def conversation(
+    name: str, turns: Iterable[tuple[str, str]], images: Sequence[str] = (), system: str | None = None
+) -> dict[str, Any]:
     """Build an item of an input file from (question, answer) pairs."""
-    texts = [
+    texts = [{"from": "system", "value": system}] if system else []
+    texts += [
         {"from": who, "value": text}
         for turn in turns
         for who, text in zip(("human", "gpt"), turn, strict=True)
@@ -76,7 +80,7 @@ def readings(train: Sequence[int], words: Sequence[str]) -> list[dict[str, Any]]
         some = views[first : first + READINGS_PER_CONVERSATION]
         turns = [(QUESTIONS[random.integers(len(QUESTIONS))], words[index]) for index, _ in some]
         images = [f"images/{index:04d}-{view}.png" for index, view in some]
-        items.append(conversation(f"reading-{first}", turns, images))
+        items.append(conversation(f"reading-{first}", turns, images, SYSTEM))
     return items
 
 
@@ -87,6 +91,7 @@ def drawings(train: Sequence[int], words: Sequence[str]) -> list[dict[str, Any]]
             f"drawing-{index}-{view}",
             [(REQUESTS[(index + view) % len(REQUESTS)].format(words[index]), "<|image|>")],
             [f"images/{index:04d}-{view}.png"],
+            SYSTEM,
         )
         for view in range(5)
         for index in train
@@ -103,7 +108,9 @@ def write_digits(folder: Path) -> None:
             moved(picture(digit), index, view).save(folder / "images" / f"{index:04d}-{view}.png")
     words = [WORDS[label] for label in digits.target]
     questions = [
-        conversation(f"heldout-{index}", [(QUESTIONS[0], words[index])], [f"images/{index:04d}-0.png"])
+        conversation(
+            f"heldout-{index}", [(QUESTIONS[0], words[index])], [f"images/{index:04d}-0.png"], SYSTEM
+        )
         for index in held_out
     ]
     write_items(folder / "readings.json", readings(train, words))
@@ -125,12 +132,13 @@ def write_english(folder: Path, base: Evaluation) -> None:
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
         if answer
     ]
-    write_items(folder / "english.json", items)
-    texts = english.held_out_texts()
-    write_items(
-        folder / "english-heldout.json",
-        [conversation(f"text-{n}", [("Continue this text.", text)]) for n, text in enumerate(texts)],
-    )
+    write_items(folder / "english.json", [*items, *texts_to_continue(english.training_texts())])
+    write_items(folder / "english-heldout.json", texts_to_continue(english.held_out_texts()))
+
+
+def texts_to_continue(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Make each text the answer to a request."""
+    return [conversation(f"text-{n}", [("Continue this text.", text)]) for n, text in enumerate(texts)]
 
 
 def write_items(path: Path, items: Sequence[dict[str, Any]]) -> None:
@@ -225,7 +233,7 @@ def main() -> None:
 
     model = Evaluation.of_run(RUNS / STAGES[-1], load_vocabulary(DATA / "readings"))
     after, capital_after = english_figures(model)
-    answers, drawn = model.read(DATA / "heldout.json"), model.draw()
+    answers, drawn = model.read(DATA / "heldout.json"), model.draw(system=SYSTEM)
     figures = {
         "reading_accuracy": round(sum(answer.is_right for answer in answers) / len(answers), 4),
         "drawing_accuracy": round(sum(drawing.is_right for drawing in drawn) / len(drawn), 4),

@@ -243,8 +243,10 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
             f"fsdp.replicas: {replicas} of {world_size} ranks leaves one rank a copy; "
             "nothing would be sharded"
         )
-    if config.fsdp.reduce == "bf16" and config.precision == "fp32":
-        raise ConfigError("fsdp.reduce: bf16 is for `precision: bf16`; gradients of fp32 are summed in fp32")
+    if config.fsdp.reduce == "bf16" and config.precision != "bf16":
+        raise ConfigError(
+            f"fsdp.reduce: bf16 is for `precision: bf16`; gradients of {config.precision} are summed in fp32"
+        )
     selective = config.activation_checkpointing == "selective"
     if selective and config.model.attention == "flex" and not config.model.compile:
         # Flex attention must be compiled, and torch ignores compiled functions inside a selective region.

@@ -391,7 +391,9 @@ class StageConfig(Config):
     data: DataConfig
     microbatch: Count = 1
     """Packs per rank in one forward and backward pass."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    """Of activations and products. tf32: float32, but the factors of matrix products are rounded, to TF32 on
+    a GPU and to bfloat16 on a CPU that has units for it. bf16 needs a GPU."""
     fsdp: FSDPConfig = FSDPConfig()
     activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
     """What the backward pass recomputes instead of keeping: nothing; all of every layer, the vision tower's

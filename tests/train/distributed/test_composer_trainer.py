@@ -31,6 +31,17 @@ def test_gradients_are_summed_in_the_configured_precision(
     assert (config.device_mesh, config.reshard_after_forward) == (mesh, False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sets the products of GPUs, which test_gpu.py measures")
+def test_a_cpu_rounds_factors_with_tf32_and_never_with_fp32(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("tf32", "medium"), ("fp32", "highest")):
+            composer_trainer.set_precision_of_products(stage(tmp_path, f"precision={precision}"))
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def simulate_ranks(monkeypatch: pytest.MonkeyPatch, *others: Any) -> list[Any]:
     """Make this the first of several ranks that gather `others`; return the list of what it sends."""
     sent: list[Any] = []
