@@ -1,12 +1,15 @@
-"""Everyday questions for `make demo-llm`: the language model answers them itself before it learns digits.
+"""English for `make demo-llm`, so that the language model keeps its own while it learns digits.
 
-Its own answers, mixed into the training, keep its English as it is: no foreign style is taught, and no corpus
-has to be fetched. The held-out English is of another kind and origin: Python's own reference, a part of the
-standard library (`pydoc_data.topics`, PSF licence). Other articles of it are mixed into the training.
+It answers everyday questions itself before it learns anything: its own answers teach no foreign style. And it
+reads Python's own documentation, which every Python holds (PSF licence): docstrings of the standard library,
+and articles of the language reference (`pydoc_data.topics`). HELD_OUT_TEXTS of these articles are kept for
+the loss on English and are never trained on.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import random
 import re
 
@@ -15,6 +18,17 @@ CAPITAL = "What is the capital of France?"
 
 HELD_OUT_TEXTS = 24
 LENGTH = 1200  # characters of each held-out text, about 300 tokens
+
+LEAST = 300  # characters of a docstring; shorter ones are lists of arguments
+MODULES = (
+    *("argparse", "ast", "bisect", "calendar", "collections", "contextlib", "copy", "csv", "dataclasses"),
+    *("datetime", "decimal", "difflib", "email.message", "enum", "fractions", "functools", "glob", "gzip"),
+    *("heapq", "html.parser", "http.client", "inspect", "io", "ipaddress", "itertools", "json", "locale"),
+    *("logging", "mailbox", "math", "mimetypes", "optparse", "os", "pathlib", "pickle", "pprint", "queue"),
+    *("random", "re", "sched", "selectors", "shelve", "shutil", "smtplib", "socket", "sqlite3", "statistics"),
+    *("string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "time", "timeit", "trace"),
+    *("typing", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "zipfile"),
+)
 
 _THINGS = """a bicycle|bread|a rainbow|a library|the moon|rain|a garden|a clock|a bridge|salt|coffee|a river
 an elephant|a piano|the sun|a train|cheese|a volcano|a novel|a computer|a whale|an island|honey|a candle
@@ -64,8 +78,20 @@ def held_out_texts() -> list[str]:
 
 
 def training_texts() -> list[str]:
-    """Return the begin of all other long articles."""
-    return _articles()[HELD_OUT_TEXTS:]
+    """Return the begin of all other long articles, and long docstrings of the standard library."""
+    return [*_articles()[HELD_OUT_TEXTS:], *_docstrings()]
+
+
+def _docstrings() -> list[str]:
+    """Return the docstrings of MODULES, their functions, classes and methods that have LEAST characters."""
+    objects: list[object] = []
+    for module in map(importlib.import_module, MODULES):
+        members = [member for _, member in inspect.getmembers(module)]
+        classes = [member for member in members if inspect.isclass(member)]
+        methods = [method for each in classes for _, method in inspect.getmembers(each, inspect.isroutine)]
+        objects += [module, *members, *methods]
+    texts = {inspect.cleandoc(doc)[:LENGTH] for each in objects if isinstance(doc := each.__doc__, str)}
+    return sorted(text for text in texts if len(text) >= LEAST)
 
 
 def _articles() -> list[str]:

@@ -79,7 +79,7 @@ class Evaluation:
         )
         answers = []
         for prompt, item, reply in zip(prompts, items, self.dialogue.decode(replies), strict=True):
-            digit = item["conversations"][1]["value"]
+            digit = item["conversations"][-1]["value"]
             answers.append(Answer(np.asarray(decode(prompt.images[0])), digit, reply.text))
         return answers
 
