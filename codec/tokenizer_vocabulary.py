@@ -349,7 +349,6 @@ def _of_chat_template(tokenizer: Any, codebook_size: int) -> Vocabulary:
     Raises:
         ConfigError: there is no template, or one that can not be split.
     """
-    vocabulary = None
     for trains_lead, closing in itertools.product((False, True), ("end", "all", "nothing")):
         pattern = LayoutPattern(conversation=read_chat_template(tokenizer, trains_lead))
         vocabulary = _build(tokenizer, codebook_size, CHAT_TEMPLATE, pattern, closing)

@@ -7,6 +7,16 @@ from unitoken.train.config import DecoderConfig
 from unitoken.train.model.decoder import Decoder
 
 LENGTHS = (7, 12, 3)
+VQ_CONFIG = {
+    "embed_dim": 8,
+    "num_embeddings": 64,
+    "latent_channels": 8,
+    "resolution": 32,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+}
+"""The image tokenizer of a small Chameleon of transformers."""
 
 
 def small_config(**changes: object) -> DecoderConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from support.decoders import LENGTHS, packed_inputs
+from support.decoders import LENGTHS, VQ_CONFIG, packed_inputs
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig
@@ -37,15 +37,6 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-VQ = {
-    "embed_dim": 8,
-    "num_embeddings": 64,
-    "latent_channels": 8,
-    "resolution": 32,
-    "base_channels": 32,
-    "channel_multiplier": [1, 1],
-    "num_res_blocks": 1,
-}
 TINY_VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32}
 
 
@@ -57,9 +48,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "chameleon": Case("chameleon", {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}, "vq_config": VQ}),
+    "chameleon": Case("chameleon", {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}, "vq_config": VQ_CONFIG}),
     "chameleon_swin": Case(
-        "chameleon", {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}, "vq_config": VQ, "swin_norm": True}
+        "chameleon",
+        {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}, "vq_config": VQ_CONFIG, "swin_norm": True},
     ),
     "llama": Case("llama", {}),
     "llama_tied": Case("llama", {"tie_word_embeddings": True, "rope_theta": 5e5}),

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from support.decoders import VQ_CONFIG
 from unitoken.common.errors import ConfigError
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights
@@ -47,15 +48,7 @@ def chameleon(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **DECODER.model_dump(exclude={"qk_norm", "num_key_value_heads"}, exclude_none=True),
         num_key_value_heads=2,
         vocabulary_map={"<image>": 5, "IMGIMGAZ": 6},
-        vq_config={
-            "embed_dim": 8,
-            "num_embeddings": 64,
-            "latent_channels": 8,
-            "resolution": 32,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-        },
+        vq_config=VQ_CONFIG,
     )
     model = ChameleonForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
