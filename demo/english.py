@@ -18,6 +18,7 @@ CAPITAL = "What is the capital of France?"
 
 HELD_OUT_TEXTS = 24
 LENGTH = 1200  # characters of each held-out text, about 300 tokens
+TRAINED_LENGTH = 500  # characters of the others
 
 LEAST = 300  # characters of a docstring; shorter ones are lists of arguments
 MODULES = (
@@ -30,9 +31,8 @@ MODULES = (
     *("typing", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "zipfile"),
 )
 
-_THINGS = """a bicycle|bread|a rainbow|a library|the moon|rain|a garden|a clock|a bridge|salt|coffee|a river
-an elephant|a piano|the sun|a train|cheese|a volcano|a novel|a computer|a whale|an island|honey|a candle
-football|a market|winter|a map|paper|a doctor|silk|a forest|glass|a farmer|music|gold"""
+_THINGS = """a bicycle|bread|a rainbow|a library|the moon|rain|a garden|a clock
+a bridge|coffee|a river|the sun|a volcano|a novel|winter|music"""
 _QUESTIONS = (
     "What is {}?",
     "Tell me something interesting about {}.",
@@ -65,7 +65,7 @@ _OTHERS = (
 
 
 def questions() -> list[str]:
-    """Return the questions, 200 in all."""
+    """Return the questions, 100 in all."""
     return [
         *_OTHERS,
         *(pattern.format(thing) for thing in re.split(r"[|\n]", _THINGS) for pattern in _QUESTIONS),
@@ -79,7 +79,7 @@ def held_out_texts() -> list[str]:
 
 def training_texts() -> list[str]:
     """Return the begin of all other long articles, and long docstrings of the standard library."""
-    return [*_articles()[HELD_OUT_TEXTS:], *_docstrings()]
+    return [text[:TRAINED_LENGTH] for text in (*_articles()[HELD_OUT_TEXTS:], *_docstrings())]
 
 
 def _docstrings() -> list[str]:

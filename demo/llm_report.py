@@ -66,8 +66,9 @@ digits, in its own chat template, taught it to read and to draw them.</p>
 <section><h2>Loss</h2><p>Cross-entropy over the tokens that are trained on: each step, and smoothed. First the
 new rows and the adapter alone, then everything.</p>{curves(losses)}</section>
 <div class="columns">
-<section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit. A red frame marks a drawing in which a simple
-classifier, trained on the real digits, sees another digit.</p>{drawings_grid(drawings)}</section>
+<section><h2>“Draw a seven.”</h2><p>Ten drawings of each digit; ten pictures of each were in its training.
+A red frame marks a drawing in which a simple classifier, trained on the real digits, sees another
+digit.</p>{drawings_grid(drawings)}</section>
 <section><h2>“What digit is this?”</h2><p>Digits that were held out of training, with the model's answers.
 Wrong answers are red.</p><div class="answers">{shown}</div></section>
 </div>
