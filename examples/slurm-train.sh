@@ -15,6 +15,8 @@
 set -euo pipefail
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# Packs have images now and then: without it, the allocator's blocks of many sizes leave gaps that fit nothing.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # Each launcher learns its number from Slurm. If one fails, the job ends; otherwise the others would wait for it.

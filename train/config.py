@@ -260,7 +260,7 @@ class ModelConfig(Config):
     attention: Literal["sdpa", "flex"] = "sdpa"
     """Flex skips the blocks between documents; it is compiled, so it is meant for GPUs."""
     compile: bool = False
-    """Apply torch.compile to each decoder layer; this takes some minutes at the start."""
+    """Apply torch.compile to each layer of decoder and tower; this takes some minutes at the start."""
 
 
 class OptimizerConfig(Config):

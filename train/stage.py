@@ -180,8 +180,7 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
         network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
     )
     if config.model.compile:
-        for layer in network.model.layers:
-            layer.compile()
+        network.compile_layers()
     return network, trained
 
 

@@ -10,7 +10,7 @@ Without `lm_head` the token embedding is the output layer, too (`tie_word_embedd
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,14 @@ class UniToken(nn.Module):
         layer = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
         weight: Tensor = layer.weight
         return weight
+
+    def compile_layers(self, **settings: Any) -> None:
+        """Compile all layers of decoder and tower for training, with the arguments of `torch.compile`."""
+        for layer in self.model.layers:
+            layer.compile(**settings)
+        if self.vision is not None:
+            for layer in self.vit.encoder.layers:
+                layer.compile(**settings)
 
     def forward(self, batch: ModelInputs) -> Loss:
         """Return the loss over the supervised tokens of a batch."""

@@ -9,6 +9,9 @@ Shapes: V views (images or tiles of S x S pixels), F features a view, hidden = t
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -81,11 +84,19 @@ class TowerLayer(nn.Module):
         self.mlp = TowerMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recompute: activation_checkpointing.RecomputeMode = "none"
+        self.is_compiled = False
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the layer, recomputing activations in training only."""
-        mode = self.recompute if self.training else "none"
-        return activation_checkpointing.run_recomputable(self._forward, mode, hidden)
+        return self._train(hidden) if self.training else self._forward(hidden)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the layer for training, with the arguments of `torch.compile`; see DecoderLayer.compile."""
+        self._train = torch.compile(self._train, *args, **kwargs)  # type: ignore[method-assign]
+        self.is_compiled = True
+
+    def _train(self, hidden: Tensor) -> Tensor:
+        return activation_checkpointing.run_recomputable(self._forward, self.recompute, hidden)
 
     def _forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
@@ -102,9 +113,24 @@ class TowerEncoder(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the layers in order."""
+        if self.training and self.layers[0].is_compiled:
+            return self._apply_compiled(hidden)
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
+
+    def _apply_compiled(self, hidden: Tensor) -> Tensor:
+        """Apply compiled layers to any number of views without compiling them again.
+
+        torch.compile takes a first dimension of 1 for a constant, so a single view gets a second one; and
+        the embeddings come with other strides than what the layers return.
+        """
+        views = len(hidden)
+        hidden = F.pad(hidden, (0, 0, 0, 0, 0, 1)) if views == 1 else hidden.contiguous()
+        torch._dynamo.mark_dynamic(hidden, 0)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:views]
 
 
 class VisionTower(nn.Module):

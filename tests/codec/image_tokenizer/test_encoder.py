@@ -280,6 +280,25 @@ def test_flat_pictures_keep_their_codes_on_a_gpu(golden: Path) -> None:
     assert (load(folder, "cuda").encode(flat) == load(folder).encode(flat)).mean() > 0.98
 
 
+def test_a_compiled_encoder_pads_batches_to_one_size(vqgan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def compile_and_record(latents: Any, **settings: Any) -> Any:
+        def call(x: torch.Tensor) -> Any:
+            shapes.append(tuple(x.shape))
+            return latents(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_and_record)
+    plain, compiled = load(vqgan), load(vqgan, compile=True, batch_size=4)
+    for count in (1, 3, 4):
+        codes = compiled.encode(pixels(count))
+        assert codes.shape == (count, 4, 6)
+        assert (codes == plain.encode(pixels(count))).mean() > 0.99  # rounding may differ
+    assert shapes == [(4, 3, 16, 24)] * 3
+
+
 @GPU
 @pytest.mark.gpu
 @pytest.mark.slow

@@ -125,3 +125,28 @@ def test_one_compilation_serves_all_layers_and_trains_the_same(
     if attention == "sdpa":  # flex attention compiles itself
         # Generation and evaluation, whose lengths change all the time, are not compiled.
         assert not counters["stats"]
+
+
+def test_one_compilation_serves_a_tower_with_any_number_of_views() -> None:
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    tower = VisionTower(VisionTowerConfig.model_validate({**VISION, "num_hidden_layers": 10}))
+    for parameter in tower.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3)
+    batches = [torch.randint(0, 256, (views, 3, 8, 8), dtype=torch.uint8) for views in (2, 1, 5, 3, 1)]
+
+    def train() -> list[Tensor]:
+        tower.zero_grad()
+        features = [tower(pixels) for pixels in batches]
+        torch.cat(features).square().mean().backward()
+        return [*features, *gradients_of(tower)]
+
+    plain = train()
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in tower.encoder.layers:
+        layer.compile(backend="eager")
+    for expected, found in zip(plain, train(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (counters["stats"]["unique_graphs"], counters["graph_break"]) == (1, {})
