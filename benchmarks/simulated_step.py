@@ -11,6 +11,7 @@ dropout's mask has a byte an element.
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -81,18 +82,40 @@ class PeakBytes(TorchDispatchMode):
         super().__exit__(*exception)
 
 
-def peak_bytes(
+@dataclass
+class SimulatedStep:
+    """A step of one of many ranks on fake tensors."""
+
+    config: StageConfig
+    model: UniToken
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, Tensor]
+
+    def run_microbatch(self) -> None:
+        """Run the forward and the backward pass of a microbatch."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
+            loss = self.model(self.batch).total
+        loss.backward()
+
+    def update_weights(self) -> None:
+        """Take the optimizer's step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@contextmanager
+def simulated_step(
     config: StageConfig,
     decoder: DecoderConfig,
     vision: VisionTowerConfig,
     *,
     ranks: int,
     views: int,
-    microbatches: int = 1,
-) -> int:
-    """Return the peak bytes of one of `ranks` GPUs.
+    new_rows: range | None = None,
+) -> Iterator[SimulatedStep]:
+    """Yield a step of one of `ranks` GPUs; its optimizer has no moments yet.
 
-    Each of its microbatches has `config.microbatch` packs and `views` views (images or tiles) for the tower.
+    A microbatch has `config.microbatch` packs and `views` views (images or tiles) for the tower.
     """
     with ExitStack() as stack:
         stack.enter_context(_as_on_a_gpu())
@@ -111,23 +134,32 @@ def peak_bytes(
                 )
         if mesh is not None:
             _shard(model, config, mesh)
-        optimizer = build_optimizer(model, config.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, new_rows=new_rows)
         set_learning_rate(optimizer, 1e-5)
-        batch = _batch(config, vision, views)
+        yield SimulatedStep(config, model, optimizer, _batch(config, vision, views))
+
+
+def peak_bytes(
+    config: StageConfig,
+    decoder: DecoderConfig,
+    vision: VisionTowerConfig,
+    *,
+    ranks: int,
+    views: int,
+    microbatches: int = 1,
+) -> int:
+    """Return the peak bytes of one of `ranks` GPUs; see `simulated_step`."""
+    with simulated_step(config, decoder, vision, ranks=ranks, views=views) as step:
         peak = PeakBytes()
-        for tensor in (*model.parameters(), *batch.values()):
+        for tensor in (*step.model.parameters(), *step.batch.values()):
             peak.count(tensor)
         with peak:
             for _ in range(2):  # the second has Adam's moments
                 peak.most = 0
                 for _ in range(microbatches):
-                    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                        loss = model(batch).total
-                    loss.backward()
-                    del loss
+                    step.run_microbatch()
                 most = peak.most
-                optimizer.step()
-                optimizer.zero_grad()
+                step.update_weights()
         return most
 
 

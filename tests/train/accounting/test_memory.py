@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from support.paths import ROOT
-from support.simulated import peak_bytes
+from benchmarks.simulated_step import peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
 from unitoken.train.accounting.memory import (
