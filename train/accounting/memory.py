@@ -3,10 +3,11 @@
 estimate = estimate_memory(config, decoder, vision, ranks=8, trained=7_442_880_560, views=16)
 print(estimate.summary())
 
-The peak is in the backward pass: at its beginning, when everything kept by the forward pass still exists, or
-at its end, when all gradients exist. The activation sizes per token follow the code in decoder.py and
-vision_tower.py: a test counts what these modules really keep, and another runs whole steps of the 7B model on
-tensors without memory, which take the estimate or up to a tenth less. Compiled layers keep somewhat less.
+The peak is where everything kept by the forward pass exists: in the loss, which makes its gradient at once,
+or at the beginning of the backward pass; or it is at the end of that, when all gradients exist. The
+activation sizes per token follow the code in decoder.py and vision_tower.py: a test counts what these modules
+really keep, and another runs whole steps of the 7B model on tensors without memory, which take the estimate
+or up to a tenth less. Compiled layers keep somewhat less.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def stack_bytes(setting: RecomputeMode | int, layers: int, layer_bytes: Mapping[
 
 @dataclass(frozen=True)
 class _GatheredBytes:
-    """Bytes of gathered parameters, and of gradients in reduction, while a unit's gradients are computed."""
+    """Bytes of gathered parameters, and of gradients in reduction, in the loss and at each unit's turn."""
 
+    loss: float
     layer: float
     tower: float
     rest: float
@@ -191,6 +193,12 @@ class _Step:
     def trains(self, part: str) -> bool:
         """Return whether any parameter of a part of the model (`model`, `vit`, ...) is trained."""
         return any(name.split(".")[0] == part for name in self.config.trainable)
+
+    @property
+    def trains_head(self) -> bool:
+        """Return whether the output layer has a gradient."""
+        head = "model" if self.decoder.tie_word_embeddings else "lm_head"
+        return self.trains(head) or NEW_ROWS in self.config.trainable
 
     @property
     def trains_rest(self) -> bool:
@@ -242,9 +250,14 @@ class _Step:
         gradients = 2 * self.width * self.decoder.intermediate_size + 8 * self.decoder.hidden_size
         return self.tokens * (recomputed + gradients)
 
-    def logits(self) -> int:
-        """Return the bytes of a chunk's logits, rounded and in float32, and three times their gradient."""
-        return CHUNK_ROWS * self.decoder.vocab_size * (self.width + 4 * 4)
+    def loss(self) -> int:
+        """Return the bytes of the loss: a chunk's logits, and the gradients of rows and output layer."""
+        # Logits, or their gradient, are rounded and in float32, of which the first is freed.
+        logits = CHUNK_ROWS * self.decoder.vocab_size * (4 + (self.width if self.width == 2 else 0))
+        rows = self.tokens * self.decoder.hidden_size * self.width
+        # The sum of the output layer's gradients in float32, and a chunk's.
+        weight = self.trains_head * self.decoder.vocab_size * self.decoder.hidden_size * (4 + self.width)
+        return logits + rows + weight
 
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
         """Return the bytes of gathered parameters at the turn of each unit in the backward pass."""
@@ -252,7 +265,7 @@ class _Step:
             one_layer = self.config.activation_checkpointing != "none"
             copied = number.rest + number.layer if one_layer else number.total
             copies = 2 * copied if self.width == 2 else 0
-            return _GatheredBytes(copies, copies, copies, 0)
+            return _GatheredBytes(copies, copies, copies, copies, 0)
         trained_rest = number.rest if self.trains_rest else 0
         # Of embeddings and output layer; with tied embeddings they are the same.
         output_layer = trained_rest if self.decoder.tie_word_embeddings else trained_rest / 2
@@ -267,6 +280,7 @@ class _Step:
 
         other_layers = self.width * (number.total - number.rest - number.layer)
         return _GatheredBytes(
+            loss=self.width * (number.rest + (0 if self.config.fsdp.reshard else number.layer)),
             layer=two_units(number.layer, self.trains("model")),
             tower=two_units(number.tower, self.trains("vit")),
             rest=(2 * self.width + self.reduced) * trained_rest,
@@ -300,11 +314,17 @@ def estimate_memory(
     rest_gradients = 4 * (number.rest if step.trains_rest else 0) / shards  # reduced and freed last of all
     accumulates = config.data.global_batch // ranks > config.microbatch
     moments: tuple[dict[str, float], ...] = (
+        {  # the loss
+            "decoder activations": step.decoder_activations(),
+            "loss": step.loss(),
+            "gathered units": gathered.loss + gathered.not_resharded,
+            "gradients": gradients if accumulates else 0.0,  # of earlier microbatches
+        },
         {  # the backward pass of the last layer
             "decoder activations": step.decoder_activations(),
-            "recomputed layer": max(recomputed, step.logits()),
+            "recomputed layer": recomputed,
             "gathered units": gathered.layer + gathered.not_resharded,
-            "gradients": gradients if accumulates else 0.0,  # of earlier microbatches
+            "gradients": gradients if accumulates else 0.0,
         },
         {  # of the first layer
             "recomputed layer": recomputed,
