@@ -1,12 +1,19 @@
 """Packs of records -> a batch of fixed shape; and splitting and counting batches.
 
-input_ids, labels, position_ids  (P, L) int64    0, IGNORED, 0 in padding; labels are not shifted document_ids
-(P, L) int32    0, 1, ... inside a pack, -1 in padding kinds                            (P, L) int8     2 *
-kind of the document (KINDS) + 1 inside an image; -1 in padding stream_tokens                    (P, S) int64
-tokens of each stream of the mixture pixel_values                     (V, 3, S, S) uint8  the views of all
-images that have features view_rows                        (V,) int64      the pack a view belongs to,
-ascending feature_rows, feature_columns    (M,) int64      the places of features feature_views,
-feature_patches   (M,) int64      which feature belongs there: of which view, and which of its F
+    input_ids, labels, position_ids  (P, L) int64        0, IGNORED, 0 in padding; labels are not shifted
+    document_ids                     (P, L) int32        0, 1, ... inside a pack, -1 in padding
+    kinds                            (P, L) int8         2 * kind of the document (KINDS) + 1 inside an image;
+                                                         -1 in padding
+    stream_tokens                    (P, S) int64        tokens of each stream of the mixture
+    target_rows, target_columns      (n,) int64          the places of labels in the loss, in order
+    pixel_values                     (V, 3, S, S) uint8  the views of all images that have features
+    view_rows                        (V,) int64          the pack a view belongs to, ascending
+    feature_rows, feature_columns    (M,) int64          the places of features
+    feature_views, feature_patches   (M,) int64          which feature belongs there: of which view, and which
+                                                         of its F
+
+Numbers that depend on values are counted on the CPU, and are shapes of a batch: a host that asks a GPU for a
+value waits until all work before it is done.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from unitoken.streaming_data.plan.feature_cost import feature_cost
 
 Batch = dict[str, torch.Tensor]
 PER_VIEW = ("pixel_values", "view_rows")
+PER_TARGET = ("target_rows", "target_columns")
 PER_FEATURE = ("feature_rows", "feature_columns", "feature_views", "feature_patches")
 NO_VIEWS = Views(image_size=1, patch_size=1)  # gives a batch its shapes for a model without a vision tower
 
@@ -197,7 +205,18 @@ class _Arrays:
             "view_rows": np.array(self._view_rows, np.int64),
             **dict(zip(PER_FEATURE, features, strict=True)),
         }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return batch | target_places(batch["labels"])
+
+
+def target_places(labels: torch.Tensor) -> Batch:
+    """Return the places of a batch's supervised tokens, `target_rows` and `target_columns`.
+
+    Args:
+        labels: (P, L), on the CPU. Nothing predicts the first column.
+    """
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return {"target_rows": rows, "target_columns": columns + 1}
 
 
 @dataclass(frozen=True)
@@ -295,25 +314,29 @@ def _share_of_cores() -> int:
 
 
 def split_batch(batch: Batch, microbatch_packs: int) -> list[Batch]:
-    """Cut a batch into microbatches of `microbatch_packs` packs, the last of which may have fewer."""
+    """Cut a batch on the CPU into microbatches of `microbatch_packs` packs; the last may have fewer."""
     packs = num_packs(batch)
+    borders = torch.tensor([*range(0, packs, microbatch_packs), packs])
+    cuts = {  # where each kind of rows is cut
+        name: torch.searchsorted(batch[name], borders).tolist()
+        for name in ("view_rows", "feature_rows", "target_rows")
+    }
     parts = []
-    for begin in range(0, packs, microbatch_packs):
-        end = min(begin + microbatch_packs, packs)
-        borders = torch.tensor([begin, end], device=batch["view_rows"].device)
-        first_view, last_view = torch.searchsorted(batch["view_rows"], borders).tolist()
-        first_feature, last_feature = torch.searchsorted(batch["feature_rows"], borders).tolist()
+    for number, begin in enumerate(range(0, packs, microbatch_packs)):
+        views, features, targets = (slice(*cut[number : number + 2]) for cut in cuts.values())
         part = {}
         for name, value in batch.items():
             if name in PER_VIEW:
-                part[name] = value[first_view:last_view]
+                part[name] = value[views]
             elif name in PER_FEATURE:
-                part[name] = value[first_feature:last_feature]
+                part[name] = value[features]
+            elif name in PER_TARGET:
+                part[name] = value[targets]
             else:
-                part[name] = value[begin:end]
-        part["view_rows"] = part["view_rows"] - begin
-        part["feature_rows"] = part["feature_rows"] - begin
-        part["feature_views"] = part["feature_views"] - first_view
+                part[name] = value[begin : begin + microbatch_packs]
+        for name in cuts:
+            part[name] = part[name] - begin
+        part["feature_views"] = part["feature_views"] - views.start
         parts.append(part)
     return parts
 
@@ -323,9 +346,11 @@ def num_packs(batch: Batch) -> int:
     return len(batch["input_ids"])
 
 
-def num_tokens(batch: Batch) -> dict[str, int]:
-    """Return the tokens besides padding and the labels in the loss: Composer's `get_num_tokens_in_batch`."""
-    return {
-        "total": int((batch["document_ids"] >= 0).sum()),
-        "loss_generating": int((batch["labels"][:, 1:] != IGNORED).sum()),
-    }
+def num_tokens(batch: Batch) -> int:
+    """Return the number of tokens besides padding, of a batch on the CPU."""
+    return int(batch["stream_tokens"].sum())
+
+
+def num_targets(batch: Batch) -> int:
+    """Return the number of labels in the loss, without waiting for the device that the batch is on."""
+    return len(batch["target_rows"])

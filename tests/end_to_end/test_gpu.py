@@ -29,7 +29,7 @@ from support.reference import (
     samples_of,
 )
 from unitoken.common.config import load_config
-from unitoken.streaming_data.reading.collate import Collate
+from unitoken.streaming_data.reading.collate import Collate, target_places
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model import decoder
@@ -280,6 +280,7 @@ def two_documents() -> dict[str, Tensor]:
     return {
         "input_ids": torch.randint(0, 65536, (1, LENGTH)),
         "labels": labels,
+        **target_places(labels),
         "position_ids": torch.arange(half).repeat(2)[None],
         "document_ids": torch.arange(2).repeat_interleave(half)[None].int(),
         "pixel_values": torch.randint(0, 256, (2, 3, 384, 384), dtype=torch.uint8),

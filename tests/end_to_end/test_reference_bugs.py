@@ -16,7 +16,7 @@ from support.stages import stage, write_data
 from unitoken.codec.conversations import parse
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.reading.collate import Collate, split_batch
+from unitoken.streaming_data.reading.collate import Collate, split_batch, target_places
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.loading import load_weights
@@ -131,7 +131,9 @@ def test_bug_19_logits_exist_for_one_chunk_of_trained_rows_only(monkeypatch: pyt
     hidden, weight = torch.randn(4, 100, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (4, 100))
     labels[:, :50] = IGNORED
-    loss_module.token_loss(hidden, labels, weight, 1e-5, chunk_rows=64).total.backward()
+    row, column = target_places(labels).values()
+    states, targets = hidden[row, column - 1], labels[row, column]
+    loss_module.token_loss(states, targets, weight, 1e-5, chunk_rows=64).total.backward()
     assert max(rows) == 64
     assert sum(rows) == 4 * 50, "each supervised row once, forward"
 

@@ -56,10 +56,7 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local tensors are dispatched here in turn
-        if func is torch.ops.aten.nonzero.default:  # fake tensors have no values: take all as nonzero
-            result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.int64)
-        else:
-            result = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.count(leaf)
@@ -146,6 +143,8 @@ def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[s
     return {
         "input_ids": tokens,
         "labels": tokens.clone(),
+        "target_rows": torch.zeros(packs * (length - 1), dtype=torch.int64),
+        "target_columns": torch.ones(packs * (length - 1), dtype=torch.int64),
         "position_ids": tokens.clone(),
         "document_ids": tokens.int(),
         "pixel_values": torch.zeros(views, 3, vision.image_size, vision.image_size, dtype=torch.uint8),

@@ -26,7 +26,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.reading.collate import Batch, num_packs, num_tokens, split_batch
+from unitoken.streaming_data.reading.collate import (
+    Batch,
+    num_packs,
+    num_targets,
+    num_tokens,
+    split_batch,
+)
 from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed.ranks import TIMEOUT, world_size
@@ -53,6 +59,17 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def loss(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - Composer's signature
         """Return the total loss alone, as Composer reduces and waits for the GPU for each entry."""
         return {"total": outputs["total"]}
+
+
+class PackSpec(DataSpec):  # type: ignore[misc]
+    """How Composer splits and counts batches of packs."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader, split_batch=split_batch, get_num_samples_in_batch=num_packs)
+
+    def get_num_tokens_in_batch(self, batch: Batch, token_type: str = "total") -> int:  # noqa: S107 - no password
+        """Return the tokens of a batch on the CPU; or those in the loss, also of one on the GPU."""
+        return num_tokens(batch) if token_type == "total" else num_targets(batch)  # noqa: S105
 
 
 class RestoreRandomState(Callback):  # type: ignore[misc]
@@ -202,7 +219,7 @@ def build_trainer(
         trainer = Trainer(
             model=TrainingModel(network),
             optimizers=optimizer,
-            train_dataloader=_data_spec(loader),
+            train_dataloader=PackSpec(loader),
             max_duration=max_duration,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
@@ -238,15 +255,6 @@ def set_precision_of_products(config: StageConfig) -> None:
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def _data_spec(loader: Any) -> DataSpec:
-    return DataSpec(
-        loader,
-        split_batch=split_batch,
-        get_num_samples_in_batch=num_packs,
-        get_num_tokens_in_batch=num_tokens,
-    )
 
 
 def _trainer_settings(config: StageConfig) -> dict[str, Any]:

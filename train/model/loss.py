@@ -29,40 +29,34 @@ class Loss(NamedTuple):
         ce: mean cross-entropy.
         z: mean of the squared logsumexp of the logits.
         token_ce: (n,) float32, the cross-entropy of each supervised token.
-        label_indices: (n,) rows and (n,) columns of these tokens' labels.
     """
 
     total: Tensor
     ce: Tensor
     z: Tensor
     token_ce: Tensor
-    label_indices: tuple[Tensor, Tensor]
 
 
 def token_loss(
-    hidden: Tensor,
-    labels: Tensor,
+    rows: Tensor,
+    targets: Tensor,
     output_weight: Tensor,
     z_weight: float,
     masked_ids: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Loss:
-    """Compare the logits at i - 1 with the label at i, wherever labels[:, i] >= 0.
+    """Compare the logits of hidden states with the tokens that follow them.
 
     Args:
-        hidden: (P, L, hidden), the hidden states after the last norm.
-        labels: (P, L), not shifted; negative where a token is not trained on.
+        rows: (n, hidden), after the last norm, at the positions before each supervised token.
+        targets: (n,), the supervised tokens.
         output_weight: (vocabulary, hidden).
         z_weight: weight of the mean of the squared logsumexp.
         masked_ids: token ids that get no probability (the reference's `mask_image_logits`), or None.
         chunk_rows: the most rows of logits that exist at once.
     """
-    # The only place in the model that waits for the GPU.
-    row, column = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
-    rows, targets = hidden[row, column], labels[row, column + 1]  # (n, hidden), (n,)
     terms = _Terms(targets, z_weight, masked_ids, chunk_rows, torch.is_grad_enabled())
-    total, ce, z, token_ce = _LossAndGradient.apply(rows, output_weight, terms)  # type: ignore[no-untyped-call]
-    return Loss(total, ce, z, token_ce, (row, column + 1))
+    return Loss(*_LossAndGradient.apply(rows, output_weight, terms))  # type: ignore[no-untyped-call]
 
 
 class _Terms(NamedTuple):

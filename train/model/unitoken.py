@@ -68,12 +68,16 @@ class UniToken(nn.Module):
         return weight
 
     def forward(self, batch: ModelInputs) -> Loss:
-        """Return the loss over the supervised tokens of a batch."""
+        """Return the loss over the supervised tokens of a batch, without waiting for a GPU."""
         embeddings = self.embed(batch)
         mask = document_mask(batch["document_ids"], self.attention)
         hidden = self.model(embeddings, batch["position_ids"], mask)
-        masked_ids = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
-        return token_loss(hidden, batch["labels"], self.output_weight, self.z_loss, masked_ids)
+        row, column = batch["target_rows"], batch["target_columns"]
+        targets = batch["labels"][row, column]
+        masked_ids = None
+        if self.masked_ids:
+            masked_ids = torch.tensor(self.masked_ids).to(hidden.device, non_blocking=True)
+        return token_loss(hidden[row, column - 1], targets, self.output_weight, self.z_loss, masked_ids)
 
     def predict(self, batch: ModelInputs, mask: Tensor | None, past: KVCache) -> Tensor:
         """Return the float32 logits (P, vocabulary) of the token after the last one of each row.

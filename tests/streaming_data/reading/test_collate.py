@@ -17,12 +17,14 @@ from unitoken.storage.shard_cache import ShardError
 from unitoken.streaming_data.arrays import Integers
 from unitoken.streaming_data.reading.collate import (
     PER_FEATURE,
+    PER_TARGET,
     PER_VIEW,
     Collate,
     FeaturePlace,
     featured_images,
     insert_features,
     num_packs,
+    num_targets,
     num_tokens,
     split_batch,
 )
@@ -98,6 +100,7 @@ def test_no_image_block_is_cut() -> None:
 
 def test_a_batch_keeps_the_contract() -> None:
     packs = [[record("a", questions=1), record("b", text=9)], [record("c", text=3)]]
+    supervised = sum(int((rec.labels()[1:] != IGNORED).sum()) for pack in packs for rec in pack)
     batch = collate()(packs)
     assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
         "input_ids": ((2, 80), torch.int64),
@@ -106,6 +109,8 @@ def test_a_batch_keeps_the_contract() -> None:
         "document_ids": ((2, 80), torch.int32),
         "kinds": ((2, 80), torch.int8),
         "stream_tokens": ((2, 1), torch.int64),
+        "target_rows": ((supervised,), torch.int64),
+        "target_columns": ((supervised,), torch.int64),
         "pixel_values": ((1, 3, 8, 8), torch.uint8),
         "view_rows": ((1,), torch.int64),
         "feature_rows": ((F,), torch.int64),
@@ -213,7 +218,8 @@ def test_microbatches_together_are_the_batch(size: int) -> None:
             part["input_ids"][part["feature_rows"][first], part["feature_columns"][first] - 1] == SEP
         ).all()
         part["feature_views"] = part["feature_views"] + views
-        part["view_rows"], part["feature_rows"] = part["view_rows"] + begin, part["feature_rows"] + begin
+        for name in ("view_rows", "feature_rows", "target_rows"):
+            part[name] = part[name] + begin
         begin, views = begin + num_packs(part), views + len(part["view_rows"])
     for name, value in batch.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), value), name
@@ -224,9 +230,17 @@ def test_tokens_are_counted_as_the_loss_counts_them() -> None:
     batch = collate()(packs)
     tokens = sum(len(r.tokens) for pack in packs for r in pack) + 1 + F
     trained = sum(int((r.labels() != IGNORED).sum()) for pack in packs for r in pack)
-    assert num_tokens(batch) == {"total": tokens, "loss_generating": trained}
+    assert (num_tokens(batch), num_targets(batch)) == (tokens, trained)
     assert trained == int((batch["labels"][:, 1:] != IGNORED).sum())
-    assert sum(num_tokens(part)["loss_generating"] for part in split_batch(batch, 1)) == trained
+    assert sum(map(num_targets, split_batch(batch, 1))) == trained
+
+
+def test_target_places_are_those_of_the_labels_in_order() -> None:
+    batch = collate()([[record("a", questions=1), record("b")], [record("c", text=3)], [record("d")]])
+    supervised = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
+    assert len(supervised[0])
+    for name, expected in zip(PER_TARGET, supervised, strict=True):
+        assert torch.equal(batch[name], expected)
 
 
 @given(

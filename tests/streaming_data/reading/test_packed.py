@@ -19,7 +19,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
-from unitoken.streaming_data.reading.collate import Collate, num_tokens, split_batch
+from unitoken.streaming_data.reading.collate import Collate, num_targets, split_batch
 from unitoken.streaming_data.sources import open_sources
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
@@ -80,7 +80,7 @@ def build(attention: Literal["sdpa", "flex"]) -> UniToken:
 def learn(model: UniToken, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of all batches together, with equal weight for each supervised token."""
     model.zero_grad()
-    counts = [num_tokens(batch)["loss_generating"] for batch in batches]
+    counts = [num_targets(batch) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
         loss = model(batch).total * (count / sum(counts))

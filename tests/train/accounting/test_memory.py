@@ -14,6 +14,7 @@ from support.paths import ROOT
 from support.simulated import peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
+from unitoken.streaming_data.reading.collate import target_places
 from unitoken.train.accounting.memory import (
     count_parameters,
     decoder_layer_bytes,
@@ -296,6 +297,7 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
         batch = {
             "input_ids": ids,
             "labels": ids,
+            **{name: place.to("cuda") for name, place in target_places(ids.cpu()).items()},
             "position_ids": torch.arange(length, device="cuda").expand(rows, -1) % 1800,
             "document_ids": (torch.arange(length, device="cuda").expand(rows, -1) // 1800).int(),
             "pixel_values": torch.zeros(0, 3, 384, 384, dtype=torch.uint8, device="cuda"),
