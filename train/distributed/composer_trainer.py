@@ -39,6 +39,7 @@ from unitoken.train.distributed.ranks import TIMEOUT, world_size
 from unitoken.train.model.decoder import DecoderLayer
 from unitoken.train.model.unitoken import UniToken
 from unitoken.train.model.vision_tower import VisionTower
+from unitoken.train.optim import place_step_counts
 
 
 class TrainingModel(ComposerModel):  # type: ignore[misc]
@@ -231,6 +232,7 @@ def build_trainer(
     set_precision_of_products(config)
     for group, own in zip(trainer.state.optimizers[0].param_groups, settings, strict=True):
         group.update(own)  # Composer replaces weight decay, betas, eps and scales by those of the saved run
+    place_step_counts(trainer.state.optimizers[0])
     if mesh is not None:
         _finish_sharding(config, network)
         average.scale = measure_gradient_scale(next(network.parameters()).device, mesh)
