@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,8 +132,11 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
     """Shard as Composer does with `fsdp_wrap_fn` of train/distributed/composer_trainer.py."""
     reduced = torch.bfloat16 if config.fsdp.reduce == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
-    for module in (*model.model.layers, model.vit, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.fsdp.reshard)
+    assert not model.is_tied
+    for module in (*model.model.layers, model.vit, model.lm_head, model):
+        reshards = config.fsdp.reshard and module is not model.lm_head
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+    register_fsdp_forward_method(model.lm_head, "loss")
 
 
 def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed.ranks import TIMEOUT, world_size
 from unitoken.train.model.decoder import DecoderLayer
-from unitoken.train.model.unitoken import UniToken
+from unitoken.train.model.unitoken import OutputLayer, UniToken
 from unitoken.train.model.vision_tower import VisionTower
 from unitoken.train.optim import place_step_counts
 
@@ -48,9 +48,7 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def __init__(self, network: UniToken) -> None:
         super().__init__()
         self.network = network
-        # The sharding units, whose parameters are gathered and freed together: each decoder layer, the vision
-        # tower, and the rest.
-        network.fsdp_wrap_fn = lambda module: isinstance(module, DecoderLayer | VisionTower)  # type: ignore[assignment]
+        network.fsdp_wrap_fn = _sharding_unit  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the fields of the model's `Loss` by name."""
@@ -60,6 +58,17 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def loss(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - Composer's signature
         """Return the total loss alone, as Composer reduces and waits for the GPU for each entry."""
         return {"total": outputs["total"]}
+
+
+def _sharding_unit(module: nn.Module) -> bool | dict[str, bool]:
+    """Return whether a module's parameters are gathered and freed together, or how.
+
+    Units are each decoder layer, the vision tower, the output layer, and the rest. So the output layer's
+    gradient is reduced while the backward pass of the decoder runs, and is not kept until its end.
+    """
+    if isinstance(module, OutputLayer):
+        return {"reshard_after_forward": False}  # the backward pass begins with it
+    return isinstance(module, DecoderLayer | VisionTower)
 
 
 class PackSpec(DataSpec):  # type: ignore[misc]
@@ -286,6 +295,8 @@ def _finish_sharding(config: StageConfig, network: UniToken) -> None:
         # torch 2.7 never frees a root.
         network.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
     register_fsdp_forward_method(network, "predict")
+    if not network.is_tied:
+        register_fsdp_forward_method(network.lm_head, "loss")
 
 
 def check_precision(config: StageConfig) -> None:
@@ -352,5 +363,7 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
             torch.use_deterministic_algorithms(deterministic)
             for module, mode in modes:
                 module.training = mode
-            if isinstance(network, FSDPModule):
-                network.reshard()  # the root keeps what it gathered until a backward pass
+            # Root and output layer keep what they gathered until a backward pass.
+            for module in network.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()

@@ -34,7 +34,6 @@ def test_the_loss_equals_that_of_full_logits(chunk: int, masked: Tensor | None) 
 
     logits = F.linear(rows, weight)
     if masked is not None:
-        assert torch.isin(targets, masked).any()
         logits = logits.index_fill(-1, masked, torch.finfo(logits.dtype).min)
     ce, z = F.cross_entropy(logits, targets), logits.logsumexp(-1).square().mean()
     (3 * (ce + 1e-2 * z)).backward()
