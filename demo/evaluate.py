@@ -20,7 +20,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.report import PlanReport
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.metadata import STAGE

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitoken.dataset.record import IGNORED, Record, spans_of
 from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig

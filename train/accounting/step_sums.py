@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unitoken.common.interruption import received_signal
 from unitoken.streaming_data.kinds import KINDS
-from unitoken.streaming_data.reading.collate import Batch, num_packs
+from unitoken.streaming_data.reading.batch import Batch, num_packs
 from unitoken.train.distributed import ranks
 
 BUCKETS = 2 * len(KINDS)  # the values of batch["kinds"]

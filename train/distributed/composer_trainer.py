@@ -26,8 +26,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.reading.collate import (
+from unitoken.streaming_data.reading.batch import (
     Batch,
+    PackedBatch,
+    expand,
     num_packs,
     num_targets,
     num_tokens,
@@ -72,12 +74,17 @@ def _sharding_unit(module: nn.Module) -> bool | dict[str, bool]:
 
 
 class PackSpec(DataSpec):  # type: ignore[misc]
-    """How Composer splits and counts batches of packs."""
+    """How Composer splits, expands and counts batches of packs."""
 
     def __init__(self, loader: Any) -> None:
-        super().__init__(loader, split_batch=split_batch, get_num_samples_in_batch=num_packs)
+        super().__init__(
+            loader,
+            split_batch=split_batch,
+            microbatch_transforms=expand,  # on the device
+            get_num_samples_in_batch=num_packs,
+        )
 
-    def get_num_tokens_in_batch(self, batch: Batch, token_type: str = "total") -> int:  # noqa: S107 - no password
+    def get_num_tokens_in_batch(self, batch: PackedBatch | Batch, token_type: str = "total") -> int:  # noqa: S107 - no password
         """Return the tokens of a batch on the CPU; or those in the loss, also of one on the GPU."""
         return num_tokens(batch) if token_type == "total" else num_targets(batch)  # noqa: S105
 

@@ -22,7 +22,7 @@ from unitoken.train.model.decoder import Decoder, KVCache, document_mask
 from unitoken.train.model.loss import Loss, token_loss
 from unitoken.train.model.vision_tower import VisionTower, build_adapter
 
-# The tensors of a batch by name; their shapes are at the top of streaming_data/reading/collate.py.
+# The tensors of a batch by name; their shapes are at the top of streaming_data/reading/batch.py.
 ModelInputs = Mapping[str, Tensor]
 
 

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unitoken.dataset.record import IGNORED
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.accounting.flops import peak_flops, step_flops
 from unitoken.train.config import DecoderConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken

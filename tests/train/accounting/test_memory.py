@@ -14,7 +14,7 @@ from support.paths import ROOT
 from support.simulated import peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.accounting.memory import (
     count_parameters,
     decoder_layer_bytes,

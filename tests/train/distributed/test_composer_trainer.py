@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from support.stages import DECODER, stage
 from unitoken.common.errors import ConfigError, is_transient
 from unitoken.storage.store import StoreError, TransientStoreError
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.config import DecoderConfig, ModelConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.model.unitoken import UniToken, build_model

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.decoders import LENGTHS, VQ_CONFIG, packed_inputs
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig

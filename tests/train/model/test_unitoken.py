@@ -11,7 +11,7 @@ from torch import Tensor
 
 from support.decoders import VQ_CONFIG
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.reading.collate import target_places
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
