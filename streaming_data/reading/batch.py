@@ -15,7 +15,7 @@ besides pixels.
     targets        number                  tokens in the loss
     features       number                  places of features
 
-Rows are ascending. `expand` makes a `Batch` of it, on the device, where it has 29 bytes a token:
+Rows are ascending. `unpack` makes a `Batch` of it, on the device, where it has 29 bytes a token:
 
     input_ids, labels, position_ids  (P, L) int64        0, IGNORED, 0 in padding; labels are not shifted
     document_ids                     (P, L) int32        0, 1, ... inside a pack, -1 in padding
@@ -116,7 +116,7 @@ def num_targets(batch: Mapping[str, Any]) -> int:
     return targets
 
 
-def expand(batch: PackedBatch) -> Batch:
+def unpack(batch: PackedBatch) -> Batch:
     """Return the tensors that the model and its measures read, on the device of the batch."""
     ids = batch["input_ids"].long()
     shape = packs, length = ids.shape

@@ -29,7 +29,7 @@ from support.reference import (
     samples_of,
 )
 from unitoken.common.config import load_config
-from unitoken.streaming_data.reading.batch import expand, target_places
+from unitoken.streaming_data.reading.batch import target_places, unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
@@ -156,7 +156,7 @@ def test_compiled_flex_attention_equals_sdpa_in_packs(
     """Both give the reference's numbers for our packs of several documents with padding at the end."""
     case = case_of(golden, variant, name)
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
-    batch = expand(Collate(8192, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack]))
+    batch = unpack(Collate(8192, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack]))
     gradients: dict[str, dict[str, Any]] = {}
     for attention in ("sdpa", "flex"):
         model = read_model(golden).to(DEVICE)

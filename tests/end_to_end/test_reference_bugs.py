@@ -16,7 +16,7 @@ from support.stages import stage, write_data
 from unitoken.codec.conversations import parse
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.reading.batch import expand, split_batch, target_places
+from unitoken.streaming_data.reading.batch import split_batch, target_places, unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check_stage
@@ -40,7 +40,7 @@ def collate(
     views = VIEWS["anyres" if anyres else "base"]
     room = 3700 if anyres else FEATURES + 1
     length = sum(len(record.tokens) + len(record.images) * room for record in pack)
-    return expand(Collate(length, views, continuous, SEPARATOR, NEWLINE_ID, compat)([pack]))
+    return unpack(Collate(length, views, continuous, SEPARATOR, NEWLINE_ID, compat)([pack]))
 
 
 def test_bug_1_any_number_of_images_in_questions_and_answers(golden: Path, records: dict[str, Any]) -> None:
@@ -180,9 +180,9 @@ def test_bug_22_in_compat_alone_a_step_is_the_mean_of_means(tmp_path: Path) -> N
     steps = loader.dataset.plan.report.packs // 4  # an epoch
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.9}
     for step, (batch, line) in enumerate(zip(loader, lines, strict=False)):
-        assert (expand(batch)["labels"] == checked.vocabulary.separator).any()
+        assert (unpack(batch)["labels"] == checked.vocabulary.separator).any()
         set_learning_rate(optimizer, learning_rate(step / steps, config.optimizer, 0.1, 4 / steps))
-        losses = [model(expand(part)).total / 4 for part in split_batch(batch, 1)]
+        losses = [model(unpack(part)).total / 4 for part in split_batch(batch, 1)]
         sum(losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         assert (sum(losses).item(), norm.item()) == pytest.approx((line["loss"], line["grad_norm"]), rel=2e-5)

@@ -29,11 +29,11 @@ from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.reading.batch import (
     Batch,
     PackedBatch,
-    expand,
     num_packs,
     num_targets,
     num_tokens,
     split_batch,
+    unpack,
 )
 from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
@@ -80,7 +80,7 @@ class PackSpec(DataSpec):  # type: ignore[misc]
         super().__init__(
             loader,
             split_batch=split_batch,
-            microbatch_transforms=expand,  # on the device
+            microbatch_transforms=unpack,  # on the device
             get_num_samples_in_batch=num_packs,
         )
 

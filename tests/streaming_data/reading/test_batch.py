@@ -13,12 +13,12 @@ from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.batch import (
     Batch,
     PackedBatch,
-    expand,
     num_packs,
     num_targets,
     num_tokens,
     split_batch,
     target_places,
+    unpack,
 )
 from unitoken.streaming_data.reading.collate import Collate
 
@@ -52,7 +52,7 @@ def test_a_token_travels_in_few_bytes(size: int, most: int) -> None:
 def test_the_largest_ids_survive(size: int) -> None:
     tokens = np.array([1, size - 1, 2], np.uint32)
     spans, none = np.array([[1, 2]], np.uint32), np.empty((0, 4), np.uint32)
-    batch = expand(collate([[Record("a", tokens, spans, none, ())]], length=4, size=size))
+    batch = unpack(collate([[Record("a", tokens, spans, none, ())]], length=4, size=size))
     assert batch["input_ids"].tolist() == [[1, size - 1, 2, 0]]
     assert batch["labels"].tolist() == [[IGNORED, size - 1, IGNORED, IGNORED]]
 
@@ -92,7 +92,7 @@ def test_documents_and_spans_expand_to_their_places(packs: list[list[tuple[int, 
     batch["documents"] = torch.tensor(documents, dtype=torch.int32).reshape(-1, 4)
     batch["target_spans"] = torch.tensor(targets, dtype=torch.int32).reshape(-1, 3)
     batch["targets"] = sum(end - start for _, start, end in targets)
-    found = expand(batch)
+    found = unpack(batch)
     for name, value in (expected | target_places(expected["labels"])).items():
         assert torch.equal(found[name], value), name
 
@@ -118,7 +118,7 @@ def test_microbatches_together_are_the_batch(size: int) -> None:
         [record("f")],
     ]
     batch = collate(packs)
-    parts = [expand(part) for part in split_batch(batch, size)]
+    parts = [unpack(part) for part in split_batch(batch, size)]
     assert [num_packs(part) for part in parts] == [min(size, 5 - begin) for begin in range(0, 5, size)]
     for part in parts:
         assert all(0 <= row < num_packs(part) for row in part["view_rows"])
@@ -127,7 +127,7 @@ def test_microbatches_together_are_the_batch(size: int) -> None:
         before = part["input_ids"][part["feature_rows"][first], part["feature_columns"][first] - 1]
         assert (before == VOCABULARY.separator).all()
     joined = in_the_batch(parts)
-    for name, value in expand(batch).items():
+    for name, value in unpack(batch).items():
         assert torch.equal(joined[name], value), name
 
 
@@ -136,14 +136,14 @@ def test_tokens_are_counted_as_the_loss_counts_them() -> None:
     batch = collate(packs)
     tokens = sum(len(rec.tokens) for pack in packs for rec in pack) + 1 + F
     trained = sum(int((rec.labels() != IGNORED).sum()) for pack in packs for rec in pack)
-    assert (num_tokens(batch), num_targets(batch), num_targets(expand(batch))) == (tokens, trained, trained)
-    assert trained == int((expand(batch)["labels"][:, 1:] != IGNORED).sum())
+    assert (num_tokens(batch), num_targets(batch), num_targets(unpack(batch))) == (tokens, trained, trained)
+    assert trained == int((unpack(batch)["labels"][:, 1:] != IGNORED).sum())
     assert sum(map(num_targets, split_batch(batch, 1))) == trained
 
 
 def test_target_places_are_those_of_the_labels_in_order() -> None:
     packs = [[record("a", questions=1), record("b")], [record("c", text=3)], [record("d", answers=1)]]
-    batch = expand(collate(packs))
+    batch = unpack(collate(packs))
     assert len(batch["target_rows"])
     for name, expected in target_places(batch["labels"]).items():
         assert torch.equal(batch[name], expected)

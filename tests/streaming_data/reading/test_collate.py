@@ -16,7 +16,7 @@ from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.streaming_data.arrays import Integers
-from unitoken.streaming_data.reading.batch import Batch, expand
+from unitoken.streaming_data.reading.batch import Batch, unpack
 from unitoken.streaming_data.reading.collate import Collate, FeaturePlace, featured_images, insert_features
 
 VOCABULARY = small_vocabulary()
@@ -30,7 +30,7 @@ def collate(
 ) -> Callable[[list[list[Record]]], Batch]:
     """Return a function that makes of packs what a model reads."""
     packed = Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, False, streams, threads=threads)
-    return lambda packs: expand(packed(packs))
+    return lambda packs: unpack(packed(packs))
 
 
 def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Record:
@@ -176,7 +176,7 @@ def test_a_batch_without_images_keeps_its_shapes() -> None:
     assert len(of_images) == 5
     assert all(len(batch[name]) == 0 for name in of_images)
     without = Collate(80, None, "none", SEP, VOCABULARY.newline, False)([[record("a", questions=1)]])
-    assert expand(without)["input_ids"].tolist() == batch["input_ids"].tolist()
+    assert unpack(without)["input_ids"].tolist() == batch["input_ids"].tolist()
 
 
 def test_a_pack_that_is_too_long_names_the_sample() -> None:
@@ -242,7 +242,7 @@ def test_with_limits_documents_are_cut_to_their_streams_limit() -> None:
             record("c"),
         ]
     ]
-    batch = expand(cutting(packs))
+    batch = unpack(cutting(packs))
     lengths = np.bincount(batch["document_ids"][0][batch["document_ids"][0] >= 0])
     assert lengths.tolist() == [9, 1, len(record("c").tokens)]
     assert len(batch["pixel_values"]) == 0
@@ -257,7 +257,7 @@ def test_tiles_follow_the_whole_image_row_by_row() -> None:
     rec = dataclasses.replace(rec, images=(buffer.getvalue(),))
     views = Views(image_size=8, patch_size=2, anyres=True)
     layout = views.layout(40, 15)
-    batch = expand(Collate(200, views, "questions", SEP, VOCABULARY.newline, False)([[rec]]))
+    batch = unpack(Collate(200, views, "questions", SEP, VOCABULARY.newline, False)([[rec]]))
     across, down = views.canvas(40, 15)
     assert batch["pixel_values"].shape == (1 + across * down, 3, 8, 8)
     places = batch["feature_columns"]

@@ -19,7 +19,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
-from unitoken.streaming_data.reading.batch import PackedBatch, expand, num_targets, num_tokens, split_batch
+from unitoken.streaming_data.reading.batch import PackedBatch, num_targets, num_tokens, split_batch, unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.streaming_data.sources import open_sources
 from unitoken.train.checkpoint.loading import load_weights
@@ -84,7 +84,7 @@ def learn(model: UniToken, batches: list[PackedBatch]) -> tuple[float, dict[str,
     counts = [num_targets(batch) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
-        loss = model(expand(batch)).total * (count / sum(counts))
+        loss = model(unpack(batch)).total * (count / sum(counts))
         loss.backward()
         total += loss.item()
     gradients = {

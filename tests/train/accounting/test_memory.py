@@ -264,6 +264,20 @@ def test_a_stage_on_a_gpu_reports_its_estimate_before_training(
     assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
 
 
+def supervised_batch(vocabulary: int, rows: int, length: int) -> dict[str, Tensor]:
+    """Return packs of documents of 1,800 tokens that are all supervised, on the GPU."""
+    ids, places = torch.randint(0, vocabulary, (rows, length)), torch.arange(length).expand(rows, -1)
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        **target_places(ids),
+        "position_ids": places % 1800,
+        "document_ids": (places // 1800).int(),
+        "pixel_values": torch.zeros(0, 3, 384, 384, dtype=torch.uint8),
+    }
+    return {name: value.cuda() for name, value in batch.items()}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("setting", "attention"), [("full", "flex"), ("full", "sdpa"), ("selective", "sdpa"), ("none", "sdpa")]
@@ -273,8 +287,8 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
     from torch import distributed
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    torch._dynamo.reset()
     _compiled.cache_clear()
+    torch._dynamo.reset()
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
@@ -295,15 +309,7 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
         register_fsdp_forward_method(network.lm_head, "loss")
         optimizer = torch.optim.AdamW(network.parameters())
         rows, length = config.microbatch, config.data.packed_length
-        ids = torch.randint(0, sizes.vocab_size, (rows, length), device="cuda")
-        batch = {
-            "input_ids": ids,
-            "labels": ids,
-            **{name: place.to("cuda") for name, place in target_places(ids.cpu()).items()},
-            "position_ids": torch.arange(length, device="cuda").expand(rows, -1) % 1800,
-            "document_ids": (torch.arange(length, device="cuda").expand(rows, -1) // 1800).int(),
-            "pixel_values": torch.zeros(0, 3, 384, 384, dtype=torch.uint8, device="cuda"),
-        }
+        batch = supervised_batch(sizes.vocab_size, rows, length)
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             with torch.autocast("cuda", torch.bfloat16):
@@ -311,8 +317,9 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained = count_parameters(sizes, None).total
-        need = estimate_memory(config, sizes, None, ranks=2, trained=trained, views=0)
+        need = estimate_memory(
+            config, sizes, None, ranks=2, trained=count_parameters(sizes, None).total, views=0
+        )
         shared = sum(need.parts[part] for part in ("parameters", "Adam's moments", "gradients"))
         estimate = need.total - need.parts["runtime"] + shared  # two ranks would have half of these each
         # With two layers and a large vocabulary the output layer's gradients count for more than in a deep

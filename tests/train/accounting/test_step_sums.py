@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.reading.batch import Batch, PackedBatch, expand, split_batch
+from unitoken.streaming_data.reading.batch import Batch, PackedBatch, split_batch, unpack
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.accounting.step_sums import LOSS_BUCKETS, StepResult, StepSums
 from unitoken.train.check import check_stage
@@ -50,9 +50,9 @@ def mean(result: StepResult, names: Iterable[str]) -> float:
 def test_losses_by_kind_average_to_the_loss_of_the_step(batches: list[PackedBatch], model: UniToken) -> None:
     for batch in batches:
         sums = StepSums()
-        for part in map(expand, split_batch(batch, 1)):
+        for part in map(unpack, split_batch(batch, 1)):
             sums.add(model(part)._asdict(), part)
-        result, whole = sums.take(), model(expand(batch))
+        result, whole = sums.take(), model(unpack(batch))
         assert result.loss == pytest.approx(whole.total.item(), abs=1e-6)
         assert result.z == pytest.approx(whole.z.item(), rel=1e-6)
         assert mean(result, ("loss_text", "loss_image")) == pytest.approx(result.ce, abs=1e-6)
@@ -63,7 +63,7 @@ def test_losses_by_kind_average_to_the_loss_of_the_step(batches: list[PackedBatc
 
 def test_each_loss_is_the_cross_entropy_of_its_tokens(batches: list[PackedBatch], model: UniToken) -> None:
     kinds_seen = set()
-    for batch in map(expand, batches):
+    for batch in map(unpack, batches):
         sums = StepSums()
         sums.add(model(batch)._asdict(), batch)
         found = sums.take().losses()
@@ -87,27 +87,27 @@ def same_document(batch: Batch) -> torch.Tensor:
 
 def test_a_step_counts_tokens_squares_and_views(batches: list[PackedBatch], model: UniToken) -> None:
     sums, squares = StepSums(), 0
-    for part in map(expand, split_batch(batches[0], 3)):
+    for part in map(unpack, split_batch(batches[0], 3)):
         sums.add(model(part)._asdict(), part)
         for ids in part["document_ids"]:
             squares += sum(int((ids == document).sum()) ** 2 for document in range(int(ids.max()) + 1))
     result = sums.take(torch.tensor(2.5))
     assert (result.squares, result.norm) == (squares, 2.5)
     assert result.views == len(batches[0]["pixel_values"])
-    whole = expand(batches[0])
+    whole = unpack(batches[0])
     assert result.tokens == int((whole["document_ids"] >= 0).sum())
     assert result.targets == int((whole["labels"][:, 1:] >= 0).sum())
 
 
 def test_with_by_packs_all_packs_weigh_the_same(batches: list[PackedBatch], model: UniToken) -> None:
-    parts, sums = [expand(part) for part in split_batch(batches[0], 1)], StepSums(by_packs=True)
+    parts, sums = [unpack(part) for part in split_batch(batches[0], 1)], StepSums(by_packs=True)
     for part in parts:
         sums.add(model(part)._asdict(), part)
     assert sums.take().loss == pytest.approx(sum(model(part).total.item() for part in parts) / 4, abs=1e-6)
 
 
 def test_a_non_finite_number_is_seen_wherever_it_is(batches: list[PackedBatch], model: UniToken) -> None:
-    first, second = map(expand, split_batch(batches[0], 2))
+    first, second = map(unpack, split_batch(batches[0], 2))
     for bad in (float("nan"), float("inf")):
         sums = StepSums()
         sums.add({**model(first)._asdict(), "total": torch.tensor(bad)}, first)
