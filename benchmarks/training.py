@@ -42,6 +42,7 @@ from benchmarks.streaming import machine
 from unitoken.common.config import load_config
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode
@@ -141,7 +142,7 @@ def count_compilations(recompute: RecomputeMode, batches: int = 20) -> tuple[int
     records = training_sides.documents(vocabulary, 100, seed=1)
     for number in range(batches):
         some = list(islice(records, 1 + number % 4))
-        network(collate([some[:2], some[2:]])).total.backward()
+        network(unpack(collate([some[:2], some[2:]]))).total.backward()
     graphs = counters["stats"]["unique_graphs"]
     if graphs < 2:
         raise RuntimeError("decoder and tower were not both compiled")

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from unitoken.dataset.record import IGNORED, Record, spans_of
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.reading.collate import Batch, Collate
+from unitoken.streaming_data.reading.batch import Batch, unpack
+from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.decoder import dense_document_mask
 from unitoken.train.model.unitoken import UniToken, build_model
@@ -127,12 +128,15 @@ def build_sides(vocabulary: Vocabulary) -> dict[str, Side]:
         rows = [[record] for pack in packs for record in pack]
         extra = [(VISION.features + 1) * len(record.image_spans) for [record] in rows]
         length = max(len(record.tokens) + more for [record], more in zip(rows, extra, strict=True))
-        return collate(length, "all")(rows)
+        return unpack(collate(length, "all")(rows))
+
+    def pack(packs: Sequence[Sequence[Record]]) -> Batch:
+        return unpack(collate(LENGTH, "questions")(packs))
 
     return {
-        "ours": Side(collate(LENGTH, "questions"), lambda batch: network(batch).total, network),
+        "ours": Side(pack, lambda batch: network(batch).total, network),
         "padded": Side(pad, lambda batch: _padded_loss(network, batch), network),
-        "transformers": _transformers_side(network, sizes, collate(LENGTH, "questions")),
+        "transformers": _transformers_side(network, sizes, pack),
     }
 
 
@@ -156,7 +160,9 @@ def _loss_of_all_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(shifted, targets, ignore_index=IGNORED) + Z_LOSS * z
 
 
-def _transformers_side(network: UniToken, sizes: DecoderConfig, collate: Collate) -> Side:
+def _transformers_side(
+    network: UniToken, sizes: DecoderConfig, prepare: Callable[[Sequence[Sequence[Record]]], Batch]
+) -> Side:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -183,4 +189,4 @@ def _transformers_side(network: UniToken, sizes: DecoderConfig, collate: Collate
         ).logits
         return _loss_of_all_logits(logits.float(), batch["labels"])
 
-    return Side(collate, loss, nn.ModuleList([llama, network]))
+    return Side(prepare, loss, nn.ModuleList([llama, network]))

@@ -20,6 +20,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.report import PlanReport
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.metadata import STAGE
@@ -124,10 +125,12 @@ class Evaluation:
         for sample in StreamingDataset(local=str(dataset), batch_size=1):
             record = Record.from_mds(sample)
             ids = torch.from_numpy(record.tokens.astype(np.int64))[None]
+            labels = torch.from_numpy(record.labels().astype(np.int64))[None]
             loss = self.model(
                 {
                     "input_ids": ids,
-                    "labels": torch.from_numpy(record.labels().astype(np.int64))[None],
+                    "labels": labels,
+                    **target_places(labels),
                     "position_ids": torch.arange(ids.shape[1])[None],
                     "document_ids": torch.zeros_like(ids),
                     "pixel_values": torch.empty(0),

@@ -103,9 +103,9 @@ def build_optimizer(
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
-        # Otherwise torch takes sharded parameters one by one: for 7B a fifth of a second a step in which GPUs
-        # wait.
-        foreach=True,
+        # One kernel for a group, also of sharded parameters. On two CPU cores a step of 135 million
+        # parameters takes 0.13 s, and 0.45 s by `foreach`, which reads and writes everything a dozen times.
+        fused=True,
     )
 
 
@@ -119,6 +119,15 @@ def _group(
         "lr": 0.0,
         "weight_decay": weight_decay,
     }
+
+
+def place_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Move each parameter's count of steps to its device, where the fused kernel reads it.
+
+    In checkpoints of before `fused` it was on the CPU, and torch leaves it where the checkpoint had it.
+    """
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device)
 
 
 @torch.no_grad()

@@ -1,13 +1,4 @@
-"""Packs of records -> a batch of fixed shape; and splitting and counting batches.
-
-input_ids, labels, position_ids  (P, L) int64    0, IGNORED, 0 in padding; labels are not shifted document_ids
-(P, L) int32    0, 1, ... inside a pack, -1 in padding kinds                            (P, L) int8     2 *
-kind of the document (KINDS) + 1 inside an image; -1 in padding stream_tokens                    (P, S) int64
-tokens of each stream of the mixture pixel_values                     (V, 3, S, S) uint8  the views of all
-images that have features view_rows                        (V,) int64      the pack a view belongs to,
-ascending feature_rows, feature_columns    (M,) int64      the places of features feature_views,
-feature_patches   (M,) int64      which feature belongs there: of which view, and which of its F
-"""
+"""Packs of records -> a batch: see batch.py."""
 
 from __future__ import annotations
 
@@ -22,16 +13,14 @@ import numpy.typing as npt
 import torch
 
 from unitoken.dataset.image_files import ImageError
-from unitoken.dataset.record import IGNORED, Record
+from unitoken.dataset.record import IGNORED, Record, spans_of
 from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.streaming_data.arrays import Integers
 from unitoken.streaming_data.kinds import KINDS, kind_numbers
 from unitoken.streaming_data.plan.feature_cost import feature_cost
+from unitoken.streaming_data.reading.batch import PackedBatch
 
-Batch = dict[str, torch.Tensor]
-PER_VIEW = ("pixel_values", "view_rows")
-PER_FEATURE = ("feature_rows", "feature_columns", "feature_views", "feature_patches")
 NO_VIEWS = Views(image_size=1, patch_size=1)  # gives a batch its shapes for a model without a vision tower
 
 
@@ -123,54 +112,55 @@ class _Picture(NamedTuple):
 
 
 class _Arrays:
-    """A batch under construction: documents are appended to its packs."""
+    """A batch under construction: documents are appended to its packs.
 
-    def __init__(self, packs: int, length: int, streams: int, views: Views, newline: int) -> None:
-        self.ends = [0] * packs  # of what each pack holds so far
-        self.input_ids = np.zeros((packs, length), np.int64)
-        self._labels = np.full((packs, length), IGNORED, np.int64)
-        self._position_ids = np.zeros((packs, length), np.int64)
-        self._document_ids = np.full((packs, length), -1, np.int32)
-        self._kinds = np.full((packs, length), -1, np.int8)
-        self._stream_tokens = np.zeros((packs, streams), np.int64)
+    Args:
+        ids: (packs, length) zeros, for the ids.
+        streams: number of streams of the mixture.
+        views: how the vision tower sees an image.
+        newline: the token at the ends of rows of features.
+    """
+
+    def __init__(self, ids: npt.NDArray[Any], streams: int, views: Views, newline: int) -> None:
+        self.ends = [0] * len(ids)  # of what each pack holds so far
+        self.input_ids = ids
+        self._documents: list[tuple[int, ...]] = []
+        self._target_spans: list[tuple[int, ...]] = []
+        self._image_spans: list[tuple[int, ...]] = []
+        self._stream_tokens = np.zeros((len(ids), streams), np.int64)
         self._pixels: list[Pixels] = [np.zeros((0, 3, views.image_size, views.image_size), np.uint8)]
         self._view_rows: list[int] = []
-        self._features = [np.zeros((0, 4), np.int64)]  # row, column, view, patch
-        self._documents = [0] * packs
+        self._runs = [np.zeros((0, 5), np.int32)]  # of features
         self._views, self._newline = views, newline
 
     def append_text(self, row: int, record: Record, ids: npt.NDArray[Any]) -> None:
         """Append a record without images, of which `ids` are the tokens to keep."""
-        begin = self.ends[row]
-        for start, end in record.target_spans.tolist():
-            self._labels[row, begin + start : begin + min(end, len(ids))] = ids[start:end]
-        self._kinds[row, begin : begin + len(ids)] = 2 * KINDS.index("text")
-        self._append(row, record.stream, ids)
+        self._append(row, record.stream, ids, KINDS.index("text"), record.target_spans)
 
     def append_document(
         self, row: int, record: Record, document: Document, pictures: Mapping[int, _Picture]
     ) -> None:
         """Append a record with images."""
-        begin, end = self.ends[row], self.ends[row] + len(document.ids)
-        self._labels[row, begin:end] = document.labels
-        images = len(record.image_spans)
+        begin, images = self.ends[row], len(record.image_spans)
         generated = int((document.labels[document.blocks[:, 0]] != IGNORED).sum())
-        kind = 2 * int(kind_numbers(images, images - generated))
-        self._kinds[row, begin:end] = kind
-        for first, block_end in document.blocks.tolist():
-            self._kinds[row, begin + first : begin + block_end] = kind + 1
-        self._append(row, record.stream, document.ids)
+        kind = int(kind_numbers(images, images - generated))
+        self._image_spans += [(row, begin + first, begin + end) for first, end in document.blocks.tolist()]
+        self._append(row, record.stream, document.ids, kind, spans_of(document.labels != IGNORED))
         for place in document.places:
             self._append_features(row, begin + place.start, pictures[place.image])
 
-    def _append(self, row: int, stream: int, ids: npt.NDArray[Any]) -> None:
+    def _append(
+        self, row: int, stream: int, ids: npt.NDArray[Any], kind: int, target_spans: npt.NDArray[np.uint32]
+    ) -> None:
         begin, end = self.ends[row], self.ends[row] + len(ids)
         self.input_ids[row, begin:end] = ids
-        self._labels[row, begin] = IGNORED  # or the document before would predict it
-        self._position_ids[row, begin:end] = np.arange(len(ids))
-        self._document_ids[row, begin:end] = self._documents[row]
+        self._documents.append((row, begin, end, kind))
+        for first, last in target_spans.tolist():
+            # Without the document's first token, or the document before would predict it.
+            span = (row, max(begin + first, begin + 1), min(begin + last, end))
+            if span[1] < span[2]:
+                self._target_spans.append(span)
         self._stream_tokens[row, stream] += len(ids)
-        self._documents[row] += 1
         self.ends[row] = end
 
     def _append_features(self, row: int, start: int, picture: _Picture) -> None:
@@ -178,26 +168,34 @@ class _Arrays:
         self.input_ids[row, start : start + len(layout)] = np.where(layout == NEWLINE, self._newline, 0)
         places = np.flatnonzero(layout != NEWLINE)
         view, patch = np.divmod(layout[places], self._views.features)
-        rows, views = np.full(len(places), row), view + len(self._view_rows)
-        self._features.append(np.stack([rows, start + places, views, patch], axis=1))
+        breaks = (np.diff(places) != 1) | (np.diff(view) != 0) | (np.diff(patch) != 1)
+        firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        lengths = np.diff(firsts, append=len(places))
+        columns, views = start + places[firsts], len(self._view_rows) + view[firsts]
+        runs = [np.full(len(firsts), row), columns, views, patch[firsts], lengths]
+        self._runs.append(np.stack(runs, axis=1).astype(np.int32))
         self._pixels.append(picture.views)
         self._view_rows += [row] * len(picture.views)
 
-    def batch(self) -> Batch:
+    def batch(self) -> PackedBatch:
         """Return the batch as tensors."""
-        features = np.ascontiguousarray(np.concatenate(self._features).T)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "input_ids": self.input_ids,
-            "labels": self._labels,
-            "position_ids": self._position_ids,
-            "document_ids": self._document_ids,
-            "kinds": self._kinds,
-            "stream_tokens": self._stream_tokens,
-            "pixel_values": np.concatenate(self._pixels),
-            "view_rows": np.array(self._view_rows, np.int64),
-            **dict(zip(PER_FEATURE, features, strict=True)),
-        }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        target_spans, runs = _table(self._target_spans, 3), np.concatenate(self._runs)
+        return PackedBatch(
+            input_ids=torch.from_numpy(self.input_ids),
+            documents=torch.from_numpy(_table(self._documents, 4)),
+            target_spans=torch.from_numpy(target_spans),
+            image_spans=torch.from_numpy(_table(self._image_spans, 3)),
+            feature_runs=torch.from_numpy(runs),
+            stream_tokens=torch.from_numpy(self._stream_tokens),
+            pixel_values=torch.from_numpy(np.concatenate(self._pixels)),
+            view_rows=torch.from_numpy(np.array(self._view_rows, np.int64)),
+            targets=int((target_spans[:, 2] - target_spans[:, 1]).sum()),
+            features=int(runs[:, 4].sum()),
+        )
+
+
+def _table(rows: list[tuple[int, ...]], columns: int) -> npt.NDArray[np.int32]:
+    return np.array(rows, np.int32).reshape(-1, columns)
 
 
 @dataclass(frozen=True)
@@ -212,17 +210,19 @@ class Collate:
     compat: bool
     streams: int = 1  # S
     limits: tuple[int, ...] | None = None  # by stream: longer documents are cut; None: they are an error
-    vocabulary_size: int | None = None  # ids from it on are an error; None: unchecked
+    vocabulary_size: int | None = None  # ids from it on are an error; None: unchecked, and of 4 bytes
     threads: int | None = None  # that decode images; None: this process's share of the machine's cores
 
-    def __call__(self, packs: Sequence[Sequence[Record]]) -> Batch:
+    def __call__(self, packs: Sequence[Sequence[Record]]) -> PackedBatch:
         """Return the batch of `packs`.
 
         Raises:
             ShardError: a record does not fit its pack, or holds an id that the vocabulary lacks.
             ValueError: an image can not be decoded.
         """
-        arrays = _Arrays(len(packs), self.length, self.streams, self.views or NO_VIEWS, self.newline)
+        fits = self.vocabulary_size is not None and self.vocabulary_size <= 1 << 16
+        ids = np.zeros((len(packs), self.length), np.uint16 if fits else np.int32)
+        arrays = _Arrays(ids, self.streams, self.views or NO_VIEWS, self.newline)
         pictures = self._decode(packs)
         for row, records in enumerate(packs):
             for record in records:
@@ -246,9 +246,12 @@ class Collate:
                 f"sample '{record.id}' ends at {end} in a pack of {self.length}: its sidecar is wrong"
             )
 
-    def _check_ids(self, records: Sequence[Record], ids: Integers) -> None:
+    def _check_ids(self, records: Sequence[Record], ids: npt.NDArray[Any]) -> None:
         """Raise ShardError for an id outside the vocabulary: a GPU would end the process without a name."""
-        if self.vocabulary_size is None or ids.max() < self.vocabulary_size:
+        if self.vocabulary_size is None:
+            return
+        cut = any(record.tokens.itemsize > ids.itemsize for record in records)  # ids may have lost bytes
+        if not cut and ids.max() < self.vocabulary_size:
             return
         for record in records:
             largest = record.tokens.max(initial=0)
@@ -292,40 +295,3 @@ def _share_of_cores() -> int:
     info = torch.utils.data.get_worker_info()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (info.num_workers if info else 1)
     return max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def split_batch(batch: Batch, microbatch_packs: int) -> list[Batch]:
-    """Cut a batch into microbatches of `microbatch_packs` packs, the last of which may have fewer."""
-    packs = num_packs(batch)
-    parts = []
-    for begin in range(0, packs, microbatch_packs):
-        end = min(begin + microbatch_packs, packs)
-        borders = torch.tensor([begin, end], device=batch["view_rows"].device)
-        first_view, last_view = torch.searchsorted(batch["view_rows"], borders).tolist()
-        first_feature, last_feature = torch.searchsorted(batch["feature_rows"], borders).tolist()
-        part = {}
-        for name, value in batch.items():
-            if name in PER_VIEW:
-                part[name] = value[first_view:last_view]
-            elif name in PER_FEATURE:
-                part[name] = value[first_feature:last_feature]
-            else:
-                part[name] = value[begin:end]
-        part["view_rows"] = part["view_rows"] - begin
-        part["feature_rows"] = part["feature_rows"] - begin
-        part["feature_views"] = part["feature_views"] - first_view
-        parts.append(part)
-    return parts
-
-
-def num_packs(batch: Batch) -> int:
-    """Return the number of packs, which are the samples: Composer's `get_num_samples_in_batch`."""
-    return len(batch["input_ids"])
-
-
-def num_tokens(batch: Batch) -> dict[str, int]:
-    """Return the tokens besides padding and the labels in the loss: Composer's `get_num_tokens_in_batch`."""
-    return {
-        "total": int((batch["document_ids"] >= 0).sum()),
-        "loss_generating": int((batch["labels"][:, 1:] != IGNORED).sum()),
-    }

@@ -21,7 +21,8 @@ from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.shard_cache import ShardError, TransientShardError
 from unitoken.streaming_data.check import check_streams_vocabulary
 from unitoken.streaming_data.plan.feature_cost import limit_of
-from unitoken.streaming_data.reading.collate import Batch, Collate
+from unitoken.streaming_data.reading.batch import PackedBatch
+from unitoken.streaming_data.reading.collate import Collate
 from unitoken.streaming_data.reading.dataset import PackedDataset
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, open_sources
@@ -42,7 +43,7 @@ class PackedLoader(DataLoader[Any]):
     _failed: torch.Tensor  # (1,) 1: an error that may pass, 2: another one
     _messages: torch.Tensor  # (ranks, MESSAGE_BYTES) each rank's error, UTF-8 and zeros
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
         """Yield this rank's batches of the epoch.
 
         Raises:

@@ -17,6 +17,7 @@ from support.services import Service, started, used
 from support.small_datasets import shard_paths, small_vocabulary, text_records, write_dataset
 from unitoken.storage import retry, shard_cache
 from unitoken.streaming_data import sources
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.streaming_data.settings import DataConfig
 
@@ -62,7 +63,7 @@ def read_epoch(service: Service, faults: Faults, folder: Path, workers: int) -> 
         compat=False,
     )
     samples: Counter[tuple[int, ...]] = Counter()
-    for batch in loader:
+    for batch in map(unpack, loader):
         for row, documents in zip(batch["input_ids"].tolist(), batch["document_ids"].tolist(), strict=True):
             for document in range(max(documents) + 1):
                 begin = documents.index(document)

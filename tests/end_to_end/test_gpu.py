@@ -29,6 +29,7 @@ from support.reference import (
     samples_of,
 )
 from unitoken.common.config import load_config
+from unitoken.streaming_data.reading.batch import target_places, unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
@@ -155,7 +156,7 @@ def test_compiled_flex_attention_equals_sdpa_in_packs(
     """Both give the reference's numbers for our packs of several documents with padding at the end."""
     case = case_of(golden, variant, name)
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
-    batch = Collate(8192, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack])
+    batch = unpack(Collate(8192, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack]))
     gradients: dict[str, dict[str, Any]] = {}
     for attention in ("sdpa", "flex"):
         model = read_model(golden).to(DEVICE)
@@ -280,6 +281,7 @@ def two_documents() -> dict[str, Tensor]:
     return {
         "input_ids": torch.randint(0, 65536, (1, LENGTH)),
         "labels": labels,
+        **target_places(labels),
         "position_ids": torch.arange(half).repeat(2)[None],
         "document_ids": torch.arange(2).repeat_interleave(half)[None].int(),
         "pixel_values": torch.randint(0, 256, (2, 3, 384, 384), dtype=torch.uint8),

@@ -28,6 +28,7 @@ from support.reference import (
     sha256_of,
 )
 from unitoken.dataset.images import ImageError
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.config import OptimizerConfig
 from unitoken.train.model.unitoken import UniToken
@@ -120,7 +121,7 @@ def test_our_packs_in_compat_give_the_references_gradients(
     pack = [record_of(golden, records[entry["record_id"]]) for entry in case["samples"]]
     room = 731 if variant == "base" else 2300  # for an image's features
     length = sum(len(record.tokens) + room * len(record.images) for record in pack)
-    batch = Collate(length, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack])
+    batch = unpack(Collate(length, VIEWS[variant], "all", SEPARATOR, NEWLINE_ID, compat=True)([pack]))
     is_trained, documents = batch["labels"] >= 0, batch["document_ids"]
     trained = [int(is_trained[documents == number].sum()) for number in range(len(pack))]
     assert trained == case["n_label_positions"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unitoken.dataset.record import IGNORED, Record, spans_of
 from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig
@@ -121,6 +122,7 @@ def reference_batch(samples: Sequence[Sample], max_length: int = 4096) -> dict[s
     return {
         "input_ids": ids,
         "labels": targets,
+        **target_places(targets),
         "position_ids": torch.arange(longest).expand(len(samples), -1),
         "document_ids": torch.zeros_like(ids, dtype=torch.int32),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),

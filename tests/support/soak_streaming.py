@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.small_datasets import small_vocabulary, text_records
 from unitoken.common.files import write_aside
-from unitoken.streaming_data.reading.collate import Batch
+from unitoken.streaming_data.reading.batch import Batch, unpack
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
 
@@ -66,7 +66,7 @@ def main(rank: int, job: Path, data: str, cache: str, batches: int) -> None:
             if is_first:
                 epoch, packs = dataset._position.tolist()
                 is_first = False
-            check_documents(batch, known)
+            check_documents(unpack(batch), known)
             digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()[:16]
             with open(job / f"rank-{rank}.txt", "a") as log:
                 log.write(f"{epoch} {packs} {digest}\n")

@@ -1,5 +1,6 @@
 """Which parameters are trained, and in which groups of the optimizer."""
 
+import copy
 import math
 from typing import Literal
 
@@ -15,6 +16,7 @@ from unitoken.train.optim import (
     freeze,
     keep_old_rows,
     learning_rate,
+    place_step_counts,
     set_learning_rate,
 )
 
@@ -77,6 +79,38 @@ def test_groups_are_the_tower_and_the_rest_all_with_decay(model: UniToken) -> No
     assert type(optimizer) is torch.optim.AdamW
     freeze(model, ["lm_head"])
     assert len(build_optimizer(model, OptimizerConfig(lr=1.0)).param_groups) == 1
+
+
+def test_fused_steps_are_those_of_plain_adamw(model: UniToken) -> None:
+    freeze(model, ["vit", "adapter", "model", "lm_head"])
+    ours, theirs = model.to_empty(device="cpu"), copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        own.data.normal_(generator=generator)
+        other.data.copy_(own)
+    config = OptimizerConfig(lr=1.0, lr_scales={"vit": 0.1})
+    fused, plain = build_optimizer(ours, config), build_optimizer(theirs, config)
+    for group in plain.param_groups:
+        group.update(fused=False, foreach=False)
+    for step in range(1, 4):
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            own.grad = torch.randn(own.shape, generator=generator) if own.requires_grad else None
+            other.grad = own.grad
+        for optimizer in (fused, plain):
+            set_learning_rate(optimizer, 0.1 / step)
+            optimizer.step()
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_step_counts_of_earlier_checkpoints_are_moved(model: UniToken) -> None:
+    """The kernel of a GPU would read a count on the CPU as if it were in its own memory."""
+    freeze(model, ["lm_head"])
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0))
+    weight = model.lm_head.weight  # on the device `meta`
+    optimizer.state[weight] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros_like(weight)}
+    place_step_counts(optimizer)
+    assert optimizer.state[weight]["step"].device == weight.device
 
 
 def test_norms_and_biases_are_not_decayed(model: UniToken) -> None:

@@ -3,10 +3,11 @@
 estimate = estimate_memory(config, decoder, vision, ranks=8, trained=7_442_880_560, views=16)
 print(estimate.summary())
 
-The peak is in the backward pass: at its beginning, when everything kept by the forward pass still exists, or
-at its end, when all gradients exist. The activation sizes per token follow the code in decoder.py and
-vision_tower.py: a test counts what these modules really keep, and another runs whole steps of the 7B model on
-tensors without memory, which take the estimate or up to a tenth less. Compiled layers keep somewhat less.
+The peak is where everything kept by the forward pass exists: in the loss, which makes its gradient at once,
+or at the beginning of the backward pass; or it is at the end of that, when all gradients exist. The
+activation sizes per token follow the code in decoder.py and vision_tower.py: a test counts what these modules
+really keep, and another runs whole steps of the 7B model on tensors without memory, which take the estimate
+or up to a tenth less. Compiled layers keep somewhat less.
 """
 
 from __future__ import annotations
@@ -44,17 +45,26 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters in the units that FSDP gathers: each decoder layer, the tower, and the rest."""
+    """Numbers of parameters in the units that FSDP gathers.
+
+    Attributes:
+        layer: of a decoder layer, of which there are `layers`.
+        layers: number of decoder layers.
+        tower: of the vision tower.
+        head: of the output layer; 0 with tied embeddings, which are of the rest.
+        rest: of all others.
+    """
 
     layer: int
     layers: int
     tower: int
+    head: int
     rest: int
 
     @property
     def total(self) -> int:
         """Parameters of the whole model."""
-        return self.layer * self.layers + self.tower + self.rest
+        return self.layer * self.layers + self.tower + self.head + self.rest
 
 
 def count_parameters(decoder: DecoderConfig, vision: VisionTowerConfig | None) -> ParameterCounts:
@@ -70,14 +80,16 @@ def count_parameters(decoder: DecoderConfig, vision: VisionTowerConfig | None) -
     }
     norms = 2 * hidden + decoder.head_size * rows_of_norms[decoder.qk_norm]
     layer = 2 * hidden * query_size + 2 * hidden * key_size + biases + 3 * hidden * inner + norms
-    rest, tower = (1 if decoder.tie_word_embeddings else 2) * decoder.vocab_size * hidden + hidden, 0
+    matrix = decoder.vocab_size * hidden
+    rest, tower = matrix + hidden, 0
     if vision is not None:
         size, wide = vision.hidden_size, vision.intermediate_size
         tower_layer = 4 * (size * size + size) + 2 * size * wide + wide + size + 4 * size
         embeddings = (3 * vision.patch_size**2 + 1 + vision.features + 2) * size  # and the last norm
         tower = vision.num_hidden_layers * tower_layer + embeddings
         rest += size * hidden + hidden + hidden * hidden + hidden
-    return ParameterCounts(layer, decoder.num_hidden_layers, tower, rest)
+    head = 0 if decoder.tie_word_embeddings else matrix
+    return ParameterCounts(layer, decoder.num_hidden_layers, tower, head, rest)
 
 
 def decoder_layer_bytes(
@@ -157,8 +169,10 @@ def stack_bytes(setting: RecomputeMode | int, layers: int, layer_bytes: Mapping[
 
 @dataclass(frozen=True)
 class _GatheredBytes:
-    """Bytes of gathered parameters, and of gradients in reduction, while a unit's gradients are computed."""
+    """Bytes of gathered parameters, and of gradients in reduction, in the loss and at each unit's turn."""
 
+    loss: float
+    last_layer: float  # the first one of the backward pass
     layer: float
     tower: float
     rest: float
@@ -191,6 +205,12 @@ class _Step:
     def trains(self, part: str) -> bool:
         """Return whether any parameter of a part of the model (`model`, `vit`, ...) is trained."""
         return any(name.split(".")[0] == part for name in self.config.trainable)
+
+    @property
+    def trains_head(self) -> bool:
+        """Return whether the output layer has a gradient."""
+        head = "model" if self.decoder.tie_word_embeddings else "lm_head"
+        return self.trains(head) or NEW_ROWS in self.config.trainable
 
     @property
     def trains_rest(self) -> bool:
@@ -242,35 +262,45 @@ class _Step:
         gradients = 2 * self.width * self.decoder.intermediate_size + 8 * self.decoder.hidden_size
         return self.tokens * (recomputed + gradients)
 
-    def logits(self) -> int:
-        """Return the bytes of a chunk's logits, rounded and in float32, and three times their gradient."""
-        return CHUNK_ROWS * self.decoder.vocab_size * (self.width + 4 * 4)
+    def loss(self) -> int:
+        """Return the bytes of the loss: a chunk's logits, and the gradients of rows and output layer."""
+        # Logits, or their gradient, are rounded and in float32, of which the first is freed.
+        logits = CHUNK_ROWS * self.decoder.vocab_size * (4 + (self.width if self.width == 2 else 0))
+        rows = self.tokens * self.decoder.hidden_size * self.width
+        # The sum of the output layer's gradients in float32, and a chunk's.
+        weight = self.trains_head * self.decoder.vocab_size * self.decoder.hidden_size * (4 + self.width)
+        return logits + rows + weight
 
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
-        """Return the bytes of gathered parameters at the turn of each unit in the backward pass."""
+        """Return the bytes of gathered parameters in the loss and at the turn of each unit's gradients."""
         if ranks == 1:  # nothing is gathered, but autocast keeps copies of the weights
             one_layer = self.config.activation_checkpointing != "none"
-            copied = number.rest + number.layer if one_layer else number.total
+            copied = number.rest + number.head + number.layer if one_layer else number.total
             copies = 2 * copied if self.width == 2 else 0
-            return _GatheredBytes(copies, copies, copies, 0)
+            return _GatheredBytes(copies, copies, copies, copies, copies, 0)
+        trained_head = number.head if self.trains_head else 0
         trained_rest = number.rest if self.trains_rest else 0
-        # Of embeddings and output layer; with tied embeddings they are the same.
-        output_layer = trained_rest if self.decoder.tie_word_embeddings else trained_rest / 2
+        # With tied embeddings the output layer's gradient waits for that of the embeddings.
+        waiting = trained_rest if self.decoder.tie_word_embeddings else 0
 
-        def two_units(size: int, trains: bool) -> float:
-            """Return the bytes of two gathered units plus gradients in reduction.
+        def two_units(size: int, trained: int, reduced: int) -> float:
+            """Return the bytes of two gathered units, of one's gradients, and of gradients in reduction.
 
-            The root unit stays gathered, with the output layer's gradients.
+            The root unit stays gathered.
             """
-            gathered = self.width * (number.rest + 2 * size + output_layer)
-            return gathered + trains * (self.width + self.reduced) * size
+            gathered = self.width * (number.rest + 2 * size + waiting)
+            return gathered + self.width * trained + self.reduced * reduced
 
-        other_layers = self.width * (number.total - number.rest - number.layer)
+        trained_layer = number.layer if self.trains("model") else 0
+        trained_tower = number.tower if self.trains("vit") else 0
+        other_layers = self.width * number.layer * (number.layers - 1)
         return _GatheredBytes(
-            layer=two_units(number.layer, self.trains("model")),
-            tower=two_units(number.tower, self.trains("vit")),
+            loss=self.width * (number.rest + number.head + (0 if self.config.fsdp.reshard else number.layer)),
+            last_layer=two_units(number.layer, trained_layer, max(trained_layer, trained_head)),
+            layer=two_units(number.layer, trained_layer, trained_layer),
+            tower=two_units(number.tower, trained_tower, trained_tower),
             rest=(2 * self.width + self.reduced) * trained_rest,
-            not_resharded=0 if self.config.fsdp.reshard else other_layers,
+            not_resharded=0 if self.config.fsdp.reshard else other_layers + self.width * number.tower,
         )
 
 
@@ -294,26 +324,9 @@ def estimate_memory(
         views: the most views (images or tiles) that the tower sees in a microbatch.
     """
     step, number = _Step(config, decoder, vision), count_parameters(decoder, vision)
-    gathered, recomputed = step.gathered(number, ranks), step.recomputed_layer()
     shards = max(ranks // config.fsdp.replicas, 1)
-    gradients = 4 * trained / shards
-    rest_gradients = 4 * (number.rest if step.trains_rest else 0) / shards  # reduced and freed last of all
     accumulates = config.data.global_batch // ranks > config.microbatch
-    moments: tuple[dict[str, float], ...] = (
-        {  # the backward pass of the last layer
-            "decoder activations": step.decoder_activations(),
-            "recomputed layer": max(recomputed, step.logits()),
-            "gathered units": gathered.layer + gathered.not_resharded,
-            "gradients": gradients if accumulates else 0.0,  # of earlier microbatches
-        },
-        {  # of the first layer
-            "recomputed layer": recomputed,
-            "gathered units": gathered.layer,
-            "gradients": gradients - rest_gradients,
-        },
-        {"gathered units": gathered.tower, "gradients": gradients - rest_gradients},  # of the tower
-        {"gathered units": gathered.rest, "gradients": gradients},  # of the rest
-    )
+    moments = _moments(step, number, step.gathered(number, ranks), 4 * trained / shards, shards, accumulates)
     peak = max(moments, key=lambda moment: sum(moment.values()))
     return MemoryEstimate({
         "parameters": 4 * number.total / shards,
@@ -322,3 +335,47 @@ def estimate_memory(
         **peak,
         "runtime": RUNTIME,
     })  # fmt: skip
+
+
+def _moments(
+    step: _Step,
+    number: ParameterCounts,
+    gathered: _GatheredBytes,
+    gradients: float,
+    shards: int,
+    accumulates: bool,
+) -> tuple[dict[str, float], ...]:
+    """Return the bytes at the moments of a step that may be its peak, besides what stays all the time.
+
+    Args:
+        step: the step.
+        number: the model's parameters.
+        gathered: what is gathered.
+        gradients: bytes of this GPU's gradients at the end of the step.
+        shards: GPUs that share a copy of the model.
+        accumulates: whether there are gradients of earlier microbatches.
+    """
+    recomputed = step.recomputed_layer()
+    first = 4 * (number.head if step.trains_head else 0) / shards  # gradients that are reduced first
+    last = 4 * (number.rest if step.trains_rest else 0) / shards  # and last
+    return (
+        {  # the loss
+            "decoder activations": step.decoder_activations(),
+            "loss": step.loss(),
+            "gathered units": gathered.loss + gathered.not_resharded,
+            "gradients": gradients if accumulates else 0.0,
+        },
+        {  # the backward pass of the last layer
+            "decoder activations": step.decoder_activations(),
+            "recomputed layer": recomputed,
+            "gathered units": gathered.last_layer + gathered.not_resharded,
+            "gradients": gradients if accumulates else first,
+        },
+        {  # of the first layer
+            "recomputed layer": recomputed,
+            "gathered units": gathered.layer,
+            "gradients": gradients - last,
+        },
+        {"gathered units": gathered.tower, "gradients": gradients - last},  # of the tower
+        {"gathered units": gathered.rest, "gradients": gradients},  # of the rest
+    )

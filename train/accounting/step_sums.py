@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unitoken.common.interruption import received_signal
 from unitoken.streaming_data.kinds import KINDS
-from unitoken.streaming_data.reading.collate import Batch, num_packs
+from unitoken.streaming_data.reading.batch import Batch, num_packs
 from unitoken.train.distributed import ranks
 
 BUCKETS = 2 * len(KINDS)  # the values of batch["kinds"]
@@ -120,7 +120,7 @@ class StepSums:
             torch.full_like(weight, len(batch["pixel_values"])),
         ]
         # Not index_add_: on a GPU its order, and so the last bit of its sums, changes from run to run.
-        buckets = batch["kinds"][outputs["label_indices"]]  # (n,)
+        buckets = batch["kinds"][batch["target_rows"], batch["target_columns"]]  # (n,)
         in_bucket = buckets[:, None] == torch.arange(BUCKETS, device=device)  # (n, BUCKETS)
         ce_sums, counts = torch.where(in_bucket, token_ce[:, None], 0.0).sum(0), in_bucket.sum(0)
         sums = torch.cat([torch.stack(scalars), ce_sums, counts, batch["stream_tokens"].sum(0)])

@@ -14,7 +14,7 @@ from composer import Callback, Logger, State
 from composer.core.precision import get_precision_context
 from torch import Tensor
 
-from unitoken.streaming_data.reading.collate import Batch, split_batch
+from unitoken.streaming_data.reading.batch import Batch, split_batch, unpack
 from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.accounting.step_sums import StepResult, StepSums
 from unitoken.train.callbacks.intervals import is_due
@@ -86,8 +86,8 @@ class Evaluation(Callback):  # type: ignore[misc]
         state.model.eval()
         with torch.no_grad():
             for batch in itertools.islice(self.loader, self.batches):
-                for microbatch in split_batch(batch, self.microbatch):
-                    microbatch = state.device.batch_to_device(microbatch)
+                for part in split_batch(batch, self.microbatch):
+                    microbatch = unpack(state.device.batch_to_device(part))
                     if self.has_vision and not len(microbatch["pixel_values"]):
                         microbatch = with_unused_view(microbatch)
                     with get_precision_context(state.precision, state.precision_config):

@@ -26,13 +26,22 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.reading.collate import Batch, num_packs, num_tokens, split_batch
+from unitoken.streaming_data.reading.batch import (
+    Batch,
+    PackedBatch,
+    num_packs,
+    num_targets,
+    num_tokens,
+    split_batch,
+    unpack,
+)
 from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed.ranks import TIMEOUT, world_size
 from unitoken.train.model.decoder import DecoderLayer
-from unitoken.train.model.unitoken import UniToken
+from unitoken.train.model.unitoken import OutputLayer, UniToken
 from unitoken.train.model.vision_tower import VisionTower
+from unitoken.train.optim import place_step_counts
 
 
 class TrainingModel(ComposerModel):  # type: ignore[misc]
@@ -41,9 +50,7 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def __init__(self, network: UniToken) -> None:
         super().__init__()
         self.network = network
-        # The sharding units, whose parameters are gathered and freed together: each decoder layer, the vision
-        # tower, and the rest.
-        network.fsdp_wrap_fn = lambda module: isinstance(module, DecoderLayer | VisionTower)  # type: ignore[assignment]
+        network.fsdp_wrap_fn = _sharding_unit  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the fields of the model's `Loss` by name."""
@@ -53,6 +60,33 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def loss(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - Composer's signature
         """Return the total loss alone, as Composer reduces and waits for the GPU for each entry."""
         return {"total": outputs["total"]}
+
+
+def _sharding_unit(module: nn.Module) -> bool | dict[str, bool]:
+    """Return whether a module's parameters are gathered and freed together, or how.
+
+    Units are each decoder layer, the vision tower, the output layer, and the rest. So the output layer's
+    gradient is reduced while the backward pass of the decoder runs, and is not kept until its end.
+    """
+    if isinstance(module, OutputLayer):
+        return {"reshard_after_forward": False}  # the backward pass begins with it
+    return isinstance(module, DecoderLayer | VisionTower)
+
+
+class PackSpec(DataSpec):  # type: ignore[misc]
+    """How Composer splits, expands and counts batches of packs."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(
+            loader,
+            split_batch=split_batch,
+            microbatch_transforms=unpack,  # on the device
+            get_num_samples_in_batch=num_packs,
+        )
+
+    def get_num_tokens_in_batch(self, batch: PackedBatch | Batch, token_type: str = "total") -> int:  # noqa: S107 - no password
+        """Return the tokens of a batch on the CPU; or those in the loss, also of one on the GPU."""
+        return num_tokens(batch) if token_type == "total" else num_targets(batch)  # noqa: S105
 
 
 class RestoreRandomState(Callback):  # type: ignore[misc]
@@ -202,7 +236,7 @@ def build_trainer(
         trainer = Trainer(
             model=TrainingModel(network),
             optimizers=optimizer,
-            train_dataloader=_data_spec(loader),
+            train_dataloader=PackSpec(loader),
             max_duration=max_duration,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
@@ -214,6 +248,7 @@ def build_trainer(
     set_precision_of_products(config)
     for group, own in zip(trainer.state.optimizers[0].param_groups, settings, strict=True):
         group.update(own)  # Composer replaces weight decay, betas, eps and scales by those of the saved run
+    place_step_counts(trainer.state.optimizers[0])
     if mesh is not None:
         _finish_sharding(config, network)
         average.scale = measure_gradient_scale(next(network.parameters()).device, mesh)
@@ -238,15 +273,6 @@ def set_precision_of_products(config: StageConfig) -> None:
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def _data_spec(loader: Any) -> DataSpec:
-    return DataSpec(
-        loader,
-        split_batch=split_batch,
-        get_num_samples_in_batch=num_packs,
-        get_num_tokens_in_batch=num_tokens,
-    )
 
 
 def _trainer_settings(config: StageConfig) -> dict[str, Any]:
@@ -276,6 +302,8 @@ def _finish_sharding(config: StageConfig, network: UniToken) -> None:
         # torch 2.7 never frees a root.
         network.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
     register_fsdp_forward_method(network, "predict")
+    if not network.is_tied:
+        register_fsdp_forward_method(network.lm_head, "loss")
 
 
 def check_precision(config: StageConfig) -> None:
@@ -342,5 +370,7 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
             torch.use_deterministic_algorithms(deterministic)
             for module, mode in modes:
                 module.training = mode
-            if isinstance(network, FSDPModule):
-                network.reshard()  # the root keeps what it gathered until a backward pass
+            # Root and output layer keep what they gathered until a backward pass.
+            for module in network.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()

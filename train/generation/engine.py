@@ -26,7 +26,8 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.generation.grammar import Grammar, GrammarSteps
-from unitoken.streaming_data.reading.collate import Batch, Collate, featured_images, insert_features
+from unitoken.streaming_data.reading.batch import Batch, unpack
+from unitoken.streaming_data.reading.collate import Collate, featured_images, insert_features
 from unitoken.streaming_data.reading.null_prompts import without_text
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint
@@ -113,7 +114,7 @@ class PromptCollate:
         collate = Collate(
             longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
         )
-        batch = collate([[prompt] for prompt in prompts])
+        batch = unpack(collate([[prompt] for prompt in prompts]))
         shift = longest - torch.tensor(lengths)  # (R,)
         columns = (torch.arange(longest) - shift[:, None]) % longest  # moves the padding from right to left
         for name in ("input_ids", "position_ids", "document_ids"):

@@ -1,19 +1,20 @@
-"""Cross-entropy and z-loss over the supervised tokens only.
+"""Cross-entropy and z-loss over the supervised tokens only, with the gradient made in the forward pass.
 
 A row of logits of the 7B model is 65,536 numbers: 262 kB in float32. For 16 sequences of 1,790 tokens the
 full logits would take 7.5 GB, and most rows are not trained on. Here only supervised rows meet the output
-layer, `CHUNK_ROWS` at a time, and each chunk's logits are recomputed in the backward pass instead of being
-kept.
+layer, `CHUNK_ROWS` at a time, and a chunk's logits become its gradient in place before the next chunk: three
+products with the output layer, where keeping nothing and computing the logits again takes four. The backward
+pass only multiplies by the gradient that comes in.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 CHUNK_ROWS = 2048  # rows of logits that exist at once: 0.5 GB in float32 for 65,536 ids
 
@@ -21,68 +22,146 @@ CHUNK_ROWS = 2048  # rows of logits that exist at once: 0.5 GB in float32 for 65
 class Loss(NamedTuple):
     """The loss of a microbatch with n supervised tokens: means over these tokens, 0 where there are none.
 
+    Only `total` has a gradient.
+
     Attributes:
         total: `ce` plus the z-loss weight times `z`.
         ce: mean cross-entropy.
         z: mean of the squared logsumexp of the logits.
-        token_ce: (n,) float32, the cross-entropy of each supervised token, without gradient.
-        label_indices: (n,) rows and (n,) columns of these tokens' labels.
+        token_ce: (n,) float32, the cross-entropy of each supervised token.
     """
 
     total: Tensor
     ce: Tensor
     z: Tensor
     token_ce: Tensor
-    label_indices: tuple[Tensor, Tensor]
 
 
 def token_loss(
-    hidden: Tensor,
-    labels: Tensor,
+    rows: Tensor,
+    targets: Tensor,
     output_weight: Tensor,
     z_weight: float,
     masked_ids: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Loss:
-    """Compare the logits at i - 1 with the label at i, wherever labels[:, i] >= 0.
+    """Compare the logits of hidden states with the tokens that follow them.
 
     Args:
-        hidden: (P, L, hidden), the hidden states after the last norm.
-        labels: (P, L), not shifted; negative where a token is not trained on.
+        rows: (n, hidden), after the last norm, at the positions before each supervised token.
+        targets: (n,), the supervised tokens.
         output_weight: (vocabulary, hidden).
         z_weight: weight of the mean of the squared logsumexp.
         masked_ids: token ids that get no probability (the reference's `mask_image_logits`), or None.
         chunk_rows: the most rows of logits that exist at once.
     """
-    # The only place in the model that waits for the GPU.
-    row, column = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
-    rows, targets = hidden[row, column], labels[row, column + 1]  # (n, hidden), (n,)
-    token_ce: list[Tensor] = []
-    ce = z = rows.sum(dtype=torch.float64) * 0.0  # keeps the graph connected where nothing is trained on
-    chunks = list(zip(torch.split(rows, chunk_rows), torch.split(targets, chunk_rows), strict=True))
-    for chunk, chunk_targets in chunks:
-        if len(chunks) > 1 and torch.is_grad_enabled():
-            sums = checkpoint(
-                _chunk_sums, chunk, chunk_targets, output_weight, masked_ids, use_reentrant=False
-            )
-        else:
-            sums = _chunk_sums(chunk, chunk_targets, output_weight, masked_ids)
-        ce, z = ce + sums[0], z + sums[1]
-        token_ce.append(sums[2])
-    count = max(len(targets), 1)
-    ce, z = (ce / count).float(), (z / count).float()
-    return Loss(ce + z_weight * z, ce, z, torch.cat(token_ce), (row, column + 1))
+    terms = _Terms(targets, z_weight, masked_ids, chunk_rows, torch.is_grad_enabled())
+    return Loss(*_LossAndGradient.apply(rows, output_weight, terms))  # type: ignore[no-untyped-call]
 
 
-def _chunk_sums(
-    rows: Tensor, targets: Tensor, output_weight: Tensor, masked_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a chunk's sums of cross-entropy and of squared logsumexp, and each row's cross-entropy."""
-    logits = F.linear(rows, output_weight).float()
-    if masked_ids is not None:
-        logits = logits.index_fill(-1, masked_ids, torch.finfo(logits.dtype).min)
-    logsumexp = logits.logsumexp(-1)
-    target_logits = logits.gather(-1, targets[:, None]).squeeze(-1)
-    token_ce = logsumexp - target_logits
-    # With a squared logsumexp of 100 a row, float32 sums of some thousand rows are off by 1e-5 in the mean.
-    return token_ce.sum(dtype=torch.float64), logsumexp.square().sum(dtype=torch.float64), token_ce.detach()
+class _Terms(NamedTuple):
+    """What the loss of n rows depends on besides the rows and the output layer."""
+
+    targets: Tensor  # (n,)
+    z_weight: float
+    masked_ids: Tensor | None
+    chunk_rows: int
+    trains: bool  # False makes no gradient
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """The loss of rows (n, hidden) and an output layer (vocabulary, hidden), with the gradient of its total.
+
+    Products are in autocast's dtype. What is computed of logits, and the sum of the chunks' gradients of the
+    output layer, is in float32 (in float64 for float64 rows).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, terms: _Terms
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return total, cross-entropy, z, and each row's cross-entropy (n,)."""
+        dtype = _dtype_of_products(rows)
+        exact = torch.promote_types(dtype, torch.float32)
+        needs_rows, needs_weight = (terms.trains and needed for needed in ctx.needs_input_grad[:2])
+        rows_gradient = torch.empty_like(rows, dtype=dtype) if needs_rows else None
+        weight_gradient = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        token_ce = rows.new_empty(len(rows), dtype=exact)
+        logsumexp = torch.empty_like(token_ce)
+        with torch.autocast(rows.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            for first in range(0, len(rows), terms.chunk_rows):
+                chunk = slice(first, first + terms.chunk_rows)
+                inputs = rows[chunk].to(dtype)
+                logits = F.linear(inputs, matrix).to(exact)
+                token_ce[chunk], logsumexp[chunk], sums = _exponentiate(logits, chunk, terms)
+                gradient = None
+                if needs_rows or needs_weight:
+                    gradient = _turn_into_gradient(logits, sums, logsumexp[chunk], chunk, terms).to(dtype)
+                del logits
+                if gradient is not None and rows_gradient is not None:
+                    rows_gradient[chunk] = gradient @ matrix
+                if gradient is not None and weight_gradient is not None:
+                    weight_gradient += gradient.T @ inputs
+                del gradient  # or it would exist beside the next chunk's logits
+        ctx.save_for_backward(rows_gradient, weight_gradient)
+        ctx.dtypes = rows.dtype, weight.dtype
+        # With a squared logsumexp of 100 a row, float32 sums of some thousand rows are off by 1e-5 in the
+        # mean.
+        count = max(len(rows), 1)
+        ce = (token_ce.sum(dtype=torch.float64) / count).to(exact)
+        z = (logsumexp.square().sum(dtype=torch.float64) / count).to(exact)
+        ctx.mark_non_differentiable(ce, z, token_ce)
+        return ce + terms.z_weight * z, ce, z, token_ce
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of rows and weight, which the forward pass has made for a factor of 1."""
+        gradients = [
+            None if gradient is None else _multiply(gradient, factor, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None)
+
+
+def _dtype_of_products(rows: Tensor) -> torch.dtype:
+    """Return the dtype in which `F.linear` multiplies rows: under autocast not their own."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+
+
+def _exponentiate(logits: Tensor, chunk: slice, terms: _Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace a chunk's logits (c, vocabulary) by exp(logit - the row's largest).
+
+    Returns:
+        The rows' cross-entropy (c,), their logsumexp (c,), and the sums of the exponentials (c, 1).
+    """
+    if terms.masked_ids is not None:
+        logits.index_fill_(-1, terms.masked_ids, torch.finfo(logits.dtype).min)
+    target_logits = logits.gather(-1, terms.targets[chunk, None])
+    largest = logits.amax(-1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    logsumexp = sums.log() + largest
+    return (logsumexp - target_logits).squeeze(-1), logsumexp.squeeze(-1), sums
+
+
+def _turn_into_gradient(
+    exponentials: Tensor, sums: Tensor, logsumexp: Tensor, chunk: slice, terms: _Terms
+) -> Tensor:
+    """Replace a chunk's exponentials by the gradient of the total by its logits, and return them.
+
+    It is (probability * (1 + 2 * z_weight * logsumexp) - 1 at the target) / n, and 0 at masked ids.
+    """
+    count, targets = len(terms.targets), terms.targets[chunk, None]
+    exponentials.mul_((1 + 2 * terms.z_weight * logsumexp[:, None]) / (sums * count))
+    exponentials.scatter_add_(-1, targets, exponentials.new_full(targets.shape, -1 / count))
+    if terms.masked_ids is not None:
+        exponentials.index_fill_(-1, terms.masked_ids, 0.0)
+    return exponentials
+
+
+def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product in another dtype, rounded once, and without a copy of the gradient in between."""
+    # With a factor without dimensions torch would multiply, and round, in the gradient's own dtype.
+    return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))

@@ -22,8 +22,16 @@ from unitoken.train.model.decoder import Decoder, KVCache, document_mask
 from unitoken.train.model.loss import Loss, token_loss
 from unitoken.train.model.vision_tower import VisionTower, build_adapter
 
-# The tensors of a batch by name; their shapes are at the top of streaming_data/reading/collate.py.
+# The tensors of a batch by name; their shapes are at the top of streaming_data/reading/batch.py.
 ModelInputs = Mapping[str, Tensor]
+
+
+class OutputLayer(nn.Linear):
+    """The output layer (vocabulary, hidden), a sharding unit: its weight is whole in its own methods only."""
+
+    def loss(self, rows: Tensor, targets: Tensor, z_weight: float, masked_ids: Tensor | None) -> Loss:
+        """Return `token_loss` of its logits."""
+        return token_loss(rows, targets, self.weight, z_weight, masked_ids)
 
 
 class UniToken(nn.Module):
@@ -51,7 +59,7 @@ class UniToken(nn.Module):
         super().__init__()
         self.model = Decoder(decoder, dropout)
         if not decoder.tie_word_embeddings:
-            self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+            self.lm_head = OutputLayer(decoder.hidden_size, decoder.vocab_size, bias=False)
         self.vision = vision
         if vision is not None:
             self.vit = VisionTower(vision)
@@ -63,7 +71,7 @@ class UniToken(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The output layer's weight (vocabulary, hidden): the head's, or with tied embeddings theirs."""
-        layer = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+        layer = self.model.embed_tokens if self.is_tied else self.lm_head
         weight: Tensor = layer.weight
         return weight
 
@@ -75,13 +83,25 @@ class UniToken(nn.Module):
             for layer in self.vit.encoder.layers:
                 layer.compile(**settings)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the token embedding is the output layer, too."""
+        return not hasattr(self, "lm_head")
+
     def forward(self, batch: ModelInputs) -> Loss:
-        """Return the loss over the supervised tokens of a batch."""
+        """Return the loss over the supervised tokens of a batch, without waiting for a GPU."""
         embeddings = self.embed(batch)
         mask = document_mask(batch["document_ids"], self.attention)
         hidden = self.model(embeddings, batch["position_ids"], mask)
-        masked_ids = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
-        return token_loss(hidden, batch["labels"], self.output_weight, self.z_loss, masked_ids)
+        row, column = batch["target_rows"], batch["target_columns"]
+        targets = batch["labels"][row, column]
+        masked_ids = None
+        if self.masked_ids:
+            masked_ids = torch.tensor(self.masked_ids).to(hidden.device, non_blocking=True)
+        rows = hidden[row, column - 1]
+        if self.is_tied:
+            return token_loss(rows, targets, self.output_weight, self.z_loss, masked_ids)
+        return self.lm_head.loss(rows, targets, self.z_loss, masked_ids)
 
     def predict(self, batch: ModelInputs, mask: Tensor | None, past: KVCache) -> Tensor:
         """Return the float32 logits (P, vocabulary) of the token after the last one of each row.
@@ -92,7 +112,9 @@ class UniToken(nn.Module):
             past: the cache of the tokens before.
         """
         hidden = self.model(self.embed(batch), batch["position_ids"], mask, past)
-        return F.linear(hidden[:, -1], self.output_weight).float()
+        last = hidden[:, -1]
+        logits: Tensor = F.linear(last, self.output_weight) if self.is_tied else self.lm_head(last)
+        return logits.float()
 
     def embed(self, batch: ModelInputs) -> Tensor:
         """Return the embeddings (P, L, hidden) of a batch's ids, with image features in their positions."""

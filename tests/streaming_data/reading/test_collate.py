@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,17 +16,8 @@ from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.streaming_data.arrays import Integers
-from unitoken.streaming_data.reading.collate import (
-    PER_FEATURE,
-    PER_VIEW,
-    Collate,
-    FeaturePlace,
-    featured_images,
-    insert_features,
-    num_packs,
-    num_tokens,
-    split_batch,
-)
+from unitoken.streaming_data.reading.batch import Batch, unpack
+from unitoken.streaming_data.reading.collate import Collate, FeaturePlace, featured_images, insert_features
 
 VOCABULARY = small_vocabulary()
 VIEWS = Views(image_size=8, patch_size=4)
@@ -34,9 +26,11 @@ SEP = VOCABULARY.separator
 
 
 def collate(
-    continuous: str = "questions", length: int = 80, compat: bool = False, threads: int | None = None
-) -> Collate:
-    return Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, compat, threads=threads)
+    continuous: str = "questions", length: int = 80, threads: int | None = None, streams: int = 1
+) -> Callable[[list[list[Record]]], Batch]:
+    """Return a function that makes of packs what a model reads."""
+    packed = Collate(length, VIEWS, continuous, SEP, VOCABULARY.newline, False, streams, threads=threads)
+    return lambda packs: unpack(packed(packs))
 
 
 def record(name: str, text: int = 6, questions: int = 0, answers: int = 0) -> Record:
@@ -98,6 +92,7 @@ def test_no_image_block_is_cut() -> None:
 
 def test_a_batch_keeps_the_contract() -> None:
     packs = [[record("a", questions=1), record("b", text=9)], [record("c", text=3)]]
+    supervised = sum(int((rec.labels()[1:] != IGNORED).sum()) for pack in packs for rec in pack)
     batch = collate()(packs)
     assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
         "input_ids": ((2, 80), torch.int64),
@@ -106,6 +101,8 @@ def test_a_batch_keeps_the_contract() -> None:
         "document_ids": ((2, 80), torch.int32),
         "kinds": ((2, 80), torch.int8),
         "stream_tokens": ((2, 1), torch.int64),
+        "target_rows": ((supervised,), torch.int64),
+        "target_columns": ((supervised,), torch.int64),
         "pixel_values": ((1, 3, 8, 8), torch.uint8),
         "view_rows": ((1,), torch.int64),
         "feature_rows": ((F,), torch.int64),
@@ -125,7 +122,7 @@ def test_a_batch_keeps_the_contract() -> None:
 
 def test_kinds_tell_each_tokens_document_and_if_it_is_an_image() -> None:
     packs = [[record("t", text=9), record("q", questions=1), record("a", questions=1, answers=1)]]
-    batch = dataclasses.replace(collate(length=200), streams=2)(packs)
+    batch = collate(length=200, streams=2)(packs)
     kinds, ids = batch["kinds"][0].numpy(), batch["input_ids"][0].numpy()
     document = batch["document_ids"][0].numpy()
     assert (kinds[document < 0] == -1).all()
@@ -175,9 +172,11 @@ def test_feature_places_and_pixels_belong_to_their_image() -> None:
 def test_a_batch_without_images_keeps_its_shapes() -> None:
     batch = collate("none")([[record("a", questions=1)]])
     assert batch["pixel_values"].shape == (0, 3, 8, 8)
-    assert all(len(batch[name]) == 0 for name in (*PER_VIEW, *PER_FEATURE))
+    of_images = [name for name in batch if name.startswith(("feature", "view"))]
+    assert len(of_images) == 5
+    assert all(len(batch[name]) == 0 for name in of_images)
     without = Collate(80, None, "none", SEP, VOCABULARY.newline, False)([[record("a", questions=1)]])
-    assert without["input_ids"].tolist() == batch["input_ids"].tolist()
+    assert unpack(without)["input_ids"].tolist() == batch["input_ids"].tolist()
 
 
 def test_a_pack_that_is_too_long_names_the_sample() -> None:
@@ -190,43 +189,6 @@ def test_an_image_that_cannot_be_decoded_names_its_sample() -> None:
     broken = Record(rec.id, rec.tokens, rec.target_spans, rec.image_spans, (b"no image",))
     with pytest.raises(ValueError, match="sample 'a', image 0"):
         collate()([[broken]])
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_microbatches_together_are_the_batch(size: int) -> None:
-    packs = [
-        [record("a", questions=1)],
-        [record("b")],
-        [record("c", questions=2)],
-        [record("d", questions=1), record("e")],
-        [record("f")],
-    ]
-    batch = collate()(packs)
-    parts = split_batch(batch, size)
-    assert [num_packs(part) for part in parts] == [min(size, 5 - begin) for begin in range(0, 5, size)]
-    begin = views = 0
-    for part in parts:
-        assert all(0 <= row < num_packs(part) for row in part["view_rows"])
-        assert (part["feature_rows"] == part["view_rows"][part["feature_views"]]).all()
-        first = part["feature_patches"] == 0
-        assert (
-            part["input_ids"][part["feature_rows"][first], part["feature_columns"][first] - 1] == SEP
-        ).all()
-        part["feature_views"] = part["feature_views"] + views
-        part["view_rows"], part["feature_rows"] = part["view_rows"] + begin, part["feature_rows"] + begin
-        begin, views = begin + num_packs(part), views + len(part["view_rows"])
-    for name, value in batch.items():
-        assert torch.equal(torch.cat([part[name] for part in parts]), value), name
-
-
-def test_tokens_are_counted_as_the_loss_counts_them() -> None:
-    packs = [[record("a", questions=1), record("b")], [record("c", text=3)]]
-    batch = collate()(packs)
-    tokens = sum(len(r.tokens) for pack in packs for r in pack) + 1 + F
-    trained = sum(int((r.labels() != IGNORED).sum()) for pack in packs for r in pack)
-    assert num_tokens(batch) == {"total": tokens, "loss_generating": trained}
-    assert trained == int((batch["labels"][:, 1:] != IGNORED).sum())
-    assert sum(num_tokens(part)["loss_generating"] for part in split_batch(batch, 1)) == trained
 
 
 @given(
@@ -280,7 +242,7 @@ def test_with_limits_documents_are_cut_to_their_streams_limit() -> None:
             record("c"),
         ]
     ]
-    batch = cutting(packs)
+    batch = unpack(cutting(packs))
     lengths = np.bincount(batch["document_ids"][0][batch["document_ids"][0] >= 0])
     assert lengths.tolist() == [9, 1, len(record("c").tokens)]
     assert len(batch["pixel_values"]) == 0
@@ -295,7 +257,7 @@ def test_tiles_follow_the_whole_image_row_by_row() -> None:
     rec = dataclasses.replace(rec, images=(buffer.getvalue(),))
     views = Views(image_size=8, patch_size=2, anyres=True)
     layout = views.layout(40, 15)
-    batch = Collate(200, views, "questions", SEP, VOCABULARY.newline, False)([[rec]])
+    batch = unpack(Collate(200, views, "questions", SEP, VOCABULARY.newline, False)([[rec]]))
     across, down = views.canvas(40, 15)
     assert batch["pixel_values"].shape == (1 + across * down, 3, 8, 8)
     places = batch["feature_columns"]

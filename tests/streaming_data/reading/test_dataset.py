@@ -17,7 +17,7 @@ from streaming import StreamingDataset
 from support.small_datasets import flip_byte, shard_paths, small_vocabulary, text_records, write_dataset
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.build import Plan
-from unitoken.streaming_data.reading.collate import Batch
+from unitoken.streaming_data.reading.batch import PackedBatch
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
 
@@ -64,7 +64,7 @@ def open_loader(folder: Path, ranks: int = 1, workers: int = 0, **settings: Any)
     return build_loader(config, views=None, vocabulary=vocabulary, batch_packs=batch, compat=False)
 
 
-def rows(batch: Batch) -> Rows:
+def rows(batch: PackedBatch) -> Rows:
     return [tuple(row.tolist()) for row in batch["input_ids"]]
 
 

@@ -25,6 +25,7 @@ from support.small_datasets import (
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import open_sources
@@ -74,7 +75,7 @@ def test_the_plan_counts_the_features_that_the_batches_hold(
 ) -> None:
     loader = make(continuous=continuous, compat=compat)
     tokens = images = 0
-    for batch in loader:
+    for batch in map(unpack, loader):
         tokens += int((batch["document_ids"] >= 0).sum())
         images += len(batch["pixel_values"])
         assert torch.equal(batch["view_rows"], batch["view_rows"].sort().values)

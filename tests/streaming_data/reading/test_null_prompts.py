@@ -11,6 +11,7 @@ from support.small_datasets import BLOCK, make_record, small_vocabulary, write_d
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import IGNORED, Record
 from unitoken.dataset.vision_views import Views
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
 from unitoken.streaming_data.reading.null_prompts import drop_captions, is_drawn, without_text
 from unitoken.streaming_data.settings import DataConfig
@@ -169,7 +170,7 @@ def test_labels_and_places_of_features_follow(folder: Path, monkeypatch: pytest.
     record = drawing("d", 6, question_images=1)
     null = without_text(record, int(record.target_spans[0, 0]))
     loader = open_loader(folder, monkeypatch)
-    batch = loader.collate_fn([[null, dataclasses.replace(record, id="e")]])
+    batch = unpack(loader.collate_fn([[null, dataclasses.replace(record, id="e")]]))
     columns = batch["feature_columns"].tolist()
     assert columns == [BLOCK + 1 + n for n in range(4)] + [(columns[4] + n) for n in range(4)]
     ids, labels = batch["input_ids"][0], batch["labels"][0]

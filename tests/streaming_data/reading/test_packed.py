@@ -19,7 +19,8 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
-from unitoken.streaming_data.reading.collate import Collate, num_tokens, split_batch
+from unitoken.streaming_data.reading.batch import PackedBatch, num_targets, num_tokens, split_batch, unpack
+from unitoken.streaming_data.reading.collate import Collate
 from unitoken.streaming_data.sources import open_sources
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
@@ -77,13 +78,13 @@ def build(attention: Literal["sdpa", "flex"]) -> UniToken:
     return model.train()
 
 
-def learn(model: UniToken, batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+def learn(model: UniToken, batches: list[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of all batches together, with equal weight for each supervised token."""
     model.zero_grad()
-    counts = [num_tokens(batch)["loss_generating"] for batch in batches]
+    counts = [num_targets(batch) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
-        loss = model(batch).total * (count / sum(counts))
+        loss = model(unpack(batch)).total * (count / sum(counts))
         loss.backward()
         total += loss.item()
     gradients = {
@@ -122,11 +123,11 @@ def test_packed_documents_give_the_gradients_of_single_ones(
     """
     views = Views(8, 4, anyres)
 
-    def collate(length: int, *packs: list[Record]) -> dict[str, Tensor]:
+    def collate(length: int, *packs: list[Record]) -> PackedBatch:
         return Collate(length, views, continuous, VOCABULARY.separator, VOCABULARY.newline, compat)(packs)
 
     every = documents()
-    lengths = [int((collate(999, [document])["document_ids"] >= 0).sum()) for document in every]
+    lengths = [num_tokens(collate(999, [document])) for document in every]
     model = build(attention)
     batch = collate(max(sum(lengths[:4]), sum(lengths[4:])) + 9, every[:4], every[4:])
     alone = learn(
@@ -160,4 +161,4 @@ def test_the_plan_knows_how_long_each_document_becomes(continuous: str, anyres: 
     sources = open_sources(config)
     planned = read_lengths(sources[0], Recipe.of(config, sources, views), views).lengths.tolist()
     collate = Collate(999, views, continuous, VOCABULARY.separator, VOCABULARY.newline, compat=False)
-    assert planned == [int((collate([[document]])["document_ids"] >= 0).sum()) for document in every]
+    assert planned == [num_tokens(collate([[document]])) for document in every]

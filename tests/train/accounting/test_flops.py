@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unitoken.dataset.record import IGNORED
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.accounting.flops import peak_flops, step_flops
 from unitoken.train.config import DecoderConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken
@@ -38,6 +39,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {
         "input_ids": torch.zeros(PACKS, LENGTH, dtype=torch.int64),
         "labels": labels,
+        **target_places(labels),
         "position_ids": torch.arange(LENGTH).expand(PACKS, LENGTH),
         "document_ids": torch.zeros(PACKS, LENGTH, dtype=torch.int32),
         "pixel_values": torch.zeros(VIEWS, 3, 8, 8, dtype=torch.uint8),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.dataset.vision_views import Views
-from unitoken.streaming_data.reading.collate import Batch, split_batch
+from unitoken.streaming_data.reading.batch import Batch, PackedBatch, split_batch, unpack
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.accounting.step_sums import LOSS_BUCKETS, StepResult, StepSums
 from unitoken.train.check import check_stage
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # streaming's own
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+def batches(tmp_path_factory: pytest.TempPathFactory) -> list[PackedBatch]:
     folder = tmp_path_factory.mktemp("sums")
     write_data(folder / "data")
     config = stage(folder)
@@ -47,12 +47,12 @@ def mean(result: StepResult, names: Iterable[str]) -> float:
     return total / result.targets
 
 
-def test_losses_by_kind_average_to_the_loss_of_the_step(batches: list[Batch], model: UniToken) -> None:
+def test_losses_by_kind_average_to_the_loss_of_the_step(batches: list[PackedBatch], model: UniToken) -> None:
     for batch in batches:
         sums = StepSums()
-        for part in split_batch(batch, 1):
+        for part in map(unpack, split_batch(batch, 1)):
             sums.add(model(part)._asdict(), part)
-        result, whole = sums.take(), model(batch)
+        result, whole = sums.take(), model(unpack(batch))
         assert result.loss == pytest.approx(whole.total.item(), abs=1e-6)
         assert result.z == pytest.approx(whole.z.item(), rel=1e-6)
         assert mean(result, ("loss_text", "loss_image")) == pytest.approx(result.ce, abs=1e-6)
@@ -61,9 +61,9 @@ def test_losses_by_kind_average_to_the_loss_of_the_step(batches: list[Batch], mo
         )
 
 
-def test_each_loss_is_the_cross_entropy_of_its_tokens(batches: list[Batch], model: UniToken) -> None:
+def test_each_loss_is_the_cross_entropy_of_its_tokens(batches: list[PackedBatch], model: UniToken) -> None:
     kinds_seen = set()
-    for batch in batches:
+    for batch in map(unpack, batches):
         sums = StepSums()
         sums.add(model(batch)._asdict(), batch)
         found = sums.take().losses()
@@ -85,28 +85,29 @@ def same_document(batch: Batch) -> torch.Tensor:
     return (ids[:, None, :, None] == ids[:, None, None, :]) & torch.ones(64, 64, dtype=torch.bool).tril()
 
 
-def test_a_step_counts_tokens_squares_and_views(batches: list[Batch], model: UniToken) -> None:
+def test_a_step_counts_tokens_squares_and_views(batches: list[PackedBatch], model: UniToken) -> None:
     sums, squares = StepSums(), 0
-    for part in split_batch(batches[0], 3):
+    for part in map(unpack, split_batch(batches[0], 3)):
         sums.add(model(part)._asdict(), part)
         for ids in part["document_ids"]:
             squares += sum(int((ids == document).sum()) ** 2 for document in range(int(ids.max()) + 1))
     result = sums.take(torch.tensor(2.5))
     assert (result.squares, result.norm) == (squares, 2.5)
     assert result.views == len(batches[0]["pixel_values"])
-    assert result.tokens == int((batches[0]["document_ids"] >= 0).sum())
-    assert result.targets == int((batches[0]["labels"][:, 1:] >= 0).sum())
+    whole = unpack(batches[0])
+    assert result.tokens == int((whole["document_ids"] >= 0).sum())
+    assert result.targets == int((whole["labels"][:, 1:] >= 0).sum())
 
 
-def test_with_by_packs_all_packs_weigh_the_same(batches: list[Batch], model: UniToken) -> None:
-    parts, sums = split_batch(batches[0], 1), StepSums(by_packs=True)
+def test_with_by_packs_all_packs_weigh_the_same(batches: list[PackedBatch], model: UniToken) -> None:
+    parts, sums = [unpack(part) for part in split_batch(batches[0], 1)], StepSums(by_packs=True)
     for part in parts:
         sums.add(model(part)._asdict(), part)
     assert sums.take().loss == pytest.approx(sum(model(part).total.item() for part in parts) / 4, abs=1e-6)
 
 
-def test_a_non_finite_number_is_seen_wherever_it_is(batches: list[Batch], model: UniToken) -> None:
-    first, second = split_batch(batches[0], 2)
+def test_a_non_finite_number_is_seen_wherever_it_is(batches: list[PackedBatch], model: UniToken) -> None:
+    first, second = map(unpack, split_batch(batches[0], 2))
     for bad in (float("nan"), float("inf")):
         sums = StepSums()
         sums.add({**model(first)._asdict(), "total": torch.tensor(bad)}, first)

@@ -10,6 +10,7 @@ from support.ranks import finish, start
 from support.stages import curve, evaluations, metrics, stage, write_data, write_stage
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.plan.lengths import is_held_out
+from unitoken.streaming_data.reading.batch import num_targets, unpack
 from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
@@ -85,7 +86,7 @@ def test_its_losses_are_those_on_all_held_out_batches(folder: Path, evaluated: P
     load_weights(model, {part: source for part, _ in model.named_children()}, seed=0)
     total = targets = 0.0
     with torch.no_grad():
-        for batch in loader_of(config):
+        for batch in map(unpack, loader_of(config)):
             count = int((batch["labels"][:, 1:] >= 0).sum())
             total, targets = total + model.eval()(batch).total.item() * count, targets + count
     last = list(evaluations(evaluated).values())[-1]
@@ -125,7 +126,7 @@ def test_an_evaluation_may_be_limited_to_some_batches(
     config = stage(folder, f"save.folder={tmp_path}", HELD_OUT, *overrides)
     first, *others = evaluations(train(config)).values()
     batch = next(iter(loader_of(stage(folder, HELD_OUT, "eval.interval=2ba"))))
-    assert first["targets"] == int((batch["labels"][:, 1:] >= 0).sum())
+    assert first["targets"] == num_targets(batch)
     assert others == [pytest.approx(first, abs=1e-4)] * 2
     assert "global batches held out, 1 of them each time" in capsys.readouterr().out
 

@@ -1,17 +1,26 @@
 """Settings for Composer, and errors shared between ranks; test_ranks.py runs several ranks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from composer.core import Precision
-from composer.distributed.fsdp2 import create_mixed_precision_policy
+from composer.distributed.fsdp2 import create_mixed_precision_policy, prepare_fully_shard
+from composer.distributed.fsdp2_utils import generate_composer_model_policy
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from support.stages import stage
+from support.stages import DECODER, stage
 from unitoken.common.errors import ConfigError, is_transient
 from unitoken.storage.store import StoreError, TransientStoreError
+from unitoken.streaming_data.reading.batch import target_places
+from unitoken.train.config import DecoderConfig, ModelConfig
 from unitoken.train.distributed import composer_trainer, ranks
+from unitoken.train.model.unitoken import UniToken, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
 
@@ -29,6 +38,59 @@ def test_gradients_are_summed_in_the_configured_precision(
     assert policy.param_dtype == torch.bfloat16
     assert policy.reduce_dtype == (torch.bfloat16 if reduce == "bf16" else torch.float32)
     assert (config.device_mesh, config.reshard_after_forward) == (mesh, False)
+
+
+@pytest.fixture
+def _two_ranks() -> Iterator[None]:
+    """Be the first of two ranks whose collectives move nothing."""
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    distributed.destroy_process_group()
+
+
+def sharded(tmp_path: Path, **changes: Any) -> UniToken:
+    """Return a model without a tower, sharded as in training."""
+    config, decoder = stage(tmp_path), DecoderConfig.model_validate({**DECODER, **changes})
+    network = build_model(decoder, None, ModelConfig(decoder=decoder, dropout=0.0)).to_empty(device="cpu")
+    model = composer_trainer.TrainingModel(network)
+    settings = composer_trainer.fsdp2_config(config, init_device_mesh("cpu", (2,)))
+    prepare_fully_shard(model, settings, Precision.FP32, generate_composer_model_policy(model))
+    composer_trainer._finish_sharding(config, network)
+    return network.train()
+
+
+@pytest.mark.usefixtures("_two_ranks")
+def test_the_output_layer_is_a_unit_unless_it_is_tied(tmp_path: Path) -> None:
+    def units(network: UniToken) -> list[str]:
+        return [name for name, module in network.named_modules() if isinstance(module, FSDPModule)]
+
+    tied = sharded(tmp_path, qk_norm="none", tie_word_embeddings=True)
+    assert units(tied) == ["", "model.layers.0", "model.layers.1"]
+    assert units(sharded(tmp_path)) == ["", "model.layers.0", "model.layers.1", "lm_head"]
+
+
+@pytest.mark.usefixtures("_two_ranks")
+def test_the_output_layers_gradient_is_reduced_first(tmp_path: Path) -> None:
+    """As a part of the root it would stay, whole, until the end of the backward pass."""
+    network, reduced = sharded(tmp_path), []
+
+    def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(lambda _: reduced.append(network.lm_head.weight.grad is not None))
+
+    for layer in network.model.layers:
+        layer.register_forward_hook(watch)
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        **target_places(ids),
+        "position_ids": torch.arange(9)[None],
+        "document_ids": ids.int(),
+        "pixel_values": torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
+    }
+    network(batch).total.backward()
+    assert reduced == [True, True]  # at the gradients of the last layer's output, and of the first's
+    assert network.model.embed_tokens.weight.grad is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sets the products of GPUs, which test_gpu.py measures")

@@ -13,7 +13,8 @@ from support.small_datasets import BLOCK, make_record, small_vocabulary
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.reading.collate import Batch, Collate
+from unitoken.streaming_data.reading.batch import Batch, unpack
+from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.generation.engine import PromptCollate, generate, null_prompt, split_reply
@@ -97,7 +98,7 @@ def logits_of(
     collate = Collate(
         400, views, "questions" if views else "none", vocabulary.separator, vocabulary.newline, False
     )
-    batch = collate([[longer]])
+    batch = unpack(collate([[longer]]))
     length = int((batch["document_ids"] >= 0).sum())
     with torch.no_grad():
         embeddings = model.embed(batch)[:, :length]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.decoders import LENGTHS, VQ_CONFIG, packed_inputs
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig
@@ -163,6 +164,7 @@ def batch() -> dict[str, Tensor]:
     return {
         "input_ids": ids,
         "labels": labels,
+        **target_places(labels),
         "position_ids": positions,
         "document_ids": documents,
         "pixel_values": torch.zeros(0, 3, 8, 8, dtype=torch.uint8),

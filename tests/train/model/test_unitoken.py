@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from support.decoders import VQ_CONFIG
 from unitoken.common.errors import ConfigError
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
@@ -266,9 +268,11 @@ def test_new_weights_depend_on_the_seed_alone() -> None:
 def batch_of(images: int) -> dict[str, Tensor]:
     """Return two packs of 20 tokens, with 4 features an image from position 3 of the second pack on."""
     generator = torch.Generator().manual_seed(0)
+    input_ids, labels = torch.randint(0, 60, (2, 2, 20), generator=generator)
     return {
-        "input_ids": torch.randint(0, 60, (2, 20), generator=generator),
-        "labels": torch.randint(0, 60, (2, 20), generator=generator),
+        "input_ids": input_ids,
+        "labels": labels,
+        **target_places(labels),
         "position_ids": torch.arange(20).expand(2, -1),
         "document_ids": torch.zeros(2, 20, dtype=torch.int32),
         "pixel_values": torch.randint(0, 256, (images, 3, 8, 8), dtype=torch.uint8, generator=generator),
@@ -287,6 +291,34 @@ def test_features_replace_just_the_positions_of_the_batch() -> None:
     expected = model.model.embed_tokens(batch["input_ids"]).clone()
     expected[1, 3:11] = model.adapter(model.vit(batch["pixel_values"])).flatten(0, 1)
     torch.testing.assert_close(embeddings, expected)
+
+
+def test_unsupervised_rows_never_become_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, model, rows = batch_of(0), build(), []
+    batch["labels"] = torch.full((2, 20), -100)
+    batch["labels"][1, 10:15] = 1
+    batch |= target_places(batch["labels"])
+    real = F.linear
+
+    def linear(states: Tensor, weight: Tensor, *bias: Tensor | None) -> Tensor:
+        if weight is model.lm_head.weight:
+            rows.append(len(states))
+        return real(states, weight, *bias)
+
+    monkeypatch.setattr(F, "linear", linear)
+    model(batch)
+    assert rows == [5]
+
+
+def test_a_batch_without_targets_has_a_gradient_of_zero() -> None:
+    batch, model = batch_of(0), build()
+    batch |= target_places(torch.full((2, 20), -100))
+    loss = model(batch).total
+    assert loss.item() == 0.0
+    loss.backward()
+    for part in (model.lm_head, model.model.embed_tokens):
+        assert part.weight.grad is not None
+        assert not part.weight.grad.any()
 
 
 def test_a_rank_without_images_runs_the_tower_too() -> None:
