@@ -10,8 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support.paths import ROOT
 from benchmarks.simulated_step import peak_bytes
+from support.paths import ROOT
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
 from unitoken.streaming_data.reading.batch import target_places
