@@ -75,16 +75,31 @@ class UniToken(nn.Module):
         masked_ids = torch.tensor(self.masked_ids, device=hidden.device) if self.masked_ids else None
         return token_loss(hidden, batch["labels"], self.output_weight, self.z_loss, masked_ids)
 
-    def predict(self, batch: ModelInputs, mask: Tensor | None, past: KVCache) -> Tensor:
-        """Return the float32 logits (P, vocabulary) of the token after the last one of each row.
+    def predict(
+        self,
+        batch: ModelInputs,
+        mask: Tensor | None,
+        past: KVCache,
+        *,
+        columns: Tensor | None = None,
+        ids: slice = slice(None),
+    ) -> Tensor:
+        """Return the float32 logits (P, C, ids) of the tokens that follow C of the new tokens of each row.
 
         Args:
-            batch: the new tokens; `past` keeps their keys and values.
-            mask: (P, 1, L, L including the cache), True where a query sees a key; None means plain causal.
+            batch: the new tokens (P, T); `past` keeps their keys and values.
+            mask: (P, 1, T, places of the cache that are seen), what is added to the scores, or True where a
+                query sees a key; None: whole texts, in a causal order.
             past: the cache of the tokens before.
+            columns: (P, C), which of the new tokens; None: the last, so C is 1.
+            ids: a range of the vocabulary: the output layer is computed for no other.
         """
         hidden = self.model(self.embed(batch), batch["position_ids"], mask, past)
-        return F.linear(hidden[:, -1], self.output_weight).float()
+        if columns is None:
+            hidden = hidden[:, -1:]
+        else:
+            hidden = hidden.gather(1, columns[:, :, None].expand(-1, -1, hidden.shape[2]))
+        return F.linear(hidden, self.output_weight[ids]).float()
 
     def embed(self, batch: ModelInputs) -> Tensor:
         """Return the embeddings (P, L, hidden) of a batch's ids, with image features in their positions."""
