@@ -10,6 +10,9 @@ Figures are medians over the rounds, after one that is not counted; ratios are t
 passes_per_guided_token  Passes through the model for each token of a guided drawing, the prompt's included.
 host_reads_per_token     How often the program waits for a value from the device, for each token.
 kernels_per_layer        Operations that a layer dispatches to read one token, without views.
+passes_per_code_speculative
+                         Passes for each code of `--speculative` drawings of the demo's model, guidance 3, one
+                         at a time; null before `make demo`.
 
 The last line is one JSON object.
 """
@@ -34,6 +37,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from demo.digits import REQUESTS, WORDS
 from unitoken.common.config import load_config
 from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
@@ -41,14 +45,17 @@ from unitoken.generation import ImageGrammar
 from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.loading import load_weights
-from unitoken.train.checkpoint.metadata import ModelSizes, write_metadata
+from unitoken.train.checkpoint.metadata import STAGE, ModelSizes, write_metadata
 from unitoken.train.config import StageConfig
+from unitoken.train.generation.dialogue import Dialogue
 from unitoken.train.generation.engine import generate, load_model, null_prompt
+from unitoken.train.generation.prompts import build_prompt
 from unitoken.train.generation.sampling import Sampling
 from unitoken.train.model.unitoken import UniToken, build_model
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 8)
+DEMO_PIXELS = (16, 16)
 SIZE, SHORT_SIZE = (16, 16), (8, 8)  # latents
 GUIDANCE = 3.0
 PROMPT_TOKENS = 24
@@ -237,6 +244,30 @@ def counts(
     }
 
 
+def speculative(run: Path) -> dict[str, Any]:
+    """Count the passes of speculative drawings of the ten digits, and compare the time with plain ones."""
+    if not (run / "latest").exists():
+        print(f"{run.relative_to(ROOT)}: no checkpoint: run `make demo` first")
+        return {"passes_per_code_speculative": None}
+    stage = load_config(StageConfig, run / STAGE)
+    if stage.codec is None:
+        raise RuntimeError(f"{run}: the demo's stage names no tokenizers")
+    dialogue, model = Dialogue(stage.codec), load_model(stage.model, run)
+    requests = dialogue.encode([build_prompt(REQUESTS[0].format(word)) for word in WORDS], [DEMO_PIXELS])
+    size = dialogue.latents(DEMO_PIXELS)
+    seconds: dict[bool, float] = {}
+    for guesses in (False, True):
+        sampling = Sampling(temperature=0.8, guidance=GUIDANCE, speculative=guesses)
+        begun = time.perf_counter()
+        with counted_calls(UniToken, ("predict",)) as passes:
+            generate(model, dialogue.vocabulary, requests, sampling, sizes=[size], drawing=True, batch=1)
+        seconds[guesses] = time.perf_counter() - begun
+    return {
+        "passes_per_code_speculative": round(len(passes) / (len(requests) * size[0] * size[1]), 3),
+        "speculative_time_ratio": round(seconds[True] / seconds[False], 2),
+    }
+
+
 def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(
@@ -255,6 +286,7 @@ def main() -> None:
             "transformers": theirs(model, vocabulary, size),
         }
         figures = rates(programs, vocabulary, size, rounds) | counts(model, config, vocabulary, size)
+    figures |= speculative(ROOT / "demo" / "out" / "runs" / "stage2")
     machine = {
         "date": datetime.date.today().isoformat(),
         "cpu": platform.processor() or platform.machine(),

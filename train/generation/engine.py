@@ -9,14 +9,16 @@ prompt takes its row. With guidance each prompt has a second row, which gets its
 reply, only the images, from the first image on; both rows take the same pass.
 
 What an image's size decides (its rows' ends, its own end) is read together with the code before. So a guided
-drawing of h x w codes takes h * w passes, and waits for the device once, at its end.
+drawing of h x w codes takes h * w passes, and waits for the device once, at its end. Speculative decoding
+(speculative.py) takes fewer passes, and waits after each.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +44,14 @@ from unitoken.train.checkpoint.tensors import check_shapes, drop_tied_head, fit_
 from unitoken.train.config import ModelConfig
 from unitoken.train.generation.open_reply import LATEST, OpenReply
 from unitoken.train.generation.rows import CachedRows
-from unitoken.train.generation.sampling import RandomNumbers, Sampling, choose_tokens
+from unitoken.train.generation.sampling import (
+    RandomNumbers,
+    Sampling,
+    allowed_logits,
+    choose_tokens,
+    probabilities,
+)
+from unitoken.train.generation.speculative import WINDOW, CodeGuesses
 from unitoken.train.model.unitoken import UniToken, build_model
 
 DEFAULT_SAMPLING = Sampling()
@@ -179,7 +188,8 @@ def generate(
         collate: how prompts are laid out; default: as in a stage with default settings.
         batch: prompts at a time. With guidance a prompt of a drawing takes a second row. A row's cache takes
             0.5 MB per token of the 7B model in bf16, for as many tokens as the longest prompt and reply have.
-        broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together.
+        broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together; it
+            does not give them the guesses of speculative decoding.
     """
     assert sizes or not drawing
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -189,25 +199,27 @@ def generate(
     if not prompts:
         return []
     shared = _Model(model, vocabulary, collate, sampling, broadcast)
-    device = model.output_weight.device
-    grammar = Grammar(vocabulary, sizes, device)
+    grammar = Grammar(vocabulary, sizes, model.output_weight.device)
     lengths = [collate.length(prompt) for prompt in prompts]
     room = [grammar.longest + (0 if drawing else limit) for limit in limits]
     replies = _ReplyBatch(shared, min(batch, len(prompts)), max(map(sum, zip(lengths, room, strict=True))))
-    waiting = deque(sorted(range(len(prompts)), key=lengths.__getitem__))
-    while len(replies.finished) < len(prompts):
-        places = [waiting.popleft() for _ in range(min(len(waiting), replies.free))]
-        if places:
-            steps = [grammar.drawing() if drawing else grammar.turn(limits[place]) for place in places]
-            random = [RandomNumbers(sampling.seed, numbers[place], device) for place in places]
-            opened = [
-                OpenReply(*each, vocabulary, ahead=sampling.temperature > 0)
-                for each in zip(places, steps, random, strict=True)
-            ]
-            replies.open(opened, [prompts[place] for place in places])
-        else:
-            replies.step()
+    begin = functools.partial(_begin_reply, shared, grammar, drawing)
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    replies.run((begin(place, numbers[place], limits[place]), prompts[place]) for place in order)
     return [replies.finished[place] for place in range(len(prompts))]
+
+
+def _begin_reply(
+    model: _Model, grammar: Grammar, drawing: bool, place: int, number: int, limit: int
+) -> OpenReply:
+    sampling = model.sampling
+    return OpenReply(
+        place,
+        grammar.drawing() if drawing else grammar.turn(limit),
+        RandomNumbers(sampling.seed, number, grammar.device),
+        model.vocabulary,
+        ahead=sampling.temperature > 0 and not sampling.speculative,
+    )
 
 
 class _ReplyBatch:
@@ -226,12 +238,24 @@ class _ReplyBatch:
         self._rows = CachedRows(model.network, slots, length)
         device = model.network.output_weight.device
         self._latest = torch.zeros(slots, dtype=torch.int64, device=device)  # what each slot chose last
+        self._guesses: CodeGuesses | None = None
         self.finished: dict[int, list[int]] = {}  # by the prompt's place
 
     @property
     def free(self) -> int:
         """The number of slots without a reply."""
         return self._replies.count(None)
+
+    def run(self, waiting: Iterator[tuple[OpenReply, Record]]) -> None:
+        """Finish all replies to prompts that wait for a slot."""
+        while True:
+            some = list(itertools.islice(waiting, self.free))
+            if some:
+                self.open([reply for reply, _ in some], [prompt for _, prompt in some])
+            elif self.free == len(self._replies):
+                return
+            else:
+                self.step()
 
     def open(self, replies: Sequence[OpenReply], prompts: Sequence[Record]) -> None:
         """Read prompts into free slots, and choose the first token of each reply."""
@@ -250,7 +274,15 @@ class _ReplyBatch:
         self._choose(slots, logits[: len(slots)], logits[len(slots) :] if guides else None, ids.start)
 
     def step(self) -> None:
-        """Read one or more tokens in each slot, and choose the next where all that is chosen was read."""
+        """Read one or more tokens in each slot, and choose the next where all that is chosen was read.
+
+        Where codes are guessed, the slots that draw go first, and the others wait.
+        """
+        if self._model.sampling.speculative:
+            replies = {slot: reply for slot, reply in enumerate(self._replies) if reply and reply.draws_codes}
+            if replies:
+                self._verify_guesses(replies)
+                return
         running = [reply for reply in self._replies if reply is not None]
         count = min(len(reply.queue) for reply in running)
         used = [reply is not None for reply in self._replies]
@@ -268,6 +300,39 @@ class _ReplyBatch:
         slots = len(self._replies)
         some = slice(None) if len(ready) == slots else ready
         self._choose(ready, logits[:slots][some], logits[slots:][some] if guides else None, ids.start)
+
+    def _verify_guesses(self, replies: dict[int, OpenReply]) -> None:
+        """Read guesses of the next codes in some slots, and keep those that are right."""
+        sampling, slots = self._model.sampling, list(replies)
+        codes = next(iter(replies.values())).plan[0]
+        self._guesses = self._guesses or CodeGuesses(len(self._replies), codes)
+        guides = self._guides(list(replies.values()))
+        if guides:
+            self._open_null_prompts()
+        for slot, reply in replies.items():
+            if not reply.guessed:
+                self._guesses.begin(slot, reply)
+        counts = [min(WINDOW, reply.codes_left) for reply in replies.values()]
+        tokens, columns = self._guesses.tokens(replies, counts, self._latest)
+        twice = 2 if guides else 1
+        used = [slot in replies for slot in range(len(self._replies))] * twice
+        window = slice(codes.first, codes.end)
+        logits = self._rows.read(tokens.repeat(twice, 1), used, window, columns.repeat(twice, 1))
+        null = logits[len(self._replies) :][slots] if guides else None
+        allowed = allowed_logits(codes, logits[slots], null, codes.first, sampling.guidance)
+        now = probabilities(allowed, sampling.temperature, sampling.top_k_image)
+        read = [0] * len(self._replies)
+        final = self._guesses.update(replies, now, counts)
+        for (slot, reply), ids in zip(replies.items(), final, strict=True):
+            read[slot] = reply.take_codes(ids)
+            self._finish(slot, reply)
+        self._rows.advance(read * twice)
+
+    def _finish(self, slot: int, reply: OpenReply) -> None:
+        """Free the slot of a reply that is over."""
+        if not reply.plan:
+            self.finished[reply.place] = reply.ids(slot)
+            self._replies[slot] = None
 
     def _guides(self, replies: Sequence[OpenReply]) -> bool:
         return self._model.sampling.guidance != 1 and any(reply.in_image for reply in replies)
@@ -322,9 +387,7 @@ class _ReplyBatch:
         known = chosen.tolist() if branches else [None] * len(slots)
         for slot, reply, token in zip(slots, replies, known, strict=True):
             reply.choose(self._latest, token)
-            if not reply.plan:
-                self.finished[reply.place] = reply.ids(slot)
-                self._replies[slot] = None
+            self._finish(slot, reply)
 
 
 def _window(replies: Sequence[OpenReply]) -> slice:

@@ -24,6 +24,8 @@ class Sampling:
         top_k_image: the same for image codes.
         guidance: of images: null + guidance * (logits - null); 1: none, and nothing is computed for it.
         seed: of the random numbers of all prompts.
+        speculative: verify guesses of several codes of an image in one pass. The distribution is the same,
+            the random numbers and so the images are not.
     """
 
     temperature: float = 1.0
@@ -31,6 +33,7 @@ class Sampling:
     top_k_image: int | None = None
     guidance: float = 1.0
     seed: int = 0
+    speculative: bool = False
 
 
 def guided(logits: Tensor, null: Tensor, guidance: float) -> Tensor:
@@ -64,6 +67,11 @@ class RandomNumbers:
         if not self._ahead:
             self.draw_ahead(1)
         return self._ahead.popleft()
+
+    def take(self, count: int) -> Tensor:
+        """Return so many numbers, (count,)."""
+        assert not self._ahead, "numbers were drawn for other tokens"
+        return torch.rand(count, generator=self._generator).to(self._device)
 
 
 def choose_tokens(
