@@ -41,6 +41,7 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def __init__(self, network: UniToken) -> None:
         super().__init__()
         self.network = network
+        self.reshards = False  # whether layers free the weights that they gathered after each pass
         # The sharding units, whose parameters are gathered and freed together: each decoder layer, the vision
         # tower, and the rest.
         network.fsdp_wrap_fn = lambda module: isinstance(module, DecoderLayer | VisionTower)  # type: ignore[assignment]
@@ -216,6 +217,7 @@ def build_trainer(
         group.update(own)  # Composer replaces weight decay, betas, eps and scales by those of the saved run
     if mesh is not None:
         _finish_sharding(config, network)
+        trainer.state.model.reshards = config.fsdp.reshard
         average.scale = measure_gradient_scale(next(network.parameters()).device, mesh)
     return trainer
 
@@ -323,7 +325,9 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def evaluation_mode(state: State) -> Iterator[UniToken]:
     """Yield the network in evaluation mode, between two steps.
 
-    Modes, random numbers and shards are restored afterwards.
+    Modes, random numbers and shards are restored afterwards. In between, weights that were gathered stay, so
+    that each is gathered once for any number of passes. A rank then holds all weights, but neither gradients
+    nor activations.
     """
     network: UniToken = state.model.network
     modes = [(module, module.training) for module in network.modules()]
@@ -334,6 +338,7 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         get_precision_context(state.precision, state.precision_config),
         torch.compiler.set_stance("force_eager"),  # otherwise each new length would be compiled
+        _keep_gathered(network, state.model.reshards),
     ):
         network.eval()
         try:
@@ -342,5 +347,33 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
             torch.use_deterministic_algorithms(deterministic)
             for module, mode in modes:
                 module.training = mode
-            if isinstance(network, FSDPModule):
-                network.reshard()  # the root keeps what it gathered until a backward pass
+
+
+@contextlib.contextmanager
+def _keep_gathered(network: nn.Module, reshards: bool) -> Iterator[None]:
+    """Let each sharding unit gather its weights once; free them at the end.
+
+    Args:
+        network: the model, sharded or not.
+        reshards: whether the units other than the root free their weights after each pass in training.
+    """
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    inner = [unit for unit in units if unit is not network and reshards]
+    try:
+        for unit in inner:
+            _reshard_after_forward(unit, False)
+        yield
+    finally:
+        for unit in inner:
+            _reshard_after_forward(unit, True)
+        for unit in units:  # the root keeps what it gathered until a backward pass
+            unit.reshard()
+
+
+def _reshard_after_forward(unit: Any, reshard: bool) -> None:
+    """Set whether a sharding unit frees its weights after each pass."""
+    if hasattr(unit, "set_reshard_after_forward"):
+        unit.set_reshard_after_forward(reshard, recurse=False)
+    else:  # torch 2.7 has no public way
+        group = unit._get_fsdp_state()._fsdp_param_group
+        group.post_forward_mesh_info = group.mesh_info if reshard else None
