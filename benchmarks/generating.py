@@ -179,7 +179,7 @@ class LayerKernels(TorchDispatchMode):
     """Counts the operations inside of layers that read one token; views start no kernel."""
 
     def __init__(self, layers: torch.nn.ModuleList) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = self.calls = 0
         self._inside = False
         for layer in layers:

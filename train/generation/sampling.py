@@ -60,7 +60,8 @@ class RandomNumbers:
 
     def draw_ahead(self, count: int) -> None:
         """Draw so many numbers at once, to be used one by one."""
-        self._ahead.extend(torch.rand(count, generator=self._generator).to(self._device).split(1))
+        uniform = torch.rand(count, 1, generator=self._generator).to(self._device)
+        self._ahead.extend(uniform.unbind())
 
     def next(self) -> Tensor:
         """Return one number, (1,)."""
