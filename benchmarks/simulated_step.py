@@ -164,11 +164,13 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
     """Shard as Composer does with `fsdp_wrap_fn` of train/distributed/composer_trainer.py."""
     reduced = torch.bfloat16 if config.fsdp.reduce == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
-    assert not model.is_tied
-    for module in (*model.model.layers, model.vit, model.lm_head, model):
-        reshards = config.fsdp.reshard and module is not model.lm_head
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
-    register_fsdp_forward_method(model.lm_head, "loss")
+    layers = [*model.model.layers, *([model.vit] if model.vision else [])]
+    for module in layers:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.fsdp.reshard)
+    if not model.is_tied:
+        fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        register_fsdp_forward_method(model.lm_head, "loss")
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.fsdp.reshard)
 
 
 def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:

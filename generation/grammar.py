@@ -20,13 +20,30 @@ from unitoken.dataset.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The ids (K,) of which one comes next, and whether they belong to an image."""
+    """The ids of which one comes next.
+
+    Attributes:
+        ids: (K,).
+        first: the smallest of them.
+        end: the largest, plus 1.
+        of_image: whether they belong to an image.
+        branches: whether the choices behind it depend on which one comes.
+    """
 
     ids: Tensor
+    first: int
+    end: int
     of_image: bool
+    branches: bool
+
+    @property
+    def forced(self) -> int | None:
+        """The only id of choices that do not branch; None if there are several."""
+        return self.first if len(self.ids) == 1 and not self.branches else None
 
 
-GrammarSteps = Generator[Choices, int, None]  # yields the choices, is sent the chosen id
+# Yields the choices, and is sent the chosen id; any id where the choices do not branch.
+GrammarSteps = Generator[Choices, int, None]
 
 
 class ReplyPlace(NamedTuple):
@@ -63,16 +80,13 @@ class Grammar:
         excluded = vocabulary.special_ids - {vocabulary.end_of_turn}
         if sizes:
             excluded = excluded - {vocabulary.image_start}
-        self.text = self._choices(
-            [token for token in range(vocabulary.size) if token not in excluded], of_image=False
-        )
+        text = [token for token in range(vocabulary.size) if token not in excluded]
+        self.text = self._choices(text, of_image=False, branches=True)
         self.codes = self._choices(vocabulary.image_ids)
         self.longest = max((vocabulary.image.count(*size) for size in sizes), default=0)
         self._headers = {vocabulary.image.header_ids(*size): size for size in sizes}
         self._next_in_header = {
-            header[:length]: self._choices(
-                sorted({other[length] for other in self._headers if other[:length] == header[:length]})
-            )
+            header[:length]: self._header_choices(header[:length])
             for header in self._headers
             for length in range(len(header))
         }
@@ -94,7 +108,10 @@ class Grammar:
         return self.codes if column < width else self._single[image.row_end[column - width]]
 
     def after(self, place: ReplyPlace, token: int) -> ReplyPlace:
-        """Return the place behind one of the choices, which does not end the turn."""
+        """Return the place behind one of the choices, which does not end the turn.
+
+        Where they do not branch, any token will do.
+        """
         if place.header is None:
             return ReplyPlace((token,)) if self._headers and token == self.vocabulary.image_start else TEXT
         if place.header not in self._headers:
@@ -121,5 +138,11 @@ class Grammar:
             place = self.after(place, token)
             count += 1
 
-    def _choices(self, ids: Sequence[int], *, of_image: bool = True) -> Choices:
-        return Choices(torch.tensor(ids, dtype=torch.int64, device=self.device), of_image)
+    def _header_choices(self, begin: tuple[int, ...]) -> Choices:
+        length = len(begin)
+        ids = sorted({header[length] for header in self._headers if header[:length] == begin})
+        return self._choices(ids, branches=len(ids) > 1)
+
+    def _choices(self, ids: Sequence[int], *, of_image: bool = True, branches: bool = False) -> Choices:
+        as_tensor = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        return Choices(as_tensor, min(ids), max(ids) + 1, of_image, branches)

@@ -50,6 +50,7 @@ class TrainingModel(ComposerModel):  # type: ignore[misc]
     def __init__(self, network: UniToken) -> None:
         super().__init__()
         self.network = network
+        self.reshards = False  # whether layers free the weights that they gathered after each pass
         network.fsdp_wrap_fn = _sharding_unit  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -251,6 +252,7 @@ def build_trainer(
     place_step_counts(trainer.state.optimizers[0])
     if mesh is not None:
         _finish_sharding(config, network)
+        trainer.state.model.reshards = config.fsdp.reshard
         average.scale = measure_gradient_scale(next(network.parameters()).device, mesh)
     return trainer
 
@@ -351,7 +353,9 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def evaluation_mode(state: State) -> Iterator[UniToken]:
     """Yield the network in evaluation mode, between two steps.
 
-    Modes, random numbers and shards are restored afterwards.
+    Modes, random numbers and shards are restored afterwards. In between, weights that were gathered stay, so
+    that each is gathered once for any number of passes. A rank then holds all weights, but neither gradients
+    nor activations.
     """
     network: UniToken = state.model.network
     modes = [(module, module.training) for module in network.modules()]
@@ -362,6 +366,7 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         get_precision_context(state.precision, state.precision_config),
         torch.compiler.set_stance("force_eager"),  # otherwise each new length would be compiled
+        _keep_gathered(network, state.model.reshards),
     ):
         network.eval()
         try:
@@ -370,7 +375,34 @@ def evaluation_mode(state: State) -> Iterator[UniToken]:
             torch.use_deterministic_algorithms(deterministic)
             for module, mode in modes:
                 module.training = mode
-            # Root and output layer keep what they gathered until a backward pass.
-            for module in network.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+
+
+@contextlib.contextmanager
+def _keep_gathered(network: nn.Module, reshards: bool) -> Iterator[None]:
+    """Let each sharding unit gather its weights once; free them at the end.
+
+    Args:
+        network: the model, sharded or not.
+        reshards: whether layers and tower free their weights after each pass in training.
+    """
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    layers = [unit for unit in units if unit is not network and not isinstance(unit, OutputLayer)]
+    inner = layers if reshards else []
+    try:
+        for unit in inner:
+            _reshard_after_forward(unit, False)
+        yield
+    finally:
+        for unit in inner:
+            _reshard_after_forward(unit, True)
+        for unit in units:  # root and output layer keep what they gathered until a backward pass
+            unit.reshard()
+
+
+def _reshard_after_forward(unit: Any, reshard: bool) -> None:
+    """Set whether a sharding unit frees its weights after each pass."""
+    if hasattr(unit, "set_reshard_after_forward"):
+        unit.set_reshard_after_forward(reshard, recurse=False)
+    else:  # torch 2.7 has no public way
+        group = unit._get_fsdp_state()._fsdp_param_group
+        group.post_forward_mesh_info = group.mesh_info if reshard else None

@@ -4,14 +4,21 @@ model = load_model(config.model, config.save.folder)                     # the r
 replies = generate(model, vocabulary, prompts, Sampling(guidance=4.0), sizes=[(32, 32)])
 
 Prompts are records (`Dialogue.encode`), so their images are laid out as in training. Prompts of different
-lengths go through the model together, padded at the left. With guidance each prompt has a second row, which
-gets its null prompt and, of the reply, only the images, from the first image on.
+lengths go through the model together, each at a position of its own, and where a reply is over, the next
+prompt takes its row. With guidance each prompt has a second row, which gets its null prompt and, of the
+reply, only the images, from the first image on; both rows take the same pass.
+
+What an image's size decides (its rows' ends, its own end) is read together with the code before. So a guided
+drawing of h x w codes takes h * w passes, and waits for the device once, at its end. Speculative decoding
+(speculative.py) takes fewer passes, and waits after each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +32,7 @@ from unitoken.dataset.images import decode
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.generation.grammar import Grammar, GrammarSteps
+from unitoken.generation.grammar import Grammar
 from unitoken.streaming_data.reading.batch import Batch, unpack
 from unitoken.streaming_data.reading.collate import Collate, featured_images, insert_features
 from unitoken.streaming_data.reading.null_prompts import without_text
@@ -36,20 +43,19 @@ from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.checkpoint.metadata import read_sizes
 from unitoken.train.checkpoint.tensors import check_shapes, drop_tied_head, fit_norms, parameter_shapes
 from unitoken.train.config import ModelConfig
-from unitoken.train.generation.sampling import Sampling, choose_tokens, generator_of
-from unitoken.train.model.decoder import KVCache, dense_document_mask
+from unitoken.train.generation.open_reply import LATEST, OpenReply
+from unitoken.train.generation.rows import CachedRows
+from unitoken.train.generation.sampling import (
+    RandomNumbers,
+    Sampling,
+    allowed_logits,
+    choose_tokens,
+    probabilities,
+)
+from unitoken.train.generation.speculative import WINDOW, CodeGuesses
 from unitoken.train.model.unitoken import UniToken, build_model
 
 DEFAULT_SAMPLING = Sampling()
-MODEL_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "pixel_values",
-    "feature_rows",
-    "feature_columns",
-    "feature_views",
-    "feature_patches",
-)
 
 
 def load_model(config: ModelConfig, checkpoint: str | Path) -> UniToken:
@@ -103,23 +109,17 @@ class PromptCollate:
         return len(insert_features(prompt, counts, separator=0).ids)
 
     def __call__(self, prompts: Sequence[Record], lengths: Sequence[int], vocabulary: Vocabulary) -> Batch:
-        """Collate one prompt per row, padded at the left so that all rows end together.
+        """Collate one prompt per row, padded at the right.
 
         Args:
             prompts: one per row.
             lengths: the `length` of each prompt.
             vocabulary: names the separator and the newline.
         """
-        longest = max(lengths)
         collate = Collate(
-            longest, self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
+            max(lengths), self.views, self.continuous, vocabulary.separator, vocabulary.newline, self.compat
         )
         batch = unpack(collate([[prompt] for prompt in prompts]))
-        shift = longest - torch.tensor(lengths)  # (R,)
-        columns = (torch.arange(longest) - shift[:, None]) % longest  # moves the padding from right to left
-        for name in ("input_ids", "position_ids", "document_ids"):
-            batch[name] = batch[name].gather(1, columns)
-        batch["feature_columns"] = batch["feature_columns"] + shift[batch["feature_rows"]]
         _merge_equal_views(batch)
         return batch
 
@@ -140,7 +140,7 @@ def _merge_equal_views(batch: Batch) -> None:
 
 
 class _Model(NamedTuple):
-    """What all batches of one call of `generate` have in common."""
+    """What all replies of one call of `generate` have in common."""
 
     network: UniToken
     vocabulary: Vocabulary
@@ -148,10 +148,10 @@ class _Model(NamedTuple):
     sampling: Sampling
     broadcast: Callable[[Tensor], Tensor]
 
-    def open(self, prompts: Sequence[Record], room: int) -> _Context:
-        """Read the prompts, with room for so many more tokens."""
+    def collate_prompts(self, prompts: Sequence[Record]) -> Batch:
+        """Collate one prompt per row."""
         lengths = [self.collate.length(prompt) for prompt in prompts]
-        return _Context(self.network, self.collate(prompts, lengths, self.vocabulary), room)
+        return self.collate(prompts, lengths, self.vocabulary)
 
 
 def _views_of(model: UniToken) -> Views | None:
@@ -188,118 +188,218 @@ def generate(
         numbers: the number of each prompt, which seeds its random numbers; default: 0, 1, ...
         collate: how prompts are laid out; default: as in a stage with default settings.
         batch: prompts at a time. With guidance a prompt of a drawing takes a second row. A row's cache takes
-            0.5 MB per token of the 7B model in bf16.
-        broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together.
+            0.5 MB per token of the 7B model in bf16, for as many tokens as the longest prompt and reply have.
+        broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together; it
+            does not give them the guesses of speculative decoding.
     """
     assert sizes or not drawing
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     assert min(limits, default=1) > 0
     numbers = range(len(prompts)) if numbers is None else numbers
     collate = collate or PromptCollate(_views_of(model))
+    if not prompts:
+        return []
     shared = _Model(model, vocabulary, collate, sampling, broadcast)
     grammar = Grammar(vocabulary, sizes, model.output_weight.device)
-    order = sorted(range(len(prompts)), key=[collate.length(prompt) for prompt in prompts].__getitem__)
-    replies: list[list[int]] = [[] for _ in prompts]
-    for first in range(0, len(order), batch):
-        places = order[first : first + batch]
-        turns = [grammar.drawing() if drawing else grammar.turn(limits[place]) for place in places]
-        room = grammar.longest + (0 if drawing else max(limits[place] for place in places))
-        generators = [generator_of(sampling.seed, numbers[place]) for place in places]
-        generated = _generate_batch(shared, [prompts[place] for place in places], turns, generators, room)
-        for place, reply in zip(places, generated, strict=True):
-            replies[place] = reply
-    return replies
+    lengths = [collate.length(prompt) for prompt in prompts]
+    room = [grammar.longest + (0 if drawing else limit) for limit in limits]
+    replies = _ReplyBatch(shared, min(batch, len(prompts)), max(map(sum, zip(lengths, room, strict=True))))
+    begin = functools.partial(_begin_reply, shared, grammar, drawing)
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    replies.run((begin(place, numbers[place], limits[place]), prompts[place]) for place in order)
+    return [replies.finished[place] for place in range(len(prompts))]
 
 
-def _generate_batch(
-    model: _Model,
-    prompts: Sequence[Record],
-    turns: Sequence[GrammarSteps],
-    generators: Sequence[torch.Generator],
-    room: int,
-) -> list[list[int]]:
-    """Generate replies side by side; each prompt has its own turn of the grammar and random generator."""
-    context = model.open(prompts, room)
-    guidance = None
-    if model.sampling.guidance != 1:
-        null_prompts = [null_prompt(prompt) for prompt in prompts]
-        guidance = _GuidanceContext(functools.partial(model.open, null_prompts, room))
-    replies: list[list[int]] = [[] for _ in turns]
-    choices, running = [next(turn) for turn in turns], set(range(len(turns)))
-    while True:
-        null_logits = guidance.logits if guidance else None
-        tokens = model.broadcast(
-            choose_tokens(choices, context.logits, null_logits, model.sampling, generators)
-        )
-        ids = tokens.tolist()
-        in_image = [
-            choice.of_image or token == model.vocabulary.image_start
-            for choice, token in zip(choices, ids, strict=True)
-        ]
-        for row in sorted(running):
-            if ids[row] != model.vocabulary.end_of_turn:
-                replies[row].append(ids[row])
-            try:
-                choices[row] = turns[row].send(ids[row])
-            except StopIteration:
-                running.remove(row)
-        if not running:
-            return replies
-        context.append(tokens, [True] * len(turns))
-        if guidance:
-            guidance.append(tokens, [row in running and in_image[row] for row in range(len(turns))])
+def _begin_reply(
+    model: _Model, grammar: Grammar, drawing: bool, place: int, number: int, limit: int
+) -> OpenReply:
+    sampling = model.sampling
+    return OpenReply(
+        place,
+        grammar.drawing() if drawing else grammar.turn(limit),
+        RandomNumbers(sampling.seed, number, grammar.device),
+        model.vocabulary,
+        ahead=sampling.temperature > 0 and not sampling.speculative,
+    )
 
 
-class _GuidanceContext:
-    """Rows that read the null prompts and, of the replies, only the images: images are guided away from them.
+class _ReplyBatch:
+    """Replies side by side, each in a slot: row s of the model, and row `slots` + s for guidance.
 
-    They are opened with the first image, so that replies in text cost nothing more.
+    Args:
+        model: what all replies have in common.
+        slots: the most replies at a time.
+        length: the most tokens of a prompt with its reply.
     """
 
-    def __init__(self, open_context: Callable[[], _Context]) -> None:
-        self._open = open_context
-        self._context: _Context | None = None
+    def __init__(self, model: _Model, slots: int, length: int) -> None:
+        self._model = model
+        self._replies: list[OpenReply | None] = [None] * slots
+        self._prompts: list[Record | None] = [None] * slots  # whose null prompt was not read so far
+        self._rows = CachedRows(model.network, slots, length)
+        device = model.network.output_weight.device
+        self._latest = torch.zeros(slots, dtype=torch.int64, device=device)  # what each slot chose last
+        self._guesses: CodeGuesses | None = None
+        self.finished: dict[int, list[int]] = {}  # by the prompt's place
 
     @property
-    def logits(self) -> Tensor | None:
-        return self._context.logits if self._context else None
+    def free(self) -> int:
+        """The number of slots without a reply."""
+        return self._replies.count(None)
 
-    def append(self, tokens: Tensor, in_image: Sequence[bool]) -> None:
-        """Read one more token in the rows where it belongs to an image."""
-        if any(in_image):
-            self._context = self._context or self._open()
-            self._context.append(tokens, in_image)
+    def run(self, waiting: Iterator[tuple[OpenReply, Record]]) -> None:
+        """Finish all replies to prompts that wait for a slot."""
+        while True:
+            some = list(itertools.islice(waiting, self.free))
+            if some:
+                self.open([reply for reply, _ in some], [prompt for _, prompt in some])
+            elif self.free == len(self._replies):
+                return
+            else:
+                self.step()
+
+    def open(self, replies: Sequence[OpenReply], prompts: Sequence[Record]) -> None:
+        """Read prompts into free slots, and choose the first token of each reply."""
+        slots = [slot for slot, reply in enumerate(self._replies) if reply is None][: len(replies)]
+        pairs = list(zip(prompts, replies, strict=True))
+        rows, records = slots, [_extended(prompt, reply.queue) for prompt, reply in pairs]
+        guides = self._guides(replies)  # drawings, which begin with an image
+        if guides:
+            rows = rows + self._null_rows(slots)
+            records += [_extended(null_prompt(prompt), reply.queue) for prompt, reply in pairs]
+        for slot, reply, prompt in zip(slots, replies, prompts, strict=True):
+            reply.queue.clear()
+            self._replies[slot], self._prompts[slot] = reply, None if guides else prompt
+        ids = _window(replies)
+        logits = self._rows.open(rows, self._model.collate_prompts(records), ids)
+        self._choose(slots, logits[: len(slots)], logits[len(slots) :] if guides else None, ids.start)
+
+    def step(self) -> None:
+        """Read one or more tokens in each slot, and choose the next where all that is chosen was read.
+
+        Where codes are guessed, the slots that draw go first, and the others wait.
+        """
+        if self._model.sampling.speculative:
+            replies = {slot: reply for slot, reply in enumerate(self._replies) if reply and reply.draws_codes}
+            if replies:
+                self._verify_guesses(replies)
+                return
+        running = [reply for reply in self._replies if reply is not None]
+        count = min(len(reply.queue) for reply in running)
+        used = [reply is not None for reply in self._replies]
+        guides = self._guides(running)
+        if guides:
+            self._open_null_prompts()
+            used += [reply is not None and reply.in_image for reply in self._replies]
+        tokens = self._next_tokens(running, count)
+        for reply in running:
+            del reply.queue[:count]
+        ready = [slot for slot, reply in enumerate(self._replies) if reply is not None and not reply.queue]
+        ids = _window([reply for reply in running if not reply.queue])
+        logits = self._rows.read(torch.cat([tokens, tokens]) if guides else tokens, used, ids)[:, 0]
+        self._rows.advance([count * is_used for is_used in used])
+        slots = len(self._replies)
+        some = slice(None) if len(ready) == slots else ready
+        self._choose(ready, logits[:slots][some], logits[slots:][some] if guides else None, ids.start)
+
+    def _verify_guesses(self, replies: dict[int, OpenReply]) -> None:
+        """Read guesses of the next codes in some slots, and keep those that are right."""
+        sampling, slots = self._model.sampling, list(replies)
+        codes = next(iter(replies.values())).plan[0]
+        self._guesses = self._guesses or CodeGuesses(len(self._replies), codes)
+        guides = self._guides(list(replies.values()))
+        if guides:
+            self._open_null_prompts()
+        for slot, reply in replies.items():
+            if not reply.guessed:
+                self._guesses.begin(slot, reply)
+        counts = [min(WINDOW, reply.codes_left) for reply in replies.values()]
+        tokens, columns = self._guesses.tokens(replies, counts, self._latest)
+        twice = 2 if guides else 1
+        used = [slot in replies for slot in range(len(self._replies))] * twice
+        window = slice(codes.first, codes.end)
+        logits = self._rows.read(tokens.repeat(twice, 1), used, window, columns.repeat(twice, 1))
+        null = logits[len(self._replies) :][slots] if guides else None
+        allowed = allowed_logits(codes, logits[slots], null, codes.first, sampling.guidance)
+        now = probabilities(allowed, sampling.temperature, sampling.top_k_image)
+        read = [0] * len(self._replies)
+        final = self._guesses.update(replies, now, counts)
+        for (slot, reply), ids in zip(replies.items(), final, strict=True):
+            read[slot] = reply.take_codes(ids)
+            self._finish(slot, reply)
+        self._rows.advance(read * twice)
+
+    def _finish(self, slot: int, reply: OpenReply) -> None:
+        """Free the slot of a reply that is over."""
+        if not reply.plan:
+            self.finished[reply.place] = reply.ids(slot)
+            self._replies[slot] = None
+
+    def _guides(self, replies: Sequence[OpenReply]) -> bool:
+        return self._model.sampling.guidance != 1 and any(reply.in_image for reply in replies)
+
+    def _null_rows(self, slots: Sequence[int]) -> list[int]:
+        """Return the rows of null prompts; the first image of all makes room for them."""
+        if self._rows.count == len(self._replies):
+            self._rows.grow(2 * len(self._replies))
+        return [len(self._replies) + slot for slot in slots]
+
+    def _open_null_prompts(self) -> None:
+        """Read the null prompts of the slots that begin their first image."""
+        slots, prompts = [], []
+        for slot, (reply, prompt) in enumerate(zip(self._replies, self._prompts, strict=True)):
+            if reply is not None and reply.in_image and prompt is not None:
+                slots.append(slot)
+                prompts.append(null_prompt(prompt))
+                self._prompts[slot] = None
+        if slots:
+            self._rows.open(self._null_rows(slots), self._model.collate_prompts(prompts), slice(0, 1))
+
+    def _next_tokens(self, running: Sequence[OpenReply], count: int) -> Tensor:
+        """Return the next tokens (slots, count) of the queues; free slots read what another reads."""
+        columns = []
+        for column in range(count):
+            filler = running[0].queue[column]
+            known = [filler if reply is None else reply.queue[column] for reply in self._replies]
+            if set(known) == {LATEST}:
+                columns.append(self._latest)
+            elif len(set(known)) == 1:
+                columns.append(torch.full_like(self._latest, filler))
+            else:
+                ids = torch.tensor(known, device=self._latest.device)
+                columns.append(torch.where(ids == LATEST, self._latest, ids))
+        return torch.stack(columns, dim=1)
+
+    def _choose(self, slots: Sequence[int], logits: Tensor, null: Tensor | None, first: int) -> None:
+        """Choose the next token of some slots by logits (len(slots), W) of the ids from `first` on."""
+        replies = [reply for slot in slots if (reply := self._replies[slot]) is not None]
+        choices = [reply.plan[0] for reply in replies]
+        numbers = [reply.numbers for reply in replies]
+        chosen = self._model.broadcast(
+            choose_tokens(choices, logits, null, first, self._model.sampling, numbers)
+        )
+        if len(slots) == len(self._replies):
+            self._latest = chosen
+        else:
+            places = torch.tensor(slots, device=chosen.device)
+            self._latest = self._latest.index_copy(0, places, chosen)
+        # The one wait for the device: for tokens that decide what follows, of which an image has none.
+        branches = any(choice.branches for choice in choices)
+        known = chosen.tolist() if branches else [None] * len(slots)
+        for slot, reply, token in zip(slots, replies, known, strict=True):
+            reply.choose(self._latest, token)
+            self._finish(slot, reply)
 
 
-class _Context:
-    """The cache of the tokens read so far in each row, and `logits` (R, vocabulary) of the next token."""
+def _window(replies: Sequence[OpenReply]) -> slice:
+    """Return the range of ids that holds all that may come next."""
+    return slice(min(reply.plan[0].first for reply in replies), max(reply.plan[0].end for reply in replies))
 
-    def __init__(self, model: UniToken, batch: Batch, room: int) -> None:
-        self._model, device = model, model.output_weight.device
-        documents = batch["document_ids"]
-        rows, length = documents.shape
-        # (R, length + room): which places of the cache hold a token.
-        self._filled = torch.zeros(rows, length + room, dtype=torch.bool)
-        self._filled[:, :length] = documents >= 0
-        self._cache = KVCache(len(model.model.layers), length + room)
-        self._no_pixels = batch["pixel_values"][:0].to(device)
-        mask = None if bool((documents >= 0).all()) else dense_document_mask(documents.to(device))
-        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS}
-        self.logits = model.predict(inputs, mask, self._cache)
 
-    def append(self, tokens: Tensor, included: Sequence[bool]) -> None:
-        """Read one more token (R,) in each row; a row that is not `included` stays as it is."""
-        end = self._cache.seen + 1
-        positions = self._filled[:, : end - 1].sum(1)
-        self._filled[:, end - 1] = torch.tensor(included)
-        filled, device = self._filled[:, :end], tokens.device
-        mask = None if bool(filled.all()) else filled[:, None, None].to(device)
-        inputs = {
-            "input_ids": tokens[:, None],
-            "position_ids": positions[:, None].to(device),
-            "pixel_values": self._no_pixels,
-        }
-        self.logits = self._model.predict(inputs, mask, self._cache)
+def _extended(prompt: Record, ids: Sequence[int]) -> Record:
+    """Return the prompt with the first ids of its reply behind it."""
+    tokens = np.concatenate([prompt.tokens, np.array(ids, prompt.tokens.dtype)])
+    return dataclasses.replace(prompt, tokens=tokens)
 
 
 def split_reply(vocabulary: Vocabulary, reply: Sequence[int]) -> list[list[int] | npt.NDArray[np.int64]]:

@@ -33,22 +33,67 @@ Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causa
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for generation.
+    """Keys and values of the tokens read so far, for generation: buffers of fixed shape.
+
+    A row holds its tokens in order from the first place on, so that a token's place is its position in the
+    text. Rows are read whole from their beginning (`begin`), then go on with a few tokens at a time
+    (`proceed`). Each row may be at a position of its own. A token that is read again takes the place of what
+    was there: so padding behind a row, and tokens that turn out to be wrong, leave no trace.
 
     Args:
         layers: number of decoder layers.
-        length: the most tokens that the cache may hold.
+        rows: number of rows.
+        length: the most tokens that a row may hold.
     """
 
-    STEP = 256  # tokens of room added at once: doubling took twice the memory of a long prompt
-
-    def __init__(self, layers: int, length: int) -> None:
-        self.length = length
-        self.seen = 0  # advanced by the decoder after its last layer
+    def __init__(self, layers: int, rows: int, length: int) -> None:
+        self.rows, self.length = rows, length
+        # By layer keys and values (rows * length, K * D), made when the layer first has some.
         self.stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._places: Tensor  # of the tokens that are read next, in the flat buffers
+        self._seen: tuple[int, int] | None = None  # rows and places that they see; None: only themselves
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored, which is that of attention."""
+        assert self.stored[0] is not None, "nothing was read so far"
+        return self.stored[0][0].dtype
+
+    def grow(self, rows: int) -> None:
+        """Make room for more rows."""
+        for layer, buffers in enumerate(self.stored):
+            if buffers is not None:
+                larger = tuple(buffer.new_zeros(rows * self.length, buffer.shape[1]) for buffer in buffers)
+                for new, old in zip(larger, buffers, strict=True):
+                    new[: len(old)] = old
+                self.stored[layer] = larger[0], larger[1]
+        self.rows = rows
+
+    def begin(self, rows: Tensor, tokens: int) -> None:
+        """Prepare for reading whole texts.
+
+        Args:
+            rows: (P,), of the cache, that take a text each in place of what they hold.
+            tokens: the length of the texts, T, with padding behind the shorter ones.
+        """
+        assert tokens <= self.length, f"a cache for {self.length} tokens can not hold {tokens}"
+        columns = torch.arange(tokens, device=rows.device)
+        self._places, self._seen = (rows[:, None] * self.length + columns).flatten(), None
+
+    def proceed(self, positions: Tensor, end: int) -> None:
+        """Prepare for reading the next tokens of the first rows.
+
+        Args:
+            positions: (P, T), of the new tokens of the first P rows. What lies beyond the cache's length, as
+                it does for rows that read nothing of use, lands in the last place.
+            end: the number of places, from the first, that queries see; a mask hides some of them.
+        """
+        begins = torch.arange(len(positions), device=positions.device)[:, None] * self.length
+        self._places = (begins + positions.clamp(max=self.length - 1)).flatten()
+        self._seen = len(positions), end
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of T new tokens to a layer, and return those of all tokens.
+        """Store keys and values of new tokens, and return those that they see.
 
         Args:
             layer: number of the layer.
@@ -56,21 +101,38 @@ class KVCache:
             value: (P, K, T, D).
 
         Returns:
-            Keys and values, each (P, K, seen + T, D).
+            Keys and values, each (P, K, S, D): of the new tokens after `begin`, else of the first `end`
+            places.
         """
-        end = self.seen + key.shape[2]
-        assert end <= self.length, f"a cache for {self.length} tokens can not hold {end}"
+        rows, heads, _, size = key.shape
         buffers = self.stored[layer]
-        if buffers is None or buffers[0].shape[2] < end:
-            capacity = min(self.length, end + self.STEP)
-            shape = (*key.shape[:2], capacity, key.shape[3])
-            larger = (key.new_empty(shape), value.new_empty(shape))
-            for new, old in zip(larger, buffers or (), strict=False):
-                new[:, :, : self.seen] = old[:, :, : self.seen]
-            buffers = self.stored[layer] = larger
-        buffers[0][:, :, self.seen : end] = key
-        buffers[1][:, :, self.seen : end] = value
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+        if buffers is None:
+            shape = (self.rows * self.length, heads * size)
+            # Zeros, as a masked place has a weight of 0, but 0 times what lies in fresh memory may be NaN.
+            buffers = self.stored[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        for buffer, new in zip(buffers, (key, value), strict=True):
+            buffer.index_copy_(0, self._places, new.transpose(1, 2).reshape(-1, heads * size))
+        if self._seen is None:
+            return key, value
+        rows, end = self._seen
+        by_head = (self.rows, self.length, heads, size)
+        keys, values = (buffer.view(by_head)[:rows, :end].transpose(1, 2) for buffer in buffers)
+        return keys, values
+
+
+def causal_bias(positions: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+    """Return what attention adds to the scores of a cache's places: 0 up to each query's, -inf behind it.
+
+    Args:
+        positions: (P, T), of the queries.
+        end: the number of places, S.
+        dtype: of attention. Adding this costs less than a boolean mask, which every layer would convert.
+
+    Returns:
+        (P, 1, T, S).
+    """
+    hidden = torch.arange(end, device=positions.device) > positions[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def document_mask(document_ids: Tensor, kind: Literal["sdpa", "flex"]) -> Tensor | BlockMask:
@@ -142,17 +204,19 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
         query: (P, H, L, D).
         key: (P, K, S, D).
         value: (P, K, S, D).
-        mask: which keys each query sees. Without one a single query sees all keys; several are in a causal
-            order, with no keys before theirs.
+        mask: which keys each query sees, as booleans or as what is added to the scores. Without one a single
+            query sees all keys; several are in a causal order, with no keys before theirs.
     """
     rows, heads, length, size = query.shape
     groups = key.shape[1]
-    if groups != heads and length == 1:
-        # All queries see the same keys: the heads of a group are computed like places of one head, and the
+    if groups != heads and (length == 1 or length < key.shape[2]):
+        # A few queries that see a cache: the heads of a group are computed like places of one head, and the
         # cache is not copied.
-        query = query.view(rows, groups, heads // groups, size)
+        query = query.reshape(rows, groups, heads // groups * length, size)
+        if mask is not None and length > 1:
+            mask = mask.repeat(1, 1, heads // groups, 1)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return attended.reshape(rows, heads, 1, size)
+        return attended.reshape(rows, heads, length, size)
     if groups != heads:
         # With `enable_gqa` torch 2.7 has no fast kernel on CPUs (forward and backward take 2.4 times as long
         # for 1,024 tokens), nor one with a mask on GPUs, and computes whole matrices of probabilities.
@@ -322,7 +386,7 @@ class DecoderAttention(nn.Module):
         if mask is not None and not isinstance(mask, Tensor):
             attended = _flex_attention(query, key, value, mask)
         else:
-            # Several new tokens without a mask come with an empty cache only.
+            # Several tokens without a mask are whole texts, which see no cache.
             attended = _sdpa(query, key, value, mask)
         out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(rows, length, -1))
         return out
@@ -426,13 +490,11 @@ class Decoder(nn.Module):
             embeddings: (P, L, hidden), of tokens and image features.
             position_ids: (P, L), positions inside the document.
             mask: which keys each query sees; None for one document a row.
-            past: the cache of earlier tokens, extended by these; or None.
+            past: the cache of earlier tokens, which is told before where these belong; or None.
         """
         cos, sin = compute_rotary(position_ids, self.head_dim, self.rope_theta, self.rope_scaling)
         hidden = embeddings
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, past)
-        if past is not None:
-            past.seen += embeddings.shape[1]
         out: Tensor = self.norm(hidden)
         return out

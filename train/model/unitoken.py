@@ -29,6 +29,10 @@ ModelInputs = Mapping[str, Tensor]
 class OutputLayer(nn.Linear):
     """The output layer (vocabulary, hidden), a sharding unit: its weight is whole in its own methods only."""
 
+    def forward(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+        """Return the logits (..., ids) of hidden states (..., hidden), for a range of the vocabulary."""
+        return F.linear(hidden, self.weight[ids])
+
     def loss(self, rows: Tensor, targets: Tensor, z_weight: float, masked_ids: Tensor | None) -> Loss:
         """Return `token_loss` of its logits."""
         return token_loss(rows, targets, self.weight, z_weight, masked_ids)
@@ -103,17 +107,33 @@ class UniToken(nn.Module):
             return token_loss(rows, targets, self.output_weight, self.z_loss, masked_ids)
         return self.lm_head.loss(rows, targets, self.z_loss, masked_ids)
 
-    def predict(self, batch: ModelInputs, mask: Tensor | None, past: KVCache) -> Tensor:
-        """Return the float32 logits (P, vocabulary) of the token after the last one of each row.
+    def predict(
+        self,
+        batch: ModelInputs,
+        mask: Tensor | None,
+        past: KVCache,
+        *,
+        columns: Tensor | None = None,
+        ids: slice = slice(None),
+    ) -> Tensor:
+        """Return the float32 logits (P, C, ids) of the tokens that follow C of the new tokens of each row.
 
         Args:
-            batch: the new tokens; `past` keeps their keys and values.
-            mask: (P, 1, L, L including the cache), True where a query sees a key; None means plain causal.
+            batch: the new tokens (P, T); `past` keeps their keys and values.
+            mask: (P, 1, T, places of the cache that are seen), what is added to the scores, or True where a
+                query sees a key; None: whole texts, in a causal order.
             past: the cache of the tokens before.
+            columns: (P, C), which of the new tokens; None: the last, so C is 1.
+            ids: a range of the vocabulary: the output layer is computed for no other.
         """
         hidden = self.model(self.embed(batch), batch["position_ids"], mask, past)
-        last = hidden[:, -1]
-        logits: Tensor = F.linear(last, self.output_weight) if self.is_tied else self.lm_head(last)
+        if columns is None:
+            hidden = hidden[:, -1:]
+        else:
+            hidden = hidden.gather(1, columns[:, :, None].expand(-1, -1, hidden.shape[2]))
+        if self.is_tied:
+            return F.linear(hidden, self.output_weight[ids]).float()
+        logits: Tensor = self.lm_head(hidden, ids)
         return logits.float()
 
     def embed(self, batch: ModelInputs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -11,15 +12,22 @@ from composer.distributed.fsdp2 import create_mixed_precision_policy, prepare_fu
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from support.decoders import small_config
+from support.small_datasets import make_record, small_vocabulary
 from support.stages import DECODER, stage
 from unitoken.common.errors import ConfigError, is_transient
 from unitoken.storage.store import StoreError, TransientStoreError
 from unitoken.streaming_data.reading.batch import target_places
+from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig
 from unitoken.train.distributed import composer_trainer, ranks
+from unitoken.train.generation.engine import generate
+from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.decoder import KVCache
 from unitoken.train.model.unitoken import UniToken, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
@@ -184,3 +192,52 @@ def test_torchruns_name_of_the_machines_number_is_used(
     ranks.connect()
     assert (os.environ["NODE_RANK"], timeouts) == (node, [ranks.TIMEOUT])
     del os.environ["NODE_RANK"]  # monkeypatch would set it again for the tests that follow
+
+
+@pytest.mark.parametrize("reshards", [True, False])
+def test_samples_gather_each_weight_once(reshards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of tokens; afterwards all weights are in shards, and layers free them as before."""
+    gathered: list[str] = []
+    real = torch.distributed.all_gather_into_tensor
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        gathered.append("weights")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", watched)
+    vocabulary = small_vocabulary()
+    config = small_config(vocab_size=vocabulary.size)
+    network = build_model(config, None, ModelConfig(decoder=config, vision=None))
+    load_weights(network, {}, seed=0)
+    prompt = make_record("p", vocabulary, 5)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in network.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshards)
+        fully_shard(network, mesh=mesh)
+        register_fsdp_forward_method(network, "predict")
+        model = composer_trainer.TrainingModel(network)
+        model.reshards = reshards
+        state: Any = SimpleNamespace(model=model, precision="fp32", precision_config=None)
+        for size in ((2, 2), (6, 6)):
+            gathered.clear()
+            with composer_trainer.evaluation_mode(state) as drawing:
+                generate(drawing, vocabulary, [prompt], Sampling(0.0), sizes=[size], drawing=True)
+            assert len(gathered) == 1 + config.num_hidden_layers
+        assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+        gathered.clear()
+        with torch.no_grad():
+            for _ in range(2):
+                predict(network)
+        assert len(gathered) == 1 + config.num_hidden_layers * (2 if reshards else 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def predict(network: UniToken) -> None:
+    """Read two tokens."""
+    past = KVCache(len(network.model.layers), 1, 2)
+    past.begin(torch.tensor([0]), 2)
+    ids = torch.tensor([[1, 2]])
+    network.predict({"input_ids": ids, "position_ids": ids, "pixel_values": torch.empty(0)}, None, past)

@@ -84,6 +84,16 @@ def test_images_for_several_prompts_and_sizes(run: Path, tmp_path: Path) -> None
     )
 
 
+def test_speculative_drawings_are_another_request(run: Path, tmp_path: Path) -> None:
+    command = [run, "--prompt", "Draw a two.", "--draw", "--size", "32x16", "--out", tmp_path / "out"]
+    for options, speculative in (([], False), (["--speculative"], True)):
+        status, output = ask(*command, *options)
+        assert status == 0, output
+        request = json.loads((tmp_path / "out" / "request.json").read_bytes())
+        assert request["sampling"]["speculative"] is speculative
+        assert Image.open(tmp_path / "out" / "0000.png").size == (32, 16)
+
+
 def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path) -> None:
     folder = run.parent
     lines = [

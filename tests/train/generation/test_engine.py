@@ -19,7 +19,6 @@ from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.generation.engine import PromptCollate, generate, null_prompt, split_reply
 from unitoken.train.generation.sampling import Sampling
-from unitoken.train.model.decoder import KVCache
 from unitoken.train.model.unitoken import UniToken, build_model
 
 VISION = VisionTowerConfig(
@@ -256,29 +255,90 @@ def test_greedy_mixed_replies_equal_those_without_cache_or_batch(
     assert any(isinstance(part, np.ndarray) for part in split_reply(vocabulary, found[0]))
 
 
-def test_text_replies_read_no_null_prompts(
-    model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They once doubled compute and cache. From the first image on, the null rows read images only."""
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each pass through the model."""
     rows: list[int] = []
     real = UniToken.predict
 
-    def watched(self: UniToken, batch: Batch, *rest: Any) -> torch.Tensor:
+    def watched(self: UniToken, batch: Batch, *rest: Any, **settings: Any) -> torch.Tensor:
         rows.append(len(batch["input_ids"]))
-        return real(self, batch, *rest)
+        return real(self, batch, *rest, **settings)
 
     monkeypatch.setattr(UniToken, "predict", watched)
+    return rows
+
+
+def test_text_replies_read_no_null_prompts(
+    model: UniToken, vocabulary: Vocabulary, passes: list[int]
+) -> None:
+    """They once doubled compute and cache. From the first image on, the null rows read images only."""
     several = prompts(vocabulary, 4, 9, 7, 6)
     guided = dataclasses.replace(LIKELIEST, guidance=3.0)
     words = generate(model, vocabulary, several, LIKELIEST, max_tokens=8)
     assert words == generate(model, vocabulary, several, guided, sizes=[(2, 2)], max_tokens=8)
-    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
-    rows.clear()
+    assert passes[: len(passes) // 2] == passes[len(passes) // 2 :]
+    passes.clear()
     drawn = dataclasses.replace(vocabulary, image_start=words[0][2])
     (reply,) = generate(model, drawn, several[:1], guided, sizes=[(2, 2)], max_tokens=3)
-    assert len(rows) == len(reply) + BLOCK, (
-        "the null prompt once, and the image token by token but for its last"
-    )
+    words_before = reply.index(drawn.image_start)
+    assert len(reply) == words_before + BLOCK
+    # The prompt, the words, the null prompt; the image's beginning, and its codes but for the last.
+    assert passes == [1] * (words_before + 2) + [2] * 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_guided_drawing_takes_one_pass_a_code(
+    model: UniToken, vocabulary: Vocabulary, passes: list[int], batch: int
+) -> None:
+    """Both rows in one, with all that the size decides: the header, the ends of rows, the end."""
+    sampling = Sampling(guidance=3.0)
+    several = prompts(vocabulary, 4, 9, 7)[:batch]
+    generate(model, vocabulary, several, sampling, sizes=[(4, 2)], drawing=True)
+    assert passes == [2 * batch] * (4 * 2)
+
+
+def test_a_drawing_waits_for_the_device_once(
+    model: UniToken, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its size; the other reads are of the prompts, before they go to the device."""
+    reads: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(torch.Tensor, name)
+
+        def read(*arguments: Any) -> Any:
+            reads.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"):
+        watch(name)
+    counts = []
+    for size in ((2, 2), (8, 8)):
+        reads.clear()
+        several = prompts(vocabulary, 4, 9, 7)
+        generate(model, vocabulary, several, Sampling(guidance=3.0), sizes=[size], drawing=True)
+        counts.append(reads.count("tolist"))
+        assert len(reads) < 20
+    assert counts[0] == counts[1]
+
+
+def test_a_finished_row_makes_room_for_the_next_prompt(
+    model: UniToken, vocabulary: Vocabulary, passes: list[int]
+) -> None:
+    """One long reply and four short ones in two rows: the short ones go through the second, one by one."""
+    several = [prompt for prompt in prompts(vocabulary, *range(4, 16)) if not len(prompt.images)]
+    alone = generate(model, vocabulary, several, LIKELIEST, max_tokens=12, batch=1)
+    long = next(place for place, reply in enumerate(alone) if len(reply) == 12)
+    limits = [12 if place == long else 2 for place in range(len(several))]
+    passes.clear()
+    found = generate(model, vocabulary, several, LIKELIEST, max_tokens=limits, batch=2)
+    assert found == [reply[:limit] for reply, limit in zip(alone, limits, strict=True)]
+    opened = len(several) - 1  # the first two in one pass
+    assert len(passes) <= opened + 12
+    assert len(several) == 4
 
 
 def test_the_tower_sees_an_image_once_for_several_replies(model: UniToken, vocabulary: Vocabulary) -> None:
@@ -288,17 +348,6 @@ def test_the_tower_sees_an_image_once_for_several_replies(model: UniToken, vocab
     batch = collate(repeated, [collate.length(prompt) for prompt in repeated], vocabulary)
     assert len(batch["pixel_values"]) == len({*several[1].images, *several[2].images}) == 3
     assert batch["feature_views"].reshape(5, 4)[:, 0].tolist() == [0, 0, 0, 1, 2]
-
-
-def test_the_cache_allocates_few_tokens_more_than_it_holds() -> None:
-    """Doubling its size took twice the memory that a long prompt needs."""
-    cache = KVCache(1, 10_000)
-    for new in (4000, 1, 300):
-        key = torch.zeros(1, 1, new, 2)
-        cache.update(0, key, key)
-        cache.seen += new
-        assert cache.stored[0] is not None
-        assert cache.seen <= cache.stored[0][0].shape[2] <= cache.seen + KVCache.STEP
 
 
 def test_each_prompt_may_have_its_own_number_and_limit(model: UniToken, vocabulary: Vocabulary) -> None:

@@ -3,14 +3,20 @@
 import numpy as np
 import torch
 
-from unitoken.train.generation.sampling import generator_of, guided, sample
+from unitoken.train.generation.sampling import RandomNumbers, generator_of, guided, sample
 
+CPU = torch.device("cpu")
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
+
+
+def uniform_numbers(seed: int, count: int) -> torch.Tensor:
+    """The first number (count, 1) of each of so many replies."""
+    return torch.stack([RandomNumbers(seed, number, CPU).next() for number in range(count)])
 
 
 def draws(count: int, temperature: float, top_k: int | None = None) -> np.ndarray:
     rows = LOGITS.expand(count, -1)
-    return sample(rows, temperature, top_k, [generator_of(0, number) for number in range(count)]).numpy()
+    return sample(rows, temperature, top_k, uniform_numbers(0, count)).numpy()
 
 
 def test_tokens_are_sampled_by_their_probability() -> None:
@@ -30,7 +36,7 @@ def test_top_k_and_temperature_0_keep_the_likeliest_tokens() -> None:
 def test_no_token_of_probability_0_is_sampled() -> None:
 
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(4000, -1)
-    assert set(sample(logits, 1.0, None, [generator_of(1, n) for n in range(4000)]).tolist()) == {1, 2}
+    assert set(sample(logits, 1.0, None, uniform_numbers(1, 4000)).tolist()) == {1, 2}
 
 
 def test_guidance_moves_away_from_the_null_prompt() -> None:
@@ -46,3 +52,14 @@ def test_each_prompt_has_its_own_random_numbers() -> None:
         float(torch.rand(1, generator=generator_of(seed, number))) for seed in range(9) for number in range(9)
     }
     assert len(distinct) == 81
+
+
+def test_numbers_drawn_ahead_are_those_drawn_one_by_one() -> None:
+    """So that the codes of an image need no more of the CPU, and drawings stay as they were."""
+    ahead, singly = RandomNumbers(1, 2, CPU), RandomNumbers(1, 2, CPU)
+    generator = generator_of(1, 2)
+    ahead.draw_ahead(100)
+    for _ in range(103):
+        expected = torch.rand(1, generator=generator)
+        assert ahead.next().equal(expected)
+        assert singly.next().equal(expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.decoders import LENGTHS, build_decoder, packed_inputs, small_config
-from unitoken.train.model.decoder import KVCache, document_mask
+from unitoken.train.model.decoder import Decoder, KVCache, causal_bias, document_mask
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "flex"])
@@ -47,18 +47,56 @@ def test_padding_gives_no_nan_forward_or_backward(kind: Literal["sdpa", "flex"])
         assert parameter.grad.isfinite().all(), name
 
 
-def test_a_cache_gives_the_states_of_reading_all_at_once() -> None:
+def go_on(decoder: Decoder, past: KVCache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The states (P, T) of the next tokens of the cache's first rows."""
+    past.proceed(positions, past.length)
+    bias = causal_bias(positions, past.length, torch.float32)
+    states: torch.Tensor = decoder(decoder.embed_tokens(ids), positions, bias, past)
+    return states
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_cache_gives_the_states_of_reading_all_at_once(step: int) -> None:
+    """Also for rows of different lengths, whose shorter ones are padded, and for several tokens at a time."""
     decoder = build_decoder(small_config(num_key_value_heads=2)).eval()
-    ids = torch.randint(0, 50, (3, 11), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(11).expand(3, -1)
+    ids = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    begins = torch.tensor([6, 2, 4])
     with torch.no_grad():
-        expected = decoder(decoder.embed_tokens(ids), positions, None)
-        past = KVCache(2, 11)
-        first = decoder(decoder.embed_tokens(ids[:, :6]), positions[:, :6], None, past)
-        later = [
-            decoder(decoder.embed_tokens(ids[:, [i]]), positions[:, [i]], None, past) for i in range(6, 11)
-        ]
-    torch.testing.assert_close(torch.cat([first, *later], dim=1), expected, rtol=1e-5, atol=1e-5)
+        expected = decoder(decoder.embed_tokens(ids), torch.arange(16).expand(3, -1), None)
+        past = KVCache(2, 3, 16)
+        past.begin(torch.arange(3), 6)
+        prompts = decoder(decoder.embed_tokens(ids[:, :6]), torch.arange(6).expand(3, -1), None, past)
+        stored = [buffer.data_ptr() for buffers in past.stored if buffers for buffer in buffers]
+        for row, begin in enumerate(begins):
+            torch.testing.assert_close(prompts[row, :begin], expected[row, :begin], rtol=1e-5, atol=1e-5)
+        for first in range(0, 10, step):
+            positions = begins[:, None] + first + torch.arange(step)
+            states = go_on(decoder, past, ids.gather(1, positions), positions)
+            torch.testing.assert_close(
+                states, expected[torch.arange(3)[:, None], positions], rtol=1e-5, atol=1e-5
+            )
+    assert stored == [buffer.data_ptr() for buffers in past.stored if buffers for buffer in buffers], (
+        "nothing is allocated after the prompt"
+    )
+
+
+def test_a_row_of_the_cache_is_read_anew_or_again() -> None:
+    """A new text in a row, wrong tokens that others replace, and new rows leave no trace in the others."""
+    decoder = build_decoder(small_config()).eval()
+    ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(1))
+    at = torch.arange(8)
+    with torch.no_grad():
+        expected = decoder(decoder.embed_tokens(ids), at.expand(2, -1), None)
+        past = KVCache(2, 2, 8)
+        past.begin(torch.arange(2), 5)
+        decoder(decoder.embed_tokens(ids[:, :5]), at[:5].expand(2, -1), None, past)
+        go_on(decoder, past, torch.zeros(2, 3, dtype=torch.int64), at[5:].expand(2, -1))  # wrong tokens
+        past.begin(torch.tensor([1]), 7)
+        decoder(decoder.embed_tokens(ids[:1, :7]), at[:7][None], None, past)  # row 1 takes the text of row 0
+        past.grow(3)
+        found = go_on(decoder, past, ids[:1].expand(2, -1)[:, 5:], at[5:].expand(2, -1))
+    for row in found:
+        torch.testing.assert_close(row, expected[0, 5:], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_on_both_residual_branches_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:

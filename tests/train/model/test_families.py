@@ -15,7 +15,7 @@ from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.config import ModelConfig
-from unitoken.train.model.decoder import KVCache
+from unitoken.train.model.decoder import KVCache, causal_bias
 from unitoken.train.model.unitoken import UniToken, build_model
 
 SIZES: dict[str, Any] = {
@@ -196,25 +196,22 @@ def test_flex_and_sdpa_train_documents_as_if_alone(name: str, saved: Saved) -> N
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_tokens_have_the_logits_of_a_full_pass(name: str, saved: Saved) -> None:
-    """The second row is padded at its left, as in generation."""
+    """The prompt of the second row is three tokens shorter, and padded."""
     model = load(saved(name)[1]).eval()
     ids = torch.randint(7, 50, (2, 12), generator=torch.Generator().manual_seed(1))
-    seen = torch.ones(2, 12, dtype=torch.bool)
-    seen[1, :3] = False
-    positions = (seen.cumsum(1) - 1).clamp(min=0)
-    mask = (seen[:, None, None] & torch.ones(12, 12, dtype=torch.bool).tril()) | torch.eye(
-        12, dtype=torch.bool
-    )
-    pixels = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-    past, found = KVCache(2, 12), []
+    lengths, pixels = torch.tensor([[7], [4]]), torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
+    past = KVCache(2, 2, 12)
     with torch.no_grad():
-        for first, end in ((0, 7), *((n, n + 1) for n in range(7, 12))):
-            part = {"input_ids": ids[:, first:end], "position_ids": positions[:, first:end]}
-            found.append(model.predict({**part, "pixel_values": pixels}, mask[:, :, first:end, :end], past))
-        expected = torch.stack(
-            [logits_of(model, ids[:1])[0], F.pad(logits_of(model, ids[1:, 3:])[0], (0, 0, 3, 0))]
-        )
-    torch.testing.assert_close(torch.stack(found, dim=1), expected[:, 6:], rtol=1e-4, atol=1e-4)
+        past.begin(torch.arange(2), 7)
+        prompts = {"input_ids": ids[:, :7], "position_ids": torch.arange(7).expand(2, -1)}
+        found = [model.predict({**prompts, "pixel_values": pixels}, None, past, columns=lengths - 1)]
+        for step in range(5):
+            positions = lengths + step
+            past.proceed(positions, 12)
+            part = {"input_ids": ids.gather(1, positions), "position_ids": positions, "pixel_values": pixels}
+            found.append(model.predict(part, causal_bias(positions, 12, torch.float32), past))
+        expected = torch.stack([logits_of(model, ids[:1])[0, 6:], logits_of(model, ids[1:, :9])[0, 3:]])
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tied_embeddings_are_one_tensor(saved: Saved) -> None:
