@@ -36,7 +36,7 @@ class PeakBytes(TorchDispatchMode):
     """Counts the bytes alive of all storages that operations return and FSDP2 resizes, and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
         self.now = self.most = 0
 
@@ -72,11 +72,12 @@ class PeakBytes(TorchDispatchMode):
                 peak._change(storage._cdata, size)
 
         UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
-        return super().__enter__()  # type: ignore[return-value]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *exception: object) -> None:
         UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
 
 @dataclass

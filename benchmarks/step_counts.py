@@ -46,7 +46,7 @@ class StepCounts(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels = self.elementwise_bytes = self.waits = 0
         self.flops = 0.0
 
@@ -75,17 +75,17 @@ class StepCounts(TorchDispatchMode):
 def _product_flops(name: str, args: Any, result: Any) -> float:
     """Return the FLOPs of a product of matrices; 2 for each multiplication and addition."""
     if name == "convolution":
-        return 2.0 * result.numel() * args[1][0].numel()
+        return float(2 * result.numel() * args[1][0].numel())
     if name == "convolution_backward":  # the gradients that the last argument asks for, without the bias's
-        return 2.0 * args[0].numel() * args[2][0].numel() * sum(args[-1][:2])
+        return float(2 * args[0].numel() * args[2][0].numel() * sum(args[-1][:2]))
     left, right = args[-2:] if name in ("mm", "bmm") else args[1:3]
-    return 2.0 * left.numel() * right.shape[-1]
+    return float(2 * left.numel() * right.shape[-1])
 
 
 def _attention_flops(name: str, args: Any) -> float:
     """Return the FLOPs of attention's two products; the backward pass counts twice."""
     query, key = args[1:3] if "backward" in name else args[0:2]
-    return (8.0 if "backward" in name else 4.0) * query.numel() * key.shape[-2]
+    return float((8 if "backward" in name else 4) * query.numel() * key.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def _compile_and_count(
     from torch._inductor.graph import GraphLowering
     from torch._inductor.scheduler import ExternKernelSchedulerNode
 
-    counted, original = [], GraphLowering.count_bytes
+    counted: list[float] = []
+    original = GraphLowering.count_bytes
 
     def count_bytes(graph: GraphLowering) -> Any:
         result = original(graph)

@@ -105,7 +105,7 @@ class Side:
 
     def step(self, batch: Batch) -> None:
         """Run the forward and the backward pass, and forget the gradients."""
-        self.loss(batch).backward()
+        self.loss(batch).backward()  # type: ignore[no-untyped-call]
         self.model.zero_grad()
 
 
@@ -151,7 +151,8 @@ def _padded_loss(network: UniToken, batch: Batch) -> Tensor:
 def _put_features(network: UniToken, batch: Batch, features: Tensor) -> Tensor:
     rows = features[batch["feature_views"], batch["feature_patches"]]
     places = (batch["feature_rows"], batch["feature_columns"])
-    return network.model.embed_tokens(batch["input_ids"]).index_put(places, rows)
+    embeddings: Tensor = network.model.embed_tokens(batch["input_ids"])
+    return embeddings.index_put(places, rows)
 
 
 def _loss_of_all_logits(logits: Tensor, labels: Tensor) -> Tensor:

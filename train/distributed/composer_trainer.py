@@ -386,8 +386,7 @@ def _keep_gathered(network: nn.Module, reshards: bool) -> Iterator[None]:
         reshards: whether layers and tower free their weights after each pass in training.
     """
     units = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    layers = [unit for unit in units if unit is not network and not isinstance(unit, OutputLayer)]
-    inner = layers if reshards else []
+    inner = [unit for unit in units if isinstance(unit, DecoderLayer | VisionTower) and reshards]
     try:
         for unit in inner:
             _reshard_after_forward(unit, False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unitoken.streaming_data.reading.collate import Batch
+from unitoken.streaming_data.reading.batch import Batch
 from unitoken.train.model.decoder import KVCache, causal_bias
 from unitoken.train.model.unitoken import UniToken
 

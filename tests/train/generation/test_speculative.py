@@ -11,7 +11,7 @@ import torch
 from support.decoders import small_config
 from support.small_datasets import small_vocabulary
 from unitoken.dataset.record import Record
-from unitoken.streaming_data.reading.collate import Batch
+from unitoken.streaming_data.reading.batch import Batch
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import ModelConfig
 from unitoken.train.generation.engine import generate

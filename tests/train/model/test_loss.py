@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.simulated import PeakBytes
+from benchmarks.simulated_step import PeakBytes
 from unitoken.train.model.loss import token_loss
 
 VOCABULARY = 20
