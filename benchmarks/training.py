@@ -243,7 +243,7 @@ def trainer_here(folder: str) -> dict[str, float]:
             patch.object(UniToken, "forward", work.timed(UniToken.forward)),
             patch.object(torch.Tensor, "backward", work.timed(torch.Tensor.backward)),
             patch.object(torch.optim.AdamW, "step", work.timed(torch.optim.AdamW.step)),
-            WaitCounter() as counter,
+            WaitCounter() as counter,  # type: ignore[no-untyped-call]
         ):
             begun = time.perf_counter()
             run_stage(config, check_stage(config, 1))

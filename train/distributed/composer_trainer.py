@@ -385,7 +385,7 @@ def _keep_gathered(network: nn.Module, reshards: bool) -> Iterator[None]:
         network: the model, sharded or not.
         reshards: whether layers and tower free their weights after each pass in training.
     """
-    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    units: list[Any] = [module for module in network.modules() if isinstance(module, FSDPModule)]
     inner = [unit for unit in units if isinstance(unit, DecoderLayer | VisionTower) and reshards]
     try:
         for unit in inner:
