@@ -8,6 +8,7 @@ import torch
 
 from support.decoders import small_config
 from unitoken.dataset.record import Record
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.config import ModelConfig
@@ -32,7 +33,7 @@ def open_rows(rows: CachedRows, numbers: Sequence[int], texts: Sequence[np.ndarr
     no_spans = np.zeros((0, 2), np.uint32), np.zeros((0, 4), np.uint32)
     records = [Record("r", text.astype(np.uint16), *no_spans, ()) for text in texts]
     collate = Collate(max(map(len, texts)), None, "none", 0, 0, False)
-    return rows.open(numbers, collate([[record] for record in records]), ALL)
+    return rows.open(numbers, unpack(collate([[record] for record in records])), ALL)
 
 
 def plain_logits(model: UniToken, text: Sequence[int]) -> torch.Tensor:
