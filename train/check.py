@@ -95,9 +95,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     Raises:
         ConfigError: a setting is wrong, or does not fit the data, the checkpoints or the machine.
     """
-    _check_data(config, world_size)
-    _check_ranks(config, world_size)
-    _check_trainable(config)
+    check_settings(config, world_size)
     _check_loggers(config.log)
     train = ResolvedData(config.data, open_sources(config.data))
     evaluation_config = _evaluation_config(config)
@@ -108,7 +106,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
         check_exportable(decoder, "save.export")
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
     vocabulary = check_sources(train.sources, config.data, views)
-    sizes = ModelSizes(decoder=_with_room(config, decoder, vocabulary), vision=vision)
+    sizes = ModelSizes(decoder=with_room(config, decoder, vocabulary), vision=vision)
     warnings = [*uneven_proportions(config.data), *other_codes(train.sources)]
     warnings += _check_origins(config, sizes, vocabulary)
     if config.codec is not None and uses_codec(config):
@@ -133,6 +131,14 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     )
 
 
+def check_settings(config: StageConfig, world_size: int) -> None:
+    """Check what needs neither data nor checkpoints. Raises ConfigError."""
+    _check_data(config, world_size)
+    _check_ranks(config, world_size)
+    _check_microbatch(config)
+    _check_trainable(config)
+
+
 def uses_codec(config: StageConfig) -> bool:
     """Return whether the stage itself uses the tokenizers, so that they are checked before it trains."""
     return config.samples is not None or config.save.export is not None or _grows_by_codebook(config)
@@ -142,7 +148,7 @@ def _grows_by_codebook(config: StageConfig) -> bool:
     return config.model.grow is not None and config.model.grow.init == "codebook"
 
 
-def _with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabulary) -> DecoderConfig:
+def with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabulary) -> DecoderConfig:
     """Return the decoder's sizes, grown for the vocabulary with `model.grow`. Raises ConfigError."""
     room, needed, first = decoder.vocab_size, vocabulary.size, vocabulary.new_ids.start
     if config.model.grow is None:
@@ -247,12 +253,18 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
         raise ConfigError(
             f"fsdp.reduce: bf16 is for `precision: bf16`; gradients of {config.precision} are summed in fp32"
         )
-    selective = config.activation_checkpointing == "selective"
-    if selective and config.model.attention == "flex" and not config.model.compile:
-        # Flex attention must be compiled, and torch ignores compiled functions inside a selective region.
+    if config.activation_checkpointing == "selective" and not config.supports_selective:
         raise ConfigError(
             "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; "
             "or take 'full', or 'sdpa'"
+        )
+
+
+def _check_microbatch(config: StageConfig) -> None:
+    if config.microbatch == "auto" and config.compat == "unitoken":
+        raise ConfigError(
+            "microbatch: auto: compat 'unitoken' takes the mean of the microbatches' means, which depends on "
+            "their size; give a number"
         )
 
 

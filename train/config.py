@@ -389,16 +389,17 @@ class StageConfig(Config):
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig
-    microbatch: Count = 1
-    """Packs per rank in one forward and backward pass."""
+    microbatch: Literal["auto"] | Count = 1
+    """Packs per rank in one forward and backward pass; `auto`: the most that fit the GPU and divide the
+    rank's share of `data.global_batch`; on a CPU 1."""
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     """Of activations and products. tf32: float32, but the factors of matrix products are rounded, to TF32 on
     a GPU and to bfloat16 on a CPU that has units for it. bf16 needs a GPU."""
     fsdp: FSDPConfig = FSDPConfig()
-    activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
+    activation_checkpointing: Literal["auto", "none", "full", "selective"] | Count = "none"
     """What the backward pass recomputes instead of keeping: nothing; all of every layer, the vision tower's
-    too; all of every k-th layer; or all but matrix products and attention, which are expensive (`selective`;
-    with flex it needs model.compile)."""
+    too; all of every k-th layer; all but matrix products and attention, which are expensive (`selective`;
+    with flex it needs model.compile); or the least that fits the GPU (`auto`; nothing on a CPU)."""
     compat: Literal["unitoken"] | None = None
     """Behave as the reference (UniToken) wherever this program corrects it."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -410,6 +411,26 @@ class StageConfig(Config):
     samples: SamplesConfig | None = None
     codec: CodecConfig | None = None
     """The tokenizers that made the data; `samples`, `generate` and `export` use them."""
+
+    @property
+    def microbatch_packs(self) -> int:
+        """`microbatch`, of a stage whose `auto` was replaced (accounting/fitting.py)."""
+        assert self.microbatch != "auto"
+        return self.microbatch
+
+    @property
+    def recompute(self) -> Literal["none", "full", "selective"] | int:
+        """`activation_checkpointing`, of a stage whose `auto` was replaced (accounting/fitting.py)."""
+        assert self.activation_checkpointing != "auto"
+        return self.activation_checkpointing
+
+    @property
+    def supports_selective(self) -> bool:
+        """Whether the stage can recompute selectively.
+
+        Flex attention must be compiled, and torch ignores compiled functions inside a selective region.
+        """
+        return self.model.attention != "flex" or self.model.compile
 
     @pydantic.model_validator(mode="after")
     def _compat_gives_features_to_all_images(self) -> StageConfig:

@@ -57,6 +57,11 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
     return trained
 
 
+def count_trained(model: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, compat: bool = False, new_rows: range | None = None
 ) -> torch.optim.AdamW:

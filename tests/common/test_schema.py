@@ -79,6 +79,7 @@ def test_every_shipped_file_names_its_schema_and_fits_it(path: Path) -> None:
         ("max_duration: 3", False),
         ("activation_checkpointing: 2", True),
         ("activation_checkpointing: selective", True),
+        ("activation_checkpointing: auto", True),
         ("activation_checkpointing: some", False),
         ("model: {vision: null}", True),
         (f"model: {{decoder: {SIZES}}}", True),

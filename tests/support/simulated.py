@@ -30,6 +30,18 @@ from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
+SEVEN_B = DecoderConfig(
+    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+SIGLIP = VisionTowerConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+)
+
 
 class PeakBytes(TorchDispatchMode):
     """Counts the bytes alive of all storages that operations return and FSDP2 resizes, and their peak."""
@@ -102,7 +114,7 @@ def peak_bytes(
             stack.callback(distributed.destroy_process_group)
             mesh = init_device_mesh("cpu", (ranks,))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        model = build_model(decoder, vision, config.model, config.activation_checkpointing)
+        model = build_model(decoder, vision, config.model, config.recompute)
         freeze(model, config.trainable)
         for module in model.train().modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -140,7 +152,7 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
 
 
 def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:
-    packs, length = config.microbatch, config.data.packed_length
+    packs, length = config.microbatch_packs, config.data.packed_length
     tokens = torch.zeros(packs, length, dtype=torch.int64)
     features = torch.zeros(views * vision.features, dtype=torch.int64)
     return {

@@ -132,6 +132,8 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
             r"'selective' with model\.attention 'flex' needs model\.compile",
         ),
         ("activation_checkpointing=some", r"activation_checkpointing"),
+        ("microbatch=most", r"microbatch"),
+        (("microbatch=auto", "compat=unitoken"), r"microbatch: auto: compat 'unitoken' takes the mean"),
         ("activation_checkpointing=0", r"activation_checkpointing"),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
         (

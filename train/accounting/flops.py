@@ -63,7 +63,7 @@ class FlopsPerUnit(NamedTuple):
     view: float
     target: float
 
-    def total(self, tokens: int, squares: int, views: int, targets: int) -> float:
+    def total(self, tokens: float, squares: float, views: float, targets: float) -> float:
         """Return the FLOPs of a step with these numbers of units."""
         return self.token * tokens + self.square * squares + self.view * views + self.target * targets
 

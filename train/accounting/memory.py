@@ -186,7 +186,7 @@ class _Step:
     @property
     def tokens(self) -> int:
         """Positions of a microbatch."""
-        return self.config.microbatch * self.config.data.packed_length
+        return self.config.microbatch_packs * self.config.data.packed_length
 
     def trains(self, part: str) -> bool:
         """Return whether any parameter of a part of the model (`model`, `vit`, ...) is trained."""
@@ -218,7 +218,7 @@ class _Step:
 
     def decoder_activations(self) -> int:
         """Return the bytes that the decoder's layers, the last norm and the supervised rows keep."""
-        setting, layers = self.config.activation_checkpointing, self.decoder.num_hidden_layers
+        setting, layers = self.config.recompute, self.decoder.num_hidden_layers
         activations = self.tokens * stack_bytes(setting, layers, self.layer_bytes())
         # The last norm and the supervised rows, which are at most all rows.
         return activations + self.tokens * self.decoder.hidden_size * (4 + 3 * self.width)
@@ -230,14 +230,14 @@ class _Step:
         features, activations = views * self.vision.features, 0
         if self.trains("vit"):
             layer_bytes = {mode: tower_layer_bytes(self.vision, mode, width=self.width) for mode in MODES}
-            setting, layers = self.config.activation_checkpointing, self.vision.num_hidden_layers
+            setting, layers = self.config.recompute, self.vision.num_hidden_layers
             activations = features * stack_bytes(setting, layers, layer_bytes)
         # The adapter's inputs, and the features that are put into the sequence.
         return activations + features * self.width * (self.vision.hidden_size + 3 * self.decoder.hidden_size)
 
     def recomputed_layer(self) -> int:
         """Return the bytes of a layer's recomputed activations, and of gradients through its widest part."""
-        setting, layer_bytes = self.config.activation_checkpointing, self.layer_bytes()
+        setting, layer_bytes = self.config.recompute, self.layer_bytes()
         recomputed = layer_bytes["none"] - (layer_bytes[setting] if isinstance(setting, str) else 0)
         gradients = 2 * self.width * self.decoder.intermediate_size + 8 * self.decoder.hidden_size
         return self.tokens * (recomputed + gradients)
@@ -249,7 +249,7 @@ class _Step:
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
         """Return the bytes of gathered parameters at the turn of each unit in the backward pass."""
         if ranks == 1:  # nothing is gathered, but autocast keeps copies of the weights
-            one_layer = self.config.activation_checkpointing != "none"
+            one_layer = self.config.recompute != "none"
             copied = number.rest + number.layer if one_layer else number.total
             copies = 2 * copied if self.width == 2 else 0
             return _GatheredBytes(copies, copies, copies, 0)
@@ -298,7 +298,7 @@ def estimate_memory(
     shards = max(ranks // config.fsdp.replicas, 1)
     gradients = 4 * trained / shards
     rest_gradients = 4 * (number.rest if step.trains_rest else 0) / shards  # reduced and freed last of all
-    accumulates = config.data.global_batch // ranks > config.microbatch
+    accumulates = config.data.global_batch // ranks > config.microbatch_packs
     moments: tuple[dict[str, float], ...] = (
         {  # the backward pass of the last layer
             "decoder activations": step.decoder_activations(),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from support.paths import ROOT
-from support.simulated import peak_bytes
+from support.simulated import SEVEN_B, SIGLIP, peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
 from unitoken.train.accounting.memory import (
@@ -158,19 +158,6 @@ def test_parameters_are_counted_like_those_of_the_model(changes: dict[str, Any])
     )
 
 
-SEVEN_B = DecoderConfig(
-    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
-SIGLIP = VisionTowerConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-)
-
-
 def test_the_real_models_have_the_references_parameter_counts() -> None:
     assert count_parameters(SEVEN_B, None).total == 7_013_158_912
     # The decoder, the adapter, and the tower without its head.
@@ -189,7 +176,9 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigab
     """The README's figures: two images a pack, of five views each under AnyRes."""
     config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
     trained = 434_000_000 if name.startswith("stage1") else 7_447_000_000
-    need = estimate_memory(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=views * config.microbatch)
+    need = estimate_memory(
+        config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=views * config.microbatch_packs
+    )
     assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
     assert need.summary().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
 
@@ -219,9 +208,9 @@ def test_a_step_at_real_size_takes_the_estimate(
     config = load_config(
         StageConfig, ROOT / f"yamls/{name}.yaml", ["model.attention=sdpa", "model.dropout=0.05", *overrides]
     )
-    data = config.data.model_copy(update={"global_batch": ranks * config.microbatch * microbatches})
+    data = config.data.model_copy(update={"global_batch": ranks * config.microbatch_packs * microbatches})
     config = config.model_copy(update={"data": data})
-    decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch
+    decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch_packs
     model = build_model(decoder, SIGLIP, config.model)
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
     need = estimate_memory(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
@@ -291,7 +280,7 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
         for module in (*network.model.layers, network):
             fully_shard(module, mp_policy=policy)
         optimizer = torch.optim.AdamW(network.parameters())
-        rows, length = config.microbatch, config.data.packed_length
+        rows, length = config.microbatch_packs, config.data.packed_length
         ids = torch.randint(0, sizes.vocab_size, (rows, length), device="cuda")
         batch = {
             "input_ids": ids,
