@@ -1,6 +1,6 @@
 """Which settings of a stage fit its GPUs, and which of them are the fastest.
 
-For `auto` in `activation_checkpointing` and `microbatch`, and for a table of what fits.
+For `auto` in `activation_checkpointing` and `microbatch`, and for `unitoken plan-memory`.
 
     fitting = Fitting(config, decoder, vision, trained, ranks=8, work=work)
     fastest, *others = fitting.that_fit(gpu_bytes=80e9)
