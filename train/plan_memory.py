@@ -14,11 +14,12 @@ from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.sources import open_sources
 from unitoken.streaming_data.tables import format_table
-from unitoken.train.accounting.fitting import Fit, Fitting, PackWork, describe, pack_work
+from unitoken.train.accounting.fitting import Fit, Fitting, PackWork, describe_fit, pack_work
 from unitoken.train.accounting.memory import GB
 from unitoken.train.check import check_settings, with_room
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.optim import count_trained, freeze
 
@@ -55,6 +56,8 @@ def plan_memory(config: StageConfig, gpu_bytes: float, gpus: int) -> str:
         work = _without_data(config, vision)
         notes = [f"without data ({error}): full packs, each with {work.most_views} views for the tower"]
     network = build_model(decoder, vision, config.model)
+    if config.model.lora is not None:
+        add_adapters(network.model.layers, config.model.lora)
     trained = freeze(network, config.trainable)
     fitting = Fitting(config, decoder, vision, trained, count_trained(network), gpus, work)
     fits = fitting.that_fit(gpu_bytes)
@@ -64,7 +67,7 @@ def plan_memory(config: StageConfig, gpu_bytes: float, gpus: int) -> str:
     if written:
         own = fitting.fit(config.recompute, config.microbatch_packs)
         fate = "fits" if own.memory.total <= gpu_bytes else "does not fit"
-        notes.insert(0, f"the stage's own, {describe(own)}, {fate}: {own.memory.total / GB:.1f} GB")
+        notes.insert(0, f"the stage's own, {describe_fit(own)}, {fate}: {own.memory.total / GB:.1f} GB")
     return "\n".join([*_table(fits), f"first row: {fits[0].memory.summary()}", *notes])
 
 
@@ -107,7 +110,7 @@ def _nothing_fits(fitting: Fitting, gpu_bytes: float) -> str:
     """Return a message with the least that the stage takes, and how many GPUs are enough."""
     least, gpus, batch = fitting.fit("full", 1), fitting.ranks, fitting.config.data.global_batch
     message = (
-        f"nothing fits {gpus} GPU(s) of {gpu_bytes / GB:.0f} GB: {describe(least)} needs "
+        f"nothing fits {gpus} GPU(s) of {gpu_bytes / GB:.0f} GB: {describe_fit(least)} needs "
         f"{least.memory.summary()}"
     )
     replicas = fitting.config.fsdp.replicas

@@ -17,7 +17,7 @@ from unitoken.common.files import exclusive_lock
 from unitoken.common.interruption import end_on_signals, remember_signals
 from unitoken.streaming_data.plan.report import PlanReport
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
-from unitoken.train.accounting.fitting import Fit, Fitting, choose, describe, expected_speed, pack_work
+from unitoken.train.accounting.fitting import Fit, Fitting, choose, describe_fit, expected_speed, pack_work
 from unitoken.train.accounting.flops import peak_flops, step_flops
 from unitoken.train.callbacks.evaluation import Evaluation
 from unitoken.train.callbacks.intervals import EpochLength
@@ -38,11 +38,12 @@ from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_
 from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import write_metadata
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
-from unitoken.train.config import NEW_ROWS, VOCABULARY_MATRICES, StageConfig
+from unitoken.train.config import VOCABULARY_MATRICES, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
 from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, count_trained, freeze
 
@@ -113,9 +114,7 @@ def _train(config: StageConfig, resolved: ResolvedStage) -> None:
     trainer = composer_trainer.build_trainer(
         config,
         network,
-        build_optimizer(
-            network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
-        ),
+        build_optimizer(network, config.optimizer, resolved.compat, resolved.trained_rows),
         loader,
         callbacks.in_order(),
         build_loggers(config.log, folder, resumes=checkpoint is not None),
@@ -176,21 +175,16 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
         config.model,
         image_ids=resolved.vocabulary.image_ids,
     )
+    if config.model.lora is not None:
+        add_adapters(network.model.layers, config.model.lora)
     trained = freeze(network, config.trainable)
     # Only to check the names of `lr_scales` before weights are loaded; the real one needs parameters with
     # memory.
-    build_optimizer(
-        network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
-    )
+    build_optimizer(network, config.optimizer, resolved.compat, resolved.trained_rows)
     if config.model.compile:
         for layer in network.model.layers:
             layer.compile()
     return network, trained
-
-
-def _trained_rows(config: StageConfig, resolved: ResolvedStage) -> range | None:
-    """Return the only rows of the vocabulary's matrices that are trained, or None."""
-    return resolved.new_rows if NEW_ROWS in config.trainable else None
 
 
 def _load_initial_weights(network: UniToken, config: StageConfig, resolved: ResolvedStage) -> None:
@@ -250,9 +244,9 @@ def _report_size(
 ) -> None:
     """Print the number of trained parameters."""
     parameters = count_trained(network)
-    rows = _trained_rows(config, resolved)
-    # With `new_rows` their matrices have gradients and moments as a whole, but their old rows do not train.
-    still = 0 if rows is None else rows.start * resolved.sizes.decoder.hidden_size
+    rows, sizes = resolved.trained_rows, resolved.sizes.decoder
+    # Matrices of which only some rows train have gradients and moments as a whole.
+    still = 0 if rows is None else (sizes.vocab_size - (rows.end - rows.first)) * sizes.hidden_size
     matrices = sum(name in VOCABULARY_MATRICES for name, _ in network.named_parameters())
     where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.describe_devices()}"
     _report(
@@ -278,7 +272,7 @@ def _report_fit(fitting: Fitting, fit: Fit) -> None:
     """Print what `auto` chose, and on a GPU the estimated memory and the expected speed."""
     config = fitting.config
     if "auto" in (config.activation_checkpointing, config.microbatch):
-        _report(f"{config.name}: auto chose {describe(fit)}")
+        _report(f"{config.name}: auto chose {describe_fit(fit)}")
     if composer_trainer.has_gpu():
         _report(f"{config.name}: needs {fit.memory.summary()}")
     peak = _peak_flops(config.precision)
@@ -289,7 +283,13 @@ def _report_fit(fitting: Fitting, fit: Fit) -> None:
 
 def _stage_identity(config: StageConfig) -> dict[str, object]:
     """Return the settings that must be the same when a run is resumed: a folder belongs to one stage."""
-    return {"name": config.name, "trainable": sorted(config.trainable)}
+    lora = config.model.lora
+    return {
+        "name": config.name,
+        "trainable": sorted(config.trainable),
+        # Nothing else in a checkpoint says by what its adapters are multiplied.
+        "lora": None if lora is None else lora.model_dump(mode="json"),
+    }
 
 
 class _Callbacks(NamedTuple):

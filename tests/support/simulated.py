@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
@@ -115,6 +116,8 @@ def peak_bytes(
             mesh = init_device_mesh("cpu", (ranks,))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = build_model(decoder, vision, config.model, config.recompute)
+        if config.model.lora is not None:
+            add_adapters(model.model.layers, config.model.lora)
         freeze(model, config.trainable)
         for module in model.train().modules():
             for name, parameter in module.named_parameters(recurse=False):

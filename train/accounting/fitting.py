@@ -213,13 +213,13 @@ def choose(fitting: Fitting, gpu_bytes: float | None) -> Fit:
         least = fitting.fit("full" if mode == "auto" else mode, 1 if packs == "auto" else packs)
         key = "activation_checkpointing" if mode == "auto" else "microbatch"
         raise ConfigError(
-            f"{key}: auto: nothing fits a GPU of {gpu_bytes / GB:.1f} GB: {describe(least)} needs "
+            f"{key}: auto: nothing fits a GPU of {gpu_bytes / GB:.1f} GB: {describe_fit(least)} needs "
             f"{least.memory.summary()}"
         )
     return fits[0]
 
 
-def describe(fit: Fit) -> str:
+def describe_fit(fit: Fit) -> str:
     """Return the settings as they are written in a stage, for a message."""
     return f"activation_checkpointing={fit.recompute} microbatch={fit.microbatch}"
 

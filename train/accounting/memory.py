@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unitoken.train.config import NEW_ROWS, DecoderConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import ROWS, DecoderConfig, LoraConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode
 from unitoken.train.model.loss import CHUNK_ROWS
 
@@ -122,6 +122,50 @@ def decoder_layer_bytes(
     return 2 * norm + head_norms + attention + mlp + 2 * dropout * hidden
 
 
+def linear_sizes(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return the sizes of inputs and outputs of a decoder layer's linear layers."""
+    hidden, inner = decoder.hidden_size, decoder.intermediate_size
+    query_size, key_size = decoder.query_size, decoder.key_size
+    return {
+        "q_proj": (hidden, query_size),
+        "k_proj": (hidden, key_size),
+        "v_proj": (hidden, key_size),
+        "o_proj": (query_size, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def count_adapters(decoder: DecoderConfig, lora: LoraConfig | None) -> int:
+    """Count the parameters of the adapters of all layers."""
+    if lora is None:
+        return 0
+    sizes = linear_sizes(decoder)
+    return decoder.num_hidden_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
+
+
+def adapter_bytes(decoder: DecoderConfig, lora: LoraConfig, mode: RecomputeMode, *, width: int) -> int:
+    """Return the bytes per token that a frozen decoder layer keeps for its adapters.
+
+    Args:
+        decoder: sizes of the decoder.
+        lora: the adapters.
+        mode: what the backward pass recomputes.
+        width: bytes of an activation.
+    """
+    targets, sizes = set(lora.targets), linear_sizes(decoder)
+    if mode == "full":
+        return 0
+    if mode == "selective":  # the outputs of A and B
+        return sum(width * (lora.rank + sizes[target][1]) for target in targets)
+    # Of A the outputs, and the inputs: three layers share one, two another, and attention keeps o_proj's.
+    inputs = decoder.hidden_size * bool(targets & {"q_proj", "k_proj", "v_proj"})
+    inputs += decoder.hidden_size * bool(targets & {"gate_proj", "up_proj"})
+    inputs += decoder.intermediate_size * ("down_proj" in targets)
+    return width * (lora.rank * len(targets) + inputs)
+
+
 def tower_layer_bytes(vision: VisionTowerConfig, mode: RecomputeMode, *, width: int) -> int:
     """Return the bytes per feature that a trained layer of the vision tower keeps for the backward pass.
 
@@ -195,16 +239,17 @@ class _Step:
     @property
     def trains_rest(self) -> bool:
         """Return whether the vocabulary's matrices have gradients, which they have as a whole."""
-        return self.trains("model") or NEW_ROWS in self.config.trainable
+        return self.trains("model") or any(rows in self.config.trainable for rows in ROWS)
 
     def layer_bytes(self) -> dict[RecomputeMode, int]:
         """Return the bytes per token that a decoder layer keeps in each mode."""
         sdpa = self.config.model.attention == "sdpa"
         mask = self.width * self.config.data.packed_length if sdpa else 0
         dropout = 1 if self.config.model.dropout else 0
-        trains = self.trains("model")
+        trains, lora = self.trains("model"), self.config.model.lora
         return {
-            mode: decoder_layer_bytes(
+            mode: (adapter_bytes(self.decoder, lora, mode, width=self.width) if lora is not None else 0)
+            + decoder_layer_bytes(
                 self.decoder,
                 mode,
                 width=self.width,
@@ -249,8 +294,12 @@ class _Step:
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
         """Return the bytes of gathered parameters at the turn of each unit in the backward pass."""
         if ranks == 1:  # nothing is gathered, but autocast keeps copies of the weights
-            one_layer = self.config.recompute != "none"
-            copied = number.rest + number.layer if one_layer else number.total
+            setting = self.config.recompute
+            copied = number.total
+            if setting != "none":  # those of recomputed layers are made anew, one layer at a time
+                every = 1 if isinstance(setting, str) else setting
+                kept = number.layers - len(range(0, number.layers, every))
+                copied = number.rest + (kept + 1) * number.layer
             copies = 2 * copied if self.width == 2 else 0
             return _GatheredBytes(copies, copies, copies, 0)
         trained_rest = number.rest if self.trains_rest else 0
@@ -316,7 +365,7 @@ def estimate_memory(
     )
     peak = max(moments, key=lambda moment: sum(moment.values()))
     return MemoryEstimate({
-        "parameters": 4 * number.total / shards,
+        "parameters": 4 * (number.total + count_adapters(decoder, config.model.lora)) / shards,
         "Adam's moments": 8 * trained / shards,
         "tower activations": float(step.tower_activations(views)),
         **peak,

@@ -15,6 +15,8 @@ from support.simulated import SEVEN_B, SIGLIP, peak_bytes
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
 from unitoken.train.accounting.memory import (
+    adapter_bytes,
+    count_adapters,
     count_parameters,
     decoder_layer_bytes,
     estimate_memory,
@@ -22,9 +24,17 @@ from unitoken.train.accounting.memory import (
     tower_layer_bytes,
 )
 from unitoken.train.check import check_stage
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import (
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    StageConfig,
+    VisionTowerConfig,
+    is_adapter,
+)
 from unitoken.train.model.activation_checkpointing import RecomputeMode, set_recompute
 from unitoken.train.model.decoder import Decoder, _compiled, document_mask
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.model.vision_tower import TowerEncoder
 from unitoken.train.optim import freeze
@@ -75,12 +85,15 @@ def kept_by_decoder(
     trains: bool,
     dropout: float,
     dtype: torch.dtype = torch.float32,
+    lora: LoraConfig | None = None,
     **changes: Any,
 ) -> float:
     """Return the bytes per token that a decoder's layers keep."""
     config = DecoderConfig.model_validate({**SIZES, **changes})
     decoder = Decoder(config, dropout).to(dtype)
     decoder.layers.requires_grad_(trains)
+    if lora is not None:
+        adapt(decoder, lora)
     set_recompute(decoder.layers, setting)
     documents = (torch.arange(TOKENS) // 30)[None].int()
     hidden = torch.randn(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -88,6 +101,16 @@ def kept_by_decoder(
     everything = bytes_kept(decoder, *inputs)
     decoder.layers = nn.ModuleList()
     return (everything - bytes_kept(decoder, *inputs)) / TOKENS
+
+
+def adapt(decoder: Decoder, lora: LoraConfig) -> None:
+    """Give a decoder adapters, which alone have gradients."""
+    weights = decoder.state_dict()
+    add_adapters(decoder.layers, lora)
+    drawn = {name: torch.randn(parameter.shape) for name, parameter in decoder.named_parameters()}
+    decoder.load_state_dict(drawn | weights, assign=True)
+    for name, parameter in decoder.layers.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
 
 
 FAMILIES: tuple[dict[str, Any], ...] = (
@@ -127,6 +150,16 @@ def test_a_decoder_keeps_the_estimate_in_bfloat16(mode: RecomputeMode, trains: b
     assert 6 * each == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], None])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoder_keeps_the_estimate_for_adapters(mode: RecomputeMode, targets: list[str] | None) -> None:
+    lora = LoraConfig.model_validate({"rank": 4} | ({"targets": targets} if targets else {}))
+    config = DecoderConfig.model_validate(SIZES)
+    each = decoder_layer_bytes(config, mode, width=4, trains=False, mask=4 * TOKENS, dropout=4)
+    found = kept_by_decoder(mode, False, dropout=0.1, lora=lora) - 2 * 4 * config.head_size
+    assert 6 * (each + adapter_bytes(config, lora, mode, width=4)) == pytest.approx(found, rel=0.02)
+
+
 @pytest.mark.parametrize("setting", MODES)
 def test_a_tower_keeps_the_estimate(setting: RecomputeMode) -> None:
     config = VisionTowerConfig.model_validate(
@@ -153,6 +186,11 @@ def test_parameters_are_counted_like_those_of_the_model(changes: dict[str, Any])
     assert count_parameters(decoder, vision).total == sum(
         parameter.numel() for parameter in model.parameters()
     )
+    lora = LoraConfig(rank=3)
+    add_adapters(model.model.layers, lora)
+    assert count_adapters(decoder, lora) == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if is_adapter(name)
+    )
     assert count_parameters(decoder, vision).tower == sum(
         parameter.numel() for parameter in model.vit.parameters()
     )
@@ -162,6 +200,9 @@ def test_the_real_models_have_the_references_parameter_counts() -> None:
     assert count_parameters(SEVEN_B, None).total == 7_013_158_912
     # The decoder, the adapter, and the tower without its head.
     assert count_parameters(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248
+
+
+LORA = ["model.lora={}", "trainable=[lora, image_rows, adapter]"]
 
 
 def seven_b(layers: int) -> DecoderConfig:
@@ -192,6 +233,9 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigab
         ("stage2-anyres", 32, 8, 1, []),
         ("stage2", 8, 8, 2, ["microbatch=4"]),
         ("stage2", 8, 8, 1, ["trainable=[new_rows, vit, adapter]", "model.grow={}"]),
+        ("stage2", 8, 8, 1, LORA),
+        ("stage2", 8, 1, 2, [*LORA, "microbatch=1"]),
+        ("stage2", 8, 1, 1, [*LORA, "microbatch=1", "activation_checkpointing=none"]),
         ("stage2", 32, 16, 1, ["fsdp.reshard=false"]),
         ("stage2", 8, 8, 2, ["microbatch=1", "fsdp.reduce=bf16"]),
         ("stage1", 4, 8, 1, ["microbatch=2", "activation_checkpointing=none"]),
@@ -212,6 +256,8 @@ def test_a_step_at_real_size_takes_the_estimate(
     config = config.model_copy(update={"data": data})
     decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch_packs
     model = build_model(decoder, SIGLIP, config.model)
+    if config.model.lora is not None:
+        add_adapters(model.model.layers, config.model.lora)
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
     need = estimate_memory(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
     found = peak_bytes(config, decoder, SIGLIP, ranks=ranks, views=views, microbatches=microbatches)
@@ -247,6 +293,7 @@ def test_a_stage_on_a_gpu_reports_its_estimate_before_training(
     write_data(tmp_path / "data")
     config = stage(tmp_path, "max_duration=1ba")
     monkeypatch.setattr(composer_trainer, "has_gpu", lambda: True)
+    monkeypatch.setattr(composer_trainer, "gpu_bytes", lambda: 80e9)
     run_stage(config, check_stage(config, 1))
     assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
 
