@@ -206,7 +206,7 @@ class _GatheredBytes:
     layer: float
     tower: float
     rest: float
-    not_resharded: float  # layers that stay gathered from the forward pass to the backward pass
+    not_resharded: float  # layers that stay gathered, or copied, from the forward pass to the backward pass
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,9 @@ class _Step:
         setting, layer_bytes = self.config.recompute, self.layer_bytes()
         recomputed = layer_bytes["none"] - (layer_bytes[setting] if isinstance(setting, str) else 0)
         gradients = 2 * self.width * self.decoder.intermediate_size + 8 * self.decoder.hidden_size
+        lora = self.config.model.lora
+        if lora is not None and "down_proj" in lora.targets:  # its input is freed before the widest part
+            recomputed -= self.width * self.decoder.intermediate_size
         return self.tokens * (recomputed + gradients)
 
     def logits(self) -> int:
@@ -293,6 +296,9 @@ class _Step:
 
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
         """Return the bytes of gathered parameters at the turn of each unit in the backward pass."""
+        trained_rest = number.rest if self.trains_rest else 0
+        # Of embeddings and output layer; with tied embeddings they are the same.
+        output_layer = trained_rest if self.decoder.tie_word_embeddings else trained_rest / 2
         if ranks == 1:  # nothing is gathered, but autocast keeps copies of the weights
             setting = self.config.recompute
             copied = number.total
@@ -301,10 +307,10 @@ class _Step:
                 kept = number.layers - len(range(0, number.layers, every))
                 copied = number.rest + (kept + 1) * number.layer
             copies = 2 * copied if self.width == 2 else 0
-            return _GatheredBytes(copies, copies, copies, 0)
-        trained_rest = number.rest if self.trains_rest else 0
-        # Of embeddings and output layer; with tied embeddings they are the same.
-        output_layer = trained_rest if self.decoder.tie_word_embeddings else trained_rest / 2
+            below = copies + 4 * output_layer  # whose gradient is there first
+            # At the end of the forward pass autocast still has those of all trained weights.
+            cached = 2 * number.total - copies if self.width == 2 and self.trains("model") else 0
+            return _GatheredBytes(below, below, copies, cached)
 
         def two_units(size: int, trains: bool) -> float:
             """Return the bytes of two gathered units plus gradients in reduction.

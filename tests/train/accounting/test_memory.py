@@ -202,7 +202,7 @@ def test_the_real_models_have_the_references_parameter_counts() -> None:
     assert count_parameters(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248
 
 
-LORA = ["model.lora={}", "trainable=[lora, image_rows, adapter]"]
+LORA = ["model.lora={}", "trainable=[lora, image_rows, vit, adapter]"]
 
 
 def seven_b(layers: int) -> DecoderConfig:
