@@ -10,7 +10,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream bench-save lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench-tokenize: install ## How fast the tokenizer is, against the reference's lo
 
 bench-stream: install ## How fast samples come from disk, and what a plan costs, against others; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.streaming $(ARGS)
+
+bench-save: install ## How long a save stops training, against whole files; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.saving $(ARGS)
 
 lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from composer.core import Precision
 from composer.distributed.fsdp2 import create_mixed_precision_policy
 
 from support.stages import stage
-from unitoken.common.errors import ConfigError, is_transient
+from unitoken.common.errors import ConfigError
 from unitoken.storage.store import StoreError, TransientStoreError
 from unitoken.train.distributed import composer_trainer, ranks
 
@@ -50,7 +50,7 @@ def simulate_ranks(monkeypatch: pytest.MonkeyPatch, *others: Any) -> list[Any]:
         sent.append(value)
         return [value, *others]
 
-    monkeypatch.setattr(ranks, "_gather", gather)
+    monkeypatch.setattr(ranks, "gather", gather)
     return sent
 
 
@@ -75,20 +75,6 @@ def test_all_ranks_end_with_the_status_of_the_failed_rank(monkeypatch: pytest.Mo
         with pytest.raises(type(failure)) as shared, ranks.share_errors():
             pass
         assert type(shared.value) is type(failure)
-
-
-def test_a_full_disk_keeps_the_systems_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a failed write torch can not close the file either, and raises that error."""
-
-    def save(*_: object) -> None:
-        with open("/dev/full", "wb", buffering=0) as file:
-            torch.save({"a": torch.zeros(100_000)}, file)
-
-    monkeypatch.setattr(composer_trainer, "save_checkpoint", save)
-    state: Any = None
-    with pytest.raises(OSError, match="No space left on device") as error:
-        composer_trainer.write_checkpoint(state, Path("x"))
-    assert is_transient(error.value)
 
 
 def test_values_that_must_be_the_same_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,8 +376,7 @@ def test_an_exported_folder_generates_as_its_run_does(
 
 def test_a_model_of_another_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     other = Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, codebook_size=8)
-    checkpoint = tmp_path / "step-00000001.pt"
-    checkpoint.write_bytes((run / "step-00000001.pt").read_bytes())
+    checkpoint = Path(shutil.copytree(run / "step-00000001", tmp_path / "step-00000001"))
     (tmp_path / "stage.yaml").write_text((run / "stage.yaml").read_text())
     other.save(tmp_path / "vocabulary.json")
     status, output = ask(checkpoint, "--prompt", "x", "--out", tmp_path / "out", "--size", "16x16")
