@@ -247,7 +247,7 @@ def test_the_tokenizers_are_exported_with_the_model(
         )
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
+@pytest.mark.parametrize("call", ["write_tensors", "_write_json", "_publish", "AsideFolder.publish"])
 def test_a_killed_export_leaves_the_earlier_model(
     call: str, folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,7 +444,7 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
     assert "error: codec.tokenizer: " in refused.stderr
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
-    why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"
+    why = "no checkpoint in it, neither a run's step-* (did that stage run?) nor a model's config.json"
     assert refused.stderr == f"error: {tmp_path}: {why}\n"
 
 
