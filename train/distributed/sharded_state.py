@@ -15,6 +15,7 @@ import torch
 from composer import State, Trainer
 from composer.utils import reproducibility
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from unitoken.train.checkpoint.plain_values import to_plain
@@ -28,6 +29,7 @@ def loop_state(state: State) -> dict[str, Any]:
 
     All ranks have to call it.
     """
+    _reshard(state)
     attributes = state.serialized_attributes
     state.serialized_attributes = [name for name in attributes if name not in TENSORS]
     try:
@@ -55,6 +57,13 @@ def _optimizer_state(state: State) -> dict[str, Any]:
     return {"param_groups": groups, "numbers": numbers}
 
 
+def _reshard(state: State) -> None:
+    """Free gathered weights, so that parameters are shards: a forward pass without gradients keeps some."""
+    for module in state.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _names(state: State) -> dict[Tensor, str]:
     """Return our name of each parameter."""
     return {parameter: name for name, parameter in state.model.network.named_parameters()}
@@ -72,6 +81,7 @@ def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
 
 def own_pieces(state: State) -> list[HeldRows]:
     """Return the rows of weights and moments that this rank writes, still in the memory of the run."""
+    _reshard(state)
     pieces = []
     for number, (name, tensor) in enumerate(_tensors(state)):
         replica, replicas = _replica(tensor)
