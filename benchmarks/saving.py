@@ -93,9 +93,9 @@ def run_rank(way: str, stage: Path) -> None:
         elif stalls:
             stalls[-1] += seconds  # to complete what was written in the background
 
-    Saver.batch_checkpoint = measured  # type: ignore[method-assign]
+    Saver.batch_checkpoint = measured  # type: ignore[method-assign, assignment]
     if way == "whole":
-        Saver.save = save_whole  # type: ignore[method-assign]
+        Saver.save = save_whole  # type: ignore[method-assign, assignment]
     config = load_config(StageConfig, stage)
     resolved = check_stage(config, int(os.environ["WORLD_SIZE"]))
     started, begun = memory("VmRSS"), time.perf_counter()
@@ -134,7 +134,12 @@ def launch(way: str, stage: Path, ranks: int) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0, "OMP_NUM_THREADS": 1}
+    common: dict[str, object] = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "NODE_RANK": 0,
+        "OMP_NUM_THREADS": 1,
+    }
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(ranks):

@@ -80,7 +80,8 @@ def in_order(layout: Layout) -> list[str]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    content: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return content
 
 
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
