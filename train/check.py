@@ -28,6 +28,7 @@ from unitoken.streaming_data.check import (
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
+from unitoken.train.checkpoint.bucket_run import bucket_of, working_folder
 from unitoken.train.checkpoint.compatibility import check_fits, check_growth, compare_constants
 from unitoken.train.checkpoint.export_config import check_exportable
 from unitoken.train.checkpoint.export_mark import check_export_target
@@ -39,7 +40,6 @@ from unitoken.train.config import (
     VOCABULARY_MATRICES,
     DecoderConfig,
     LogConfig,
-    SaveConfig,
     StageConfig,
 )
 from unitoken.train.generation.check_samples import check_samples
@@ -101,7 +101,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     _check_loggers(config.log)
     train = ResolvedData(config.data, open_sources(config.data))
     evaluation_config = _evaluation_config(config)
-    _check_save(config.save)
+    _check_save(config)
     decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
     _check_tied_head(config, decoder)
     if config.save.export is not None:
@@ -167,16 +167,20 @@ def _with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabula
     return decoder.model_copy(update={"vocab_size": rounded})
 
 
-def _check_save(save: SaveConfig) -> None:
+def _check_save(config: StageConfig) -> None:
+    save, bucket = config.save, bucket_of(config)
     if save.export is not None:
         out = Path(save.export)
-        if Path(save.folder).resolve().is_relative_to(out.resolve()):
+        if bucket is None and Path(save.folder).resolve().is_relative_to(out.resolve()):
             raise ConfigError(
                 f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}"
             )
         check_export_target(out)
         _check_writable("save.export", out.resolve().parent)
-    _check_writable("save.folder", Path(save.folder))
+    key = "save.folder" if bucket is None else "data.cache"  # in which a run that is saved to a bucket works
+    _check_writable(key, working_folder(config))
+    if bucket is not None:
+        bucket.fetch()
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -191,7 +195,7 @@ def _check_writable(key: str, folder: Path) -> None:
 def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
     """Check architecture and vocabulary of the weights that the stage starts from; return warnings."""
     origins, warnings = {}, []
-    saved = latest_checkpoint(Path(config.save.folder))
+    saved = latest_checkpoint(working_folder(config))
     if saved is not None:  # a resumed run needs no other weights
         origins[f"save.folder: {config.save.folder}"] = saved
     else:

@@ -36,6 +36,7 @@ from unitoken.train.check_tokenizers import (
     read_local_manifests,
 )
 from unitoken.train.checkpoint import run_folder
+from unitoken.train.checkpoint.bucket_run import working_folder
 from unitoken.train.checkpoint.compatibility import CompleteMetadata, read_complete_metadata
 from unitoken.train.checkpoint.export_config import (
     check_exportable,
@@ -83,7 +84,7 @@ def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
     """
     if config.save.export is None:
         return
-    checkpoint = latest_checkpoint(Path(config.save.folder))
+    checkpoint = latest_checkpoint(working_folder(config))
     assert checkpoint is not None, "a finished run has a checkpoint"
     out = Path(config.save.export)
     identity = run_folder.checkpoint_id(checkpoint)

@@ -43,7 +43,6 @@ from unitoken.train.checkpoint.tensors import (
     open_decoder_folder,
 )
 
-LOCK = ".lock"
 NETWORK = "network."  # the prefix of our model's tensors in a whole-file checkpoint
 # What such a checkpoint holds beside tensors and plain values: times, and numpy's random state.
 SAFE_TYPES = [
