@@ -28,10 +28,10 @@ from unitoken.train.config import StageConfig
 
 CHUNK_BYTES = 1 << 24
 _CHECKPOINT_FILE = re.compile(r"(step-\d{8,})/(.+)")
-_KEPT_PICTURES = (
+_GROWING = (
     "samples/",
     "tensorboard/",
-)  # these files only grow, so that their size tells versions apart
+)  # an equal size is an equal file
 
 
 def working_folder(config: StageConfig) -> Path:
@@ -84,7 +84,7 @@ class BucketRun:
             newest = self._fetch_newest(_complete(sizes))
             self._remove_others(small, newest)
             for name, size in small.items():
-                if not (name.startswith(_KEPT_PICTURES) and _size(self.folder / name) == size):
+                if not (name.startswith(_GROWING) and _size(self.folder / name) == size):
                     self._download(name)
 
     def _fetch_newest(self, complete: list[str]) -> str | None:
