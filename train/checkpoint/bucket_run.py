@@ -23,7 +23,7 @@ from unitoken.common.hashing import fingerprint, sha256_of_file
 from unitoken.storage.open import open_store
 from unitoken.storage.store import is_url
 from unitoken.train.checkpoint.locations import INDEX, LATEST, LOCK
-from unitoken.train.checkpoint.sharded_index import read_index
+from unitoken.train.checkpoint.sharded_index import read_checkpoint_index
 from unitoken.train.config import StageConfig
 
 CHUNK_BYTES = 1 << 24
@@ -105,7 +105,7 @@ class BucketRun:
         """Fetch a checkpoint; return what is wrong with it, or None."""
         self._download(f"{name}/{INDEX}")
         try:
-            files = read_index(self.folder / name).files
+            files = read_checkpoint_index(self.folder / name).files
         except ConfigError as error:
             return str(error)
         for file in files:
