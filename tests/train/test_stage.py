@@ -17,6 +17,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import load_manifest
 from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.vision_views import Views
+from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
@@ -266,7 +267,7 @@ def test_a_stage_equals_a_plain_training_loop(folder: Path, tmp_path: Path) -> N
     clipped = 0
     for step, (batch, line) in enumerate(zip(loader, metrics(tmp_path / "run"), strict=False)):
         set_learning_rate(optimizer, learning_rate(step / 9, config.optimizer, 0.1, 6 / 9))
-        loss = model.train()(batch).total
+        loss = model.train()(unpack(batch)).total
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         clipped += int(norm > 0.3)
