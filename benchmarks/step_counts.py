@@ -174,7 +174,7 @@ def _compile_and_count(
     trains: bool,
     width: torch.dtype,
     dropout: float,
-    tokens: int = 128,
+    tokens: int = 32,
 ) -> float:
     """Compile a layer for the CPU, with inductor's own count of bytes; products and attention are left out.
 

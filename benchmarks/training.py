@@ -129,7 +129,13 @@ def count_compilations(recompute: RecomputeMode, batches: int = 20) -> tuple[int
     torch._dynamo.reset()
     counters.clear()
     vocabulary = make_vocabulary(100)
-    sizes = training_sides.decoder_sizes(vocabulary.size).model_copy(update={"qk_norm": "layer_per_head"})
+    sizes = DecoderConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
     # Torch 2.11 has no gradient of flex attention on a CPU.
     attention: Literal["flex", "sdpa"] = "flex" if torch.__version__ < "2.11" else "sdpa"
     settings = ModelConfig(decoder=sizes, vision=training_sides.VISION, dropout=0.05, attention=attention)
