@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_counts import starts_kernel
 from demo.digits import REQUESTS, WORDS
 from unitoken.common.config import load_config
 from unitoken.dataset.record import Record
@@ -176,7 +177,7 @@ def rates(programs: dict[str, Draw], vocabulary: Vocabulary, size: tuple[int, in
 
 
 class LayerKernels(TorchDispatchMode):
-    """Counts the operations inside of layers that read one token; views start no kernel."""
+    """Counts the operations inside of layers that read one token; see `starts_kernel`."""
 
     def __init__(self, layers: torch.nn.ModuleList) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -194,8 +195,7 @@ class LayerKernels(TorchDispatchMode):
         self._inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_view = func.is_view or func is torch.ops.aten._unsafe_view.default
-        self.kernels += self._inside and not is_view
+        self.kernels += self._inside and starts_kernel(func)
         return func(*args, **(kwargs or {}))
 
 

@@ -31,6 +31,18 @@ from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
+LUMINA_7B = DecoderConfig(
+    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+SIGLIP_SO400M = VisionTowerConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+)
+
 
 class PeakBytes(TorchDispatchMode):
     """Counts the bytes alive of all storages that operations return and FSDP2 resizes, and their peak."""
@@ -109,7 +121,6 @@ def simulated_step(
     *,
     ranks: int,
     views: int,
-    new_rows: range | None = None,
 ) -> Iterator[SimulatedStep]:
     """Yield a step of one of `ranks` GPUs; its optimizer has no moments yet.
 
@@ -132,7 +143,7 @@ def simulated_step(
                 )
         if mesh is not None:
             _shard(model, config, mesh)
-        optimizer = build_optimizer(model, config.optimizer, new_rows=new_rows)
+        optimizer = build_optimizer(model, config.optimizer)
         set_learning_rate(optimizer, 1e-5)
         yield SimulatedStep(config, model, optimizer, _batch(config, vision, views))
 

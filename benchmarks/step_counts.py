@@ -29,14 +29,21 @@ from unitoken.train.optim import freeze
 aten = torch.ops.aten
 ATTENTION = "scaled_dot_product"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
-# Operations after which the CPU needs a value, or a shape, that the GPU has computed.
-WAITS = (
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten.unique_consecutive.default,
-)
+TAGS_OF_WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def waits_for_device(operation: Any, args: Any) -> bool:
+    """Return whether the CPU then needs a value, or a shape, that the GPU has computed."""
+    if operation.overloadpacket in (aten.index, aten.index_put):
+        # An index waits only if it is a mask, whose true values have to be counted.
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return bool(TAGS_OF_WAITS & {*operation.tags})
+
+
+def starts_kernel(operation: Any) -> bool:
+    """Return whether an operation works on a tensor's memory; views and allocations do not."""
+    is_view = operation.is_view or operation is aten._unsafe_view.default
+    return not is_view and "empty" not in operation.overloadpacket.__name__
 
 
 class StepCounts(TorchDispatchMode):
@@ -53,13 +60,13 @@ class StepCounts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local tensors are dispatched here in turn
-        self.waits += func in WAITS
+        self.waits += waits_for_device(func, args)
         if func is aten.nonzero.default:  # fake tensors have no values: take all as nonzero
             result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.int64)
         else:
             result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.is_view or "empty" in name or func.namespace not in ("aten", "prims"):
+        if not starts_kernel(func) or func.namespace not in ("aten", "prims"):
             return result
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         self.kernels += 1

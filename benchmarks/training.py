@@ -36,9 +36,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import stream_sides, training_sides
-from benchmarks.simulated_step import PeakBytes
-from benchmarks.step_counts import WAITS, StageCounts, count_stage
-from benchmarks.streaming import machine
+from benchmarks.simulated_step import LUMINA_7B, SIGLIP_SO400M, PeakBytes
+from benchmarks.step_counts import StageCounts, count_stage, waits_for_device
+from benchmarks.streaming import machine, show
 from unitoken.common.config import load_config
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
@@ -49,17 +49,6 @@ from unitoken.train.model.activation_checkpointing import RecomputeMode
 from unitoken.train.model.unitoken import UniToken, build_model
 
 ROOT = Path(__file__).parent.parent
-LUMINA_7B = DecoderConfig(
-    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
-SIGLIP_SO400M = VisionTowerConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-)
 QWEN3_06B = DecoderConfig(
     vocab_size=151936 + 16512,  # and Janus' codes and marks
     hidden_size=1024,
@@ -211,7 +200,7 @@ class WaitCounter(TorchDispatchMode):
     waits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.waits += func in WAITS
+        self.waits += waits_for_device(func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -293,12 +282,6 @@ def trainer() -> dict[str, float]:
         command = [sys.executable, "-m", "benchmarks.training", "--child", folder]
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
-def show(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Print the figures of a part as soon as they are measured."""
-    print(f"{name}: {json.dumps(figures)}", flush=True)
     return figures
 
 

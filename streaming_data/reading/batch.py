@@ -111,7 +111,7 @@ def num_tokens(batch: Mapping[str, Any]) -> int:
 
 
 def num_targets(batch: Mapping[str, Any]) -> int:
-    """Return the number of tokens in the loss, also of an expanded batch, without waiting for its device."""
+    """Return the number of tokens in the loss, also of an unpacked batch, without waiting for its device."""
     targets: int = batch["targets"] if "targets" in batch else len(batch["target_rows"])
     return targets
 

@@ -15,11 +15,10 @@ from composer.core import Event
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_counts import waits_for_device
 from support.stages import stage, write_data
 from unitoken.train.check import check_stage
 from unitoken.train.stage import run_stage
-
-TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Waits(TorchDispatchMode):
@@ -30,10 +29,7 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # An index waits only if it is a mask, whose true values have to be counted.
-        by_index = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put)
-        masks = by_index and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if masks if by_index else TAGS & {*func.tags}:
+        if waits_for_device(func, args):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -75,7 +75,7 @@ def _sharding_unit(module: nn.Module) -> bool | dict[str, bool]:
 
 
 class PackSpec(DataSpec):  # type: ignore[misc]
-    """How Composer splits, expands and counts batches of packs."""
+    """How Composer splits, unpacks and counts batches of packs."""
 
     def __init__(self, loader: Any) -> None:
         super().__init__(

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.simulated_step import peak_bytes
+from benchmarks.simulated_step import LUMINA_7B, SIGLIP_SO400M, peak_bytes
 from support.paths import ROOT
 from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
@@ -159,27 +159,14 @@ def test_parameters_are_counted_like_those_of_the_model(changes: dict[str, Any])
     )
 
 
-SEVEN_B = DecoderConfig(
-    vocab_size=65536, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
-SIGLIP = VisionTowerConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-)
-
-
 def test_the_real_models_have_the_references_parameter_counts() -> None:
-    assert count_parameters(SEVEN_B, None).total == 7_013_158_912
+    assert count_parameters(LUMINA_7B, None).total == 7_013_158_912
     # The decoder, the adapter, and the tower without its head.
-    assert count_parameters(SEVEN_B, SIGLIP).total == 7_013_158_912 + 21_504_000 + 412_987_248
+    assert count_parameters(LUMINA_7B, SIGLIP_SO400M).total == 7_013_158_912 + 21_504_000 + 412_987_248
 
 
 def seven_b(layers: int) -> DecoderConfig:
-    return SEVEN_B.model_copy(update={"num_hidden_layers": layers})
+    return LUMINA_7B.model_copy(update={"num_hidden_layers": layers})
 
 
 @pytest.mark.parametrize(
@@ -190,7 +177,9 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigab
     """The README's figures: two images a pack, of five views each under AnyRes."""
     config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
     trained = 434_000_000 if name.startswith("stage1") else 7_447_000_000
-    need = estimate_memory(config, SEVEN_B, SIGLIP, ranks=8, trained=trained, views=views * config.microbatch)
+    need = estimate_memory(
+        config, LUMINA_7B, SIGLIP_SO400M, ranks=8, trained=trained, views=views * config.microbatch
+    )
     assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
     assert need.summary().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
 
@@ -223,10 +212,10 @@ def test_a_step_at_real_size_takes_the_estimate(
     data = config.data.model_copy(update={"global_batch": ranks * config.microbatch * microbatches})
     config = config.model_copy(update={"data": data})
     decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch
-    model = build_model(decoder, SIGLIP, config.model)
+    model = build_model(decoder, SIGLIP_SO400M, config.model)
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
-    need = estimate_memory(config, decoder, SIGLIP, ranks=ranks, trained=trained, views=views)
-    found = peak_bytes(config, decoder, SIGLIP, ranks=ranks, views=views, microbatches=microbatches)
+    need = estimate_memory(config, decoder, SIGLIP_SO400M, ranks=ranks, trained=trained, views=views)
+    found = peak_bytes(config, decoder, SIGLIP_SO400M, ranks=ranks, views=views, microbatches=microbatches)
     assert 0.98 * found < need.total - need.parts["runtime"] < 1.1 * found, (
         f"{found / 1e9:.1f} GB, estimated {need.summary()}"
     )
@@ -237,7 +226,9 @@ def test_ranks_replicas_and_resharding_change_the_estimate() -> None:
 
     def parts(ranks: int, **fsdp: Any) -> dict[str, float]:
         changed = config.model_copy(update={"fsdp": config.fsdp.model_copy(update=fsdp)})
-        return estimate_memory(changed, SEVEN_B, SIGLIP, ranks=ranks, trained=7_447_000_000, views=16).parts
+        return estimate_memory(
+            changed, LUMINA_7B, SIGLIP_SO400M, ranks=ranks, trained=7_447_000_000, views=16
+        ).parts
 
     assert parts(16)["parameters"] == parts(8)["parameters"] / 2
     assert parts(16, replicas=2) == parts(8)
@@ -291,7 +282,7 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
     torch._dynamo.reset()
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        sizes = SEVEN_B.model_copy(update={"num_hidden_layers": 2})
+        sizes = LUMINA_7B.model_copy(update={"num_hidden_layers": 2})
         overrides = [
             "microbatch=2",
             "data.global_batch=4",
