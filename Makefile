@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install ## The whole job on real data, on a laptop: ends with demo/out/report.html and one line of figures
 	@$(BIN)/python -m demo $(ARGS)
 
-demo-llm: install ## A real language model learns to read and draw: SmolLM2-135M, about 40 minutes on 2 cores; ends with build/demo-llm/report.html
+demo-llm: install ## A real language model learns to read and draw: SmolLM2-135M, 12 to 40 minutes on 2 cores; ends with build/demo-llm/report.html
 	@$(BIN)/python -m demo.llm $(ARGS)
 
 test: install ## All tests that need no GPU and no servers

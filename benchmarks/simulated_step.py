@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unitoken.train.config import DecoderConfig, StageConfig, VisionTowerConfig
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, set_learning_rate
 
@@ -134,7 +135,9 @@ def simulated_step(
             stack.callback(distributed.destroy_process_group)
             mesh = init_device_mesh("cpu", (ranks,))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        model = build_model(decoder, vision, config.model, config.activation_checkpointing)
+        model = build_model(decoder, vision, config.model, config.recompute)
+        if config.model.lora is not None:
+            add_adapters(model.model.layers, config.model.lora)
         freeze(model, config.trainable)
         for module in model.train().modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -186,7 +189,7 @@ def _shard(model: UniToken, config: StageConfig, mesh: DeviceMesh) -> None:
 
 
 def _batch(config: StageConfig, vision: VisionTowerConfig, views: int) -> dict[str, Tensor]:
-    packs, length = config.microbatch, config.data.packed_length
+    packs, length = config.microbatch_packs, config.data.packed_length
     tokens = torch.zeros(packs, length, dtype=torch.int64)
     features = torch.zeros(views * vision.features, dtype=torch.int64)
     return {

@@ -137,7 +137,7 @@ def count_stage(
         return microbatch, update, trained
 
     (two, _, _), (four, update, trained) = count(2), count(4)
-    tokens = config.microbatch * config.data.packed_length
+    tokens = config.microbatch_packs * config.data.packed_length
 
     def all_layers(of: Callable[[StepCounts], float]) -> float:
         each = (of(four) - of(two)) / 2
@@ -145,7 +145,7 @@ def count_stage(
 
     flops = all_layers(lambda counts: counts.flops)
     needed = step_flops(decoder, vision, _of_all_layers(trained, decoder.num_hidden_layers)).total(
-        tokens, tokens * config.data.packed_length, views, tokens - config.microbatch
+        tokens, tokens * config.data.packed_length, views, tokens - config.microbatch_packs
     )
     return StageCounts(
         flops=flops,
@@ -167,7 +167,7 @@ def _of_all_layers(trained: list[str], layers: int) -> list[str]:
 
 def compiled_elementwise_bytes(config: StageConfig, decoder: DecoderConfig) -> float:
     """Return the bytes a token that a compiled layer's fused kernels read and write, forward and backward."""
-    setting = config.activation_checkpointing
+    setting = config.recompute
     recompute: RecomputeMode = setting if isinstance(setting, str) else "full"
     trains = any(name.split(".")[0] == "model" for name in config.trainable)
     width = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -44,9 +44,11 @@ from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.collate import Collate
+from unitoken.train.accounting.fitting import Fit, Fitting, PackWork, choose, describe_fit
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode
 from unitoken.train.model.unitoken import UniToken, build_model
+from unitoken.train.optim import count_trained, freeze
 
 ROOT = Path(__file__).parent.parent
 QWEN3_06B = DecoderConfig(
@@ -78,6 +80,7 @@ SHIPPED = {  # by name: sizes, and views of a pack
     "open/stage2": (QWEN3_06B, SIGLIP_BASE, 2),
 }
 RANKS = 8
+GPU_BYTES = 80e9
 # FLOPs of the reference's padded way over ours for the 7B model: of text, of text and images, of captions.
 FLOP_RATIOS_7B = {"text": 4.65, "mix": 1.65, "captions": 1.14}
 
@@ -90,8 +93,11 @@ def counted() -> dict[str, Any]:
     stages: dict[str, StageCounts] = {}
     for name, (decoder, vision, views) in SHIPPED.items():
         config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
-        stages[name] = count_stage(config, decoder, vision, ranks=RANKS, views=views * config.microbatch)
-        show(name, {key: round(value, 4) for key, value in asdict(stages[name]).items()})
+        fit = as_on_gpus(config, decoder, vision, views)
+        config = fit.settings_in(config)
+        stages[name] = count_stage(config, decoder, vision, ranks=RANKS, views=views * fit.microbatch)
+        counts = {key: round(value, 4) for key, value in asdict(stages[name]).items()}
+        show(name, {"chosen": describe_fit(fit), "gb": round(fit.memory.total / 1e9, 1), **counts})
     compiled = [count_compilations(mode) for mode in ("none", "full", "selective")]
     show("compiled", {"graph breaks": [each[0] for each in compiled], "more": [each[1] for each in compiled]})
     return {
@@ -106,6 +112,16 @@ def counted() -> dict[str, Any]:
         "graph_breaks": max(each[0] for each in compiled),
         "recompilations": max(each[1] for each in compiled),
     }
+
+
+def as_on_gpus(config: StageConfig, decoder: DecoderConfig, vision: VisionTowerConfig, views: int) -> Fit:
+    """Return what `auto` chooses on 8 GPUs of 80 GB, for full packs, half of them trained on."""
+    length = config.data.packed_length
+    work = PackWork(tokens=length, squares=length**2 / 2, targets=length / 2, views=views, most_views=views)
+    model = build_model(decoder, vision, config.model)
+    trained = freeze(model, config.trainable)
+    fitting = Fitting(config, decoder, vision, trained, count_trained(model), RANKS, work)
+    return choose(fitting, GPU_BYTES)
 
 
 def count_compilations(recompute: RecomputeMode, batches: int = 20) -> tuple[int, int]:

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "simulate": mixtures.simulate,
     "convert-config": mixtures.convert_config,
     "export-webdataset": mixtures.export_webdataset,
+    "plan-memory": models.plan_memory,
     "train": train,
     "generate": models.generate,
     "export": models.export,

@@ -51,7 +51,7 @@ INSIDE = {
             "distributed",
             "accounting",
         ),
-        *("generation", "check", "callbacks", "stage", "program", "__main__"),
+        *("generation", "check", "plan_memory", "callbacks", "stage", "program", "__main__"),
     ),
 }
 MODULES = {

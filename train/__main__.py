@@ -1,5 +1,6 @@
-r"""Use a trained model: export it, or let it answer and draw.
+r"""Use a trained model: export it, or let it answer and draw; or see what a stage's training takes.
 
+    python -m unitoken.train plan-memory yamls/stage2.yaml --gpu 80gb --gpus 8
     python -m unitoken.train export runs/stage2 out/model
     python -m unitoken.train generate out/model --prompt "Draw a cat." \
         --out drawings
@@ -61,6 +62,27 @@ def export(
 
         export_model(checkpoint, out, dtype, stage)
         report(f"{out}: exported from {checkpoint}")
+
+
+@app.command()
+def plan_memory(
+    stage: Annotated[Path, typer.Argument(help="The stage's YAML file.")],
+    gpu: Annotated[str, typer.Option(help="A GPU's memory, as 80gb.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+) -> None:
+    """Print which settings fit a GPU, the fastest first.
+
+    For each mode of `activation_checkpointing` it is the largest microbatch that fits; nothing is loaded, and
+    no GPU is needed. The speed is computed, and a share of the first row's.
+    """
+    with one_line_errors():
+        from unitoken.common.config import load_config
+        from unitoken.train.config import StageConfig
+        from unitoken.train.plan_memory import parse_gpu, plan_memory
+
+        config = load_config(StageConfig, stage, overrides or [])
+        report(plan_memory(config, parse_gpu(gpu), gpus))
 
 
 Trained = Annotated[Path, typer.Argument(help="A run's folder, a checkpoint file, or an exported folder.")]

@@ -35,12 +35,16 @@ from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_metadata
 from unitoken.train.config import (
+    IMAGE_ROWS,
+    LORA,
     NEW_ROWS,
+    ROWS,
     VOCABULARY_MATRICES,
     DecoderConfig,
     LogConfig,
     SaveConfig,
     StageConfig,
+    TrainedRows,
 )
 from unitoken.train.generation.check_samples import check_samples
 
@@ -71,6 +75,7 @@ class ResolvedStage:
         evaluation: the data to evaluate on; None without `eval`.
         vocabulary: the one vocabulary of all datasets.
         new_rows: the rows of the decoder's matrices that `model.grow` adds; None without it.
+        trained_rows: the only rows of these matrices that are trained; None trains all or none of them.
         pictures: the sizes to which the images of the training data were cropped.
         compat: behave as the reference. This weights the loss by microbatches instead of by tokens, applies
             weight decay to all parameters, trains on separators, and shows the vision tower images as the
@@ -84,6 +89,7 @@ class ResolvedStage:
     evaluation: ResolvedData | None
     vocabulary: Vocabulary
     new_rows: range | None
+    trained_rows: TrainedRows | None
     pictures: PictureCrops
     compat: bool
     warnings: tuple[str, ...]
@@ -95,9 +101,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     Raises:
         ConfigError: a setting is wrong, or does not fit the data, the checkpoints or the machine.
     """
-    _check_data(config, world_size)
-    _check_ranks(config, world_size)
-    _check_trainable(config)
+    check_settings(config, world_size)
     _check_loggers(config.log)
     train = ResolvedData(config.data, open_sources(config.data))
     evaluation_config = _evaluation_config(config)
@@ -108,7 +112,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
         check_exportable(decoder, "save.export")
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
     vocabulary = check_sources(train.sources, config.data, views)
-    sizes = ModelSizes(decoder=_with_room(config, decoder, vocabulary), vision=vision)
+    sizes = ModelSizes(decoder=with_room(config, decoder, vocabulary), vision=vision)
     warnings = [*uneven_proportions(config.data), *other_codes(train.sources)]
     warnings += _check_origins(config, sizes, vocabulary)
     if config.codec is not None and uses_codec(config):
@@ -120,17 +124,28 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     if evaluation_config is not None:
         evaluation = ResolvedData(evaluation_config, _evaluation_sources(config, evaluation_config, train))
         check_streams_vocabulary(evaluation.sources, vocabulary, "the data that is trained on")
+    new_rows = range(vocabulary.new_ids.start, sizes.decoder.vocab_size) if config.model.grow else None
     return ResolvedStage(
         sizes=sizes,
         views=views,
         train=train,
         evaluation=evaluation,
         vocabulary=vocabulary,
-        new_rows=range(vocabulary.new_ids.start, sizes.decoder.vocab_size) if config.model.grow else None,
+        new_rows=new_rows,
+        trained_rows=_trained_rows(config, vocabulary, new_rows),
         pictures=pictures,
         compat=config.compat == "unitoken",
         warnings=tuple(warnings),
     )
+
+
+def check_settings(config: StageConfig, world_size: int) -> None:
+    """Check what needs neither data nor checkpoints. Raises ConfigError."""
+    _check_data(config, world_size)
+    _check_ranks(config, world_size)
+    _check_microbatch(config)
+    _check_trainable(config)
+    _check_lora(config)
 
 
 def uses_codec(config: StageConfig) -> bool:
@@ -142,7 +157,7 @@ def _grows_by_codebook(config: StageConfig) -> bool:
     return config.model.grow is not None and config.model.grow.init == "codebook"
 
 
-def _with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabulary) -> DecoderConfig:
+def with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabulary) -> DecoderConfig:
     """Return the decoder's sizes, grown for the vocabulary with `model.grow`. Raises ConfigError."""
     room, needed, first = decoder.vocab_size, vocabulary.size, vocabulary.new_ids.start
     if config.model.grow is None:
@@ -165,6 +180,21 @@ def _with_room(config: StageConfig, decoder: DecoderConfig, vocabulary: Vocabula
         return decoder
     rounded = math.ceil(needed / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return decoder.model_copy(update={"vocab_size": rounded})
+
+
+def _trained_rows(config: StageConfig, vocabulary: Vocabulary, new_rows: range | None) -> TrainedRows | None:
+    """Return the only rows of the vocabulary's matrices that are trained. Raises ConfigError."""
+    if NEW_ROWS in config.trainable and new_rows is not None:
+        return TrainedRows(NEW_ROWS, new_rows.start, new_rows.stop)
+    if IMAGE_ROWS not in config.trainable:
+        return None
+    first, last = min(vocabulary.image_ids), max(vocabulary.image_ids)
+    if last - first + 1 != len(vocabulary.image_ids):
+        raise ConfigError(
+            f"trainable: '{IMAGE_ROWS}' needs image codes with consecutive ids; the datasets' "
+            f"{len(vocabulary.image_ids)} are spread over {first} to {last}"
+        )
+    return TrainedRows(IMAGE_ROWS, first, last + 1)
 
 
 def _check_save(save: SaveConfig) -> None:
@@ -247,12 +277,18 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
         raise ConfigError(
             f"fsdp.reduce: bf16 is for `precision: bf16`; gradients of {config.precision} are summed in fp32"
         )
-    selective = config.activation_checkpointing == "selective"
-    if selective and config.model.attention == "flex" and not config.model.compile:
-        # Flex attention must be compiled, and torch ignores compiled functions inside a selective region.
+    if config.activation_checkpointing == "selective" and not config.supports_selective:
         raise ConfigError(
             "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; "
             "or take 'full', or 'sdpa'"
+        )
+
+
+def _check_microbatch(config: StageConfig) -> None:
+    if config.microbatch == "auto" and config.compat == "unitoken":
+        raise ConfigError(
+            "microbatch: auto: compat 'unitoken' takes the mean of the microbatches' means, which depends on "
+            "their size; give a number"
         )
 
 
@@ -260,12 +296,15 @@ def _check_trainable(config: StageConfig) -> None:
     trainable, shown = config.trainable, f"[{', '.join(config.trainable)}]"
     parts = ["model", "lm_head"] + (["vit", "adapter"] if config.model.vision is not None else [])
     for name in trainable:
-        if name != NEW_ROWS and name.split(".")[0] not in parts:
+        if name not in (*ROWS, LORA) and name.split(".")[0] not in parts:
             raise ConfigError(
                 f"trainable: '{name}' is no part of this model; its parts are {', '.join(parts)}"
             )
-        if NEW_ROWS in trainable and any(_is_within(matrix, name) for matrix in VOCABULARY_MATRICES):
-            raise ConfigError(f"trainable: '{name}' already trains all rows; leave out '{NEW_ROWS}' or it")
+        for rows in ROWS:
+            if rows in trainable and any(_is_within(matrix, name) for matrix in VOCABULARY_MATRICES):
+                raise ConfigError(f"trainable: '{name}' already trains all rows; leave out '{rows}' or it")
+    if set(ROWS) <= set(trainable):
+        raise ConfigError(f"trainable: '{NEW_ROWS}' and '{IMAGE_ROWS}' exclude each other; leave out one")
     if NEW_ROWS in trainable and config.model.grow is None:
         raise ConfigError(f"trainable: '{NEW_ROWS}' are the rows that model.grow adds, which is not set")
     trained_parts = {name.split(".")[0] for name in trainable}
@@ -280,6 +319,17 @@ def _check_trainable(config: StageConfig) -> None:
             raise ConfigError(
                 f"optimizer.lr_scales: '{entry}' names nothing that is trained, which is trainable: {shown}"
             )
+
+
+def _check_lora(config: StageConfig) -> None:
+    if (LORA in config.trainable) != (config.model.lora is not None):
+        raise ConfigError(
+            f"trainable: '{LORA}' trains the adapters of model.lora: set both, or neither; found "
+            f"trainable: [{', '.join(config.trainable)}] and model.lora: {config.model.lora}"
+        )
+    for name in config.trainable if config.model.lora is not None else ():
+        if _is_within("model.layers", name) or _is_within(name, "model.layers"):
+            raise ConfigError(f"trainable: '{name}' trains layers that model.lora freezes; leave out one")
 
 
 def _check_tied_head(config: StageConfig, decoder: DecoderConfig) -> None:

@@ -6,7 +6,7 @@ config = load_config(StageConfig, "yamls/stage1.yaml", ["optimizer.lr=5e-4"])
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
@@ -20,8 +20,26 @@ Length = Annotated[int, Field(gt=0, le=2**31)]  # in tokens
 
 NEW_ROWS = "new_rows"
 """In `trainable` and `optimizer.lr_scales`: the rows that `model.grow` adds."""
+IMAGE_ROWS = "image_rows"
+"""In the same places: the rows of the image codes, in a model that had them already."""
+LORA = "lora"
+"""In the same places: the adapters of `model.lora`."""
+ROWS = (NEW_ROWS, IMAGE_ROWS)
 VOCABULARY_MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 """The parameters that have a row for each id; a model whose embeddings are tied has the first only."""
+
+
+class TrainedRows(NamedTuple):
+    """The only rows of the vocabulary's matrices that are trained, and their name in `trainable`."""
+
+    name: str
+    first: int
+    end: int
+
+
+def is_adapter(parameter: str) -> bool:
+    """Return whether a parameter is one of the adapters' of `model.lora`."""
+    return parameter.endswith((".lora_a", ".lora_b"))
 
 
 def _error_with_examples(examples: str) -> WrapValidator:
@@ -241,6 +259,24 @@ class GrowConfig(Config):
     rows' mean and spread, for others as `mean`; needs `codec`."""
 
 
+LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Config):
+    """Low-rank adapters beside the decoder's linear layers, which stay frozen (LoRA, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(gt=0, le=4096)] = 16
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    """The adapters' outputs are multiplied by alpha / rank."""
+    targets: list[LinearName] = Field(default=list(get_args(LinearName)), min_length=1)
+    """The layers that get adapters, in every layer of the decoder."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' outputs."""
+        return self.alpha / self.rank
+
+
 class ModelConfig(Config):
     """The model: where its sizes and pretrained weights come from, and how it computes."""
 
@@ -251,6 +287,9 @@ class ModelConfig(Config):
     grow: GrowConfig | None = None
     """Add rows for image codes and special tokens that the checkpoint lacks. Spare rows are used first; more
     are added up to a multiple of 64. Weights that have them, of an earlier stage, stay as they are."""
+    lora: LoraConfig | None = None
+    """Train adapters of the decoder's layers instead of the layers: `lora` in `trainable`. With `new_rows` or
+    `image_rows` the model also learns image codes, which adapters alone can not teach it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """On both residual branches of the decoder."""
     z_loss: Annotated[float, Field(ge=0, le=1e3)] = 1e-5
@@ -271,7 +310,8 @@ class OptimizerConfig(Config):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Warmup = "0.01ep"
     lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default={})
-    """Factors of `lr` by the names of modules or parameters, or `new_rows`: {vit: 1e-2}."""
+    """Factors of `lr` by the names of modules or parameters, or `new_rows`, `image_rows` or `lora`:
+    {vit: 1e-2}."""
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
     """Not applied to norms and biases; with `compat` to all parameters, as in the reference."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -385,20 +425,22 @@ class StageConfig(Config):
     folder, or a hub id."""
     trainable: Annotated[list[str], Field(min_length=1)]
     """Names of modules or parameters, e.g. [vit, adapter]. `new_rows` trains the rows that `model.grow` adds
-    to the input and output matrices, and no others."""
+    to the input and output matrices, and no others; `image_rows` those of the image codes, and no others;
+    `lora` the adapters of `model.lora`."""
     optimizer: OptimizerConfig
     max_duration: Duration = "1ep"
     data: DataConfig
-    microbatch: Count = 1
-    """Packs per rank in one forward and backward pass."""
+    microbatch: Literal["auto"] | Count = 1
+    """Packs per rank in one forward and backward pass; `auto`: the most that fit the GPU and divide the
+    rank's share of `data.global_batch`; on a CPU 1."""
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     """Of activations and products. tf32: float32, but the factors of matrix products are rounded, to TF32 on
     a GPU and to bfloat16 on a CPU that has units for it. bf16 needs a GPU."""
     fsdp: FSDPConfig = FSDPConfig()
-    activation_checkpointing: Literal["none", "full", "selective"] | Count = "none"
+    activation_checkpointing: Literal["auto", "none", "full", "selective"] | Count = "none"
     """What the backward pass recomputes instead of keeping: nothing; all of every layer, the vision tower's
-    too; all of every k-th layer; or all but matrix products and attention, which are expensive (`selective`;
-    with flex it needs model.compile)."""
+    too; all of every k-th layer; all but matrix products and attention, which are expensive (`selective`;
+    with flex it needs model.compile); or the least that fits the GPU (`auto`; nothing on a CPU)."""
     compat: Literal["unitoken"] | None = None
     """Behave as the reference (UniToken) wherever this program corrects it."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -410,6 +452,26 @@ class StageConfig(Config):
     samples: SamplesConfig | None = None
     codec: CodecConfig | None = None
     """The tokenizers that made the data; `samples`, `generate` and `export` use them."""
+
+    @property
+    def microbatch_packs(self) -> int:
+        """`microbatch`, of a stage whose `auto` was replaced (accounting/fitting.py)."""
+        assert self.microbatch != "auto"
+        return self.microbatch
+
+    @property
+    def recompute(self) -> Literal["none", "full", "selective"] | int:
+        """`activation_checkpointing`, of a stage whose `auto` was replaced (accounting/fitting.py)."""
+        assert self.activation_checkpointing != "auto"
+        return self.activation_checkpointing
+
+    @property
+    def supports_selective(self) -> bool:
+        """Whether the stage can recompute selectively.
+
+        Flex attention must be compiled, and torch ignores compiled functions inside a selective region.
+        """
+        return self.model.attention != "flex" or self.model.compile
 
     @pydantic.model_validator(mode="after")
     def _compat_gives_features_to_all_images(self) -> StageConfig:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.config import NEW_ROWS, VOCABULARY_MATRICES, OptimizerConfig
+from unitoken.train.config import (
+    LORA,
+    ROWS,
+    VOCABULARY_MATRICES,
+    OptimizerConfig,
+    TrainedRows,
+    is_adapter,
+)
 
 # SigLIP's patch and position embeddings stay frozen, as in the reference, unless they are named explicitly.
 FROZEN = "vit.embeddings"
@@ -19,6 +26,8 @@ FROZEN = "vit.embeddings"
 
 def matches(entry: str, parameter: str) -> bool:
     """Return whether an entry of a setting names a parameter or a module that holds it."""
+    if entry == LORA:
+        return is_adapter(parameter)
     return parameter == entry or parameter.startswith(f"{entry}.")
 
 
@@ -28,8 +37,8 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
     Args:
         model: the model.
         trainable: names of parameters or modules. `vit` trains the tower without `vit.embeddings`, which only
-            entries that begin with `vit.embeddings` train. `new_rows` trains the vocabulary's matrices, of
-            which `keep_old_rows` then leaves all other rows as they are.
+            entries that begin with `vit.embeddings` train. `new_rows` and `image_rows` train the vocabulary's
+            matrices, of which `keep_old_rows` then leaves all other rows as they are. `lora` trains adapters.
 
     Returns:
         The names of the trained parameters.
@@ -43,8 +52,8 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
         matching = {entry for entry in trainable if matches(entry, name)}
         if name.startswith(f"{FROZEN}."):
             matching = {entry for entry in matching if entry.startswith(FROZEN)}
-        if NEW_ROWS in trainable and name in VOCABULARY_MATRICES:
-            matching.add(NEW_ROWS)
+        if name in VOCABULARY_MATRICES:
+            matching |= {entry for entry in trainable if entry in ROWS}
         unused -= matching
         parameter.requires_grad_(bool(matching))
         if matching:
@@ -57,13 +66,18 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[str]:
     return trained
 
 
+def count_trained(model: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, compat: bool = False, new_rows: range | None = None
+    model: nn.Module, config: OptimizerConfig, compat: bool = False, rows: TrainedRows | None = None
 ) -> torch.optim.AdamW:
     """Build AdamW with a group for each entry of `lr_scales` and one for the rest.
 
     Norms and biases are in groups of their own without weight decay, as decay would pull their gains to zero.
-    Each group carries its `name` and `lr_scale`; see `keep_old_rows` for a group with new rows.
+    Each group carries its `name` and `lr_scale`; see `keep_old_rows` for a group of which some rows train.
 
     Not Composer's DecoupledAdamW: it does not multiply the decay by the learning rate, so that 0.1 would
     shrink the weights by a tenth each step.
@@ -73,7 +87,7 @@ def build_optimizer(
         config: the settings. Entries of `lr_scales` name parameters as `trainable` does; the longest match
             wins.
         compat: decay all parameters, as in the reference.
-        new_rows: the only rows of the vocabulary's matrices to train; None trains all.
+        rows: the only rows of the vocabulary's matrices to train; None trains all.
 
     Raises:
         ConfigError: an entry of `lr_scales` that names no trained parameter.
@@ -81,17 +95,17 @@ def build_optimizer(
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     matrices = []
     for name, parameter in model.named_parameters():
-        if new_rows is not None and name in VOCABULARY_MATRICES:
+        if rows is not None and name in VOCABULARY_MATRICES:
             matrices.append(parameter)
         elif parameter.requires_grad:
             matching = [entry for entry in config.lr_scales if matches(entry, name)]
             decays = compat or not ("norm" in name or name.endswith("bias"))
             groups.setdefault((max(matching, key=len, default="rest"), decays), []).append(parameter)
     built = []
-    if new_rows is not None:
-        # AdamW would decay all rows: `decay_new_rows` decays the new ones instead.
-        rows = {"first_row": new_rows.start, "row_decay": config.weight_decay}
-        built = [_group(matrices, NEW_ROWS, config, weight_decay=0.0) | rows]
+    if rows is not None:
+        # AdamW would decay all rows: `decay_new_rows` decays these instead.
+        kept = {"first_row": rows.first, "end_row": rows.end, "row_decay": config.weight_decay}
+        built = [_group(matrices, rows.name, config, weight_decay=0.0) | kept]
     unused = set(config.lr_scales) - {name for name, _ in groups} - {group["name"] for group in built}
     if unused:
         raise ConfigError(f"optimizer.lr_scales: '{sorted(unused)[0]}' names no parameter that is trained")
@@ -132,7 +146,7 @@ def place_step_counts(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def keep_old_rows(optimizer: torch.optim.Optimizer) -> None:
-    """Drop the gradients of all rows of `new_rows`' matrices but the new ones.
+    """Drop the gradients of all rows of the vocabulary's matrices but the `TrainedRows`.
 
     Called before gradients are measured and clipped. Without gradients the moments of these rows stay 0, and
     AdamW without decay adds 0 to the rows.
@@ -140,7 +154,9 @@ def keep_old_rows(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if "first_row" in group else ():
             if parameter.grad is not None:
-                _local(parameter.grad)[: _first_local_row(parameter, group["first_row"])] = 0.0
+                gradient, rows = _local(parameter.grad), _local_rows(parameter, group)
+                gradient[: rows.start] = 0.0
+                gradient[rows.stop :] = 0.0
 
 
 @torch.no_grad()
@@ -149,7 +165,7 @@ def decay_new_rows(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if "first_row" in group else ():
             if parameter.grad is not None:
-                rows = _local(parameter)[_first_local_row(parameter, group["first_row"]) :]
+                rows = _local(parameter)[_local_rows(parameter, group)]
                 rows.mul_(1 - group["lr"] * group["row_decay"])
 
 
@@ -158,8 +174,8 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _first_local_row(parameter: Tensor, first: int) -> int:
-    """Return which of this rank's rows is the first from row `first` of a parameter on.
+def _local_rows(parameter: Tensor, group: dict[str, Any]) -> slice:
+    """Return the trained rows of this rank's shard of a parameter.
 
     FSDP2 gives the ranks of a group equal shards of rows, of which the last may be shorter or empty.
     """
@@ -170,7 +186,7 @@ def _first_local_row(parameter: Tensor, first: int) -> int:
                 ranks = parameter.device_mesh.size(dimension)
                 each = math.ceil(parameter.shape[0] / ranks)
                 offset = each * parameter.device_mesh.get_local_rank(dimension)
-    return max(first - offset, 0)
+    return slice(max(group["first_row"] - offset, 0), max(group["end_row"] - offset, 0))
 
 
 def learning_rate(done: float, config: OptimizerConfig, warmup: float, total: float) -> float:

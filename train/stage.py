@@ -15,11 +15,10 @@ from unitoken.common import cli
 from unitoken.common.errors import ConfigError, exit_status_of_signal
 from unitoken.common.files import exclusive_lock
 from unitoken.common.interruption import end_on_signals, remember_signals
-from unitoken.dataset.vision_views import CANVASES
 from unitoken.streaming_data.plan.report import PlanReport
 from unitoken.streaming_data.reading.loader import PackedLoader, build_loader
+from unitoken.train.accounting.fitting import Fit, Fitting, choose, describe_fit, expected_speed, pack_work
 from unitoken.train.accounting.flops import peak_flops, step_flops
-from unitoken.train.accounting.memory import estimate_memory
 from unitoken.train.callbacks.evaluation import Evaluation
 from unitoken.train.callbacks.intervals import EpochLength
 from unitoken.train.callbacks.loggers import build_loggers
@@ -39,13 +38,14 @@ from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_
 from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import write_metadata
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
-from unitoken.train.config import NEW_ROWS, VOCABULARY_MATRICES, StageConfig
+from unitoken.train.config import VOCABULARY_MATRICES, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
 from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
-from unitoken.train.optim import build_optimizer, freeze
+from unitoken.train.optim import build_optimizer, count_trained, freeze
 
 
 def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
@@ -95,6 +95,10 @@ def _train(config: StageConfig, resolved: ResolvedStage) -> None:
     _report_plan(plan, resolved)
 
     network, trained = _build_network(config, resolved)
+    fitting = _fitting(config, resolved, network, trained, loader)
+    fit = choose(fitting, composer_trainer.gpu_bytes())
+    config = fit.settings_in(config)  # from here on without `auto`, in stage.yaml, too
+    network.set_recompute(fit.recompute)
     if checkpoint is None:
         _load_initial_weights(network, config, resolved)
     elif _is_finished(network, config, checkpoint, total_steps):
@@ -103,15 +107,14 @@ def _train(config: StageConfig, resolved: ResolvedStage) -> None:
         return
     else:
         _allocate_weights(network, config, checkpoint)
-    _report_size(config, resolved, network, loader, len(trained), total_steps)
+    _report_size(config, resolved, network, len(trained), total_steps)
+    _report_fit(fitting, fit)
 
     callbacks = _build_callbacks(config, resolved, epoch, total_steps, trained, evaluation_loader)
     trainer = composer_trainer.build_trainer(
         config,
         network,
-        build_optimizer(
-            network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
-        ),
+        build_optimizer(network, config.optimizer, resolved.compat, resolved.trained_rows),
         loader,
         callbacks.in_order(),
         build_loggers(config.log, folder, resumes=checkpoint is not None),
@@ -170,23 +173,17 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
         resolved.sizes.decoder,
         resolved.sizes.vision,
         config.model,
-        config.activation_checkpointing,
-        resolved.vocabulary.image_ids,
+        image_ids=resolved.vocabulary.image_ids,
     )
+    if config.model.lora is not None:
+        add_adapters(network.model.layers, config.model.lora)
     trained = freeze(network, config.trainable)
     # Only to check the names of `lr_scales` before weights are loaded; the real one needs parameters with
     # memory.
-    build_optimizer(
-        network, config.optimizer, compat=resolved.compat, new_rows=_trained_rows(config, resolved)
-    )
+    build_optimizer(network, config.optimizer, resolved.compat, resolved.trained_rows)
     if config.model.compile:
         network.compile_layers()
     return network, trained
-
-
-def _trained_rows(config: StageConfig, resolved: ResolvedStage) -> range | None:
-    """Return the only rows of the vocabulary's matrices that are trained, or None."""
-    return resolved.new_rows if NEW_ROWS in config.trainable else None
 
 
 def _load_initial_weights(network: UniToken, config: StageConfig, resolved: ResolvedStage) -> None:
@@ -241,39 +238,57 @@ def _report_size(
     config: StageConfig,
     resolved: ResolvedStage,
     network: UniToken,
-    loader: PackedLoader,
     tensors: int,
     total_steps: int,
 ) -> None:
-    """Print the number of trained parameters, and an estimate of the GPU memory."""
-    parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    rows = _trained_rows(config, resolved)
-    # With `new_rows` their matrices have gradients and moments as a whole, but their old rows do not train.
-    still = 0 if rows is None else rows.start * resolved.sizes.decoder.hidden_size
+    """Print the number of trained parameters."""
+    parameters = count_trained(network)
+    rows, sizes = resolved.trained_rows, resolved.sizes.decoder
+    # Matrices of which only some rows train have gradients and moments as a whole.
+    still = 0 if rows is None else (sizes.vocab_size - (rows.end - rows.first)) * sizes.hidden_size
     matrices = sum(name in VOCABULARY_MATRICES for name, _ in network.named_parameters())
     where = f"{total_steps} steps on {ranks.world_size()} rank(s), {composer_trainer.describe_devices()}"
     _report(
         f"{config.name}: trains {parameters - matrices * still:,} parameters in {tensors} tensors for {where}"
     )
+
+
+def _fitting(
+    config: StageConfig, resolved: ResolvedStage, network: UniToken, trained: list[str], loader: PackedLoader
+) -> Fitting:
+    return Fitting(
+        config,
+        resolved.sizes.decoder,
+        resolved.sizes.vision,
+        trained,
+        count_trained(network),
+        ranks.world_size(),
+        pack_work(loader.dataset.plan, config.data),
+    )
+
+
+def _report_fit(fitting: Fitting, fit: Fit) -> None:
+    """Print what `auto` chose, and on a GPU the estimated memory and the expected speed."""
+    config = fitting.config
+    if "auto" in (config.activation_checkpointing, config.microbatch):
+        _report(f"{config.name}: auto chose {describe_fit(fit)}")
     if composer_trainer.has_gpu():
-        views_per_image = 1
-        if config.data.anyres:
-            views_per_image += max(across * down for across, down in CANVASES)
-        most_images = int(loader.dataset.plan.images.max())  # in a pack
-        memory = estimate_memory(
-            config,
-            resolved.sizes.decoder,
-            resolved.sizes.vision,
-            ranks=ranks.world_size(),
-            trained=parameters,
-            views=views_per_image * config.microbatch * most_images,
-        )
-        _report(f"{config.name}: needs {memory.summary()}")
+        _report(f"{config.name}: needs {fit.memory.summary()}")
+    peak = _peak_flops(config.precision)
+    if peak is not None:
+        tokens, mfu = expected_speed(fit, fitting.work, peak, config.model.compile)
+        _report(f"{config.name}: about {tokens:,.0f} tokens/s a GPU expected, MFU {mfu:.0%} (computed)")
 
 
 def _stage_identity(config: StageConfig) -> dict[str, object]:
     """Return the settings that must be the same when a run is resumed: a folder belongs to one stage."""
-    return {"name": config.name, "trainable": sorted(config.trainable)}
+    lora = config.model.lora
+    return {
+        "name": config.name,
+        "trainable": sorted(config.trainable),
+        # Nothing else in a checkpoint says by what its adapters are multiplied.
+        "lora": None if lora is None else lora.model_dump(mode="json"),
+    }
 
 
 class _Callbacks(NamedTuple):
@@ -326,7 +341,7 @@ def _build_callbacks(
             metrics,
             every=epoch.steps_between(config.eval.interval),
             batches=config.eval.batches,
-            microbatch=config.microbatch,
+            microbatch=config.microbatch_packs,
             has_vision=resolved.sizes.vision is not None,
         )
     samples = _build_samples(config, resolved, epoch)

@@ -79,6 +79,7 @@ def test_every_shipped_file_names_its_schema_and_fits_it(path: Path) -> None:
         ("max_duration: 3", False),
         ("activation_checkpointing: 2", True),
         ("activation_checkpointing: selective", True),
+        ("activation_checkpointing: auto", True),
         ("activation_checkpointing: some", False),
         ("model: {vision: null}", True),
         (f"model: {{decoder: {SIZES}}}", True),
@@ -114,5 +115,5 @@ def test_the_schema_describes_the_settings() -> None:
     schema = json.loads((YAMLS / "stage.schema.json").read_text())
     described = schema["properties"]["activation_checkpointing"]["description"]
     assert described == StageConfig.model_fields["activation_checkpointing"].description
-    assert described.endswith("model.compile).")
+    assert described.endswith("(`auto`; nothing on a CPU).")
     assert schema["$defs"]["ModelConfig"]["properties"]["vision"]["description"].startswith("The same")

@@ -251,7 +251,7 @@ def test_a_step_needs_no_more_memory_than_the_stage_announces(recomputed: str) -
     config = load_config(
         StageConfig, ROOT / "yamls/stage2.yaml", ["microbatch=1", f"activation_checkpointing={recomputed}"]
     )
-    model = build_model(depth, SIGLIP, config.model, config.activation_checkpointing)
+    model = build_model(depth, SIGLIP, config.model, config.recompute)
     load_weights(model, {}, seed=0)
     trained = freeze(model.to(DEVICE).train(), config.trainable)
     number = sum(model.get_parameter(name).numel() for name in trained)

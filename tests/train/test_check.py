@@ -132,6 +132,28 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
             r"'selective' with model\.attention 'flex' needs model\.compile",
         ),
         ("activation_checkpointing=some", r"activation_checkpointing"),
+        ("microbatch=most", r"microbatch"),
+        ("model.lora={}", r"trainable: 'lora' trains the adapters of model\.lora: set both, or neither"),
+        ("trainable=[lora]", r"trainable: 'lora' trains the adapters of model\.lora: set both, or neither"),
+        (
+            ("model.lora={}", "trainable=[lora, model.layers.0]"),
+            r"trainable: 'model\.layers\.0' trains layers that model\.lora freezes",
+        ),
+        (
+            ("model.lora={}", "trainable=[lora, model]"),
+            r"trainable: 'model' trains layers that model\.lora freezes",
+        ),
+        ("model.lora={targets: []}", r"model\.lora\.targets"),
+        ("model.lora={targets: [lm_head]}", r"model\.lora\.targets"),
+        (
+            "trainable=[image_rows, lm_head]",
+            r"trainable: 'lm_head' already trains all rows; leave out 'image_rows' or it",
+        ),
+        (
+            ("model.grow={}", "trainable=[image_rows, new_rows]"),
+            r"trainable: 'new_rows' and 'image_rows' exclude each other",
+        ),
+        (("microbatch=auto", "compat=unitoken"), r"microbatch: auto: compat 'unitoken' takes the mean"),
         ("activation_checkpointing=0", r"activation_checkpointing"),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
         (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, VisionTowerConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, OptimizerConfig, TrainedRows, VisionTowerConfig
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import (
     build_optimizer,
@@ -129,7 +129,7 @@ def test_only_new_rows_have_gradients_and_decay(model: UniToken) -> None:
     names = freeze(model, ["new_rows", "model.norm"])
     assert names == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     config = OptimizerConfig(lr=1.0, weight_decay=0.5, lr_scales={"new_rows": 0.1})
-    optimizer = build_optimizer(model, config, new_rows=range(15, 20))
+    optimizer = build_optimizer(model, config, rows=TrainedRows("new_rows", 15, 20))
     set_learning_rate(optimizer, 1.0)
     rows, rest = optimizer.param_groups
     assert (rows["name"], rows["lr"], rows["weight_decay"]) == ("new_rows", 0.1, 0.0)
@@ -150,6 +150,27 @@ def test_only_new_rows_have_gradients_and_decay(model: UniToken) -> None:
         assert (parameter.data[:15] == 1.0).all()
         torch.testing.assert_close(parameter.data[15:], torch.full((5, 8), 0.85))
         assert not optimizer.state[parameter]["exp_avg_sq"][:15].any()
+
+
+def test_only_image_rows_have_gradients_and_decay(model: UniToken) -> None:
+    """Rows in the middle: those behind them stay, too."""
+    model = model.to_empty(device="cpu")
+    freeze(model, ["image_rows"])
+    config = OptimizerConfig(lr=1.0, weight_decay=0.5, lr_scales={"image_rows": 0.1})
+    optimizer = build_optimizer(model, config, rows=TrainedRows("image_rows", 5, 9))
+    set_learning_rate(optimizer, 1.0)
+    (group,) = optimizer.param_groups
+    assert (group["name"], group["lr"], len(group["params"])) == ("image_rows", 0.1, 2)
+    for parameter in group["params"]:
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.ones_like(parameter)
+    keep_old_rows(optimizer)
+    decay_new_rows(optimizer)
+    optimizer.step()
+    for parameter in group["params"]:
+        others = torch.cat([parameter.data[:5], parameter.data[9:]])
+        assert (others == 1.0).all()
+        torch.testing.assert_close(parameter.data[5:9], torch.full((4, 8), 0.85))
 
 
 def test_the_longest_name_decides_the_learning_rate(model: UniToken) -> None:

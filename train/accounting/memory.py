@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unitoken.train.config import NEW_ROWS, DecoderConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import ROWS, DecoderConfig, LoraConfig, StageConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode
 from unitoken.train.model.loss import CHUNK_ROWS
 
@@ -134,6 +134,50 @@ def decoder_layer_bytes(
     return 2 * norm + head_norms + attention + mlp + 2 * dropout * hidden
 
 
+def linear_sizes(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return the sizes of inputs and outputs of a decoder layer's linear layers."""
+    hidden, inner = decoder.hidden_size, decoder.intermediate_size
+    query_size, key_size = decoder.query_size, decoder.key_size
+    return {
+        "q_proj": (hidden, query_size),
+        "k_proj": (hidden, key_size),
+        "v_proj": (hidden, key_size),
+        "o_proj": (query_size, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def count_adapters(decoder: DecoderConfig, lora: LoraConfig | None) -> int:
+    """Count the parameters of the adapters of all layers."""
+    if lora is None:
+        return 0
+    sizes = linear_sizes(decoder)
+    return decoder.num_hidden_layers * sum(lora.rank * sum(sizes[target]) for target in lora.targets)
+
+
+def adapter_bytes(decoder: DecoderConfig, lora: LoraConfig, mode: RecomputeMode, *, width: int) -> int:
+    """Return the bytes per token that a frozen decoder layer keeps for its adapters.
+
+    Args:
+        decoder: sizes of the decoder.
+        lora: the adapters.
+        mode: what the backward pass recomputes.
+        width: bytes of an activation.
+    """
+    targets, sizes = set(lora.targets), linear_sizes(decoder)
+    if mode == "full":
+        return 0
+    if mode == "selective":  # the outputs of A and B
+        return sum(width * (lora.rank + sizes[target][1]) for target in targets)
+    # Of A the outputs, and the inputs: three layers share one, two another, and attention keeps o_proj's.
+    inputs = decoder.hidden_size * bool(targets & {"q_proj", "k_proj", "v_proj"})
+    inputs += decoder.hidden_size * bool(targets & {"gate_proj", "up_proj"})
+    inputs += decoder.intermediate_size * ("down_proj" in targets)
+    return width * (lora.rank * len(targets) + inputs)
+
+
 def tower_layer_bytes(vision: VisionTowerConfig, mode: RecomputeMode, *, width: int) -> int:
     """Return the bytes per feature that a trained layer of the vision tower keeps for the backward pass.
 
@@ -176,7 +220,7 @@ class _GatheredBytes:
     layer: float
     tower: float
     rest: float
-    not_resharded: float  # layers that stay gathered from the forward pass to the backward pass
+    not_resharded: float  # layers that stay gathered, or copied, from the forward pass to the backward pass
 
 
 @dataclass(frozen=True)
@@ -200,7 +244,7 @@ class _Step:
     @property
     def tokens(self) -> int:
         """Positions of a microbatch."""
-        return self.config.microbatch * self.config.data.packed_length
+        return self.config.microbatch_packs * self.config.data.packed_length
 
     def trains(self, part: str) -> bool:
         """Return whether any parameter of a part of the model (`model`, `vit`, ...) is trained."""
@@ -210,21 +254,22 @@ class _Step:
     def trains_head(self) -> bool:
         """Return whether the output layer has a gradient."""
         head = "model" if self.decoder.tie_word_embeddings else "lm_head"
-        return self.trains(head) or NEW_ROWS in self.config.trainable
+        return self.trains(head) or any(rows in self.config.trainable for rows in ROWS)
 
     @property
     def trains_rest(self) -> bool:
         """Return whether the vocabulary's matrices have gradients, which they have as a whole."""
-        return self.trains("model") or NEW_ROWS in self.config.trainable
+        return self.trains("model") or any(rows in self.config.trainable for rows in ROWS)
 
     def layer_bytes(self) -> dict[RecomputeMode, int]:
         """Return the bytes per token that a decoder layer keeps in each mode."""
         sdpa = self.config.model.attention == "sdpa"
         mask = self.width * self.config.data.packed_length if sdpa else 0
         dropout = 1 if self.config.model.dropout else 0
-        trains = self.trains("model")
+        trains, lora = self.trains("model"), self.config.model.lora
         return {
-            mode: decoder_layer_bytes(
+            mode: (adapter_bytes(self.decoder, lora, mode, width=self.width) if lora is not None else 0)
+            + decoder_layer_bytes(
                 self.decoder,
                 mode,
                 width=self.width,
@@ -238,7 +283,7 @@ class _Step:
 
     def decoder_activations(self) -> int:
         """Return the bytes that the decoder's layers, the last norm and the supervised rows keep."""
-        setting, layers = self.config.activation_checkpointing, self.decoder.num_hidden_layers
+        setting, layers = self.config.recompute, self.decoder.num_hidden_layers
         activations = self.tokens * stack_bytes(setting, layers, self.layer_bytes())
         # The last norm and the supervised rows, which are at most all rows.
         return activations + self.tokens * self.decoder.hidden_size * (4 + 3 * self.width)
@@ -250,16 +295,19 @@ class _Step:
         features, activations = views * self.vision.features, 0
         if self.trains("vit"):
             layer_bytes = {mode: tower_layer_bytes(self.vision, mode, width=self.width) for mode in MODES}
-            setting, layers = self.config.activation_checkpointing, self.vision.num_hidden_layers
+            setting, layers = self.config.recompute, self.vision.num_hidden_layers
             activations = features * stack_bytes(setting, layers, layer_bytes)
         # The adapter's inputs, and the features that are put into the sequence.
         return activations + features * self.width * (self.vision.hidden_size + 3 * self.decoder.hidden_size)
 
     def recomputed_layer(self) -> int:
         """Return the bytes of a layer's recomputed activations, and of gradients through its widest part."""
-        setting, layer_bytes = self.config.activation_checkpointing, self.layer_bytes()
+        setting, layer_bytes = self.config.recompute, self.layer_bytes()
         recomputed = layer_bytes["none"] - (layer_bytes[setting] if isinstance(setting, str) else 0)
         gradients = 2 * self.width * self.decoder.intermediate_size + 8 * self.decoder.hidden_size
+        lora = self.config.model.lora
+        if lora is not None and "down_proj" in lora.targets:  # its input is freed before the widest part
+            recomputed -= self.width * self.decoder.intermediate_size
         return self.tokens * (recomputed + gradients)
 
     def loss(self) -> int:
@@ -271,13 +319,24 @@ class _Step:
         weight = self.trains_head * self.decoder.vocab_size * self.decoder.hidden_size * (4 + self.width)
         return logits + rows + weight
 
+    def _copies(self, number: ParameterCounts) -> _GatheredBytes:
+        """Return the bytes of the copies in bfloat16 that autocast keeps of the weights on one GPU."""
+        if self.width == 4:
+            return _GatheredBytes(0, 0, 0, 0, 0, 0)
+        setting, copied = self.config.recompute, number.total
+        if setting != "none":  # those of recomputed layers are made anew, one layer at a time
+            every = 1 if isinstance(setting, str) else setting
+            kept = number.layers - len(range(0, number.layers, every))
+            copied = number.rest + number.head + (kept + 1) * number.layer
+        copies = 2 * copied
+        # At the end of the forward pass autocast still has those of all trained weights.
+        cached = 2 * number.total - copies if self.trains("model") else 0
+        return _GatheredBytes(copies, copies, copies, copies, copies, cached)
+
     def gathered(self, number: ParameterCounts, ranks: int) -> _GatheredBytes:
         """Return the bytes of gathered parameters in the loss and at the turn of each unit's gradients."""
         if ranks == 1:  # nothing is gathered, but autocast keeps copies of the weights
-            one_layer = self.config.activation_checkpointing != "none"
-            copied = number.rest + number.head + number.layer if one_layer else number.total
-            copies = 2 * copied if self.width == 2 else 0
-            return _GatheredBytes(copies, copies, copies, copies, copies, 0)
+            return self._copies(number)
         trained_head = number.head if self.trains_head else 0
         trained_rest = number.rest if self.trains_rest else 0
         # With tied embeddings the output layer's gradient waits for that of the embeddings.
@@ -294,8 +353,10 @@ class _Step:
         trained_layer = number.layer if self.trains("model") else 0
         trained_tower = number.tower if self.trains("vit") else 0
         other_layers = self.width * number.layer * (number.layers - 1)
+        first_layer = 0 if self.config.fsdp.reshard else self.width * number.layer
         return _GatheredBytes(
-            loss=self.width * (number.rest + number.head + (0 if self.config.fsdp.reshard else number.layer)),
+            # FSDP2 keeps what came last from the other GPUs, the output layer, beside its parameters.
+            loss=self.width * (number.rest + 2 * number.head) + first_layer,
             last_layer=two_units(number.layer, trained_layer, max(trained_layer, trained_head)),
             layer=two_units(number.layer, trained_layer, trained_layer),
             tower=two_units(number.tower, trained_tower, trained_tower),
@@ -325,11 +386,11 @@ def estimate_memory(
     """
     step, number = _Step(config, decoder, vision), count_parameters(decoder, vision)
     shards = max(ranks // config.fsdp.replicas, 1)
-    accumulates = config.data.global_batch // ranks > config.microbatch
+    accumulates = config.data.global_batch // ranks > config.microbatch_packs
     moments = _moments(step, number, step.gathered(number, ranks), 4 * trained / shards, shards, accumulates)
     peak = max(moments, key=lambda moment: sum(moment.values()))
     return MemoryEstimate({
-        "parameters": 4 * number.total / shards,
+        "parameters": 4 * (number.total + count_adapters(decoder, config.model.lora)) / shards,
         "Adam's moments": 8 * trained / shards,
         "tower activations": float(step.tower_activations(views)),
         **peak,

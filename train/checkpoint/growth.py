@@ -89,7 +89,7 @@ class Growth:
             matrix: the matrix, whose old rows are there.
         """
         old, new = matrix[: self.rows.start], matrix[self.rows.start :]
-        generator = _generator(self.seed, name)
+        generator = named_generator(self.seed, name)
         if self.config.init == "normal":
             new.normal_(0.0, NORMAL_SPREAD, generator=generator)
         else:
@@ -110,7 +110,7 @@ class Growth:
     def _projected_codebook(self, hidden: int) -> Tensor:
         """Return the codebook's vectors (codes, hidden) in a random projection, with mean 0 and spread 1."""
         width = self._codebook.shape[1]
-        projection = torch.randn(width, hidden, generator=_generator(self.seed, "codebook"))
+        projection = torch.randn(width, hidden, generator=named_generator(self.seed, "codebook"))
         projected = self._codebook @ projection
         centered = projected - projected.mean(0)
         scaled: Tensor = centered * (math.sqrt(len(centered)) / centered.norm())
@@ -127,7 +127,8 @@ class Growth:
         return vectors
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Return random numbers of a name's own, whatever else is drawn."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.growth import Growth
+from unitoken.train.checkpoint.growth import Growth, named_generator
 from unitoken.train.checkpoint.locations import checkpoint_folder
 from unitoken.train.checkpoint.tensors import (
     Shapes,
+    Tensors,
     TensorSource,
     compare_shapes,
     drop_tied_head,
@@ -21,7 +22,8 @@ from unitoken.train.checkpoint.tensors import (
     open_vision_folder,
     parameter_shapes,
 )
-from unitoken.train.config import VOCABULARY_MATRICES, ModelConfig
+from unitoken.train.config import VOCABULARY_MATRICES, ModelConfig, is_adapter
+from unitoken.train.model.lora import draw_adapter
 from unitoken.train.model.unitoken import UniToken
 
 # Parts that are trained together: where only one of them is there, the other was lost.
@@ -55,7 +57,9 @@ def find_weights(
         parts = _split_with_companions(folder) | parts
     if isinstance(config.vision, str) and "vit" not in parts:
         parts |= _split_by_part(open_vision_folder(config.vision))
-    expected = _shapes_by_part(parameter_shapes(model))
+    # Adapters are new in every run.
+    base = {name: shape for name, shape in parameter_shapes(model).items() if not is_adapter(name)}
+    expected = _shapes_by_part(base)
     shapes: dict[str, tuple[Shapes, Shapes]] = {}  # of each file or folder: found, and expected of it
     for part, source in parts.items():
         parts[part] = drop_tied_head(fit_norms(source, expected.get(part, {})), expected.get(part, {}))
@@ -84,14 +88,16 @@ def load_weights(
     """
     lines = []
     for part, module in model.named_children():
+        adapters = _draw_adapters(module, part, seed)
         if part in parts:
             source = parts[part]
             tensors = source.read([name for name in source.shapes if name.startswith(f"{part}.")])
             state = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
-            module.load_state_dict(state, assign=True)
+            module.load_state_dict(state | adapters, assign=True)
         else:
             module.to_empty(device="cpu")
             _draw_weights(module, part, seed)
+            module.load_state_dict(adapters, strict=False)
             for name, parameter in module.named_parameters(prefix=part):
                 if growth is not None and name in VOCABULARY_MATRICES:
                     growth.fill(name, parameter)
@@ -131,6 +137,8 @@ def _draw_weights(module: nn.Module, part: str, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed * 4 + ("model", "lm_head", "vit", "adapter").index(part))
     for name, parameter in sorted(module.named_parameters()):
+        if is_adapter(name):
+            continue
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:
@@ -143,6 +151,15 @@ def _draw_weights(module: nn.Module, part: str, seed: int) -> None:
             fan_in, fan_out = parameter[0].numel(), parameter.shape[0]
             bound = math.sqrt(6 / (fan_in + fan_out))
             parameter.uniform_(-bound, bound, generator=generator)
+
+
+def _draw_adapters(module: nn.Module, part: str, seed: int) -> Tensors:
+    """Draw the adapters of a part, by their names in it."""
+    return {
+        name: draw_adapter(tuple(parameter.shape), name, named_generator(seed, f"{part}.{name}"))
+        for name, parameter in module.named_parameters()
+        if is_adapter(name)
+    }
 
 
 def fill_with_nan(model: UniToken) -> None:

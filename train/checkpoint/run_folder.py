@@ -31,6 +31,8 @@ from unitoken.train.checkpoint.tensors import (
     check_shapes,
     open_decoder_folder,
 )
+from unitoken.train.config import is_adapter
+from unitoken.train.model.lora import merged_weight
 
 LOCK = ".lock"
 NETWORK = "network."  # the prefix of our model's tensors in a checkpoint
@@ -123,15 +125,19 @@ def _shapes(tensors: Tensors) -> Shapes:
 
 
 def open_checkpoint(checkpoint: Path) -> TensorSource:
-    """Open the model's weights in a checkpoint."""
+    """Open the model's weights in a checkpoint, with its adapters merged into them."""
+    state = read_checkpoint(checkpoint)
+    lora = _saver_state(state).get("lora")
+    scale = lora["alpha"] / lora["rank"] if lora else 0.0
 
     def read(names: Collection[str]) -> Tensors:
         tensors = _network_tensors(read_checkpoint(checkpoint))
-        copies = {name: tensors[name].clone() for name in names}
+        copies = {name: merged_weight(name, tensors, scale) for name in names}
         check_finite(copies.items(), str(checkpoint))
         return copies
 
-    return TensorSource(str(checkpoint), _shapes(_network_tensors(read_checkpoint(checkpoint))), read)
+    tensors = {name: tensor for name, tensor in _network_tensors(state).items() if not is_adapter(name)}
+    return TensorSource(str(checkpoint), _shapes(tensors), read)
 
 
 def open_weights(origin: Path) -> TensorSource:

@@ -37,7 +37,7 @@ from unitoken.streaming_data.reading.batch import (
 )
 from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
-from unitoken.train.distributed.ranks import TIMEOUT, world_size
+from unitoken.train.distributed.ranks import TIMEOUT, smallest, world_size
 from unitoken.train.model.decoder import DecoderLayer
 from unitoken.train.model.unitoken import OutputLayer, UniToken
 from unitoken.train.model.vision_tower import VisionTower
@@ -199,6 +199,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def gpu_bytes() -> float | None:
+    """Return the memory of the smallest GPU of all ranks, for all ranks to choose alike; None on a CPU."""
+    if not has_gpu():
+        return None
+    return smallest(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
 def describe_devices() -> str:
     """Return the number and kind of a machine's GPUs, for a message."""
     if not torch.cuda.is_available():
@@ -282,7 +289,7 @@ def _trainer_settings(config: StageConfig) -> dict[str, Any]:
     return {
         "run_name": config.name,
         "seed": config.seed,
-        "device_train_microbatch_size": config.microbatch,
+        "device_train_microbatch_size": config.microbatch_packs,
         # Weighted by supervised tokens over microbatches and ranks; the reference takes the mean of means.
         "accumulate_train_batch_on_tokens": config.compat != "unitoken",
         "precision": "amp_bf16" if config.precision == "bf16" else "fp32",

@@ -138,6 +138,12 @@ def _gather(value: Any) -> list[Any]:
     return list(dist.all_gather_object(value)) if world_size() > 1 else [value]
 
 
+def smallest(value: float) -> float:
+    """Return the smallest of the ranks' values."""
+    values: list[float] = _gather(value)
+    return min(values)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place, and return it."""
     dist.all_reduce(values)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unitoken.train.model.autocast import product_dtype
+
 CHUNK_ROWS = 2048  # rows of logits that exist at once: 0.5 GB in float32 for 65,536 ids
 
 
@@ -81,7 +83,7 @@ class _LossAndGradient(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, terms: _Terms
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return total, cross-entropy, z, and each row's cross-entropy (n,)."""
-        dtype = _dtype_of_products(rows)
+        dtype = product_dtype(rows)
         exact = torch.promote_types(dtype, torch.float32)
         needs_rows, needs_weight = (terms.trains and needed for needed in ctx.needs_input_grad[:2])
         rows_gradient = torch.empty_like(rows, dtype=dtype) if needs_rows else None
@@ -123,12 +125,6 @@ class _LossAndGradient(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*gradients, None)
-
-
-def _dtype_of_products(rows: Tensor) -> torch.dtype:
-    """Return the dtype in which `F.linear` multiplies rows: under autocast not their own."""
-    device = rows.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def _exponentiate(logits: Tensor, chunk: slice, terms: _Terms) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,6 +87,12 @@ class UniToken(nn.Module):
             for layer in self.vit.encoder.layers:
                 layer.compile(**settings)
 
+    def set_recompute(self, setting: RecomputeMode | int) -> None:
+        """Apply the setting `activation_checkpointing` to the layers of decoder and tower."""
+        set_recompute(self.model.layers, setting)
+        if self.vision is not None:
+            set_recompute(self.vit.encoder.layers, setting)
+
     @property
     def is_tied(self) -> bool:
         """Whether the token embedding is the output layer, too."""
@@ -181,7 +187,5 @@ def build_model(
             attention=config.attention,
             masked_ids=image_ids if config.mask_image_logits else (),
         )
-    set_recompute(model.model.layers, activation_checkpointing)
-    if vision is not None:
-        set_recompute(model.vit.encoder.layers, activation_checkpointing)
+    model.set_recompute(activation_checkpointing)
     return model

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unitoken.train.config import VisionTowerConfig
 from unitoken.train.model import activation_checkpointing
+from unitoken.train.model.autocast import product_dtype
 
 
 class TowerEmbeddings(nn.Module):
@@ -48,6 +49,9 @@ class TowerAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Attend over all features of each view."""
+        # On a GPU autocast computes LayerNorm in float32: rounded here it is rounded, and kept, once for
+        # three.
+        hidden = hidden.to(product_dtype(hidden))
         query, key, value = (
             projection(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (V, heads, F, head dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

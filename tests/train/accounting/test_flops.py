@@ -117,3 +117,12 @@ def test_a_7b_weight_takes_six_flops_a_token_or_four_if_frozen() -> None:
 )
 def test_peak_flops_are_those_of_the_data_sheet_or_unknown(name: str, flops: float | None) -> None:
     assert peak_flops(name) == flops
+
+
+def test_adapters_need_no_gradients_of_the_weights_beside_them() -> None:
+    names = [f"model.layers.{number}.mlp.up_proj.lora_a" for number in range(3)]
+    matrix = 2 * 48 * 80
+    adapted, frozen = step_flops(DECODER, None, names), step_flops(DECODER, None, ())
+    # Behind the first adapter all matrices have gradients of their rows: one of its layer, and two layers.
+    layer = 2 * (2 * 48 * 48 + 2 * 48 * 24) + 3 * matrix
+    assert adapted.token - frozen.token == matrix + 2 * layer

@@ -16,6 +16,8 @@ from support.stages import DECODER, VISION, stage, write_data
 from unitoken.common.config import load_config
 from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.accounting.memory import (
+    adapter_bytes,
+    count_adapters,
     count_parameters,
     decoder_layer_bytes,
     estimate_memory,
@@ -23,9 +25,17 @@ from unitoken.train.accounting.memory import (
     tower_layer_bytes,
 )
 from unitoken.train.check import check_stage
-from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
+from unitoken.train.config import (
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    StageConfig,
+    VisionTowerConfig,
+    is_adapter,
+)
 from unitoken.train.model.activation_checkpointing import RecomputeMode, set_recompute
 from unitoken.train.model.decoder import Decoder, _compiled, document_mask
+from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.model.vision_tower import TowerEncoder
 from unitoken.train.optim import freeze
@@ -76,12 +86,15 @@ def kept_by_decoder(
     trains: bool,
     dropout: float,
     dtype: torch.dtype = torch.float32,
+    lora: LoraConfig | None = None,
     **changes: Any,
 ) -> float:
     """Return the bytes per token that a decoder's layers keep."""
     config = DecoderConfig.model_validate({**SIZES, **changes})
     decoder = Decoder(config, dropout).to(dtype)
     decoder.layers.requires_grad_(trains)
+    if lora is not None:
+        adapt(decoder, lora)
     set_recompute(decoder.layers, setting)
     documents = (torch.arange(TOKENS) // 30)[None].int()
     hidden = torch.randn(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -89,6 +102,16 @@ def kept_by_decoder(
     everything = bytes_kept(decoder, *inputs)
     decoder.layers = nn.ModuleList()
     return (everything - bytes_kept(decoder, *inputs)) / TOKENS
+
+
+def adapt(decoder: Decoder, lora: LoraConfig) -> None:
+    """Give a decoder adapters, which alone have gradients."""
+    weights = decoder.state_dict()
+    add_adapters(decoder.layers, lora)
+    drawn = {name: torch.randn(parameter.shape) for name, parameter in decoder.named_parameters()}
+    decoder.load_state_dict(drawn | weights, assign=True)
+    for name, parameter in decoder.layers.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
 
 
 FAMILIES: tuple[dict[str, Any], ...] = (
@@ -128,6 +151,16 @@ def test_a_decoder_keeps_the_estimate_in_bfloat16(mode: RecomputeMode, trains: b
     assert 6 * each == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], None])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoder_keeps_the_estimate_for_adapters(mode: RecomputeMode, targets: list[str] | None) -> None:
+    lora = LoraConfig.model_validate({"rank": 4} | ({"targets": targets} if targets else {}))
+    config = DecoderConfig.model_validate(SIZES)
+    each = decoder_layer_bytes(config, mode, width=4, trains=False, mask=4 * TOKENS, dropout=4)
+    found = kept_by_decoder(mode, False, dropout=0.1, lora=lora) - 2 * 4 * config.head_size
+    assert 6 * (each + adapter_bytes(config, lora, mode, width=4)) == pytest.approx(found, rel=0.02)
+
+
 @pytest.mark.parametrize("setting", MODES)
 def test_a_tower_keeps_the_estimate(setting: RecomputeMode) -> None:
     config = VisionTowerConfig.model_validate(
@@ -154,6 +187,11 @@ def test_parameters_are_counted_like_those_of_the_model(changes: dict[str, Any])
     assert count_parameters(decoder, vision).total == sum(
         parameter.numel() for parameter in model.parameters()
     )
+    lora = LoraConfig(rank=3)
+    add_adapters(model.model.layers, lora)
+    assert count_adapters(decoder, lora) == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if is_adapter(name)
+    )
     assert count_parameters(decoder, vision).tower == sum(
         parameter.numel() for parameter in model.vit.parameters()
     )
@@ -165,20 +203,30 @@ def test_the_real_models_have_the_references_parameter_counts() -> None:
     assert count_parameters(LUMINA_7B, SIGLIP_SO400M).total == 7_013_158_912 + 21_504_000 + 412_987_248
 
 
+LORA = ["model.lora={}", "trainable=[lora, image_rows, vit, adapter]"]
+
+
 def seven_b(layers: int) -> DecoderConfig:
     return LUMINA_7B.model_copy(update={"num_hidden_layers": layers})
 
 
+def full(packs: int) -> list[str]:
+    """Return the settings that recompute all, with so many packs a microbatch."""
+    return ["activation_checkpointing=full", f"microbatch={packs}"]
+
+
 @pytest.mark.parametrize(
-    ("name", "views", "gigabytes"),
-    [("stage1", 2, 27), ("stage2", 2, 39), ("stage1-anyres", 10, 29), ("stage2-anyres", 10, 44)],
+    ("name", "packs", "views", "gigabytes"),
+    [("stage1", 8, 2, 27), ("stage2", 8, 2, 39), ("stage1-anyres", 4, 10, 29), ("stage2-anyres", 4, 10, 44)],
 )
-def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigabytes: int) -> None:
-    """The README's figures: two images a pack, of five views each under AnyRes."""
-    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml")
+def test_the_7b_stages_take_the_figures_of_the_page(
+    name: str, packs: int, views: int, gigabytes: int
+) -> None:
+    """Two images a pack, of five views each under AnyRes."""
+    config = load_config(StageConfig, ROOT / f"yamls/{name}.yaml", full(packs))
     trained = 434_000_000 if name.startswith("stage1") else 7_447_000_000
     need = estimate_memory(
-        config, LUMINA_7B, SIGLIP_SO400M, ranks=8, trained=trained, views=views * config.microbatch
+        config, LUMINA_7B, SIGLIP_SO400M, ranks=8, trained=trained, views=views * config.microbatch_packs
     )
     assert need.total / 1e9 == pytest.approx(gigabytes, abs=1)
     assert need.summary().startswith(f"about {need.total / 1e9:.1f} GB a GPU: ")
@@ -193,6 +241,9 @@ def test_the_shipped_stages_fit_eight_gpus_of_80_gb(name: str, views: int, gigab
         ("stage2-anyres", 32, 8, 1, []),
         ("stage2", 8, 8, 2, ["microbatch=4"]),
         ("stage2", 8, 8, 1, ["trainable=[new_rows, vit, adapter]", "model.grow={}"]),
+        ("stage2", 8, 8, 1, LORA),
+        ("stage2", 8, 1, 2, [*LORA, "microbatch=1"]),
+        ("stage2", 8, 1, 1, [*LORA, "microbatch=1", "activation_checkpointing=none"]),
         ("stage2", 32, 16, 1, ["fsdp.reshard=false"]),
         ("stage2", 8, 8, 2, ["microbatch=1", "fsdp.reduce=bf16"]),
         ("stage1", 4, 8, 1, ["microbatch=2", "activation_checkpointing=none"]),
@@ -207,12 +258,16 @@ def test_a_step_at_real_size_takes_the_estimate(
 ) -> None:
     """Runs each operation of a step of the 7B model and its tower on tensors without memory."""
     config = load_config(
-        StageConfig, ROOT / f"yamls/{name}.yaml", ["model.attention=sdpa", "model.dropout=0.05", *overrides]
+        StageConfig,
+        ROOT / f"yamls/{name}.yaml",
+        [*full(4 if "anyres" in name else 8), "model.attention=sdpa", "model.dropout=0.05", *overrides],
     )
-    data = config.data.model_copy(update={"global_batch": ranks * config.microbatch * microbatches})
+    data = config.data.model_copy(update={"global_batch": ranks * config.microbatch_packs * microbatches})
     config = config.model_copy(update={"data": data})
-    decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch
+    decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch_packs
     model = build_model(decoder, SIGLIP_SO400M, config.model)
+    if config.model.lora is not None:
+        add_adapters(model.model.layers, config.model.lora)
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
     need = estimate_memory(config, decoder, SIGLIP_SO400M, ranks=ranks, trained=trained, views=views)
     found = peak_bytes(config, decoder, SIGLIP_SO400M, ranks=ranks, views=views, microbatches=microbatches)
@@ -222,7 +277,7 @@ def test_a_step_at_real_size_takes_the_estimate(
 
 
 def test_ranks_replicas_and_resharding_change_the_estimate() -> None:
-    config = load_config(StageConfig, ROOT / "yamls/stage2.yaml")
+    config = load_config(StageConfig, ROOT / "yamls/stage2.yaml", full(8))
 
     def parts(ranks: int, **fsdp: Any) -> dict[str, float]:
         changed = config.model_copy(update={"fsdp": config.fsdp.model_copy(update=fsdp)})
@@ -251,6 +306,7 @@ def test_a_stage_on_a_gpu_reports_its_estimate_before_training(
     write_data(tmp_path / "data")
     config = stage(tmp_path, "max_duration=1ba")
     monkeypatch.setattr(composer_trainer, "has_gpu", lambda: True)
+    monkeypatch.setattr(composer_trainer, "gpu_bytes", lambda: 80e9)
     run_stage(config, check_stage(config, 1))
     assert "tiny: needs about 3.0 GB a GPU: runtime 3.0\n" in capsys.readouterr().out
 
@@ -299,7 +355,7 @@ def test_a_gpu_allocates_the_estimate(setting: RecomputeMode, attention: Literal
             fully_shard(module, mp_policy=policy, reshard_after_forward=module is not network.lm_head)
         register_fsdp_forward_method(network.lm_head, "loss")
         optimizer = torch.optim.AdamW(network.parameters())
-        rows, length = config.microbatch, config.data.packed_length
+        rows, length = config.microbatch_packs, config.data.packed_length
         batch = supervised_batch(sizes.vocab_size, rows, length)
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()

@@ -80,6 +80,8 @@ def by_two(folder: Path) -> Path:
         dry(folder, "tied-moved", *TIED, stop=3),
         *other_settings_halfway(folder, "two-changed"),
         *new_rows_halfway(folder, "two-rows"),
+        dry(folder, "two-lora", *LORA, stop=3),
+        dry(folder, "two-lora", *LORA),
     )
     return folder / "two"
 
@@ -109,6 +111,9 @@ def other_settings_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
 
 # 50 of 170 rows are old, which ends inside of the first rank's shard of two, and of the second's of four.
 NEW_ROWS = ("model.grow={init: normal}", "trainable=[new_rows]", "optimizer.weight_decay=1")
+
+
+LORA = ("model.lora={rank: 4}", "trainable=[lora, image_rows, vit, adapter]")
 
 
 def new_rows_halfway(folder: Path, run: str) -> list[dict[str, Any]]:
@@ -199,6 +204,19 @@ def test_new_rows_alone_train_on_any_number_of_ranks(folder: Path, by_four: Path
         for name, state in moments.items():
             assert not state["exp_avg_sq"][:50].any(), f"{run}: {name}"
             assert state["exp_avg_sq"][50:].any(), f"{run}: {name}"
+
+
+def test_two_ranks_train_adapters_as_one(folder: Path, by_two: Path) -> None:
+    """Frozen and trained parameters share sharding units; with a resume in between."""
+    train(**dry(folder, "one-lora", *LORA))
+    assert_same(folder / "two-lora", folder / "one-lora")
+    states = [
+        run_folder.read_checkpoint(folder / run / "step-00000005.pt")["model"]
+        for run in ("two-lora", "one-lora")
+    ]
+    assert sum("lora_b" in name for name in states[0]) == 2 * 7
+    for name, tensor in states[1].items():
+        torch.testing.assert_close(states[0][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="module")
