@@ -10,7 +10,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream bench-train bench-generate lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-stream: install ## How fast samples come from disk, and what a plan costs,
 
 bench-train: install ## What a training step costs: counted for the shipped stages, measured against others; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.training $(ARGS)
+
+bench-save: install ## How long a save stops training, against whole files; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.saving $(ARGS)
 
 bench-generate: install ## How fast images are drawn, against transformers' generate; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.generating $(ARGS)

@@ -43,11 +43,11 @@ from unitoken.common.config import load_config
 from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.generation import ImageGrammar
-from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.metadata import STAGE, ModelSizes, write_metadata
 from unitoken.train.config import StageConfig
+from unitoken.train.export.model import export_model
 from unitoken.train.generation.dialogue import Dialogue
 from unitoken.train.generation.engine import generate, load_model, null_prompt
 from unitoken.train.generation.prompts import build_prompt

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib
 import json
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -42,7 +43,7 @@ from benchmarks.streaming import machine, show
 from unitoken.common.config import load_config
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.streaming_data.reading.batch import unpack
+from unitoken.streaming_data.reading.batch import num_tokens, split_batch, unpack
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.train.accounting.fitting import Fit, Fitting, PackWork, choose, describe_fit
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
@@ -81,6 +82,7 @@ SHIPPED = {  # by name: sizes, and views of a pack
 }
 RANKS = 8
 GPU_BYTES = 80e9
+TRAINER = "unitoken.train.distributed.composer_trainer"
 # FLOPs of the reference's padded way over ours for the 7B model: of text, of text and images, of captions.
 FLOP_RATIOS_7B = {"text": 4.65, "mix": 1.65, "captions": 1.14}
 
@@ -214,69 +216,94 @@ class WaitCounter(TorchDispatchMode):
     """Counts operations after which the CPU would wait for a GPU."""
 
     waits = 0
+    pauses = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.waits += waits_for_device(func, args)
+        self.waits += not self.pauses and waits_for_device(func, args)
         return func(*args, **(kwargs or {}))
+
+    def paused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, which works on tensors of the CPU where there is a GPU, without its waits."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.pauses += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.pauses -= 1
+
+        return call
 
 
 def trainer_here(folder: str) -> dict[str, float]:
     """Measure what a step takes besides model and optimizer, and count its waits, in a child process."""
-    from unitoken.train.check import check_stage
-    from unitoken.train.stage import run_stage
-
     root = Path(folder)
     stream_sides.write_all(root, 2000)
 
-    def run(steps: int, microbatch: int) -> tuple[int, float]:
-        """Return the waits, and the seconds outside of the model's and the optimizer's work."""
-        name = f"run-{steps}-{microbatch}"
-        config = StageConfig.model_validate({
-            "name": name,
-            "model": {"decoder": SMALL | {"vocab_size": stream_sides.vocabulary().size}},
-            "trainable": ["model", "lm_head"],
-            "optimizer": {"lr": 1e-4},
-            "max_duration": f"{steps}ba",
-            "data": {
-                "streams": {"text": {"local": str(root / "mds"), }},
-                "packed_length": 256,
-                "global_batch": 4,
-                "over_long": "cut",
-                "cache": str(root / "cache"),
-            },
-            "microbatch": microbatch,
-            "precision": "fp32",
-            "save": {"folder": str(root / "runs" / name), "interval": "10000ba"},
-            "log": {"every": 10, "tensorboard": False},
-        })  # fmt: skip
-        work = Stopwatch()
-        with (
-            patch.object(UniToken, "forward", work.timed(UniToken.forward)),
-            patch.object(torch.Tensor, "backward", work.timed(torch.Tensor.backward)),
-            patch.object(torch.optim.AdamW, "step", work.timed(torch.optim.AdamW.step)),
-            WaitCounter() as counter,  # type: ignore[no-untyped-call]
-        ):
-            begun = time.perf_counter()
-            run_stage(config, check_stage(config, 1))
-            return counter.waits, time.perf_counter() - begun - work.seconds
-
-    run(2, 4)  # warms up
-    (few, few_s), (many, many_s), (split, _), (few_split, _) = run(10, 4), run(50, 4), run(50, 1), run(10, 1)
+    run_small_stage(root, 2, 4)  # warms up
+    few, _ = run_small_stage(root, 10, 4)
+    many, rest_ms = run_small_stage(root, 50, 4)
+    few_split, _ = run_small_stage(root, 10, 1)
+    many_split, _ = run_small_stage(root, 50, 1)
     a_step = (many - few) / 40
     return {
-        "composer_ms_step": round(1e3 * (many_s - few_s) / 40, 1),
+        "composer_ms_step": rest_ms,
         "host_waits_step": a_step,
-        "host_waits_microbatch": ((split - few_split) / 40 - a_step) / 3,
+        "host_waits_microbatch": ((many_split - few_split) / 40 - a_step) / 3,
     }
 
 
-class Stopwatch:
-    """Adds up the seconds that functions take."""
+def run_small_stage(root: Path, steps: int, microbatch: int) -> tuple[int, float]:
+    """Return the waits, and the milliseconds a step outside of the model's and the optimizer's work."""
+    from unitoken.train.check import check_stage
+    from unitoken.train.stage import run_stage
 
-    seconds = 0.0
+    name = f"run-{steps}-{microbatch}"
+    config = StageConfig.model_validate({
+        "name": name,
+        "model": {"decoder": SMALL | {"vocab_size": stream_sides.vocabulary().size}},
+        "trainable": ["model", "lm_head"],
+        "optimizer": {"lr": 1e-4},
+        "max_duration": f"{steps}ba",
+        "data": {
+            "streams": {"text": {"local": str(root / "mds"), }},
+            "packed_length": 256,
+            "global_batch": 4,
+            "over_long": "truncate_text",
+            "continuous": "none",
+            "cache": str(root / "cache"),
+        },
+        "microbatch": microbatch,
+        "precision": "fp32",
+        "save": {"folder": str(root / "runs" / name), "interval": "10000ba"},
+        "log": {"every": 10, "tensorboard": False},
+    })  # fmt: skip
+    work, counter = Stopwatch(), WaitCounter()  # type: ignore[no-untyped-call]
+    adam = importlib.import_module("torch.optim.adam")  # hidden in torch.optim by the function
+    with (
+        patch.object(UniToken, "forward", work.timed(UniToken.forward)),
+        patch.object(torch.Tensor, "backward", work.timed(torch.Tensor.backward)),
+        patch.object(adam, "adam", work.timed(adam.adam)),
+        # In which Composer calls the model, so only its end is of use.
+        patch.object(torch.optim.AdamW, "step", work.ends_step(torch.optim.AdamW.step)),
+        patch(f"{TRAINER}.split_batch", counter.paused(split_batch)),
+        patch(f"{TRAINER}.num_tokens", counter.paused(num_tokens)),
+        counter,
+    ):
+        run_stage(config, check_stage(config, 1))
+    return counter.waits, work.median_rest_ms()
+
+
+class Stopwatch:
+    """Adds up the seconds that functions take, step by step."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._steps: list[tuple[float, float]] = []  # the time at its end, and `_seconds` then
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with the time that it takes added to `seconds`."""
+        """Return the function with the time that it takes added up."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -284,9 +311,25 @@ class Stopwatch:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - begun
+                self._seconds += time.perf_counter() - begun
 
         return call
+
+    def ends_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, with whose end a step ends."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self._steps.append((time.perf_counter(), self._seconds))
+            return result
+
+        return call
+
+    def median_rest_ms(self) -> float:
+        """Return the median milliseconds of a step in which none of the functions ran."""
+        rest = [ended - seconds for ended, seconds in self._steps]
+        return round(1e3 * statistics.median(b - a for a, b in pairwise(rest)), 1)
 
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -48,6 +48,7 @@ INSIDE = {
             "check_tokenizers",
             "model",
             "checkpoint",
+            "export",
             "distributed",
             "accounting",
         ),

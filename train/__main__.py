@@ -58,7 +58,7 @@ def export(
         stage = load_config(StageConfig, config, overrides or []) if config is not None else None
         if overrides and config is None:
             stage = settings(Path(checkpoint), None, overrides)
-        from unitoken.train.checkpoint.export import export_model
+        from unitoken.train.export.model import export_model
 
         export_model(checkpoint, out, dtype, stage)
         report(f"{out}: exported from {checkpoint}")

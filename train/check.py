@@ -29,8 +29,6 @@ from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, crops_of, open_sources
 from unitoken.train.check_tokenizers import check_codec
 from unitoken.train.checkpoint.compatibility import check_fits, check_growth, compare_constants
-from unitoken.train.checkpoint.export_config import check_exportable
-from unitoken.train.checkpoint.export_mark import check_export_target
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin, latest_checkpoint
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_metadata
@@ -46,6 +44,8 @@ from unitoken.train.config import (
     StageConfig,
     TrainedRows,
 )
+from unitoken.train.export.config import check_exportable
+from unitoken.train.export.target import check_export_target
 from unitoken.train.generation.check_samples import check_samples
 
 VOCABULARY_MULTIPLE = 64  # grown matrices have a multiple of it as rows, for which GPUs are fastest

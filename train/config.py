@@ -358,7 +358,7 @@ class SaveConfig(Config):
     """Where and when checkpoints are saved."""
 
     folder: LocalFolder
-    """The run's folder: step-*.pt, latest, metrics.jsonl."""
+    """The run's folder: step-*, latest, metrics.jsonl."""
     interval: Interval = "1000ba"
     keep: Count = 2
     """Number of newest checkpoints to keep."""

@@ -31,15 +31,15 @@ from unitoken.train.check import ResolvedData, ResolvedStage, uses_codec
 from unitoken.train.check_tokenizers import load_checked_tokenizer
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
-from unitoken.train.checkpoint.export import export_at_end
 from unitoken.train.checkpoint.growth import Growth
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_weights
-from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint
+from unitoken.train.checkpoint.locations import find_origin, is_checkpoint, latest_checkpoint, step_of
 from unitoken.train.checkpoint.metadata import write_metadata
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
 from unitoken.train.config import VOCABULARY_MATRICES, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
+from unitoken.train.export.model import export_at_end
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
 from unitoken.train.generation.sampling import Sampling
@@ -203,7 +203,7 @@ def _load_initial_weights(network: UniToken, config: StageConfig, resolved: Reso
 def _open_init_from(init_from: str, growth: Growth | None) -> TensorSource:
     """Open the weights to start from, with the rows that they lack; warn if their stage is unfinished."""
     origin = find_origin(init_from)
-    if origin.is_file():
+    if is_checkpoint(origin):
         if ranks.is_first_rank():  # the only one that reads the weights
             check_checkpoint(origin)
         unfinished = run_folder.describe_unfinished(origin)
@@ -221,16 +221,22 @@ def _is_finished(network: UniToken, config: StageConfig, checkpoint: Path, total
     """
     with ranks.share_errors():
         run_folder.check_resumable(checkpoint, parameter_shapes(network), _stage_identity(config))
-    if run_folder.step_of(checkpoint) < total_steps:
+    if step_of(checkpoint) < total_steps:
         return False
     check_finished(Path(config.save.folder), config)
     return True
 
 
 def _allocate_weights(network: UniToken, config: StageConfig, checkpoint: Path) -> None:
-    """Give the first rank's model memory, which Composer fills from the checkpoint."""
+    """Give the model memory, which is filled from the checkpoint.
+
+    Each rank reads its rows of a sharded checkpoint after the model is sharded: until then nobody writes to
+    this memory, so that it is none of the machine's. The first rank reads a whole-file checkpoint.
+    """
     _report(f"{config.name}: goes on from {checkpoint}")
-    if ranks.is_first_rank():
+    if checkpoint.is_dir():
+        network.to_empty(device="cpu")
+    elif ranks.is_first_rank():
         fill_with_nan(network)
 
 
@@ -323,7 +329,7 @@ def _build_callbacks(
     folder, log = Path(config.save.folder), config.log
     optimisation = Optimisation(config.optimizer, epoch, total_steps, by_packs=resolved.compat)
     save_every = epoch.steps_between(config.save.interval)
-    saver = Saver(config.save, save_every, _stage_identity(config), total_steps)
+    saver = Saver(config.save, save_every, _stage_identity(config), total_steps, optimisation)
     metrics = Metrics(
         folder,
         config.data,

@@ -15,9 +15,9 @@ from support.stages import DECODER, stage
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.tokenizer_vocabulary import tokenizer_vocabulary
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_stage, write_metadata
 from unitoken.train.config import DecoderConfig, StageConfig
+from unitoken.train.export.model import export_model
 from unitoken.train.generation.dialogue import Dialogue
 from unitoken.train.generation.engine import generate, load_model
 from unitoken.train.generation.prompts import build_prompt

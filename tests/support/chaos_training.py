@@ -29,6 +29,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.paths import ROOT
 from support.stages import write_data, write_stage
+from unitoken.train.checkpoint.locations import complete_checkpoints, is_checkpoint
 
 STEPS = 36  # 4 epochs of 9
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -119,15 +120,16 @@ def steps(run: Path) -> int:
 
 def damage(run: Path, event: Event) -> bool:
     """Damage the newest checkpoint where there is another to resume from. Returns whether there is."""
-    saved = sorted(run.glob("step-*.pt"))
+    saved = complete_checkpoints(run)
     if len(saved) < 2:
         return False
-    content = bytearray(saved[-1].read_bytes())
+    path = sorted(saved[-1].iterdir())[steps(run) % 3]  # the index, or the file of a rank
+    content = bytearray(path.read_bytes())
     if event.name == "cut checkpoint":
         content = content[:-1000]
     else:
         content[len(content) // 2] ^= 1
-    saved[-1].write_bytes(content)
+    path.write_bytes(content)
     return True
 
 
@@ -191,7 +193,7 @@ def has_come(moment: str, folder: Path, start: Start, before: int) -> bool:
     if moment == "planning":
         return any(plans.glob("*/.aside-*")) or any(plans.glob("*/epoch-*"))
     if moment == "saving":
-        return any(run.glob(".aside-step-*"))
+        return any(not is_checkpoint(path) for path in run.glob("step-*"))
     return steps(run) not in (before, 0) and steps(run) % 3 == 1
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from support.checkpoints import write_checkpoint
 from support.paths import ROOT
 from support.small_datasets import make_record, write_dataset
 from support.stages import stage
@@ -61,7 +60,5 @@ def write_run(folder: Path, config: StageConfig) -> Path:
     run.mkdir()
     model = build_model(*model_configs(config.model), config.model)
     load_weights(model, {}, seed=0)
-    state = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state": {"model": state}}, run / "step-00000001.pt")
-    (run / "latest").symlink_to("step-00000001.pt")
+    write_checkpoint(run, 1, model.state_dict())
     return run

@@ -148,9 +148,9 @@ def replace_paths(file: Path, names: dict[Path, str]) -> None:
 
 def stop_half_way(run: Path) -> None:
     """Leave what a kill after step 3, before the next checkpoint, would have left."""
-    (run / "step-00000004.pt").unlink()
+    shutil.rmtree(run / "step-00000004")
     (run / "latest").unlink()
-    (run / "latest").symlink_to("step-00000002.pt")
+    (run / "latest").symlink_to("step-00000002")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]))
 

@@ -4,8 +4,8 @@ One process runs many stages because importing takes a rank longer than these te
 
 python tests/support/rank_program.py '[{"yaml": "stage.yaml", "overrides": ["seed=1"], "stop": 5}, ...]'
 
-`stop`: end the run after the metrics of that step and before its checkpoint. Compiled layers use a backend
-that starts no C++ compiler.
+`stop`: end the run after the metrics of that step and before its checkpoint; the one before is complete.
+Compiled layers use a backend that starts no C++ compiler.
 """
 
 import functools
@@ -18,6 +18,7 @@ import torch
 
 from unitoken.common.config import load_config
 from unitoken.train.callbacks.metrics import Metrics
+from unitoken.train.callbacks.saver import Saver
 from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
 from unitoken.train.stage import run_stage
@@ -34,6 +35,7 @@ def train(yaml: str, overrides: list[str], stop: int = 0) -> None:
     def batch_end(self: Any, state: Any, logger: Any) -> None:
         real(self, state, logger)
         if state.timestamp.batch.value == stop:
+            next(one for one in state.callbacks if isinstance(one, Saver)).finish()
             raise StoppedError
 
     Metrics.batch_end = batch_end  # type: ignore[method-assign]

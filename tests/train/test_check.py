@@ -481,7 +481,7 @@ def test_a_file_that_is_no_checkpoint_is_a_one_line_error(name: str, hint: str, 
         find_origin(str(tmp_path / name))
     assert (
         str(caught.value)
-        == f"{tmp_path / name}: not a checkpoint of a run (step-00000100.pt), or a truncated one{hint}"
+        == f"{tmp_path / name}: not a checkpoint of a run (step-00000100), or a truncated one{hint}"
     )
 
 

@@ -10,8 +10,8 @@ from support.drawn import CODEC, drawing_stage, write_data, write_run
 from support.tokenizing import TOKENIZER, tiny_vqgan
 from unitoken.common.errors import ConfigError
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint.export import export_model
 from unitoken.train.config import StageConfig
+from unitoken.train.export.model import export_model
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Measure a step: sums stay on the device until its end, then one all-reduce and one transfer to the host.
 
     of each microbatch:  losses, cross-entropy by kind of token and document, tokens by stream, what FLOPs are
-    counted from of each rank:        the most memory it has held; a signal that asks it to end
+    counted from of each rank:        the most memory it has held; a signal that asks it to end; how far it is
+    with what it does in the background
 
 The cross-entropies are those of the loss itself, so `loss_text` and `loss_image`, weighted by their tokens,
 give `ce`, and so do the losses of the three kinds of documents.
@@ -9,6 +10,7 @@ give `ce`, and so do the losses of the three kinds of documents.
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 from collections.abc import Mapping
@@ -35,6 +37,14 @@ LOSS_BUCKETS = {
 SCALARS = 6  # weight; loss, ce and z times the weight; squares; views
 
 
+class Readiness(enum.IntEnum):
+    """How far a rank is with what it does in the background."""
+
+    WORKING = 0  # or nothing to do
+    READY = 1
+    FAILED = 2
+
+
 class StepResult(NamedTuple):
     """What was measured in a step or an evaluation, over all ranks.
 
@@ -49,6 +59,7 @@ class StepResult(NamedTuple):
         memory: bytes held by the rank with the most; 0 without a GPU.
         norm: L2 norm of the gradients before clipping.
         signal: a signal that any rank received, SIGTERM or SIGINT; 0 for none.
+        background_over: all ranks are ready with what they do in the background, or one has failed.
     """
 
     loss: float
@@ -61,6 +72,7 @@ class StepResult(NamedTuple):
     memory: float
     norm: float
     signal: int = 0
+    background_over: bool = False
 
     @property
     def tokens(self) -> int:
@@ -98,6 +110,7 @@ class StepSums:
     def __init__(self, by_packs: bool = False) -> None:
         self.by_packs = by_packs
         self.sums: Tensor | None = None
+        self.readiness = Readiness.WORKING  # of this rank; the other ranks get it with the sums
 
     @torch.no_grad()
     def add(self, outputs: Mapping[str, Any], batch: Batch) -> None:
@@ -136,15 +149,16 @@ class StepSums:
         local, self.sums = self.sums, None
         world_size, rank = ranks.world_size(), ranks.rank()
         # Each rank has an element of its own, so that the sums over ranks hold the values of all.
-        signals, memory = local.new_zeros(world_size), local.new_zeros(world_size)
+        signals, memory, readiness = local.new_zeros(3, world_size)
         signals[rank] = received_signal()  # so that the ranks agree at which step they stop
         memory[rank] = torch.cuda.max_memory_allocated() if local.is_cuda else 0
-        sums = ranks.sum_over_ranks(torch.cat([local, signals, memory]))
+        readiness[rank] = self.readiness
+        sums = ranks.sum_over_ranks(torch.cat([local, signals, memory, readiness]))
         norm = sums.new_zeros(1) if norm is None else norm.double().reshape(1)
         values: list[float] = torch.cat([sums, norm]).tolist()  # the only transfer to the host
         streams = len(local) - SCALARS - 2 * BUCKETS
-        scalars, ce_sums, counts, stream_tokens, all_signals, all_memory, (norm_value,) = _cut(
-            values, (SCALARS, BUCKETS, BUCKETS, streams, world_size, world_size, 1)
+        scalars, ce_sums, counts, stream_tokens, all_signals, all_memory, all_readiness, (norm_value,) = _cut(
+            values, (SCALARS, BUCKETS, BUCKETS, streams, world_size, world_size, world_size, 1)
         )
         weight, loss, ce, z, squares, views = scalars
         weight = weight or 1.0  # nothing was trained on: the sums are 0
@@ -159,6 +173,7 @@ class StepSums:
             memory=max(all_memory),
             norm=norm_value,
             signal=int(max(all_signals)),
+            background_over=Readiness.FAILED in all_readiness or Readiness.WORKING not in all_readiness,
         )
 
 

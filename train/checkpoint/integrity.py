@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 from unitoken.common.cli import notify
 from unitoken.common.errors import ConfigError, one_line
 from unitoken.common.hashing import sha256_of_file
+from unitoken.train.checkpoint.sharded_index import NOTIFY_BYTES, find_damage_in_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 READ_BYTES = 1 << 24
-NOTIFY_BYTES = 1 << 30  # reading a larger checkpoint takes seconds, so the user is notified
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with the bytes of a `step-*.pt`, or None.
+    """Return what is wrong with the bytes of a checkpoint, or None; all of them are read.
 
-    The whole file is read: it is a zip archive with a CRC-32 of each file in it, which torch does not check.
+    A whole-file checkpoint is a zip archive with a CRC-32 of each file in it, which torch does not check.
     """
+    if checkpoint.is_dir():
+        return find_damage_in_files(checkpoint)
     try:
         size = checkpoint.stat().st_size
         if size > NOTIFY_BYTES:
@@ -41,7 +43,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Raise ConfigError if a `step-*.pt` is damaged."""
+    """Raise ConfigError if a checkpoint is damaged."""
     damage = find_damage(checkpoint)
     if damage is not None:
         raise ConfigError(f"{checkpoint}: damaged: {damage}")

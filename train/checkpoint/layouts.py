@@ -15,7 +15,6 @@ import pydantic
 
 from unitoken.common.config import ConfigT, first_problem
 from unitoken.common.errors import ConfigError
-from unitoken.train.checkpoint.export_mark import is_export
 from unitoken.train.checkpoint.families import (
     FAMILIES,
     HEAD,
@@ -26,7 +25,7 @@ from unitoken.train.checkpoint.families import (
     text_fields,
     ties_inner_embeddings,
 )
-from unitoken.train.checkpoint.locations import CONFIG, TOWER, checkpoint_folder
+from unitoken.train.checkpoint.locations import CONFIG, TOWER, checkpoint_folder, is_export
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 
 FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"

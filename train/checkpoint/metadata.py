@@ -21,10 +21,9 @@ from unitoken.common.errors import ConfigError, one_line
 from unitoken.common.files import write_aside
 from unitoken.dataset.manifest import VOCABULARY
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.checkpoint.export_mark import is_export
 from unitoken.train.checkpoint.integrity import check_small_files
 from unitoken.train.checkpoint.layouts import has_vision, model_configs, read_decoder, read_vision
-from unitoken.train.checkpoint.locations import CONFIG
+from unitoken.train.checkpoint.locations import CONFIG, is_checkpoint, is_export
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 
 STAGE = "stage.yaml"
@@ -89,6 +88,11 @@ def with_absolute_paths(stage: StageConfig) -> StageConfig:
     return stage.model_copy(update={"codec": codec})
 
 
+def metadata_folder(origin: Path) -> Path:
+    """Return the folder of the metadata of trained weights: of a checkpoint, the one that it is in."""
+    return origin if origin.is_dir() and not is_checkpoint(origin) else origin.parent
+
+
 def read_metadata(origin: Path) -> CheckpointMetadata:
     """Read the metadata beside trained weights.
 
@@ -99,7 +103,7 @@ def read_metadata(origin: Path) -> CheckpointMetadata:
         ConfigError: a file is there and can not be read.
     """
     vocabulary, pictures = None, None
-    if not origin.is_dir():
+    if metadata_folder(origin) != origin:
         vocabulary, pictures = _read_vocabulary(origin.parent), _read_pictures(origin.parent)
         sizes = _read_json_model(ModelSizes, origin.parent / MODEL, "the sizes of a model")
         return CheckpointMetadata(sizes, vocabulary, pictures)
@@ -117,7 +121,7 @@ def read_stage(origin: Path) -> StageConfig | None:
     Raises:
         ConfigError: this version of the program can not read the settings.
     """
-    path = (origin if origin.is_dir() else origin.parent) / STAGE
+    path = metadata_folder(origin) / STAGE
     return load_config(StageConfig, path) if path.is_file() else None
 
 

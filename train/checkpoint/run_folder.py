@@ -1,14 +1,16 @@
-"""A run's folder: `step-00000100.pt`, ..., and `latest`, a link to the newest of them.
+"""A run's folder: `step-00000100`, ..., and `latest`, a link to the newest of them.
 
-Checkpoints are Composer's, whole and not sharded, so any number of ranks can resume from them. Each is
-written aside and renamed, and `latest` is replaced atomically: whenever the run is killed, `latest` names a
-whole checkpoint. They are read with `weights_only=True`: a checkpoint from elsewhere can not run code.
+Each rank writes the rows that it holds, and any number of ranks can resume from them (sharded.py). The index
+is written last, and `latest` is replaced atomically after it: whenever the run is killed, `latest` names a
+complete checkpoint. Runs of before have whole files of Composer's, `step-00000100.pt`, which are read with
+`weights_only=True`: no checkpoint from elsewhere can run code.
 
-Saving the 7B model with its optimizer takes 84 GB of memory on the first rank's host, and as much disk.
+A checkpoint of the 7B model with its optimizer takes 84 GB of disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
@@ -21,9 +23,18 @@ import torch
 from torch import Tensor
 
 from unitoken.common.errors import ConfigError
-from unitoken.common.files import aside, remove_abandoned
+from unitoken.common.files import aside, remove_abandoned, write_aside
 from unitoken.train.checkpoint.integrity import check_finite, find_damage
-from unitoken.train.checkpoint.locations import LATEST, STEP, latest_checkpoint
+from unitoken.train.checkpoint.locations import (
+    INDEX,
+    LATEST,
+    STEP,
+    complete_checkpoints,
+    is_checkpoint,
+    latest_checkpoint,
+)
+from unitoken.train.checkpoint.sharded import ShardedCheckpoint
+from unitoken.train.checkpoint.sharded_index import RANK_FILE
 from unitoken.train.checkpoint.tensors import (
     Shapes,
     Tensors,
@@ -35,8 +46,8 @@ from unitoken.train.config import is_adapter
 from unitoken.train.model.lora import merged_weight
 
 LOCK = ".lock"
-NETWORK = "network."  # the prefix of our model's tensors in a checkpoint
-# What a checkpoint holds beside tensors and plain values: times, and numpy's random state.
+NETWORK = "network."  # the prefix of our model's tensors in a whole-file checkpoint
+# What such a checkpoint holds beside tensors and plain values: times, and numpy's random state.
 SAFE_TYPES = [
     datetime.timedelta,
     torch.torch_version.TorchVersion,  # a kind of str
@@ -54,24 +65,16 @@ def allow_safe_types() -> None:
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Return the path of a step's checkpoint."""
-    return folder / f"step-{step:08d}.pt"
+    return folder / f"step-{step:08d}"
 
 
-def temporary_path(folder: Path, step: int) -> Path:
-    """Return the path at which a step's checkpoint is written first; the same on all ranks."""
-    return folder / f".aside-step-{step:08d}.pt"
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return Composer's state; that of a whole-file checkpoint has the tensors, too. Raises ConfigError."""
+    return ShardedCheckpoint(checkpoint).state if checkpoint.is_dir() else read_whole_file(checkpoint)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name. Raises ConfigError for another name."""
-    match = STEP.fullmatch(checkpoint.name)
-    if match is None:
-        raise ConfigError(f"{checkpoint}: not named like a checkpoint (step-00000100.pt)")
-    return int(match[1])
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Return Composer's state, whose tensors stay on disk until they are used.
+def read_whole_file(checkpoint: Path) -> dict[str, Any]:
+    """Return Composer's state from a `step-*.pt`, whose tensors stay on disk until they are used.
 
     Raises:
         ConfigError: not a checkpoint of this program, or one that could run code.
@@ -92,13 +95,13 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 def checkpoint_id(checkpoint: Path) -> str | None:
     """Return a checkpoint's id, unique among all runs; None if it is older than ids."""
-    identity: str | None = _saver_state(read_checkpoint(checkpoint)).get("id")
+    identity: str | None = _saver_state(read_state(checkpoint)).get("id")
     return identity
 
 
 def describe_unfinished(checkpoint: Path) -> str | None:
     """Return "step 4 of 9 of that stage"; None at the end of a stage, or if its length is unknown."""
-    state = read_checkpoint(checkpoint)
+    state = read_state(checkpoint)
     total = _saver_state(state).get("total_steps")
     if not total:
         return None
@@ -126,23 +129,43 @@ def _shapes(tensors: Tensors) -> Shapes:
 
 def open_checkpoint(checkpoint: Path) -> TensorSource:
     """Open the model's weights in a checkpoint, with its adapters merged into them."""
-    state = read_checkpoint(checkpoint)
-    lora = _saver_state(state).get("lora")
-    scale = lora["alpha"] / lora["rank"] if lora else 0.0
+    tensors = _open_tensors(checkpoint)
+    lora = _saver_state(read_state(checkpoint)).get("lora")
+    return _merge_adapters(tensors, lora["alpha"] / lora["rank"]) if lora else tensors
+
+
+def _open_tensors(checkpoint: Path) -> TensorSource:
+    """Open all parameters in a checkpoint."""
+    if checkpoint.is_dir():
+        return ShardedCheckpoint(checkpoint).weights()
+
+    tensors = _network_tensors(read_whole_file(checkpoint))  # which stay on disk
 
     def read(names: Collection[str]) -> Tensors:
-        tensors = _network_tensors(read_checkpoint(checkpoint))
-        copies = {name: merged_weight(name, tensors, scale) for name in names}
+        copies = {name: tensors[name].clone() for name in names}
         check_finite(copies.items(), str(checkpoint))
         return copies
 
-    tensors = {name: tensor for name, tensor in _network_tensors(state).items() if not is_adapter(name)}
     return TensorSource(str(checkpoint), _shapes(tensors), read)
 
 
+def _merge_adapters(source: TensorSource, scale: float) -> TensorSource:
+    """Return the weights with their adapters added, whose outputs are multiplied by `scale`."""
+    adapters = {name for name in source.shapes if is_adapter(name)}
+
+    def read(names: Collection[str]) -> Tensors:
+        layers = {name.removesuffix("weight") for name in names}
+        needed = [name for name in adapters if name.removesuffix("lora_a").removesuffix("lora_b") in layers]
+        tensors = source.read([*names, *needed])
+        return {name: merged_weight(name, tensors, scale) for name in names}
+
+    shapes = {name: shape for name, shape in source.shapes.items() if name not in adapters}
+    return TensorSource(source.where, shapes, read)
+
+
 def open_weights(origin: Path) -> TensorSource:
-    """Open the weights that `find_origin` found: a checkpoint file or a folder of Hugging Face's layout."""
-    return open_decoder_folder(str(origin)) if origin.is_dir() else open_checkpoint(origin)
+    """Open the weights that `find_origin` found: a checkpoint or a folder of Hugging Face's layout."""
+    return open_checkpoint(origin) if is_checkpoint(origin) else open_decoder_folder(str(origin))
 
 
 def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -> None:
@@ -156,15 +179,14 @@ def check_resumable(checkpoint: Path, expected: Shapes, stage: dict[str, Any]) -
     Raises:
         ConfigError: it is of another stage, or its tensors do not fit.
     """
-    state = read_checkpoint(checkpoint)
-    saved = _saver_state(state)
+    saved = _saver_state(read_state(checkpoint))
     for key, value in stage.items():
         if saved.get(key) != value:
             raise ConfigError(
                 f"save.folder: {checkpoint} was saved by a stage with `{key}` {saved.get(key)!r}, "
                 f"this one has {value!r}; give each stage a folder of its own"
             )
-    check_shapes(_shapes(_network_tensors(state)), expected, str(checkpoint))
+    check_shapes(_open_tensors(checkpoint).shapes, expected, str(checkpoint))
 
 
 def set_aside_damaged(folder: Path) -> list[str]:
@@ -184,8 +206,7 @@ def set_aside_damaged(folder: Path) -> list[str]:
         damage = find_damage(checkpoint) if checkpoint is not None else None
         if checkpoint is None or damage is None:
             return lines
-        saved = sorted(path for path in folder.glob("step-*.pt") if STEP.fullmatch(path.name))
-        others = [path for path in saved if path != checkpoint]
+        others = [path for path in complete_checkpoints(folder) if path != checkpoint]
         if not others:
             raise ConfigError(
                 f"{checkpoint}: damaged: {damage}; there is no other to resume from: remove it to start again"
@@ -200,32 +221,48 @@ def set_aside_damaged(folder: Path) -> list[str]:
 
 def _set_latest(checkpoint: Path) -> None:
     """Make `latest` a link to a checkpoint."""
-    link = aside(checkpoint.parent / LATEST)
+    latest = checkpoint.parent / LATEST
+    if latest.is_dir() and not latest.is_symlink():
+        _delete(latest)  # a copy of the run, in which it is a second copy of a checkpoint
+    link = aside(latest)
     link.symlink_to(checkpoint.name)
-    os.replace(link, checkpoint.parent / LATEST)
+    os.replace(link, latest)
 
 
-def publish_checkpoint(written: Path, checkpoint: Path, keep: int) -> None:
-    """Give a written checkpoint its name, make it the latest, and delete all but the newest checkpoints.
+def publish_checkpoint(checkpoint: Path, index: bytes, keep: int) -> None:
+    """Complete a checkpoint with its index, make it the latest, and delete all but the newest checkpoints.
 
     Args:
-        written: the complete file, at its temporary path.
-        checkpoint: its final path.
+        checkpoint: the folder of the checkpoint, which holds the files of all ranks.
+        index: the content of its index.
         keep: how many checkpoints to keep.
     """
-    with open(written, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(written, checkpoint)
-    folder = checkpoint.parent
+    write_aside(checkpoint / INDEX, index)
     _set_latest(checkpoint)
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in complete_checkpoints(checkpoint.parent)[:-keep]:
         if old != checkpoint:
-            old.unlink()
+            _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves an incomplete one."""
+    if checkpoint.is_file():
+        checkpoint.unlink()
+    else:
+        (checkpoint / INDEX).unlink(missing_ok=True)
+        for path in checkpoint.iterdir():
+            if re.fullmatch(RANK_FILE, path.name):
+                path.unlink()
+        with contextlib.suppress(OSError):  # what else is in it is the user's
+            checkpoint.rmdir()
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the files that a killed run was writing."""
+    """Remove the files that a killed run was writing, and incomplete checkpoints."""
     remove_abandoned(folder)
-    # Torch writes checkpoints without a lock; no other run writes to this folder.
-    for partial in folder.glob(".aside-step-*.pt"):
+    for path in folder.glob("step-*"):
+        if STEP.fullmatch(path.name) and path.is_dir() and not is_checkpoint(path):
+            remove_abandoned(path)
+            _delete(path)
+    for partial in folder.glob(".aside-step-*.pt"):  # of versions that wrote whole files
         partial.unlink()

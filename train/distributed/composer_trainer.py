@@ -1,4 +1,4 @@
-"""All code that depends on Composer 0.32's internals: FSDP2, the state of the training loop, saving.
+"""All code that depends on Composer 0.32's internals, with sharded_state.py: FSDP2, the training loop.
 
 The model, the data and the loss do not depend on Composer.
 """
@@ -18,7 +18,6 @@ from composer import Callback, ComposerModel, DataSpec, Logger, State, Trainer
 from composer.core.precision import get_precision_context
 from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
-from composer.utils.checkpoint import save_checkpoint
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -37,11 +36,14 @@ from unitoken.streaming_data.reading.batch import (
 )
 from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
+from unitoken.train.distributed import sharded_state
 from unitoken.train.distributed.ranks import TIMEOUT, smallest, world_size
 from unitoken.train.model.decoder import DecoderLayer
 from unitoken.train.model.unitoken import OutputLayer, UniToken
 from unitoken.train.model.vision_tower import VisionTower
 from unitoken.train.optim import place_step_counts
+
+NO_TARGETS = 1e-30  # stands for 0 where Composer divides; in a sum with 1 or more it is lost
 
 
 class TrainingModel(ComposerModel):  # type: ignore[misc]
@@ -85,9 +87,12 @@ class PackSpec(DataSpec):  # type: ignore[misc]
             get_num_samples_in_batch=num_packs,
         )
 
-    def get_num_tokens_in_batch(self, batch: PackedBatch | Batch, token_type: str = "total") -> int:  # noqa: S107 - no password
-        """Return the tokens of a batch on the CPU; or those in the loss, also of one on the GPU."""
-        return num_tokens(batch) if token_type == "total" else num_targets(batch)  # noqa: S105
+    def get_num_tokens_in_batch(self, batch: PackedBatch | Batch, token_type: str = "total") -> float:  # noqa: S107 - no password
+        """Return the tokens of a batch on the CPU; or those in the loss, also of one on the GPU.
+
+        Composer divides by those in the loss, so they are never 0: there are batches that train nothing.
+        """
+        return num_tokens(batch) if token_type == "total" else float(num_targets(batch)) or NO_TARGETS  # noqa: S105
 
 
 class RestoreRandomState(Callback):  # type: ignore[misc]
@@ -182,8 +187,8 @@ def fsdp2_config(config: StageConfig, mesh: DeviceMesh) -> FSDP2Config:
         reshard_after_forward=config.fsdp.reshard,
         # Under bf16 layers compute in bf16 with both; PURE also sums their gradients in it.
         mixed_precision="PURE" if config.fsdp.reduce == "bf16" else "DEFAULT",
-        # The first rank reads whole checkpoints and sends the shards: 84 GB for the 7B model once, not on
-        # each rank.
+        # The first rank reads whole-file checkpoints, of runs of before, and sends the shards: 84 GB for the
+        # 7B model once, not on each rank.
         state_dict_type="full",
         load_monolith_rank0_only=True,
     )
@@ -248,20 +253,27 @@ def build_trainer(
             max_duration=max_duration,
             callbacks=[restore, average, *callbacks],
             loggers=list(loggers),
-            load_path=str(resume) if resume else None,
+            load_path=str(resume) if resume and resume.is_file() else None,
             parallelism_config=_parallelism(config, mesh),
             **_trainer_settings(config),
         )
     restore.trainer = trainer
+    if resume and resume.is_dir():
+        sharded_state.restore(trainer, resume)
     set_precision_of_products(config)
-    for group, own in zip(trainer.state.optimizers[0].param_groups, settings, strict=True):
-        group.update(own)  # Composer replaces weight decay, betas, eps and scales by those of the saved run
-    place_step_counts(trainer.state.optimizers[0])
+    _keep_settings(trainer.state.optimizers[0], settings)
     if mesh is not None:
         _finish_sharding(config, network)
         trainer.state.model.reshards = config.fsdp.reshard
         average.scale = measure_gradient_scale(next(network.parameters()).device, mesh)
     return trainer
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer, settings: Sequence[dict[str, Any]]) -> None:
+    """Give the groups their own settings again: Composer replaces them by those of the saved run."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    place_step_counts(optimizer)
 
 
 def _forbid_unpickling() -> None:
@@ -326,34 +338,6 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def write_checkpoint(state: State, path: Path) -> None:
-    """Write Composer's state to a file, from the first rank; all ranks have to call it.
-
-    Raises:
-        OSError: the file can not be written; on the first rank alone.
-    """
-    try:
-        save_checkpoint(state, str(path))
-    except (OSError, RuntimeError) as error:
-        if not _is_file_error(error) or dist.get_global_rank() > 0:
-            raise
-        dist.barrier()  # where Composer lets the other ranks wait until the file is written
-        raise _os_error(error) or OSError(str(error).splitlines()[0]) from None
-
-
-def _is_file_error(error: Exception) -> bool:
-    """Return whether writing the file failed; torch raises RuntimeError for it."""
-    torch_names = ("PytorchStreamWriter", "inline_container")
-    return isinstance(error, OSError) or any(name in str(error) for name in torch_names)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """Return the operating system's error behind torch's own error, that it can not close the file either."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def share_errors() -> Iterator[None]:
         yield
     except Exception as error:
         own_error = error
-    failures = _gather(None if own_error is None else _describe(own_error))
+    failures = gather(None if own_error is None else _describe(own_error))
     if own_error is not None:
         raise own_error
     for number, failure in enumerate(failures):
@@ -105,7 +105,7 @@ def check_same(where: str, value: str) -> None:
         where: the setting, for the message.
         value: what this rank found.
     """
-    values = _gather(value)
+    values = gather(value)
     for number, other in enumerate(values):
         if other != values[0]:
             raise ConfigError(
@@ -122,7 +122,7 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
     Args:
         settings: by dotted name.
     """
-    first, *others = [json.loads(text) for text in _gather(json.dumps(settings))]
+    first, *others = [json.loads(text) for text in gather(json.dumps(settings))]
     for number, other in enumerate(others, 1):
         names = changed_names(first, other)
         if names:
@@ -133,14 +133,14 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Return the values of all ranks."""
     return list(dist.all_gather_object(value)) if world_size() > 1 else [value]
 
 
 def smallest(value: float) -> float:
     """Return the smallest of the ranks' values."""
-    values: list[float] = _gather(value)
+    values: list[float] = gather(value)
     return min(values)
 
 

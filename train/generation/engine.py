@@ -39,7 +39,7 @@ from unitoken.streaming_data.reading.null_prompts import without_text
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import load_weights
-from unitoken.train.checkpoint.locations import find_origin
+from unitoken.train.checkpoint.locations import find_origin, is_checkpoint
 from unitoken.train.checkpoint.metadata import read_sizes
 from unitoken.train.checkpoint.tensors import check_shapes, drop_tied_head, fit_norms, parameter_shapes
 from unitoken.train.config import ModelConfig
@@ -70,7 +70,7 @@ def load_model(config: ModelConfig, checkpoint: str | Path) -> UniToken:
     """
     origin = find_origin(str(checkpoint))
     model = build_model(*read_sizes(origin, config), config)
-    if origin.is_file():
+    if is_checkpoint(origin):
         check_checkpoint(origin)
     expected = parameter_shapes(model)
     source = drop_tied_head(fit_norms(run_folder.open_weights(origin), expected), expected)

@@ -10,8 +10,8 @@ from unitoken.codec.conversations import Conversation
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.checkpoint.export_mark import is_export
-from unitoken.train.checkpoint.metadata import STAGE
+from unitoken.train.checkpoint.locations import is_export
+from unitoken.train.checkpoint.metadata import STAGE, metadata_folder
 from unitoken.train.config import StageConfig
 
 
@@ -41,14 +41,14 @@ def settings(checkpoint: Path, config: Path | None, overrides: Sequence[str]) ->
     """Load the settings of the stage that trained a model.
 
     Args:
-        checkpoint: a checkpoint file, or a folder of a run or an exported model.
+        checkpoint: a checkpoint, or a folder of a run or an exported model.
         config: the stage's YAML file; None: the one beside the checkpoint.
         overrides: `key=value`, as in training.
 
     Raises:
         ConfigError: there is no such file, or the settings are wrong.
     """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    folder = metadata_folder(checkpoint)
     if not checkpoint.exists():
         raise ConfigError(f"{checkpoint}: no such checkpoint, and no folder of a run or of an exported model")
     if config is None and not (folder / STAGE).is_file():

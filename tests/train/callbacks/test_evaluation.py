@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.checkpoints import all_tensors
 from support.paths import ROOT
 from support.ranks import finish, start
 from support.stages import curve, evaluations, metrics, stage, write_data, write_stage
@@ -60,13 +61,13 @@ def test_evaluation_does_not_change_training(folder: Path, evaluated: Path, tmp_
     ]
     assert timeless[0] == timeless[1]
     files = [find_origin(str(run)) for run in (evaluated, plain)]
-    states = [run_folder.read_checkpoint(file) for file in files]
-    for name, tensor in states[0]["model"].items():
-        assert torch.equal(tensor, states[1]["model"][name]), name
+    states = [run_folder.read_state(file) for file in files]
+    first, second = (all_tensors(file) for file in files)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
     assert states[0]["dataset_state"] == states[1]["dataset_state"]
-    first, second = (torch.load(file, weights_only=True)["rng"] for file in files)
-    assert str(first) == str(second)
-    assert torch.equal(first[0]["torch"], second[0]["torch"])
+    assert str(states[0]["rng"]) == str(states[1]["rng"])
+    assert torch.equal(states[0]["rng"][0]["torch"], states[1]["rng"][0]["torch"])
     for key in ("batch", "sample", "token", "epoch"):
         assert states[0]["timestamp"]["Timestamp"][key] == states[1]["timestamp"]["Timestamp"][key]
 

@@ -14,8 +14,7 @@ from support.ranks import finish, start
 from support.stages import metrics, stage, write_data, write_stage
 from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.locations import latest_checkpoint
+from unitoken.train.checkpoint.locations import latest_checkpoint, step_of
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import UniToken
 from unitoken.train.stage import run_stage
@@ -111,7 +110,7 @@ def test_a_run_ends_after_too_many_skipped_steps_in_a_row(
     assert len(metrics(tmp_path)) == 6
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert run_folder.step_of(checkpoint) == 4
+    assert step_of(checkpoint) == 4
 
 
 def test_a_run_that_diverges_ends(folder: Path, tmp_path: Path) -> None:

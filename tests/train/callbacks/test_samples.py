@@ -65,7 +65,7 @@ def test_samples_do_not_change_training(folder: Path) -> None:
         run_stage(config, check_stage(config, 1))
     assert curve(folder / "with") == curve(folder / "without")
     assert len(curve(folder / "with")) == 4
-    assert read_metadata(folder / "with" / "step-00000004.pt").pictures == PictureCrops(
+    assert read_metadata(folder / "with" / "step-00000004").pictures == PictureCrops(
         crops=[(32, 32)]
     )  # as the data's manifest has it
     steps = sorted(path.name for path in (folder / "with" / "samples").iterdir())

@@ -19,8 +19,8 @@ from support.tokenizing import encoder_alone
 from unitoken.common.config import load_config
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.__main__ import app
-from unitoken.train.checkpoint.export import export_model
 from unitoken.train.config import StageConfig
+from unitoken.train.export.model import export_model
 from unitoken.train.generation import dialogue
 from unitoken.train.generation import engine as generating
 from unitoken.train.generation.dialogue import Dialogue
@@ -153,7 +153,7 @@ def test_answers_to_prompts_from_file_and_command_line(run: Path, tmp_path: Path
             ["model.decoder.vocab_size=100", "--prompt", "x"],
             "its vocabulary has 583 ids, model.decoder has room for 100",
         ),
-        (["--prompt", "x", "--out", "{run}/latest/out"], "cannot write there"),
+        (["--prompt", "x", "--out", "{run}/stage.yaml/out"], "cannot write there"),
         (["--prompt", "x", "--image", "{run}/stage.yaml"], "stage.yaml: not an image"),
         (["--prompt", "x", "--guidance", "inf"], "--guidance inf: expected a finite number"),
         (["--prompt", "x", "--temperature", "inf"], "--temperature inf: expected a finite number"),
@@ -386,8 +386,7 @@ def test_an_exported_folder_generates_as_its_run_does(
 
 def test_a_model_of_another_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     other = Vocabulary.from_tokens({f"t{n}": n for n in range(50)}, codebook_size=8)
-    checkpoint = tmp_path / "step-00000001.pt"
-    checkpoint.write_bytes((run / "step-00000001.pt").read_bytes())
+    checkpoint = Path(shutil.copytree(run / "step-00000001", tmp_path / "step-00000001"))
     (tmp_path / "stage.yaml").write_text((run / "stage.yaml").read_text())
     other.save(tmp_path / "vocabulary.json")
     status, output = ask(checkpoint, "--prompt", "x", "--out", tmp_path / "out", "--size", "16x16")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from support.checkpoints import all_tensors
 from support.small_datasets import small_vocabulary
 from support.stages import DECODER, curve, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
-from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import latest_checkpoint
 from unitoken.train.config import (
@@ -27,6 +26,7 @@ from unitoken.train.config import (
     TrainedRows,
     is_adapter,
 )
+from unitoken.train.export.model import export_model
 from unitoken.train.generation.engine import load_model
 from unitoken.train.model.lora import add_adapters, merged_weight
 from unitoken.train.model.unitoken import UniToken, build_model
@@ -149,8 +149,9 @@ def train(folder: Path, run: str, *overrides: str) -> dict[str, Tensor]:
 def saved(run: Path) -> dict[str, Tensor]:
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
-    state: dict[str, Any] = run_folder.read_checkpoint(checkpoint)["model"]
-    return {name.removeprefix("network."): tensor for name, tensor in state.items()}
+    prefix = "model/"
+    tensors = all_tensors(checkpoint).items()
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")

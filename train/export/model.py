@@ -11,7 +11,7 @@ README.md              the model card
 vocabulary.json, pictures.json, stage.yaml
 
 The folder is written aside and renamed: a folder of its name is complete. Weights are read and written one
-file at a time, so that exporting a model of any size takes 15 GB of memory.
+tensor at a time, so that exporting a model of any size takes little more memory than its largest tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 
 from unitoken.codec.image_tokenizer.files import Weights, find_image_tokenizer, hash_tensors
 from unitoken.common.cli import report, warn
@@ -38,19 +37,18 @@ from unitoken.train.check_tokenizers import (
 )
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import CompleteMetadata, read_complete_metadata
-from unitoken.train.checkpoint.export_config import (
-    check_exportable,
-    generation_config,
-    model_config,
-    prepare_tokenizer,
-    preprocessor_config,
-    tower_config,
-)
-from unitoken.train.checkpoint.export_mark import CARD, check_export_target, read_mark
 from unitoken.train.checkpoint.integrity import check_checkpoint, compute_digests
-from unitoken.train.checkpoint.locations import CONFIG, TOWER, find_origin, latest_checkpoint
+from unitoken.train.checkpoint.locations import (
+    CONFIG,
+    TOWER,
+    find_origin,
+    is_checkpoint,
+    latest_checkpoint,
+    read_mark,
+    step_of,
+)
 from unitoken.train.checkpoint.metadata import PICTURES, STAGE, ModelSizes, dump_stage, with_absolute_paths
-from unitoken.train.checkpoint.model_card import model_card
+from unitoken.train.checkpoint.tensor_file import in_order, write_tensors
 from unitoken.train.checkpoint.tensors import (
     Tensors,
     TensorSource,
@@ -60,6 +58,16 @@ from unitoken.train.checkpoint.tensors import (
     parameter_shapes,
 )
 from unitoken.train.config import ModelConfig, StageConfig
+from unitoken.train.export.config import (
+    check_exportable,
+    generation_config,
+    model_config,
+    prepare_tokenizer,
+    preprocessor_config,
+    tower_config,
+)
+from unitoken.train.export.model_card import model_card
+from unitoken.train.export.target import CARD, check_export_target
 from unitoken.train.model.unitoken import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -116,7 +124,7 @@ def export_model(
     origin = find_origin(source)
     metadata = read_complete_metadata(origin, stage)
     check_exportable(metadata.sizes.decoder, str(origin))
-    if origin.is_file():
+    if is_checkpoint(origin):
         check_checkpoint(origin)
     weights = _in_transformers_layout(run_folder.open_weights(origin), metadata.sizes)
     if manifests is None:
@@ -162,9 +170,9 @@ def _mark(folder: Path, fields: dict[str, Any], card: str, mark: dict[str, Any])
 
 def _origin_fields(origin: Path) -> dict[str, Any]:
     """Return the mark's fields about the exported checkpoint, which `export_at_end` compares."""
-    if origin.is_dir():
+    if not is_checkpoint(origin):
         return {}
-    return {"step": run_folder.step_of(origin), "checkpoint": run_folder.checkpoint_id(origin)}
+    return {"step": step_of(origin), "checkpoint": run_folder.checkpoint_id(origin)}
 
 
 def _image_tokenizer_field(folder: Path, weights: Weights | None) -> dict[str, Any]:
@@ -290,12 +298,9 @@ def _write_tensors(folder: Path, source: TensorSource, dtype: torch.dtype, max_s
         max_shard_size=max_shard_bytes,
     )
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in source.read(names).items()}
-        path = folder / file
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)  # that of a new file: safetensors' own can be read by its owner only
+        layout = {name: (dtypes[name], source.shapes[name]) for name in names}
+        tensors = ((name, source.read([name])[name].to(dtypes[name])) for name in in_order(layout))
+        write_tensors(folder / file, layout, tensors)
     if shards.is_sharded:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.checkpoints import write_checkpoint, write_whole_file
 from support.paths import ROOT
 from support.small_datasets import make_record, small_vocabulary, write_dataset
 from support.stages import DECODER, VISION, stage, write_data, write_stage
@@ -25,7 +26,6 @@ from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import read_complete_metadata
-from unitoken.train.checkpoint.export import export_model
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.checkpoint.locations import find_origin
@@ -39,6 +39,7 @@ from unitoken.train.checkpoint.metadata import (
 )
 from unitoken.train.checkpoint.tensors import open_decoder_folder, parameter_shapes
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
+from unitoken.train.export.model import export_model
 from unitoken.train.model.unitoken import UniToken, build_model
 
 TOKENIZERS = {"tokenizer": "tokenizer", "vision.weights": "vqgan"}
@@ -55,9 +56,7 @@ def write_run(folder: Path, config: StageConfig, vocabulary: Vocabulary, seed: i
             if "_norm" in name:  # so that a mix-up of gains shows
                 parameter.normal_(0.8, 0.3)
     folder.mkdir(parents=True)
-    state = {f"{run_folder.NETWORK}{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state": {"model": state, "callbacks": {}}}, folder / ".aside-7.pt")
-    run_folder.publish_checkpoint(folder / ".aside-7.pt", run_folder.checkpoint_path(folder, 7), keep=1)
+    write_checkpoint(folder, 7, model.state_dict(), ranks=2)
     write_metadata(
         folder, config, ModelSizes(decoder=decoder, vision=vision), vocabulary, PictureCrops(crops=[(32, 16)])
     )
@@ -173,7 +172,7 @@ def test_tensors_are_readable_and_the_towers_processor_is_apart(
 def test_an_export_in_bf16_and_several_files_loads_the_same(
     folder: Path, model: UniToken, tmp_path: Path
 ) -> None:
-    export_model(str(folder / "run" / "step-00000007.pt"), tmp_path / "half", max_shard_bytes=20_000)
+    export_model(str(folder / "run" / "step-00000007"), tmp_path / "half", max_shard_bytes=20_000)
     files = sorted(tmp_path.glob("half/model-*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -248,7 +247,7 @@ def test_the_tokenizers_are_exported_with_the_model(
         )
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json", "_publish", "AsideFolder.publish"])
+@pytest.mark.parametrize("call", ["write_tensors", "_write_json", "_publish", "AsideFolder.publish"])
 def test_a_killed_export_leaves_the_earlier_model(
     call: str, folder: Path, model: UniToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +256,7 @@ def test_a_killed_export_leaves_the_earlier_model(
 
     for before in ([], ["model"]):
         with monkeypatch.context() as patch:
-            patch.setattr(f"unitoken.train.checkpoint.export.{call}", killed)
+            patch.setattr(f"unitoken.train.export.model.{call}", killed)
             with pytest.raises(KeyboardInterrupt):
                 export_model(str(folder / "run"), tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir()] == before
@@ -272,7 +271,7 @@ def test_a_killed_export_leaves_the_earlier_model(
 KILLED_BETWEEN_THE_RENAMES = """
 import os, signal, sys
 from pathlib import Path
-from unitoken.train.checkpoint.export import export_model
+from unitoken.train.export.model import export_model
 
 rename = Path.rename
 
@@ -304,7 +303,7 @@ def test_a_kill_between_the_renames_loses_no_model(
     assert not out.exists()
     for name in ("model-2", "model"):  # an export beside it changes nothing
         with monkeypatch.context() as patch:
-            patch.setattr("unitoken.train.checkpoint.export._write_tensors", lambda *_: 1 / 0)
+            patch.setattr("unitoken.train.export.model._write_tensors", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 export_model(str(folder / "run"), tmp_path / name)
     assert contents(out) == before
@@ -393,19 +392,19 @@ def test_an_export_can_not_replace_its_own_run(folder: Path, tmp_path: Path) -> 
 def test_an_old_run_without_metadata_needs_its_stage(folder: Path, model: UniToken, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    shutil.copy(folder / "run" / "step-00000007.pt", run)
+    shutil.copytree(folder / "run" / "step-00000007", run / "step-00000007")
     with pytest.raises(
-        ConfigError, match=r"step-00000007\.pt: no vocabulary\.json beside it; name the stage .* --config"
+        ConfigError, match=r"step-00000007: no vocabulary\.json beside it; name the stage .* --config"
     ):
-        export_model(str(run / "step-00000007.pt"), tmp_path / "out")
-    export_model(str(run / "step-00000007.pt"), tmp_path / "out", stage=stage(folder))
+        export_model(str(run / "step-00000007"), tmp_path / "out")
+    export_model(str(run / "step-00000007"), tmp_path / "out", stage=stage(folder))
     assert read_metadata(tmp_path / "out").vocabulary == small_vocabulary()
     with pytest.raises(
         ConfigError,
-        match=r"step-00000007\.pt: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)",
+        match=r"step-00000007: \d+ tensors do not fit: .*lm_head\.weight has shape \(170, 32\)",
     ):
         export_model(
-            str(run / "step-00000007.pt"),
+            str(run / "step-00000007"),
             tmp_path / "out",
             stage=stage(folder, "model.decoder.vocab_size=180"),
         )
@@ -445,7 +444,7 @@ def test_the_command_line(folder: Path, model: UniToken, tmp_path: Path) -> None
     assert "error: codec.tokenizer: " in refused.stderr
     refused = call("export", str(tmp_path), str(tmp_path / "out"))
     assert refused.returncode == 2
-    why = "no checkpoint in it, neither a run's step-*.pt (did that stage run?) nor a model's config.json"
+    why = "no checkpoint in it, neither a run's step-* (did that stage run?) nor a model's config.json"
     assert refused.stderr == f"error: {tmp_path}: {why}\n"
 
 
@@ -462,7 +461,8 @@ def test_init_from_takes_every_form(
     for form in (
         folder / "run",
         folder / "run" / "latest",
-        folder / "run" / "step-00000007.pt",
+        folder / "run" / "step-00000007",
+        write_whole_file(folder / "before", 7, model.state_dict()),
         exported,
         "me/model",
     ):
@@ -586,7 +586,7 @@ def test_a_base_model_of_another_vocabulary_is_refused(folder: Path, exported: P
         (lambda path: path.mkdir(), "no checkpoint in it, neither a run's step-"),
         (lambda path: path.mkdir() or (path / "config.json").write_text("{}"), "it has no model.safetensors"),
         (
-            lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003.pt"),
+            lambda path: path.mkdir() or (path / "latest").symlink_to("step-00000003"),
             "which does not exist",
         ),
     ],

@@ -16,9 +16,9 @@ from unitoken.common.urls import without_secrets
 from unitoken.dataset.manifest import Manifest
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.checkpoint.compatibility import CompleteMetadata
-from unitoken.train.checkpoint.export_config import ARCHITECTURES
 from unitoken.train.checkpoint.locations import TOWER
 from unitoken.train.config import StageConfig
+from unitoken.train.export.config import ARCHITECTURES
 
 
 def model_card(metadata: CompleteMetadata, manifests: Mapping[str, Manifest], name: str, dtype: str) -> str:

@@ -1,14 +1,12 @@
-"""The mark of an exported model in its config.json, so that an export replaces nothing else."""
+"""Where an export may be written: it replaces nothing but an earlier export."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from unitoken.common.errors import ConfigError
 from unitoken.common.hashing import sha256_of_file
-from unitoken.train.checkpoint.locations import CONFIG
+from unitoken.train.checkpoint.locations import read_mark
 
 CARD = "README.md"
 
@@ -33,17 +31,3 @@ def check_export_target(out: Path) -> None:
         raise ConfigError(
             f"{out}: it holds {', '.join(sorted(foreign))} besides the exported model, so it is not replaced"
         )
-
-
-def is_export(folder: Path) -> bool:
-    """Return whether a folder is an exported model."""
-    return read_mark(folder) is not None
-
-
-def read_mark(folder: Path) -> dict[str, Any] | None:
-    """Return the mark in a folder's config.json, or None if the folder is not an exported model."""
-    try:
-        mark = json.loads((folder / CONFIG).read_bytes())["unitoken"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return mark if isinstance(mark, dict) else None

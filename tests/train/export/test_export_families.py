@@ -32,14 +32,14 @@ from unitoken.tokenize.merge import merge
 from unitoken.train.__main__ import app
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.compatibility import read_complete_metadata
-from unitoken.train.checkpoint.export import export_model
-from unitoken.train.checkpoint.export_config import FORMAT_VERSION, check_exportable, prepare_tokenizer
 from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.loading import find_weights
 from unitoken.train.checkpoint.metadata import read_metadata, read_stage
-from unitoken.train.checkpoint.model_card import model_card
 from unitoken.train.checkpoint.tensors import open_vision_folder
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig
+from unitoken.train.export.config import FORMAT_VERSION, check_exportable, prepare_tokenizer
+from unitoken.train.export.model import export_model
+from unitoken.train.export.model_card import model_card
 from unitoken.train.generation.engine import load_model
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.stage import run_stage
