@@ -48,6 +48,7 @@ INSIDE = {
             "check_tokenizers",
             "model",
             "checkpoint",
+            "run",
             "export",
             "distributed",
             "accounting",

@@ -40,13 +40,13 @@ from unitoken.train.config import (
     VOCABULARY_MATRICES,
     DecoderConfig,
     LogConfig,
-    SaveConfig,
     StageConfig,
     TrainedRows,
 )
 from unitoken.train.export.config import check_exportable
 from unitoken.train.export.target import check_export_target
 from unitoken.train.generation.check_samples import check_samples
+from unitoken.train.run.bucket import bucket_of, working_folder
 
 VOCABULARY_MULTIPLE = 64  # grown matrices have a multiple of it as rows, for which GPUs are fastest
 
@@ -105,7 +105,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     _check_loggers(config.log)
     train = ResolvedData(config.data, open_sources(config.data))
     evaluation_config = _evaluation_config(config)
-    _check_save(config.save)
+    _check_save(config)
     decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
     _check_tied_head(config, decoder)
     if config.save.export is not None:
@@ -197,16 +197,20 @@ def _trained_rows(config: StageConfig, vocabulary: Vocabulary, new_rows: range |
     return TrainedRows(IMAGE_ROWS, first, last + 1)
 
 
-def _check_save(save: SaveConfig) -> None:
+def _check_save(config: StageConfig) -> None:
+    save, bucket = config.save, bucket_of(config)
     if save.export is not None:
         out = Path(save.export)
-        if Path(save.folder).resolve().is_relative_to(out.resolve()):
+        if bucket is None and Path(save.folder).resolve().is_relative_to(out.resolve()):
             raise ConfigError(
                 f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}"
             )
         check_export_target(out)
         _check_writable("save.export", out.resolve().parent)
-    _check_writable("save.folder", Path(save.folder))
+    key = "save.folder" if bucket is None else "data.cache"  # in which a run that is saved to a bucket works
+    _check_writable(key, working_folder(config))
+    if bucket is not None:
+        bucket.fetch()
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -221,7 +225,7 @@ def _check_writable(key: str, folder: Path) -> None:
 def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
     """Check architecture and vocabulary of the weights that the stage starts from; return warnings."""
     origins, warnings = {}, []
-    saved = latest_checkpoint(Path(config.save.folder))
+    saved = latest_checkpoint(working_folder(config))
     if saved is not None:  # a resumed run needs no other weights
         origins[f"save.folder: {config.save.folder}"] = saved
     else:

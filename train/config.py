@@ -342,9 +342,22 @@ class FSDPConfig(Config):
     """Data type in which gradients are summed under bf16."""
 
 
+BUCKETS = ("s3://", "gs://", "az://", "azure://")
+
+
 def _check_local_folder(value: str) -> str:
     if "://" in value:
         raise ValueError("it is written to a folder, of this machine or shared, and not to a URL")
+    return _expand_home(value)
+
+
+def _check_folder(value: str) -> str:
+    if "://" in value and not value.startswith(BUCKETS):
+        raise ValueError(f"expected a folder, or a URL that begins with {', '.join(BUCKETS)}")
+    return _expand_home(value)
+
+
+def _expand_home(value: str) -> str:
     try:
         return str(Path(value).expanduser()) if value.startswith("~") else value
     except RuntimeError as error:  # ~nobody
@@ -357,8 +370,8 @@ LocalFolder = Annotated[Name, pydantic.AfterValidator(_check_local_folder)]
 class SaveConfig(Config):
     """Where and when checkpoints are saved."""
 
-    folder: LocalFolder
-    """The run's folder: step-*, latest, metrics.jsonl."""
+    folder: Annotated[Name, pydantic.AfterValidator(_check_folder)]
+    """The run's folder, or its URL in a bucket: step-*, latest, metrics.jsonl."""
     interval: Interval = "1000ba"
     keep: Count = 2
     """Number of newest checkpoints to keep."""

@@ -29,12 +29,17 @@ from unitoken.train.callbacks.samples import Samples
 from unitoken.train.callbacks.saver import Interruption, Saver
 from unitoken.train.check import ResolvedData, ResolvedStage, uses_codec
 from unitoken.train.check_tokenizers import load_checked_tokenizer
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
 from unitoken.train.checkpoint.growth import Growth
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_weights
-from unitoken.train.checkpoint.locations import find_origin, is_checkpoint, latest_checkpoint, step_of
+from unitoken.train.checkpoint.locations import (
+    LOCK,
+    find_origin,
+    is_checkpoint,
+    latest_checkpoint,
+    step_of,
+)
 from unitoken.train.checkpoint.metadata import write_metadata
 from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
 from unitoken.train.config import VOCABULARY_MATRICES, StageConfig
@@ -46,6 +51,8 @@ from unitoken.train.generation.sampling import Sampling
 from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, count_trained, freeze
+from unitoken.train.run import run_folder
+from unitoken.train.run.bucket import bucket_of, working_folder
 
 
 def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
@@ -68,20 +75,20 @@ def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
         if config.codec is not None and uses_codec(config):
             load_checked_tokenizer(config.codec, resolved.vocabulary)
     ranks.check_same_settings(settings_of_all_machines(config))
-    folder = Path(config.save.folder)
+    folder = working_folder(config)
     with contextlib.ExitStack() as stack:
         with ranks.share_errors():
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.is_first_rank():
-                at_work = f"save.folder: {folder}: another run is at work in it and holds {run_folder.LOCK}"
-                stack.enter_context(exclusive_lock(folder / run_folder.LOCK, at_work))
+                at_work = f"save.folder: {folder}: another run is at work in it and holds {LOCK}"
+                stack.enter_context(exclusive_lock(folder / LOCK, at_work))
                 for line in run_folder.set_aside_damaged(folder):
                     cli.warn(line)
         _train(config, resolved)
 
 
 def _train(config: StageConfig, resolved: ResolvedStage) -> None:
-    folder = Path(config.save.folder)
+    folder = working_folder(config)
     with ranks.share_errors():
         evaluation_loader = build_evaluation_loader(resolved)
         loader = _build_loader(resolved.train, resolved)
@@ -223,7 +230,7 @@ def _is_finished(network: UniToken, config: StageConfig, checkpoint: Path, total
         run_folder.check_resumable(checkpoint, parameter_shapes(network), _stage_identity(config))
     if step_of(checkpoint) < total_steps:
         return False
-    check_finished(Path(config.save.folder), config)
+    check_finished(working_folder(config), config)
     return True
 
 
@@ -326,10 +333,10 @@ def _build_callbacks(
     trained: list[str],
     evaluation_loader: PackedLoader | None,
 ) -> _Callbacks:
-    folder, log = Path(config.save.folder), config.log
+    folder, log = working_folder(config), config.log
     optimisation = Optimisation(config.optimizer, epoch, total_steps, by_packs=resolved.compat)
     save_every = epoch.steps_between(config.save.interval)
-    saver = Saver(config.save, save_every, _stage_identity(config), total_steps, optimisation)
+    saver = Saver(config, save_every, _stage_identity(config), total_steps, optimisation)
     metrics = Metrics(
         folder,
         config.data,
@@ -376,7 +383,7 @@ def _build_samples(config: StageConfig, resolved: ResolvedStage, epoch: EpochLen
         sampling=Sampling(
             config.samples.temperature, top_k_image=config.samples.top_k, guidance=guidance, seed=config.seed
         ),
-        folder=Path(config.save.folder),
+        folder=working_folder(config),
         every=epoch.steps_between(config.samples.interval),
     )
 
@@ -394,7 +401,10 @@ def _fit(trainer: Trainer) -> None:
 
 def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks) -> None:
     """Report how the run ended, and export the model. Raises SystemExit after a signal."""
-    folder, signal = Path(config.save.folder), callbacks.interruption.signal
+    folder, signal = working_folder(config), callbacks.interruption.signal
+    bucket = bucket_of(config)
+    if bucket is not None and ranks.is_first_rank():
+        bucket.send_small_files()  # what was written after the last checkpoint
     if signal:
         saved_at = callbacks.saver.saved_at
         _report(f"{config.name}: interrupted at step {saved_at}, saved; the same command goes on")
@@ -409,4 +419,7 @@ def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks)
 
 def _export(config: StageConfig, resolved: ResolvedStage) -> None:
     if ranks.is_first_rank():
+        bucket, saved = bucket_of(config), latest_checkpoint(working_folder(config))
+        if bucket is not None and saved is not None and config.save.export is not None:
+            bucket.fetch_checkpoint(saved.name)  # the files of the ranks of other machines
         export_at_end(config, resolved.train.manifests)

@@ -39,10 +39,10 @@ from unitoken.streaming_data.sources import open_sources
 from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.sources.adapters import find_adapter
 from unitoken.tokenize.sources.reader import cut, find_files, read_piece
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import find_damage
 from unitoken.train.checkpoint.layouts import read_decoder, read_vision
 from unitoken.train.checkpoint.tensors import open_decoder_folder
+from unitoken.train.run import run_folder
 
 SECONDS = 20.0  # for one input
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from unitoken.train.checkpoint.plain_values import to_plain
-from unitoken.train.checkpoint.run_folder import NETWORK, checkpoint_path, publish_checkpoint
 from unitoken.train.checkpoint.sharded import (
     WEIGHTS,
     HeldRows,
@@ -20,6 +19,7 @@ from unitoken.train.checkpoint.sharded import (
     rank_file,
     write_pieces,
 )
+from unitoken.train.run.run_folder import NETWORK, checkpoint_path, publish_checkpoint
 
 
 def write_checkpoint(

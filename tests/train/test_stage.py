@@ -25,13 +25,13 @@ from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.loader import build_loader
 from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder as checkpoints
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint, step_of
 from unitoken.train.config import StageConfig
 from unitoken.train.export.model import export_model
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, learning_rate, set_learning_rate
+from unitoken.train.run import run_folder as checkpoints
 from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own

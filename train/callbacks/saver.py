@@ -26,11 +26,12 @@ from unitoken.storage.store import store_error
 from unitoken.train.accounting.step_sums import Readiness
 from unitoken.train.callbacks.intervals import is_due
 from unitoken.train.callbacks.optimisation import Optimisation
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.locations import step_of
-from unitoken.train.checkpoint.sharded import RankPart, build_index, rank_file, write_pieces
-from unitoken.train.config import SaveConfig
+from unitoken.train.checkpoint.sharded import HeldRows, RankPart, build_index, rank_file, write_pieces
+from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks, sharded_state
+from unitoken.train.run import run_folder
+from unitoken.train.run.bucket import bucket_of, working_folder
 
 
 def _ends_epoch(state: State) -> bool:
@@ -76,7 +77,7 @@ class Saver(Callback):  # type: ignore[misc]
     about an unfinished stage.
 
     Args:
-        config: where to save, and how many checkpoints to keep.
+        config: the stage; it says where to save, and how many checkpoints to keep.
         every: steps between two checkpoints.
         stage: the stage's identity; kept in checkpoints, and compared when a run resumes from one.
         total_steps: steps of the stage.
@@ -85,18 +86,20 @@ class Saver(Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: SaveConfig,
+        config: StageConfig,
         every: int,
         stage: dict[str, Any],
         total_steps: int,
         optimisation: Optimisation,
     ) -> None:
-        self.folder, self.keep = Path(config.folder), config.keep
+        self.folder, self.keep = working_folder(config), config.save.keep
+        self._bucket = bucket_of(config)
         self.every, self.stage, self.total_steps = every, stage, total_steps
         self.saved_at = -1
         self._optimisation = optimisation
         self._copies = sharded_state.HostCopies()
         self._save: _Save | None = None
+        self._sent: Path | None = None  # this rank's file of the checkpoint before, which is in the bucket
 
     def state_dict(self) -> dict[str, Any]:
         """Return what checkpoints keep: the stage's identity, and the checkpoint's own id."""
@@ -104,10 +107,13 @@ class Saver(Callback):  # type: ignore[misc]
 
     def fit_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Remove the incomplete files of a killed run."""
-        self.saved_at = state.timestamp.batch.value
-        if ranks.is_first_rank():
-            run_folder.remove_partial_files(self.folder)
-        ranks.barrier()
+        step = self.saved_at = state.timestamp.batch.value
+        with ranks.share_errors():
+            if ranks.is_first_rank():
+                run_folder.remove_partial_files(self.folder)
+                if self._bucket is not None:
+                    resumed = run_folder.checkpoint_path(self.folder, step).name if step else None
+                    self._bucket.remove_unfinished(resumed)
 
     def batch_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         """Report how far this rank is."""
@@ -169,8 +175,18 @@ class Saver(Callback):  # type: ignore[misc]
         path = rank_file(checkpoint, ranks.rank(), ranks.world_size())
         loop_state = sharded_state.loop_state(state)
         pieces = self._copies.take(sharded_state.own_pieces(state))
-        task = _in_background(lambda: write_pieces(path, pieces))
+        task = _in_background(lambda: self._write(path, pieces))
         self._save = _Save(checkpoint, loop_state, writes_index=False, task=task)
+
+    def _write(self, path: Path, pieces: list[HeldRows]) -> RankPart:
+        """Write this rank's file, and send it to the bucket; the one before is no longer needed here."""
+        part = write_pieces(path, pieces)
+        if self._bucket is not None:
+            self._bucket.send(path)
+            if self._sent is not None:
+                self._sent.unlink(missing_ok=True)
+            self._sent = path
+        return part
 
     def finish(self) -> None:
         """Wait until the save in the background is complete. All ranks have to call it."""
@@ -198,7 +214,10 @@ class Saver(Callback):  # type: ignore[misc]
         self._save = save._replace(writes_index=True, task=_in_background(publish))
 
     def _publish(self, save: _Save, parts: list[RankPart]) -> None:
-        run_folder.publish_checkpoint(save.checkpoint, build_index(parts, save.state), self.keep)
+        keep = self.keep if self._bucket is None else 1  # the bucket has the others
+        run_folder.publish_checkpoint(save.checkpoint, build_index(parts, save.state), keep)
+        if self._bucket is not None:
+            self._bucket.publish(save.checkpoint, self.keep)
 
 
 def _result(save: _Save) -> Any:

@@ -16,6 +16,7 @@ from unitoken.common.errors import ConfigError
 
 STEP = re.compile(r"step-(\d{8,})(\.pt)?")  # a folder; a file if one rank wrote it whole, as once
 INDEX = "checkpoint.json"  # in the folder of a checkpoint, written last
+LOCK = ".lock"  # in a run's folder: held by the run that works in it
 LATEST = "latest"  # in a run's folder: a link to its newest checkpoint
 CONFIG = "config.json"  # in every folder of Hugging Face's layout
 TOWER = "tower"  # in an exported folder: a folder of tower and adapter, which transformers' class has not

@@ -34,7 +34,6 @@ from unitoken.streaming_data.reading.batch import (
     split_batch,
     unpack,
 )
-from unitoken.train.checkpoint.run_folder import allow_safe_types
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import sharded_state
 from unitoken.train.distributed.ranks import TIMEOUT, smallest, world_size
@@ -42,6 +41,7 @@ from unitoken.train.model.decoder import DecoderLayer
 from unitoken.train.model.unitoken import OutputLayer, UniToken
 from unitoken.train.model.vision_tower import VisionTower
 from unitoken.train.optim import place_step_counts
+from unitoken.train.run.run_folder import allow_safe_types
 
 NO_TARGETS = 1e-30  # stands for 0 where Composer divides; in a sum with 1 or more it is lost
 

@@ -35,7 +35,6 @@ from unitoken.train.check_tokenizers import (
     load_checked_tokenizer,
     read_local_manifests,
 )
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import CompleteMetadata, read_complete_metadata
 from unitoken.train.checkpoint.integrity import check_checkpoint, compute_digests
 from unitoken.train.checkpoint.locations import (
@@ -69,6 +68,8 @@ from unitoken.train.export.config import (
 from unitoken.train.export.model_card import model_card
 from unitoken.train.export.target import CARD, check_export_target
 from unitoken.train.model.unitoken import build_model
+from unitoken.train.run import run_folder
+from unitoken.train.run.bucket import working_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5_000_000_000
@@ -84,7 +85,7 @@ def export_at_end(config: StageConfig, manifests: Sequence[Manifest]) -> None:
     """
     if config.save.export is None:
         return
-    checkpoint = latest_checkpoint(Path(config.save.folder))
+    checkpoint = latest_checkpoint(working_folder(config))
     assert checkpoint is not None, "a finished run has a checkpoint"
     out = Path(config.save.export)
     identity = run_folder.checkpoint_id(checkpoint)

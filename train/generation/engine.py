@@ -36,7 +36,6 @@ from unitoken.generation.grammar import Grammar
 from unitoken.streaming_data.reading.batch import Batch, unpack
 from unitoken.streaming_data.reading.collate import Collate, featured_images, insert_features
 from unitoken.streaming_data.reading.null_prompts import without_text
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin, is_checkpoint
@@ -54,6 +53,7 @@ from unitoken.train.generation.sampling import (
 )
 from unitoken.train.generation.speculative import WINDOW, CodeGuesses
 from unitoken.train.model.unitoken import UniToken, build_model
+from unitoken.train.run import run_folder
 
 DEFAULT_SAMPLING = Sampling()
 

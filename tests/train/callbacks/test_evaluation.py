@@ -14,11 +14,11 @@ from unitoken.streaming_data.plan.lengths import is_held_out
 from unitoken.streaming_data.reading.batch import num_targets, unpack
 from unitoken.streaming_data.reading.loader import PackedLoader
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin
 from unitoken.train.config import StageConfig
 from unitoken.train.model.unitoken import build_model
+from unitoken.train.run import run_folder
 from unitoken.train.stage import build_evaluation_loader, run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own

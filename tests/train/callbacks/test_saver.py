@@ -122,7 +122,7 @@ def test_an_index_that_can_not_be_written_is_an_error(
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("unitoken.train.checkpoint.run_folder.publish_checkpoint", fail)
+    monkeypatch.setattr("unitoken.train.run.run_folder.publish_checkpoint", fail)
     with pytest.raises(StoreError, match=r"^step 2 could not be saved: Input/output error$"):
         train(stage(folder, f"save.folder={tmp_path}"))
     assert list(tmp_path.glob("step-*")) == []
@@ -131,7 +131,7 @@ def test_an_index_that_can_not_be_written_is_an_error(
 KILLED = """
 import os, pathlib, runpy, signal, sys
 from unitoken.train.callbacks import saver
-from unitoken.train.checkpoint import run_folder
+from unitoken.train.run import run_folder
 
 def killed(path):
     if os.path.basename(path) == "step-00000006":

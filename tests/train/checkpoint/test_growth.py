@@ -18,7 +18,6 @@ from unitoken.codec.image_tokenizer.network import load_network
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.growth import Growth
 from unitoken.train.checkpoint.loading import find_weights, load_weights
 from unitoken.train.checkpoint.locations import find_origin
@@ -26,6 +25,7 @@ from unitoken.train.checkpoint.tensors import TensorSource, open_decoder_folder,
 from unitoken.train.config import VOCABULARY_MATRICES, DecoderConfig, GrowConfig, ModelConfig
 from unitoken.train.export.model import export_model
 from unitoken.train.model.unitoken import UniToken, build_model
+from unitoken.train.run import run_folder
 from unitoken.train.stage import run_stage
 
 Init = Literal["mean", "normal", "codebook"]

@@ -22,8 +22,8 @@ from support.rank_program import train
 from support.ranks import finish, free_port, start
 from support.stages import curve, metrics, stage, write_data, write_stage
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.locations import latest_checkpoint, step_of
+from unitoken.train.run import run_folder
 
 PROGRAM = TESTS / "support" / "rank_program.py"
 BIN = Path(sys.executable).parent

@@ -24,7 +24,6 @@ from unitoken.common.errors import ConfigError
 from unitoken.common.hashing import sha256_of_file
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.compatibility import read_complete_metadata
 from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.loading import find_weights, load_weights
@@ -41,6 +40,7 @@ from unitoken.train.checkpoint.tensors import open_decoder_folder, parameter_sha
 from unitoken.train.config import DecoderConfig, ModelConfig, StageConfig, VisionTowerConfig
 from unitoken.train.export.model import export_model
 from unitoken.train.model.unitoken import UniToken, build_model
+from unitoken.train.run import run_folder
 
 TOKENIZERS = {"tokenizer": "tokenizer", "vision.weights": "vqgan"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own

@@ -14,7 +14,6 @@ from support.stages import DECODER, curve, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import latest_checkpoint
 from unitoken.train.config import (
@@ -31,6 +30,7 @@ from unitoken.train.generation.engine import load_model
 from unitoken.train.model.lora import add_adapters, merged_weight
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, freeze, keep_old_rows, set_learning_rate
+from unitoken.train.run import run_folder
 
 SIZES = DecoderConfig.model_validate(DECODER)
 LORA = LoraConfig(rank=4, alpha=8)

@@ -12,10 +12,10 @@ import torch
 from support.checkpoints import write_checkpoint, write_whole_file
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import AsideFolder
-from unitoken.train.checkpoint import run_folder
 from unitoken.train.checkpoint.integrity import check_checkpoint, check_finite, find_damage
 from unitoken.train.checkpoint.locations import INDEX, LATEST, find_origin, latest_checkpoint, step_of
-from unitoken.train.checkpoint.run_folder import (
+from unitoken.train.run import run_folder
+from unitoken.train.run.run_folder import (
     check_resumable,
     checkpoint_path,
     open_checkpoint,

@@ -45,7 +45,6 @@ from unitoken.train.checkpoint.tensors import (
 from unitoken.train.config import is_adapter
 from unitoken.train.model.lora import merged_weight
 
-LOCK = ".lock"
 NETWORK = "network."  # the prefix of our model's tensors in a whole-file checkpoint
 # What such a checkpoint holds beside tensors and plain values: times, and numpy's random state.
 SAFE_TYPES = [
