@@ -1,10 +1,11 @@
 """Train with two ranks under the real launcher, and disturb the run again and again.
 
-    python tests/support/chaos_training.py FOLDER EVENTS
+    python tests/support/chaos_training.py FOLDER EVENTS [URL]
 
 It kills, stops and starves the run, and damages its checkpoints. It prints one JSON object with the number
-of each event and the seconds. The losses are in FOLDER/run/metrics.jsonl, and those of an undisturbed run
-in FOLDER/undisturbed/metrics.jsonl.
+of each event, the seconds, and the folder in which the disturbed run worked. Its losses are there, in
+metrics.jsonl, and those of an undisturbed run in FOLDER/undisturbed/metrics.jsonl. With a URL the disturbed
+run is saved there, else in FOLDER/run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.paths import ROOT
 from support.stages import write_data, write_stage
-from unitoken.train.checkpoint.locations import complete_checkpoints, is_checkpoint
+from unitoken.common.config import load_config
+from unitoken.storage.open import open_store
+from unitoken.train.checkpoint.locations import INDEX, is_checkpoint
+from unitoken.train.config import StageConfig
+from unitoken.train.run.bucket import working_folder
 
 STEPS = 36  # 4 epochs of 9
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -50,19 +55,45 @@ class Event(NamedTuple):
         return f"{self.name} {self.target} {self.moment}" if self.target else self.name
 
 
+class Stage(NamedTuple):
+    """The stage of a run.
+
+    Attributes:
+        folder: holds data, settings and logs.
+        saved: `save.folder`, a folder or a URL.
+    """
+
+    folder: Path
+    saved: str
+
+    @property
+    def work(self) -> Path:
+        """The folder in which the run works."""
+        overrides = [f"save.folder={self.saved}"]
+        return working_folder(load_config(StageConfig, self.folder / "tiny.yaml", overrides))
+
+    def remove(self) -> None:
+        """Remove all that the run has saved."""
+        store = open_store(self.saved)
+        for name in store.sizes():
+            store.delete(name)
+        shutil.rmtree(self.work)
+
+
 class Start:
     """One start of the stage's command."""
 
-    def __init__(self, folder: Path, name: str, *overrides: str, small_files: bool = False) -> None:
+    def __init__(self, stage: Stage, *overrides: str, small_files: bool = False) -> None:
         def limit() -> None:  # no file can grow beyond it, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-        self.run = folder / name
-        self._log = open(folder / f"{name}.log", "ab")  # noqa: SIM115 - closed in `wait`
+        self.work = stage.work
+        name = Path(stage.saved).name
+        self._log = open(stage.folder / f"{name}.log", "ab")  # noqa: SIM115 - closed in `wait`
         composer = str(Path(sys.executable).parent / "composer")
-        command = [composer, "-n", "2", "train.py", str(folder / "tiny.yaml"), f"save.folder={self.run}"]
+        command = [composer, "-n", "2", "train.py", str(stage.folder / "tiny.yaml")]
         self.process = subprocess.Popen(
-            [*command, *overrides],
+            [*command, f"save.folder={stage.saved}", *overrides],
             cwd=ROOT,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -118,18 +149,20 @@ def steps(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def damage(run: Path, event: Event) -> bool:
+def damage(stage: Stage, event: Event) -> bool:
     """Damage the newest checkpoint where there is another to resume from. Returns whether there is."""
-    saved = complete_checkpoints(run)
+    store = open_store(stage.saved)
+    saved = [name for name in store.sizes("step-") if name.endswith(INDEX)]
     if len(saved) < 2:
         return False
-    path = sorted(saved[-1].iterdir())[steps(run) % 3]  # the index, or the file of a rank
-    content = bytearray(path.read_bytes())
+    files = list(store.sizes(saved[-1].removesuffix(INDEX)))
+    name = files[steps(stage.work) % 3]  # the index, or the file of a rank
+    content = bytearray(store.read(name))
     if event.name == "cut checkpoint":
         content = content[:-1000]
     else:
         content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    store.write(name, bytes(content))
     return True
 
 
@@ -142,38 +175,38 @@ def all_events(choice: random.Random) -> list[Event]:
     return events
 
 
-def disturb(folder: Path, count: int, seed: int) -> Counter[str]:
+def disturb(stage: Stage, count: int, seed: int) -> Counter[str]:
     """Let `count` events happen to the run, then kill it while it exports, then let it finish."""
-    choice, run = random.Random(seed), folder / "run"
+    choice = random.Random(seed)
     events = itertools.cycle(all_events(choice))
     done: Counter[str] = Counter()
     while sum(done.values()) < count:
         event = next(events)
         if event.name in ("cut checkpoint", "flipped checkpoint"):
-            done[event.name] += damage(run, event)
+            done[event.name] += damage(stage, event)
             continue
         if event.moment == "planning":
-            shutil.rmtree(folder / "cache" / "plans", ignore_errors=True)
-        happened = start_and_disturb(folder, event, choice)
-        if not happened and steps(run) >= STEPS:  # it ended before the moment: begin again
-            shutil.rmtree(run)
+            shutil.rmtree(stage.folder / "cache" / "plans", ignore_errors=True)
+        happened = start_and_disturb(stage, event, choice)
+        if not happened and steps(stage.work) >= STEPS:  # it ended before the moment: begin again
+            stage.remove()
             continue
-        wait_for_orphans(folder)
+        wait_for_orphans(stage.folder)
         done[str(event)] += 1
-    kill_while_exporting(folder, choice, done)
-    assert Start(folder, "run", export_to(folder)).wait() == 0
-    wait_for_orphans(folder)
+    kill_while_exporting(stage, choice, done)
+    assert Start(stage, export_to(stage.folder)).wait() == 0
+    wait_for_orphans(stage.folder)
     return done
 
 
-def start_and_disturb(folder: Path, event: Event, choice: random.Random) -> bool:
+def start_and_disturb(stage: Stage, event: Event, choice: random.Random) -> bool:
     """Start the run, and let the event happen. Returns False where the run ended before its moment."""
-    before = steps(folder / "run")
-    start = Start(folder, "run", export_to(folder), small_files=event.name == "disk full")
+    before = steps(stage.work)
+    start = Start(stage, export_to(stage.folder), small_files=event.name == "disk full")
     if event.name == "disk full":
         assert start.wait() == 1
         return True
-    if not start.until(lambda: has_come(event.moment, folder, start, before)):
+    if not start.until(lambda: has_come(event.moment, stage, start, before)):
         start.wait()
         return False
     if event.name == "SIGSTOP":
@@ -185,9 +218,9 @@ def start_and_disturb(folder: Path, event: Event, choice: random.Random) -> bool
     return True
 
 
-def has_come(moment: str, folder: Path, start: Start, before: int) -> bool:
+def has_come(moment: str, stage: Stage, start: Start, before: int) -> bool:
     """Whether a run that began with `before` steps is at a moment."""
-    run, plans = folder / "run", folder / "cache" / "plans"
+    run, plans = start.work, stage.folder / "cache" / "plans"
     if moment == "starting":
         return len(start.ranks()) == 2
     if moment == "planning":
@@ -203,19 +236,19 @@ def stop_for_a_while(start: Start, choice: random.Random) -> None:
     os.kill(rank, signal.SIGSTOP)
     time.sleep(2)
     os.kill(rank, signal.SIGCONT)
-    at = steps(start.run)
-    start.until(lambda: steps(start.run) > at)
+    at = steps(start.work)
+    start.until(lambda: steps(start.work) > at)
 
 
-def kill_while_exporting(folder: Path, choice: random.Random, done: Counter[str]) -> None:
+def kill_while_exporting(stage: Stage, choice: random.Random, done: Counter[str]) -> None:
     """Kill the finished run while it exports its model, until an export succeeds or for four times."""
     while done[EXPORTING_KILLED] <= 3:
-        start = Start(folder, "run", export_to(folder))
-        if start.until(lambda: any(folder.glob(".aside-model-*"))):
+        start = Start(stage, export_to(stage.folder))
+        if start.until(lambda: any(stage.folder.glob(".aside-model-*"))):
             start.send("all ranks", signal.SIGKILL, choice)
             done[EXPORTING_KILLED] += 1
         status = start.wait()
-        wait_for_orphans(folder)
+        wait_for_orphans(stage.folder)
         if status == 0:
             return
 
@@ -224,27 +257,34 @@ def export_to(folder: Path) -> str:
     return f"save.export={folder}/model"
 
 
-def main(folder: Path, count: int, seed: int = 0) -> None:
+def main(folder: Path, count: int, saved: str, seed: int = 0) -> None:
     (folder / "tmp").mkdir(parents=True)
     # With a long path, the ranks' sockets would not fit into a temporary folder of their own.
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         (Path(short) / "t").symlink_to(folder / "tmp")
         os.environ["SHORT_TMPDIR"] = f"{short}/t"
-        run(folder, count, seed)
+        run(folder, count, saved, seed)
 
 
-def run(folder: Path, count: int, seed: int) -> None:
+def run(folder: Path, count: int, saved: str, seed: int) -> None:
     write_data(folder / "data")
     write_stage(folder, max_duration="4ep", save={"folder": "x", "interval": "3ba", "keep": 3})
     shared = sorted(path.name for path in Path("/dev/shm").iterdir())
-    assert Start(folder, "undisturbed").wait() == 0
+    assert Start(Stage(folder, str(folder / "undisturbed"))).wait() == 0
     begun = time.monotonic()
-    done = disturb(folder, count, seed)
+    disturbed = Stage(folder, saved)
+    done = disturb(disturbed, count, seed)
     left = sorted(path.name for path in Path("/dev/shm").iterdir() if path.name not in shared)
     seconds = round(time.monotonic() - begun)
-    result = {"events": sum(done.values()), "kinds": done, "seconds": seconds, "left_in_shm": left}
+    result = {
+        "events": sum(done.values()),
+        "kinds": done,
+        "seconds": seconds,
+        "left_in_shm": left,
+        "work": str(disturbed.work),
+    }
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), [*sys.argv, f"{sys.argv[1]}/run"][3])
