@@ -201,7 +201,7 @@ def _compile_and_count(
         return result
 
     torch._dynamo.reset()
-    layer = DecoderLayer(decoder, 0, dropout).to(width).train().requires_grad_(trains)
+    layer = DecoderLayer(decoder, dropout).to(width).train().requires_grad_(trains)
     layer.recompute = recompute
     layer.compile()
     hidden = torch.randn(1, tokens, decoder.hidden_size, dtype=width, requires_grad=True)

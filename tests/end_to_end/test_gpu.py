@@ -202,7 +202,7 @@ def test_compiled_flex_attention_keeps_documents_apart() -> None:
 
 def real_layer(dropout: float) -> DecoderLayer:
     """Make a layer with bf16 weights, as FSDP2 gathers it under mixed precision."""
-    layer = DecoderLayer(LAYER, 0, dropout)
+    layer = DecoderLayer(LAYER, dropout)
     for parameter in layer.parameters():
         if parameter.ndim == 2 and min(parameter.shape) > 1:
             nn.init.normal_(parameter, 0.0, 0.02)

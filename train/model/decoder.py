@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from unitoken.train.config import DecoderConfig, RopeScaling
 from unitoken.train.model import activation_checkpointing
+from unitoken.train.model.autocast import product_dtype
 
 if TYPE_CHECKING:  # takes three seconds to import, and sdpa does not need it
     from torch.nn.attention.flex_attention import BlockMask
@@ -48,10 +49,10 @@ class KVCache:
 
     def __init__(self, layers: int, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
-        # By layer keys and values (rows * length, K * D), made when the layer first has some.
+        # By layer keys and values (rows, length, K * D), made when the layer first has some.
         self.stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self._places: Tensor  # of the tokens that are read next, in the flat buffers
-        self._seen: tuple[int, int] | None = None  # rows and places that they see; None: only themselves
+        self._end: int | None = None  # of the places that they see; None: only themselves
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +64,7 @@ class KVCache:
         """Make room for more rows."""
         for layer, buffers in enumerate(self.stored):
             if buffers is not None:
-                larger = tuple(buffer.new_zeros(rows * self.length, buffer.shape[1]) for buffer in buffers)
+                larger = tuple(buffer.new_zeros(rows, *buffer.shape[1:]) for buffer in buffers)
                 for new, old in zip(larger, buffers, strict=True):
                     new[: len(old)] = old
                 self.stored[layer] = larger[0], larger[1]
@@ -78,7 +79,7 @@ class KVCache:
         """
         assert tokens <= self.length, f"a cache for {self.length} tokens can not hold {tokens}"
         columns = torch.arange(tokens, device=rows.device)
-        self._places, self._seen = (rows[:, None] * self.length + columns).flatten(), None
+        self._places, self._end = (rows[:, None] * self.length + columns).flatten(), None
 
     def proceed(self, positions: Tensor, end: int) -> None:
         """Prepare for reading the next tokens of the first rows.
@@ -90,33 +91,51 @@ class KVCache:
         """
         begins = torch.arange(len(positions), device=positions.device)[:, None] * self.length
         self._places = (begins + positions.clamp(max=self.length - 1)).flatten()
-        self._seen = len(positions), end
+        self._end = end
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values of new tokens, and return those that they see.
+    def of_layer(self, layer: int, hidden: Tensor, width: int) -> LayerCache:
+        """Return what a layer needs of the cache.
 
         Args:
             layer: number of the layer.
-            key: (P, K, T, D).
-            value: (P, K, T, D).
-
-        Returns:
-            Keys and values, each (P, K, S, D): of the new tokens after `begin`, else of the first `end`
-            places.
+            hidden: (P, T, hidden), the layer's input.
+            width: K * D, the size of a token's keys.
         """
-        rows, heads, _, size = key.shape
         buffers = self.stored[layer]
         if buffers is None:
-            shape = (self.rows * self.length, heads * size)
+            shape, dtype = (self.rows, self.length, width), product_dtype(hidden)
             # Zeros, as a masked place has a weight of 0, but 0 times what lies in fresh memory may be NaN.
-            buffers = self.stored[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        for buffer, new in zip(buffers, (key, value), strict=True):
-            buffer.index_copy_(0, self._places, new.transpose(1, 2).reshape(-1, heads * size))
-        if self._seen is None:
+            buffers = hidden.new_zeros(shape, dtype=dtype), hidden.new_zeros(shape, dtype=dtype)
+            self.stored[layer] = buffers
+        return LayerCache(*buffers, self._places, self._end)
+
+
+class LayerCache(NamedTuple):
+    """What a layer needs of a `KVCache`.
+
+    Attributes:
+        keys: (rows, length, K * D), of all tokens read so far.
+        values: of the same shape.
+        places: (P * T,), where the new tokens go in both: row * length + position.
+        end: the number of places of the first P rows that the new tokens see; None: only themselves.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    end: int | None
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (P, K, T, D) of new tokens, and return those (P, K, S, D) that they see."""
+        rows, heads, _, size = key.shape
+        for buffer, new in ((self.keys, key), (self.values, value)):
+            buffer.flatten(0, 1).index_copy_(0, self.places, new.transpose(1, 2).reshape(-1, heads * size))
+        if self.end is None:
             return key, value
-        rows, end = self._seen
-        by_head = (self.rows, self.length, heads, size)
-        keys, values = (buffer.view(by_head)[:rows, :end].transpose(1, 2) for buffer in buffers)
+        keys, values = (
+            buffer[:rows, : self.end].unflatten(-1, (heads, size)).transpose(1, 2)
+            for buffer in (self.keys, self.values)
+        )
         return keys, values
 
 
@@ -349,12 +368,10 @@ class DecoderAttention(nn.Module):
 
     Args:
         config: sizes of the decoder.
-        layer: number of the layer, by which the cache keeps its keys and values.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_size
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.query_size, bias=bias)
@@ -364,7 +381,9 @@ class DecoderAttention(nn.Module):
         self.q_norm = _build_head_norm(config, config.num_attention_heads)
         self.k_norm = _build_head_norm(config, config.kv_heads)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: LayerCache | None
+    ) -> Tensor:
         """Attend within documents, and to the tokens of `past`.
 
         Args:
@@ -382,7 +401,7 @@ class DecoderAttention(nn.Module):
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves the norms in float32
         if past is not None:
-            key, value = past.update(self.layer, key, value)
+            key, value = past.update(key, value)
         if mask is not None and not isinstance(mask, Tensor):
             attended = _flex_attention(query, key, value, mask)
         else:
@@ -414,13 +433,12 @@ class DecoderLayer(nn.Module):
 
     Args:
         config: sizes of the decoder.
-        layer: number of the layer.
         dropout: probability on both residual branches.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int, dropout: float) -> None:
+    def __init__(self, config: DecoderConfig, dropout: float) -> None:
         super().__init__()
-        self.self_attn = DecoderAttention(config, layer)
+        self.self_attn = DecoderAttention(config)
         self.mlp = DecoderMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -429,7 +447,7 @@ class DecoderLayer(nn.Module):
         self.recompute: activation_checkpointing.RecomputeMode = "none"
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None = None
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: LayerCache | None = None
     ) -> Tensor:
         """Apply the layer; the arguments are those of `DecoderAttention.forward`."""
         if self.training and past is None:
@@ -448,7 +466,9 @@ class DecoderLayer(nn.Module):
             self._forward, self.recompute, hidden, cos, sin, mask, None
         )
 
-    def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: KVCache | None) -> Tensor:
+    def _forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: LayerCache | None
+    ) -> Tensor:
         if self.swin_norm:  # the 34B model normalises the output of each branch, not its input
             hidden = hidden + self._dropout(
                 self.input_layernorm(self.self_attn(hidden, cos, sin, mask, past))
@@ -474,11 +494,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, dropout) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_dim = config.head_size
+        self.head_dim, self.key_size = config.head_size, config.key_size
         self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
 
     def forward(
@@ -494,7 +512,8 @@ class Decoder(nn.Module):
         """
         cos, sin = compute_rotary(position_ids, self.head_dim, self.rope_theta, self.rope_scaling)
         hidden = embeddings
-        for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask, past)
+        for number, layer in enumerate(self.layers):
+            seen = None if past is None else past.of_layer(number, hidden, self.key_size)
+            hidden = layer(hidden, cos, sin, mask, seen)
         out: Tensor = self.norm(hidden)
         return out
