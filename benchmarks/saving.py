@@ -187,7 +187,9 @@ def main() -> None:
     if arguments.way:
         run_rank(arguments.way, arguments.stage)
         return
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    build = ROOT / "build"  # on the disk of the repository, as /tmp may be memory
+    build.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=build) as folder:
         figures = {way: measure(way, Path(folder).resolve(), arguments) for way in ("whole", "sharded")}
     for way, values in figures.items():
         print(way, values)

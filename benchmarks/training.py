@@ -9,6 +9,7 @@ measured  On this CPU: our step, the reference's way (padded rows) and transform
           the same documents and weights, at two sizes of the vocabulary: useful tokens a CPU second, and peak
           memory. These models are small; the ratios of FLOPs of the 7B model stand beside them.
 trainer   What Composer and our callbacks add to a step, and how often they wait.
+saving    How long a save stops training, and the first rank's memory, against whole files; see saving.py.
 
 The programs take turns. Figures are medians over the rounds, ratios are taken within a round. The last line
 is one JSON object; `elementwise_kb_token_layer` and the like are of the worst shipped stage. What is counted
@@ -347,13 +348,24 @@ class Stopwatch:
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def trainer() -> dict[str, float]:
+def child(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a program, and return the JSON object of its last line."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def trainer() -> dict[str, Any]:
     """Run `trainer_here` in a process of its own, as Composer changes torch's settings."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.training", "--child", folder]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+        return child("training", "--child", folder)
+
+
+def saving(short: bool) -> dict[str, Any]:
+    """Return the ratios of a save in the background to a whole file."""
+    figures = child("saving", *(["--hidden", "384", "--layers", "4"] if short else []))
+    return {key: figures[key] for key in ("save_stall_ratio", "save_peak_ratio")}
 
 
 def main() -> None:
@@ -375,6 +387,7 @@ def main() -> None:
         "machine": machine(),
         **counted(),
         **show("trainer", trainer()),
+        **show("saving", saving(arguments.short)),
         **{key: value for key, value in large.items() if "ratio" in key},
         **{f"{key}_small_vocabulary": value for key, value in small.items() if "ratio" in key},
         "flop_ratios_7b_vs_padded": FLOP_RATIOS_7B,
