@@ -15,6 +15,7 @@ import torch
 
 from support import drawn
 from support.checkpoints import all_tensors
+from support.killing import KilledError, kill_at
 from support.small_datasets import make_record, small_vocabulary, write_dataset
 from support.stages import curve, evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
@@ -23,7 +24,6 @@ from unitoken.dataset.mds_index import read_index
 from unitoken.dataset.vision_views import Views
 from unitoken.streaming_data.reading.batch import unpack
 from unitoken.streaming_data.reading.loader import build_loader
-from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import find_origin, latest_checkpoint, step_of
@@ -62,22 +62,6 @@ def newest(run_folder: Path) -> Path:
     checkpoint = latest_checkpoint(run_folder)
     assert checkpoint is not None
     return checkpoint
-
-
-class KilledError(Exception):
-    pass
-
-
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the run after the metrics of `step` and before its checkpoint, without any cleaning up."""
-    real = Metrics.batch_end
-
-    def batch_end(self: Any, state: Any, logger: Any) -> None:
-        real(self, state, logger)
-        if state.timestamp.batch.value == step:
-            raise KilledError
-
-    monkeypatch.setattr(Metrics, "batch_end", batch_end)
 
 
 def test_a_stage_learns_and_writes_a_line_per_step(uninterrupted: Path) -> None:

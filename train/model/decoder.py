@@ -133,7 +133,7 @@ class LayerCache(NamedTuple):
         if self.end is None:
             return key, value
         keys, values = (
-            buffer[:rows, : self.end].unflatten(-1, (heads, size)).transpose(1, 2)
+            buffer[:rows, : self.end].view(rows, -1, heads, size).transpose(1, 2)
             for buffer in (self.keys, self.values)
         )
         return keys, values

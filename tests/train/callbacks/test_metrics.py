@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.killing import KilledError, kill_at
 from support.paths import ROOT
 from support.stages import evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
@@ -51,20 +52,9 @@ def train(config: StageConfig) -> Path:
     return Path(config.save.folder)
 
 
-class KilledError(Exception):
-    pass
-
-
 def killed_at(step: int, config: StageConfig) -> None:
-    real = Metrics.batch_end
-
-    def batch_end(self: Any, state: Any, logger: Any) -> None:
-        real(self, state, logger)
-        if state.timestamp.batch.value == step:
-            raise KilledError
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "batch_end", batch_end)
+        kill_at(step, patch)
         with pytest.raises(KilledError):
             train(config)
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from support.checkpoints import all_tensors
+from support.killing import at_step
 from support.paths import ROOT
 from support.stages import curve, metrics, stage, write_data, write_stage
 from unitoken.storage.store import StoreError, TransientStoreError
 from unitoken.train.callbacks import saver
-from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.locations import latest_checkpoint
 from unitoken.train.checkpoint.sharded import HeldRows, RankPart, write_pieces
@@ -43,18 +43,6 @@ def train(config: StageConfig) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Path:
     return train(stage(folder, f"save.folder={folder}/undisturbed", "save.keep=9"))
-
-
-def at_step(step: int, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call an action after the metrics of a step."""
-    real = Metrics.batch_end
-
-    def batch_end(self: Any, state: Any, logger: Any) -> None:
-        real(self, state, logger)
-        if state.timestamp.batch.value == step:
-            action()
-
-    monkeypatch.setattr(Metrics, "batch_end", batch_end)
 
 
 def test_a_checkpoint_written_late_holds_its_own_step(

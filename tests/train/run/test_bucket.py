@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from support.checkpoints import write_checkpoint
+from support.killing import KilledError, at_step, kill_at
 from support.services import started, used
 from support.stages import curve, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.storage.folder import Folder
 from unitoken.storage.store import TransientStoreError
-from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.locations import INDEX, LOCK, latest_checkpoint
 from unitoken.train.config import StageConfig
@@ -94,25 +94,6 @@ def test_a_removed_run_begins_again(bucket: Path, tmp_path: Path) -> None:
     assert names(work) == {LOCK}
 
 
-class KilledError(Exception):
-    pass
-
-
-def at_step(step: int, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Metrics.batch_end
-
-    def batch_end(self: Any, state: Any, logger: Any) -> None:
-        real(self, state, logger)
-        if state.timestamp.batch.value == step:
-            action()
-
-    monkeypatch.setattr(Metrics, "batch_end", batch_end)
-
-
-def killed() -> None:
-    raise KilledError
-
-
 def train(config: StageConfig) -> Path:
     run_stage(config, check_stage(config, 1))
     return working_folder(config)
@@ -121,7 +102,7 @@ def train(config: StageConfig) -> Path:
 def resumes_on_another_machine(folder: Path, url: str, tmp_path: Path) -> Path:
     """Train into a bucket, killed after step 5; go on with another cache; return the working folder."""
     with pytest.MonkeyPatch.context() as patch:
-        at_step(5, killed, patch)
+        kill_at(5, patch)
         with pytest.raises(KilledError):
             train(stage(folder, f"save.folder={url}", f"data.cache={tmp_path}/one"))
     work = train(stage(folder, f"save.folder={url}", f"data.cache={tmp_path}/other"))
