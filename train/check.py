@@ -48,6 +48,7 @@ from unitoken.train.export.target import check_export_target
 from unitoken.train.generation.check_samples import check_samples
 from unitoken.train.run.bucket import bucket_of, working_folder
 
+FLOAT8_MULTIPLE = 16  # of the sizes of matrices that GPUs multiply in float8
 VOCABULARY_MULTIPLE = 64  # grown matrices have a multiple of it as rows, for which GPUs are fastest
 
 
@@ -108,6 +109,7 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     _check_save(config)
     decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
     _check_tied_head(config, decoder)
+    _check_float8(config, decoder)
     if config.save.export is not None:
         check_exportable(decoder, "save.export")
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
@@ -286,6 +288,23 @@ def _check_ranks(config: StageConfig, world_size: int) -> None:
             "activation_checkpointing: 'selective' with model.attention 'flex' needs model.compile; "
             "or take 'full', or 'sdpa'"
         )
+
+
+def _check_float8(config: StageConfig, decoder: DecoderConfig) -> None:
+    if not config.model.float8:
+        return
+    if config.precision != "bf16":
+        raise ConfigError(f"model.float8: is for `precision: bf16`, found {config.precision}")
+    if config.model.lora is not None:
+        raise ConfigError("model.float8: can not be combined with model.lora; leave out one")
+    for name in ("hidden_size", "intermediate_size", "query_size", "key_size"):
+        size = getattr(decoder, name)
+        if size % FLOAT8_MULTIPLE:
+            raise ConfigError(
+                f"model.float8: {FLOAT8_MULTIPLE} has to divide all sizes; the decoder's {name} is {size}"
+            )
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError("model.float8: torchao is not installed: pip install 'unitoken-streaming[float8]'")
 
 
 def _check_microbatch(config: StageConfig) -> None:

@@ -300,6 +300,8 @@ class ModelConfig(Config):
     """Flex skips the blocks between documents; it is compiled, so it is meant for GPUs."""
     compile: bool = False
     """Apply torch.compile to each layer of decoder and tower; this takes some minutes at the start."""
+    float8: bool = False
+    """Multiply in float8 in the decoder's layers, with torchao, on GPUs that can (H100 and newer)."""
 
 
 class OptimizerConfig(Config):

@@ -48,6 +48,7 @@ from unitoken.train.export.model import export_at_end
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
 from unitoken.train.generation.sampling import Sampling
+from unitoken.train.model.float8 import use_float8
 from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, count_trained, freeze
@@ -184,6 +185,8 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
     )
     if config.model.lora is not None:
         add_adapters(network.model.layers, config.model.lora)
+    if config.model.float8:
+        use_float8(network.model.layers)
     trained = freeze(network, config.trainable)
     # Only to check the names of `lr_scales` before weights are loaded; the real one needs parameters with
     # memory.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.config import DecoderConfig
 from unitoken.train.model.decoder import Decoder
 
@@ -47,3 +48,18 @@ def packed_inputs(padding: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     positions = torch.cat([*(torch.arange(n) for n in LENGTHS), torch.zeros(padding, dtype=torch.int64)])
     documents = torch.cat([*(torch.full((n,), i) for i, n in enumerate(LENGTHS)), torch.full((padding,), -1)])
     return ids[None], positions[None], documents[None].int()
+
+
+def counting_batch(ids: range, step: int) -> dict[str, Tensor]:
+    """Return 4 texts of 16 of these ids, each the one behind the one before, from a place drawn by `step`."""
+    generator = torch.Generator().manual_seed(step)
+    first = torch.randint(0, len(ids), (4, 1), generator=generator)
+    texts = ids.start + (first + torch.arange(16)) % len(ids)
+    return {
+        "input_ids": texts,
+        "labels": texts,
+        **target_places(texts),
+        "position_ids": torch.arange(16).expand(4, -1),
+        "document_ids": torch.zeros(4, 16, dtype=torch.int32),
+        "pixel_values": torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
+    }

@@ -153,6 +153,15 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
             ("model.grow={}", "trainable=[image_rows, new_rows]"),
             r"trainable: 'new_rows' and 'image_rows' exclude each other",
         ),
+        ("model.float8=true", r"model\.float8: is for `precision: bf16`, found fp32"),
+        (
+            ("model.float8=true", "precision=bf16", "model.lora={}", "trainable=[lora]"),
+            r"model\.float8: can not be combined with model\.lora",
+        ),
+        (
+            ("model.float8=true", "precision=bf16", "model.decoder.intermediate_size=40"),
+            r"model\.float8: 16 has to divide all sizes; the decoder's intermediate_size is 40",
+        ),
         (("microbatch=auto", "compat=unitoken"), r"microbatch: auto: compat 'unitoken' takes the mean"),
         ("activation_checkpointing=0", r"activation_checkpointing"),
         ("model.vision=null", r"data\.continuous: 'questions' needs model\.vision"),
@@ -260,8 +269,8 @@ def test_every_stage_in_the_repository_loads(path: Path) -> None:
             r"optimizer\.lr_scales: 'vitt' names nothing that is trained, which is trainable: \[vit,",
         ),
         (
-            "save.folder=s3://bucket/run",
-            r"`save\.folder`: it is written to a folder, .* not to a URL, found 's3://bucket/run'",
+            "save.folder=http://server/run",
+            r"`save\.folder`: expected a folder, or a URL that begins with s3://.*, found 'http://server/run'",
         ),
         ("save.export=gs://bucket/model", r"`save\.export`: it is written to a folder"),
         ("save.folder=/dev/null/run", r"save\.folder: /dev/null/run: cannot write there: Not a directory"),

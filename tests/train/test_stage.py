@@ -599,6 +599,15 @@ def test_resuming_with_another_plan_is_refused(folder: Path, uninterrupted: Path
     assert (uninterrupted / "stage.yaml").read_bytes() == about  # still what was trained
 
 
+def test_float8_on_an_older_gpu_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ConfigError, match=r"model.float8: needs GPUs of compute capability 8\.9 or more"):
+        train(stage(folder, f"save.folder={tmp_path}", "precision=bf16", "model.float8=true"))
+
+
 def test_bfloat16_without_a_gpu_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from support.checkpoints import all_tensors
+from support.decoders import counting_batch
 from support.small_datasets import small_vocabulary
 from support.stages import DECODER, curve, stage, write_data
 from unitoken.common.errors import ConfigError
-from unitoken.streaming_data.reading.batch import target_places
 from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.loading import load_weights
 from unitoken.train.checkpoint.locations import latest_checkpoint
@@ -85,20 +85,6 @@ def test_merged_weights_give_the_adapted_logits() -> None:
 CODES = range(50, 82)  # new ids, of which each follows the one before
 
 
-def code_batch(step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    first = torch.randint(0, len(CODES), (4, 1), generator=generator)
-    ids = CODES.start + (first + torch.arange(16)) % len(CODES)
-    return {
-        "input_ids": ids,
-        "labels": ids,
-        **target_places(ids),
-        "position_ids": torch.arange(16).expand(4, -1),
-        "document_ids": torch.zeros(4, 16, dtype=torch.int32),
-        "pixel_values": torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
-    }
-
-
 def loss_after_training_on_codes(trainable: list[str], rows: TrainedRows | None) -> float:
     """Train adapters of a model whose new rows are the mean of the old ones, as `model.grow` makes them."""
     model = build(LoraConfig(rank=16), ids=CODES.stop)
@@ -110,7 +96,7 @@ def loss_after_training_on_codes(trainable: list[str], rows: TrainedRows | None)
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.01, weight_decay=0), rows=rows)
     set_learning_rate(optimizer, 0.01)
     for step in range(150):
-        loss = model(code_batch(step)).total
+        loss = model(counting_batch(CODES, step)).total
         loss.backward()
         keep_old_rows(optimizer)
         optimizer.step()
