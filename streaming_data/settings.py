@@ -155,6 +155,9 @@ class DataConfig(Config):
     @property
     def cache_folder(self) -> Path:
         """The folder that `cache` names, or its default."""
-        if self.cache:
-            return Path(self.cache)
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unitoken"
+        return Path(self.cache) if self.cache else default_cache_folder()
+
+
+def default_cache_folder() -> Path:
+    """Return the folder for plans, remote datasets and runs in buckets where `data.cache` names none."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unitoken"

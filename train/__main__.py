@@ -37,7 +37,7 @@ Overrides = Annotated[
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A run's folder, or a checkpoint file.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run's folder or URL, or a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     overrides: Overrides = None,
     config: Annotated[
@@ -54,13 +54,15 @@ def export(
         from unitoken.common.config import load_config
         from unitoken.train.config import StageConfig
         from unitoken.train.generation.settings import settings
+        from unitoken.train.run.bucket import local_origin
 
+        origin = local_origin(checkpoint)
         stage = load_config(StageConfig, config, overrides or []) if config is not None else None
         if overrides and config is None:
-            stage = settings(Path(checkpoint), None, overrides)
+            stage = settings(Path(origin), None, overrides)
         from unitoken.train.export.model import export_model
 
-        export_model(checkpoint, out, dtype, stage)
+        export_model(origin, out, dtype, stage)
         report(f"{out}: exported from {checkpoint}")
 
 
@@ -85,7 +87,7 @@ def plan_memory(
         report(plan_memory(config, parse_gpu(gpu), gpus))
 
 
-Trained = Annotated[Path, typer.Argument(help="A run's folder, a checkpoint file, or an exported folder.")]
+Trained = Annotated[str, typer.Argument(help="A run's folder or URL, a checkpoint, or an exported folder.")]
 OutFolder = Annotated[Path, typer.Option(help="The folder for pictures, texts and results.jsonl.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")]
 PromptsFile = Annotated[
@@ -173,6 +175,7 @@ def generate(
         from unitoken.train.generation.check_samples import guidance_or_default
         from unitoken.train.generation.prompts import build_prompt, read_prompts
         from unitoken.train.generation.settings import Request, settings
+        from unitoken.train.run.bucket import local_origin
 
         for name, value in (("--guidance", guidance), ("--temperature", temperature)):
             if value is not None and not math.isfinite(value):
@@ -184,9 +187,10 @@ def generate(
         if not conversations:
             raise ConfigError("nothing to generate from: give --prompt or --prompts")
         repeated = [conversation for conversation in conversations for _ in range(count)]
-        stage = settings(checkpoint, config, overrides or [])
+        origin = Path(local_origin(checkpoint))
+        stage = settings(origin, config, overrides or [])
         guided = guidance_or_default(guidance, DEFAULT_GUIDANCE, stage.data.null_prompt_fraction > 0)
-        request = Request(stage, checkpoint, repeated, out, draw, max_tokens, batch)
+        request = Request(stage, origin, repeated, out, draw, max_tokens, batch)
         checked = command.check_request(request, size, guided, prompts)
         from unitoken.train.generation.sampling import Sampling
 

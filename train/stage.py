@@ -53,7 +53,7 @@ from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, count_trained, freeze
 from unitoken.train.run import run_folder
-from unitoken.train.run.bucket import bucket_of, working_folder
+from unitoken.train.run.bucket import bucket_of, local_origin, working_folder
 
 
 def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
@@ -204,7 +204,9 @@ def _load_initial_weights(network: UniToken, config: StageConfig, resolved: Reso
             growth = Growth(
                 config.model.grow, resolved.new_rows, resolved.vocabulary, config.codec, config.seed
             )
-        trained = _open_init_from(config.init_from, growth) if config.init_from is not None else None
+        trained = None
+        if config.init_from is not None:
+            trained = _open_init_from(local_origin(config.init_from, config.data.cache_folder), growth)
         parts = find_weights(network, config.model, trained, growth)
         if ranks.is_first_rank():
             cli.report("\n".join(load_weights(network, parts, config.seed, growth)))

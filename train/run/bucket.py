@@ -22,7 +22,8 @@ from unitoken.common.files import ASIDE, aside_file, exclusive_lock, locked, pub
 from unitoken.common.hashing import fingerprint, sha256_of_file
 from unitoken.storage.open import open_store
 from unitoken.storage.store import is_url
-from unitoken.train.checkpoint.locations import INDEX, LATEST, LOCK
+from unitoken.streaming_data.settings import default_cache_folder
+from unitoken.train.checkpoint.locations import INDEX, LATEST, LOCK, latest_checkpoint
 from unitoken.train.checkpoint.sharded_index import read_checkpoint_index
 from unitoken.train.config import StageConfig
 
@@ -41,6 +42,26 @@ def working_folder(config: StageConfig) -> Path:
 def bucket_of(config: StageConfig) -> BucketRun | None:
     """Return the bucket that a run is saved to; None if `save.folder` is a folder."""
     return BucketRun(config.save.folder, working_folder(config)) if is_url(config.save.folder) else None
+
+
+def local_origin(source: str, cache: Path | None = None) -> str:
+    """Return a path that `find_origin` takes: of a run in a bucket a copy of its newest checkpoint.
+
+    Args:
+        source: what `init_from`, `generate` and `export` take, or the URL of a run's folder.
+        cache: the folder for copies, which later calls bring up to date; None: the default of `data.cache`.
+
+    Raises:
+        StoreError: the bucket can not be read.
+        ConfigError: it holds no complete checkpoint.
+    """
+    if not is_url(source):
+        return source
+    folder = (cache or default_cache_folder()) / "origins" / fingerprint(source.rstrip("/").encode())
+    BucketRun(source, folder).fetch()
+    if latest_checkpoint(folder) is None:
+        raise ConfigError(f"{source}: no complete checkpoint in it; expected the URL of a run's folder")
+    return str(folder)
 
 
 class BucketRun:

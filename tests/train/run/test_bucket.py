@@ -19,7 +19,7 @@ from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.locations import INDEX, LOCK, latest_checkpoint
 from unitoken.train.config import StageConfig
 from unitoken.train.run import bucket as bucket_run
-from unitoken.train.run.bucket import BucketRun, working_folder
+from unitoken.train.run.bucket import BucketRun, local_origin, working_folder
 from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -120,6 +120,21 @@ def test_a_run_goes_on_from_its_bucket(folder: Path, bucket: Path, tmp_path: Pat
     assert small == {"metrics.jsonl", "stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
     assert (bucket / "metrics.jsonl").read_bytes() == (work / "metrics.jsonl").read_bytes()
     assert f"folder: {URL}" in (bucket / "stage.yaml").read_text()
+
+
+def test_the_next_stage_starts_from_a_bucket(folder: Path, bucket: Path, tmp_path: Path) -> None:
+    cache = f"data.cache={tmp_path}/c"
+    train(stage(folder, f"save.folder={URL}", cache, "max_duration=2ba"))
+    shutil.copytree(bucket, tmp_path / "copy")
+    following = ["max_duration=2ba", "name=next"]
+    runs = {
+        name: train(stage(folder, f"save.folder={tmp_path}/{name}", f"init_from={origin}", cache, *following))
+        for name, origin in (("from-url", URL), ("from-copy", tmp_path / "copy"))
+    }
+    assert curve(runs["from-url"]) == curve(runs["from-copy"])
+    shutil.rmtree(bucket)
+    with pytest.raises(ConfigError, match="no complete checkpoint in it; expected the URL of a run"):
+        local_origin(URL, tmp_path / "c")
 
 
 def test_a_slow_bucket_stops_no_step(
