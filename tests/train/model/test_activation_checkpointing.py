@@ -14,6 +14,8 @@ from unitoken.train.model.decoder import Decoder, document_mask
 from unitoken.train.model.unitoken import build_model
 from unitoken.train.model.vision_tower import VisionTower
 
+# Torch 2.11 looks at it itself while it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 FLEX = pytest.mark.skipif(
     torch.__version__ >= "2.11", reason="this torch compiles no gradient of flex attention on a CPU"
 )
