@@ -24,6 +24,7 @@ from unitoken.streaming_data.plan.feature_cost import limit_of
 from unitoken.streaming_data.reading.batch import PackedBatch
 from unitoken.streaming_data.reading.collate import Collate
 from unitoken.streaming_data.reading.dataset import PackedDataset
+from unitoken.streaming_data.reading.joined_batch import JoinedBatch, JoinedCollate
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, open_sources
 
@@ -73,7 +74,7 @@ class PackedLoader(DataLoader[Any]):
             elif failure is not None:
                 raise failure
             dataset.packs_handed_out += dataset.recipe.global_batch
-            yield batch  # type: ignore[misc]
+            yield batch.split() if isinstance(batch, JoinedBatch) else batch  # type: ignore[misc]
 
     def _create_group(self) -> None:
         """Create the group before its tensors, so that the tensors live longer.
@@ -135,14 +136,16 @@ def build_loader(
         sources = open_sources(config)
     check_streams_vocabulary(sources, vocabulary, "the model")
     dataset = PackedDataset(config, sources, views=views, batch_packs=batch_packs)
+    collate: Any = _collate(dataset, views, vocabulary, compat)
     workers: dict[str, Any] = {}
     if config.workers:
+        collate = JoinedCollate(collate)
         workers = {"prefetch_factor": config.prefetch, "persistent_workers": True, "timeout": config.timeout}
     return PackedLoader(
         dataset,
         batch_size=batch_packs,
         num_workers=config.workers,
-        collate_fn=_collate(dataset, views, vocabulary, compat),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         # Workers get their seeds from this generator. Without one, each epoch's start would draw from the
         # global generator, which the trainer restores when it resumes.
