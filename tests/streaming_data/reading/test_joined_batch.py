@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
 from support.small_datasets import data_config, make_record, small_vocabulary, write_dataset
 from unitoken.dataset.vision_views import Views
+from unitoken.streaming_data.reading import joined_batch
 from unitoken.streaming_data.reading.batch import PackedBatch
-from unitoken.streaming_data.reading.joined_batch import ALIGNMENT, JoinedBatch
+from unitoken.streaming_data.reading.joined_batch import JoinedBatch
 from unitoken.streaming_data.reading.loader import build_loader
 
 
@@ -39,36 +42,41 @@ def assert_equal(found: PackedBatch, expected: PackedBatch) -> None:
             assert other == value, name
 
 
-def test_a_joined_batch_splits_into_itself() -> None:
-    joined = JoinedBatch.of(some_batch())
-    assert_equal(joined.split(), some_batch())
-    assert joined.content.is_shared()
-    assert all(
-        tensor.data_ptr() % ALIGNMENT == joined.content.data_ptr() % ALIGNMENT
-        for tensor in joined.split().values()
-        if isinstance(tensor, Tensor) and len(tensor)
-    )
-
-
-def test_one_tensor_is_sent() -> None:
-    joined = JoinedBatch.of(some_batch())
-    sent: list[Tensor] = []
-    real = reductions.reduce_tensor
+def tensors_sent(batch: JoinedBatch) -> tuple[int, JoinedBatch]:
+    """Return how many tensors a process sends by handles, and what arrives."""
+    sent = []
 
     def count(tensor: Tensor) -> Any:
         sent.append(tensor)
-        return real(tensor)
+        return reductions.reduce_tensor(tensor)
 
     pickler = multiprocessing.reduction.ForkingPickler
     pickler.register(Tensor, count)
     try:
-        pickler.dumps(joined)
+        message = bytes(pickler.dumps(batch))
     finally:
-        pickler.register(Tensor, real)
-    assert len(sent) == 1
+        pickler.register(Tensor, reductions.reduce_tensor)
+    return len(sent), pickle.loads(message)
 
 
-def test_workers_deliver_what_is_collated_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "sent"), [(0, 1), (1 << 20, 0)])
+def test_a_joined_batch_splits_into_itself(limit: int, sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one is one tensor in shared memory, and a small one bytes in the message."""
+    monkeypatch.setattr(joined_batch, "MESSAGE_BYTES", limit)
+    joined = JoinedBatch.of(some_batch())
+    assert joined.content.is_shared() is bool(sent)
+    count, arrived = tensors_sent(joined)
+    assert count == sent
+    assert_equal(joined.split(), some_batch())
+    assert_equal(arrived.split(), some_batch())
+    arrived.split()["stream_tokens"].zero_()  # it may be written to
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_workers_deliver_what_is_collated_here(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_batch, "MESSAGE_BYTES", limit)
     vocabulary = small_vocabulary()
     records = [make_record(f"r{n}", vocabulary, 9 + n % 7, question_images=n % 3) for n in range(40)]
     write_dataset(tmp_path / "data", records, vocabulary)
