@@ -54,9 +54,9 @@ def export(
         from unitoken.common.config import load_config
         from unitoken.train.config import StageConfig
         from unitoken.train.generation.settings import settings
-        from unitoken.train.run.bucket import local_origin
+        from unitoken.train.run.bucket import fetch_origin
 
-        origin = local_origin(checkpoint)
+        origin = fetch_origin(checkpoint)
         stage = load_config(StageConfig, config, overrides or []) if config is not None else None
         if overrides and config is None:
             stage = settings(Path(origin), None, overrides)
@@ -175,7 +175,7 @@ def generate(
         from unitoken.train.generation.check_samples import guidance_or_default
         from unitoken.train.generation.prompts import build_prompt, read_prompts
         from unitoken.train.generation.settings import Request, settings
-        from unitoken.train.run.bucket import local_origin
+        from unitoken.train.run.bucket import fetch_origin
 
         for name, value in (("--guidance", guidance), ("--temperature", temperature)):
             if value is not None and not math.isfinite(value):
@@ -187,7 +187,7 @@ def generate(
         if not conversations:
             raise ConfigError("nothing to generate from: give --prompt or --prompts")
         repeated = [conversation for conversation in conversations for _ in range(count)]
-        origin = Path(local_origin(checkpoint))
+        origin = Path(fetch_origin(checkpoint))
         stage = settings(origin, config, overrides or [])
         guided = guidance_or_default(guidance, DEFAULT_GUIDANCE, stage.data.null_prompt_fraction > 0)
         request = Request(stage, origin, repeated, out, draw, max_tokens, batch)

@@ -46,7 +46,7 @@ from unitoken.train.config import (
 from unitoken.train.export.config import check_exportable
 from unitoken.train.export.target import check_export_target
 from unitoken.train.generation.check_samples import check_samples
-from unitoken.train.run.bucket import bucket_of, local_origin, working_folder
+from unitoken.train.run.bucket import bucket_of, fetch_origin, working_folder
 
 FLOAT8_MULTIPLE = 16  # of the sizes of matrices that GPUs multiply in float8
 VOCABULARY_MULTIPLE = 64  # grown matrices have a multiple of it as rows, for which GPUs are fastest
@@ -233,7 +233,7 @@ def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabular
     else:
         if config.init_from is not None:
             origins[f"init_from: {config.init_from}"] = find_origin(
-                local_origin(config.init_from, config.data.cache_folder)
+                fetch_origin(config.init_from, config.data.cache_folder)
             )
         if isinstance(config.model.decoder, str):
             origins[f"model.decoder: {config.model.decoder}"] = checkpoint_folder(config.model.decoder)

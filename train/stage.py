@@ -205,7 +205,7 @@ def _load_initial_weights(network: UniToken, config: StageConfig, resolved: Reso
                 config.model.grow, resolved.new_rows, resolved.vocabulary, config.codec, config.seed
             )
         trained = None
-        if config.init_from is not None:
+        if config.init_from is not None:  # a URL's checkpoint was fetched by the check
             trained = _open_init_from(local_origin(config.init_from, config.data.cache_folder), growth)
         parts = find_weights(network, config.model, trained, growth)
         if ranks.is_first_rank():

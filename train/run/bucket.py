@@ -45,23 +45,30 @@ def bucket_of(config: StageConfig) -> BucketRun | None:
 
 
 def local_origin(source: str, cache: Path | None = None) -> str:
-    """Return a path that `find_origin` takes: of a run in a bucket a copy of its newest checkpoint.
+    """Return the path of what `init_from`, `generate` and `export` take; of a URL that of its copy here.
 
     Args:
-        source: what `init_from`, `generate` and `export` take, or the URL of a run's folder.
-        cache: the folder for copies, which later calls bring up to date; None: the default of `data.cache`.
+        source: what `find_origin` takes, or the URL of a run's folder.
+        cache: the folder for copies; None: the default of `data.cache`.
+    """
+    if not is_url(source):
+        return source
+    return str((cache or default_cache_folder()) / "origins" / fingerprint(source.rstrip("/").encode()))
+
+
+def fetch_origin(source: str, cache: Path | None = None) -> str:
+    """Return what `local_origin` returns, after fetching the newest checkpoint of a run in a bucket.
 
     Raises:
         StoreError: the bucket can not be read.
         ConfigError: it holds no complete checkpoint.
     """
-    if not is_url(source):
-        return source
-    folder = (cache or default_cache_folder()) / "origins" / fingerprint(source.rstrip("/").encode())
-    BucketRun(source, folder).fetch()
-    if latest_checkpoint(folder) is None:
-        raise ConfigError(f"{source}: no complete checkpoint in it; expected the URL of a run's folder")
-    return str(folder)
+    origin = local_origin(source, cache)
+    if is_url(source):
+        BucketRun(source, Path(origin)).fetch()
+        if latest_checkpoint(Path(origin)) is None:
+            raise ConfigError(f"{source}: no complete checkpoint in it; expected the URL of a run's folder")
+    return origin
 
 
 class BucketRun:

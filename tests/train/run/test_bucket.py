@@ -19,7 +19,7 @@ from unitoken.train.check import check_stage
 from unitoken.train.checkpoint.locations import INDEX, LOCK, latest_checkpoint
 from unitoken.train.config import StageConfig
 from unitoken.train.run import bucket as bucket_run
-from unitoken.train.run.bucket import BucketRun, local_origin, working_folder
+from unitoken.train.run.bucket import BucketRun, fetch_origin, working_folder
 from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -134,7 +134,7 @@ def test_the_next_stage_starts_from_a_bucket(folder: Path, bucket: Path, tmp_pat
     assert curve(runs["from-url"]) == curve(runs["from-copy"])
     shutil.rmtree(bucket)
     with pytest.raises(ConfigError, match="no complete checkpoint in it; expected the URL of a run"):
-        local_origin(URL, tmp_path / "c")
+        fetch_origin(URL, tmp_path / "c")
 
 
 def test_a_slow_bucket_stops_no_step(
