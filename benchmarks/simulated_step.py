@@ -136,8 +136,7 @@ def simulated_step(
             mesh = init_device_mesh("cpu", (ranks,))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = build_model(decoder, vision, config.model, config.recompute)
-        if config.model.lora is not None:
-            add_adapters(model.model.layers, config.model.lora)
+        add_adapters(model.model.layers, config.model.lora)
         freeze(model, config.trainable)
         for module in model.train().modules():
             for name, parameter in module.named_parameters(recurse=False):

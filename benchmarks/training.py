@@ -24,7 +24,6 @@ import functools
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import stream_sides, training_sides
 from benchmarks.simulated_step import LUMINA_7B, SIGLIP_SO400M, PeakBytes
 from benchmarks.step_counts import StageCounts, count_stage, waits_for_device
-from benchmarks.streaming import machine, show
+from benchmarks.streaming import child, machine, show
 from unitoken.common.config import load_config
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
@@ -348,23 +347,15 @@ class Stopwatch:
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def child(module: str, *arguments: str) -> dict[str, Any]:
-    """Run a program, and return the JSON object of its last line."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def trainer() -> dict[str, Any]:
     """Run `trainer_here` in a process of its own, as Composer changes torch's settings."""
     with tempfile.TemporaryDirectory() as folder:
-        return child("training", "--child", folder)
+        return child("benchmarks.training", "--child", folder)
 
 
 def saving(short: bool) -> dict[str, Any]:
     """Return the ratios of a save in the background to a whole file."""
-    figures = child("saving", *(["--hidden", "384", "--layers", "4"] if short else []))
+    figures = child("benchmarks.saving", *(["--hidden", "384", "--layers", "4"] if short else []))
     return {key: figures[key] for key in ("save_stall_ratio", "save_peak_ratio")}
 
 

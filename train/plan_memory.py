@@ -56,8 +56,7 @@ def plan_memory(config: StageConfig, gpu_bytes: float, gpus: int) -> str:
         work = _without_data(config, vision)
         notes = [f"without data ({error}): full packs, each with {work.most_views} views for the tower"]
     network = build_model(decoder, vision, config.model)
-    if config.model.lora is not None:
-        add_adapters(network.model.layers, config.model.lora)
+    add_adapters(network.model.layers, config.model.lora)
     trained = freeze(network, config.trainable)
     fitting = Fitting(config, decoder, vision, trained, count_trained(network), gpus, work)
     fits = fitting.that_fit(gpu_bytes)

@@ -183,8 +183,7 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
         config.model,
         image_ids=resolved.vocabulary.image_ids,
     )
-    if config.model.lora is not None:
-        add_adapters(network.model.layers, config.model.lora)
+    add_adapters(network.model.layers, config.model.lora)
     if config.model.float8:
         use_float8(network.model.layers)
     trained = freeze(network, config.trainable)

@@ -43,13 +43,15 @@ class AdaptedLinear(nn.Linear):
         return super().forward(states) + self.scale * F.linear(low, self.lora_b)
 
 
-def add_adapters(layers: nn.Module, config: LoraConfig) -> None:
+def add_adapters(layers: nn.Module, config: LoraConfig | None) -> None:
     """Replace the linear layers that `config.targets` names by adapted ones, on the `meta` device.
 
     Args:
         layers: the decoder's layers, on the `meta` device.
-        config: rank, scale and targets.
+        config: rank, scale and targets; None adds none.
     """
+    if config is None:
+        return
     for parent in list(layers.modules()):
         for name, layer in list(parent.named_children()):
             if name in config.targets and isinstance(layer, nn.Linear):

@@ -266,8 +266,7 @@ def test_a_step_at_real_size_takes_the_estimate(
     config = config.model_copy(update={"data": data})
     decoder, views = seven_b(layers), (10 if "anyres" in name else 2) * config.microbatch_packs
     model = build_model(decoder, SIGLIP_SO400M, config.model)
-    if config.model.lora is not None:
-        add_adapters(model.model.layers, config.model.lora)
+    add_adapters(model.model.layers, config.model.lora)
     trained = sum(model.get_parameter(parameter).numel() for parameter in freeze(model, config.trainable))
     need = estimate_memory(config, decoder, SIGLIP_SO400M, ranks=ranks, trained=trained, views=views)
     found = peak_bytes(config, decoder, SIGLIP_SO400M, ranks=ranks, views=views, microbatches=microbatches)

@@ -41,8 +41,7 @@ def build(lora: LoraConfig | None = None, seed: int = 0, ids: int = 170) -> UniT
     """Return a decoder with drawn weights, in evaluation mode."""
     sizes = SIZES.model_copy(update={"vocab_size": ids})
     model = build_model(sizes, None, ModelConfig(decoder=sizes, dropout=0.0))
-    if lora is not None:
-        add_adapters(model.model.layers, lora)
+    add_adapters(model.model.layers, lora)
     load_weights(model, {}, seed)
     return model.eval()
 
