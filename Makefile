@@ -3,26 +3,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 AZURITE := $(CURDIR)/build/node_modules/.bin/azurite-blob
+
+# For a machine without a GPU: https://download.pytorch.org/whl/cpu has torch without CUDA, 4 GB less.
+TORCH_INDEX ?=
 
 SPLITS ?= 1
 ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate dist audit lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## Create .venv with everything in it (about 7 GB, torch brings CUDA); nothing to do when nothing changed
+install: $(VENV)/.installed ## Create .venv with everything in it (about 8 GB, torch brings CUDA); nothing to do when nothing changed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), Python 3.11 or 3.12 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes the first time)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	@test -z '$(TORCH_INDEX)' || $(PIP_INSTALL) --index-url '$(TORCH_INDEX)' torch torchvision
+	@$(PIP_INSTALL) --editable '.[demo,dev]'
 	@touch $@
 
 demo: install ## The whole job on real data, on a laptop: ends with demo/out/report.html and one line of figures
@@ -63,6 +68,13 @@ bench-save: install ## How long a save stops training, against whole files; the 
 
 bench-generate: install ## How fast images are drawn, against transformers' generate; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.generating $(ARGS)
+
+dist: install ## Build dist/*.tar.gz, and of it dist/*.whl
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+
+audit: install ## Known vulnerabilities of the pinned dependencies, by PyPI's database (needs the network)
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 lint: install ## ruff: style and common mistakes
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A wheel in an environment of its own, used from an empty folder."""
+"""A release: the sdist, and its wheel in an environment of its own, used from an empty folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +22,40 @@ from support.tokenizing import TOKENIZER, some_items, write_items
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two minutes on a quiet machine
 
 
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
-def unitoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of a fresh environment that holds the built wheel, and sees this one's libraries."""
-    folder = tmp_path_factory.mktemp("wheel")
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in names.splitlines():
-        if not name.startswith(("tests/", "demo/", "docs/")) and (ROOT / name).is_file():
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("release")
+    for name in tracked():
+        if not name.startswith(("tests/", "demo/", "docs/")):
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "source" / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "source")]
+    build = [sys.executable, "-m", "build", "--outdir", str(folder), str(folder / "source")]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    venv.create(folder / "venv", with_pip=False, symlinks=True)
-    packages = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unitoken(release: Path) -> Path:
+    """The command of a fresh environment that holds the built wheel, and sees this one's libraries."""
+    (wheel,) = release.glob("*.whl")
+    venv.create(release / "venv", with_pip=False, symlinks=True)
+    packages = sysconfig.get_path("purelib", vars={"base": str(release / "venv")})
     # Paths in a .pth file bring the libraries, and not the import hook of our own editable install.
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     Path(packages, "libraries.pth").write_text("\n".join(libraries) + "\n")
-    install = [*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)]
+    install = [*PIP, "--python", str(release / "venv"), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    return folder / "venv" / "bin" / "unitoken"
+    return release / "venv" / "bin" / "unitoken"
+
+
+def tracked() -> list[str]:
+    """The files of the repository that still exist."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in names.splitlines() if (ROOT / name).is_file()]
 
 
 def call(command: Path, folder: Path, *arguments: Any) -> str:
@@ -58,6 +73,21 @@ def call(command: Path, folder: Path, *arguments: Any) -> str:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_wheel_and_sdist_hold_all_modules(release: Path) -> None:
+    outside = ("tests/", "demo/", "docs/", "benchmarks/", "examples/", "yamls/demo")
+    modules = {
+        name
+        for name in tracked()
+        if "/" in name and name.endswith((".py", ".yaml")) and not name.startswith(outside)
+    }
+    (wheel,) = release.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        assert modules <= {name.removeprefix("unitoken/") for name in opened.namelist()}
+    (sdist,) = release.glob("*.tar.gz")
+    with tarfile.open(sdist) as opened:
+        assert modules <= {name.partition("/")[2] for name in opened.getnames()}
 
 
 def test_the_wheel_works_from_any_folder(unitoken: Path, vqgan: Path, tmp_path: Path) -> None:
