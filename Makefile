@@ -14,7 +14,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate dist audit lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud test-browser weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate dist audit lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +37,10 @@ demo-llm: install ## A real language model learns to read and draw: SmolLM2-135M
 	@$(BIN)/python -m demo.llm $(ARGS)
 
 test: install ## All tests that need no GPU and no servers
-	@$(BIN)/python -m pytest -q -m "not gpu and not cloud and not chaos"
+	@$(BIN)/python -m pytest -q -m "not gpu and not cloud and not browser and not chaos"
 
 test-fast: install ## The tests that take less than ten seconds each
-	@$(BIN)/python -m pytest -q -m "not gpu and not slow and not cloud and not chaos"
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow and not cloud and not browser and not chaos"
 
 test-gpu: install ## The tests that need a GPU: the reference's numbers in bf16, compiled attention, memory
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -q -m gpu
@@ -50,6 +50,11 @@ test-cloud: install $(AZURITE) ## The tests of S3, Google and Azure against serv
 
 $(AZURITE):
 	@npm install --silent --no-audit --no-fund --prefix build azurite@3
+
+test-browser: install ## The tests of pages in chromium, which is on PATH or at CHROMIUM=; SCREENSHOTS=docs/images makes the pictures anew
+	@command -v "$${CHROMIUM:-chromium}" > /dev/null || \
+		{ echo "error: the tests of pages need chromium: apt-get install chromium, or name it with CHROMIUM=" >&2; exit 2; }
+	@$(BIN)/python -m pytest -q -m browser tests/pages
 
 chaos: install $(AZURITE) ## The long forms of the tests that kill: 20,000 items, 50 SIGKILLs, Ray, three clouds, a disturbed training; about 55 minutes
 	@AZURITE=$(AZURITE) $(BIN)/python -m pytest -q -m chaos --timeout 7200
