@@ -125,9 +125,9 @@ def describe_samples() -> list[list[tuple[str, bool]]]:
     from streaming import StreamingDataset
     from transformers import AutoTokenizer
 
+    from unitoken.codec.passages import describe
     from unitoken.dataset.manifest import load_vocabulary
     from unitoken.dataset.record import Record
-    from unitoken.tokenize.checks.preview import describe
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer")
     samples = []

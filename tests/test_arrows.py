@@ -21,7 +21,7 @@ FORBIDDEN |= {("generation", other) for other in ("storage", "codec", "streaming
 INSIDE = {
     "codec": (
         *("config", "image_tokenizer", "conversations", "text", "sequence"),
-        *("chat_template", "tokenizer_vocabulary"),
+        *("chat_template", "tokenizer_vocabulary", "passages"),
     ),
     "streaming_data": (
         "arrays",

@@ -20,13 +20,13 @@ from support.make_before import DRAWING, QUESTION, machine
 from support.paths import DATA, ROOT
 from support.stages import curve
 from support.tokenizing import content, run_here
+from unitoken.codec.passages import describe
 from unitoken.common.config import load_config
 from unitoken.dataset.record import Record
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.streaming_data.plan.build import Plan
 from unitoken.streaming_data.reading.loader import build_loader
-from unitoken.tokenize.checks.preview import describe
 from unitoken.tokenize.checks.verify import verify
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.tokenize.merge import merge

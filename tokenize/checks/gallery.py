@@ -21,6 +21,7 @@ from PIL import Image
 
 from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
 from unitoken.codec.image_tokenizer.files import check_decoder, find_image_tokenizer
+from unitoken.codec.passages import describe
 from unitoken.common.cli import report
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import write_aside
@@ -28,7 +29,7 @@ from unitoken.dataset import images
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.manifest import UNKNOWN, Manifest
 from unitoken.dataset.record import Record
-from unitoken.tokenize.checks.preview import Dataset, describe, open_dataset, read_records
+from unitoken.tokenize.checks.preview import Dataset, open_dataset, read_records
 from unitoken.tokenize.config import TokenizeConfig
 
 GAP = 8  # white pixels between original and decoded picture

@@ -7,13 +7,14 @@ import pytest
 from typer.testing import CliRunner
 
 from support.tokenizing import TOKENIZER, run_here, settings, some_items, write_items
+from unitoken.codec.passages import describe
 from unitoken.codec.text import load_tokenizer
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.tokenize.__main__ import app
-from unitoken.tokenize.checks.preview import describe, read_records, show_samples
+from unitoken.tokenize.checks.preview import read_records, show_samples
 from unitoken.tokenize.merge import merge
 
 
