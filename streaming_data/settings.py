@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from unitoken.common.config import Bytes, Config, Count, Name, Seed, number_or_text
-from unitoken.streaming_data.kinds import Kind
+from unitoken.dataset.kinds import Kind
 
 Length = Annotated[int, Field(gt=0, le=2**24)]  # positions in a pack
 Unit = Literal["samples", "tokens", "target_tokens"]

@@ -25,7 +25,6 @@ INSIDE = {
     ),
     "streaming_data": (
         "arrays",
-        "kinds",
         "tables",
         "settings",
         "sources",

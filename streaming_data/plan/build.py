@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from unitoken.common.errors import ConfigError
+from unitoken.dataset.kinds import KINDS
 from unitoken.streaming_data.arrays import Floats, Integers, SampleIds
-from unitoken.streaming_data.kinds import KINDS
 from unitoken.streaming_data.plan.batches import Surplus, deal, schedule_turns
 from unitoken.streaming_data.plan.lengths import StreamSamples
 from unitoken.streaming_data.plan.mixing import mix

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from unitoken.common.errors import ConfigError
+from unitoken.dataset.kinds import are_of_kinds, kind_numbers
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.sidecar import sidecar_errors
 from unitoken.streaming_data.arrays import Integers
-from unitoken.streaming_data.kinds import are_of_kinds, kind_numbers
 
 if TYPE_CHECKING:
     from unitoken.dataset.vision_views import Views

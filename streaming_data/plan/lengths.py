@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from unitoken.common.errors import ConfigError
+from unitoken.dataset.kinds import are_of_kinds, kind_numbers
 from unitoken.dataset.manifest import SIDECAR
 from unitoken.dataset.sidecar import sidecar_errors
 from unitoken.streaming_data.arrays import Integers
-from unitoken.streaming_data.kinds import are_of_kinds, kind_numbers
 from unitoken.streaming_data.plan.feature_cost import feature_cost, limit_of
 from unitoken.streaming_data.settings import StreamConfig
 from unitoken.streaming_data.sources import StreamSource

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unitoken.common.config import Config, describe_differences
 from unitoken.common.hashing import fingerprint
-from unitoken.streaming_data.kinds import Kind
+from unitoken.dataset.kinds import Kind
 from unitoken.streaming_data.settings import BatchingMethod, Continuous, DataConfig, OverLong, Unit
 from unitoken.streaming_data.sources import StreamSource
 

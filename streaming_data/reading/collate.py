@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from unitoken.dataset.image_files import ImageError
+from unitoken.dataset.kinds import KINDS, kind_numbers
 from unitoken.dataset.record import IGNORED, Record, spans_of
 from unitoken.dataset.vision_views import NEWLINE, Pixels, Views
 from unitoken.storage.shard_cache import ShardError
 from unitoken.streaming_data.arrays import Integers
-from unitoken.streaming_data.kinds import KINDS, kind_numbers
 from unitoken.streaming_data.plan.feature_cost import feature_cost
 from unitoken.streaming_data.reading.batch import PackedBatch
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unitoken.common.interruption import received_signal
-from unitoken.streaming_data.kinds import KINDS
+from unitoken.dataset.kinds import KINDS
 from unitoken.streaming_data.reading.batch import Batch, num_packs
 from unitoken.train.distributed import ranks
 
