@@ -191,11 +191,11 @@ def generate(
         stage = settings(origin, config, overrides or [])
         guided = guidance_or_default(guidance, DEFAULT_GUIDANCE, stage.data.null_prompt_fraction > 0)
         request = Request(stage, origin, repeated, out, draw, max_tokens, batch)
-        checked = command.check_request(request, size, guided, prompts)
+        found = command.check_request(request, size, guided, prompts)
         from unitoken.train.generation.sampling import Sampling
 
         sampling = Sampling(temperature, top_k_text or None, top_k_image or None, guided, seed, speculative)
-        command.reply(request, checked, sampling)
+        command.reply(request, found, sampling)
 
 
 if __name__ == "__main__":

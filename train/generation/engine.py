@@ -56,6 +56,8 @@ from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.run import run_folder
 
 DEFAULT_SAMPLING = Sampling()
+Watch = Callable[[int, Callable[[], list[int]]], None]
+"""Gets the place of a prompt, and a function that waits for the device and returns its reply so far."""
 
 
 def load_model(config: ModelConfig, checkpoint: str | Path) -> UniToken:
@@ -147,6 +149,7 @@ class _Model(NamedTuple):
     collate: PromptCollate
     sampling: Sampling
     broadcast: Callable[[Tensor], Tensor]
+    watch: Watch | None
 
     def collate_prompts(self, prompts: Sequence[Record]) -> Batch:
         """Collate one prompt per row."""
@@ -172,6 +175,7 @@ def generate(
     collate: PromptCollate | None = None,
     batch: int = 8,
     broadcast: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """Return the reply to each prompt, as ids without the end of the turn.
 
@@ -187,23 +191,24 @@ def generate(
         max_tokens: the most tokens of a reply with text, for all or for each; an image is finished.
         numbers: the number of each prompt, which seeds its random numbers; default: 0, 1, ...
         collate: how prompts are laid out; default: as in a stage with default settings.
-        batch: prompts at a time. With guidance a prompt of a drawing takes a second row. A row's cache takes
-            0.5 MB per token of the 7B model in bf16, for as many tokens as the longest prompt and reply have.
-        broadcast: gives the first rank's tokens to all ranks, which go through a sharded model together; it
-            does not give them the guesses of speculative decoding.
+        batch: prompts at a time. With guidance a drawing takes a second row. A row's cache takes 0.5 MB per
+            token of the 7B model in bf16, for as many tokens as the longest prompt and reply have.
+        broadcast: gives the first rank's tokens to all ranks of a sharded model; not the guesses.
+        watch: called after each pass for each reply that grew; what it raises ends the call.
     """
     assert sizes or not drawing
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     assert min(limits, default=1) > 0
-    numbers = range(len(prompts)) if numbers is None else numbers
-    collate = collate or PromptCollate(_views_of(model))
     if not prompts:
         return []
-    shared = _Model(model, vocabulary, collate, sampling, broadcast)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    collate = collate or PromptCollate(_views_of(model))
     grammar = Grammar(vocabulary, sizes, model.output_weight.device)
     lengths = [collate.length(prompt) for prompt in prompts]
     room = [grammar.longest + (0 if drawing else limit) for limit in limits]
-    replies = _ReplyBatch(shared, min(batch, len(prompts)), max(map(sum, zip(lengths, room, strict=True))))
+    longest = max(map(sum, zip(lengths, room, strict=True)))
+    shared = _Model(model, vocabulary, collate, sampling, broadcast, watch)
+    replies = _ReplyBatch(shared, min(batch, len(prompts)), longest)
     begin = functools.partial(_begin_reply, shared, grammar, drawing)
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     replies.run((begin(place, numbers[place], limits[place]), prompts[place]) for place in order)
@@ -326,11 +331,13 @@ class _ReplyBatch:
         final = self._guesses.update(replies, now, counts)
         for (slot, reply), ids in zip(replies.items(), final, strict=True):
             read[slot] = reply.take_codes(ids)
-            self._finish(slot, reply)
+            self._watch_and_finish(slot, reply)
         self._rows.advance(read * twice)
 
-    def _finish(self, slot: int, reply: OpenReply) -> None:
-        """Free the slot of a reply that is over."""
+    def _watch_and_finish(self, slot: int, reply: OpenReply) -> None:
+        """Show a reply that has grown; free its slot if it is over."""
+        if self._model.watch is not None:
+            self._model.watch(reply.place, functools.partial(reply.ids, slot))
         if not reply.plan:
             self.finished[reply.place] = reply.ids(slot)
             self._replies[slot] = None
@@ -388,7 +395,7 @@ class _ReplyBatch:
         known = chosen.tolist() if branches else [None] * len(slots)
         for slot, reply, token in zip(slots, replies, known, strict=True):
             reply.choose(self._latest, token)
-            self._finish(slot, reply)
+            self._watch_and_finish(slot, reply)
 
 
 def _window(replies: Sequence[OpenReply]) -> slice:

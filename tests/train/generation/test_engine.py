@@ -1,7 +1,7 @@
 """Replies follow the grammar, and equal those without cache, batch or padding."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -452,3 +452,27 @@ def test_the_last_checkpoint_of_a_stage_is_loaded(tmp_path: Path) -> None:
         model, checked.vocabulary, prompts(checked.vocabulary, 3), sizes=[(2, 2)], drawing=True
     )
     assert codes_of(checked.vocabulary, replies[0]).shape == (2, 2)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_growing_replies_are_shown_and_may_be_stopped(
+    model: UniToken, vocabulary: Vocabulary, speculative: bool
+) -> None:
+    several = prompts(vocabulary, 4, 9)
+    sampling = Sampling(guidance=2.0, speculative=speculative)
+    seen: dict[int, list[list[int]]] = {0: [], 1: []}
+
+    def watch(place: int, ids: Callable[[], list[int]]) -> None:
+        seen[place].append(ids())
+
+    found = generate(model, vocabulary, several, sampling, sizes=[(4, 2)], drawing=True, watch=watch)
+    for place, growing in seen.items():
+        assert len(growing) > 1
+        assert growing[-1] == found[place]
+        assert all(found[place][: len(ids)] == ids for ids in growing)
+
+    def stop(place: int, ids: object) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        generate(model, vocabulary, several, sampling, sizes=[(4, 2)], drawing=True, watch=stop)
