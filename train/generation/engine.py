@@ -191,27 +191,26 @@ def generate(
         max_tokens: the most tokens of a reply with text, for all or for each; an image is finished.
         numbers: the number of each prompt, which seeds its random numbers; default: 0, 1, ...
         collate: how prompts are laid out; default: as in a stage with default settings.
-        batch: prompts at a time. With guidance a drawing takes a second row. A row's cache takes 0.5 MB per
-            token of the 7B model in bf16, for as many tokens as the longest prompt and reply have.
+        batch: prompts at a time. Each takes 0.5 MB per token of the 7B model in bf16, twice that if guided.
         broadcast: gives the first rank's tokens to all ranks of a sharded model; not the guesses.
         watch: called after each pass for each reply that grew; what it raises ends the call.
     """
-    assert sizes or not drawing
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    assert sizes or not drawing
     assert min(limits, default=1) > 0
     if not prompts:
         return []
-    numbers = range(len(prompts)) if numbers is None else numbers
     collate = collate or PromptCollate(_views_of(model))
     grammar = Grammar(vocabulary, sizes, model.output_weight.device)
     lengths = [collate.length(prompt) for prompt in prompts]
-    room = [grammar.longest + (0 if drawing else limit) for limit in limits]
-    longest = max(map(sum, zip(lengths, room, strict=True)))
+    text = [0] * len(prompts) if drawing else limits
+    longest = grammar.longest + max(map(sum, zip(lengths, text, strict=True)))
     shared = _Model(model, vocabulary, collate, sampling, broadcast, watch)
     replies = _ReplyBatch(shared, min(batch, len(prompts)), longest)
     begin = functools.partial(_begin_reply, shared, grammar, drawing)
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    replies.run((begin(place, numbers[place], limits[place]), prompts[place]) for place in order)
+    number_of = numbers or range(len(prompts))
+    replies.run((begin(place, number_of[place], limits[place]), prompts[place]) for place in order)
     return [replies.finished[place] for place in range(len(prompts))]
 
 
