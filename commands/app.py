@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert-config": mixtures.convert_config,
     "export-webdataset": mixtures.export_webdataset,
     "plan-memory": models.plan_memory,
+    "check": models.check,
     "train": train,
     "generate": models.generate,
     "export": models.export,

@@ -52,7 +52,7 @@ INSIDE = {
             "distributed",
             "accounting",
         ),
-        *("generation", "check", "plan_memory", "callbacks", "stage", "program", "__main__"),
+        *("generation", "check", "plan_memory", "overview", "callbacks", "stage", "program", "__main__"),
     ),
 }
 MODULES = {

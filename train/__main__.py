@@ -1,5 +1,6 @@
-r"""Use a trained model: export it, or let it answer and draw; or see what a stage's training takes.
+r"""Use a trained model: export it, or let it answer and draw; or see what a stage will do and take.
 
+    python -m unitoken.train check yamls/stage2.yaml
     python -m unitoken.train plan-memory yamls/stage2.yaml --gpu 80gb --gpus 8
     python -m unitoken.train export runs/stage2 out/model
     python -m unitoken.train generate out/model --prompt "Draw a cat." \
@@ -85,6 +86,50 @@ def plan_memory(
 
         config = load_config(StageConfig, stage, overrides or [])
         report(plan_memory(config, parse_gpu(gpu), gpus))
+
+
+@app.command()
+def check(
+    stage: Annotated[Path, typer.Argument(help="The stage's YAML file.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--gpus",
+            min=1,
+            help="Number of ranks, one a GPU.  [default: this machine's GPUs, or one]",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="A GPU's memory, as 80gb, to check for other GPUs than this machine's.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Show what a stage will do, before it trains.
+
+    Its settings and data are checked as training does it. Then one screen shows memory, steps, expected time,
+    disk, the mixture, the first batch as bars, and the first pack as text. No GPU is needed.
+    """
+    with one_line_errors():
+        from unitoken.common.cli import warn
+        from unitoken.common.config import load_config
+        from unitoken.train.config import StageConfig
+
+        config = load_config(StageConfig, stage, overrides or [])
+        from unitoken.train.overview.facts import look_at
+        from unitoken.train.overview.gpus import gpus_here, named_gpus
+        from unitoken.train.overview.screen import make_console, show, space_warnings
+
+        here = None if gpu is not None else gpus_here()
+        gpus = named_gpus(gpu) if gpu is not None else here[0] if here is not None else None
+        overview = look_at(config, ranks or (here[1] if here is not None else 1), gpus)
+        for line in [*overview.warnings, *space_warnings(overview)]:
+            warn(line)
+        show(overview, make_console())
 
 
 Trained = Annotated[str, typer.Argument(help="A run's folder or URL, a checkpoint, or an exported folder.")]

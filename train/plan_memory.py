@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 from unitoken.common.errors import ConfigError
@@ -14,7 +13,7 @@ from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build
 from unitoken.streaming_data.sources import open_sources
 from unitoken.streaming_data.tables import format_table
-from unitoken.train.accounting.fitting import Fit, Fitting, PackWork, describe_fit, pack_work
+from unitoken.train.accounting.fitting import Fit, Fitting, PackWork, describe_fit, enough_text, pack_work
 from unitoken.train.accounting.memory import GB
 from unitoken.train.check import check_settings, with_room
 from unitoken.train.checkpoint.layouts import model_configs
@@ -107,15 +106,9 @@ def _table(fits: list[Fit]) -> list[str]:
 
 def _nothing_fits(fitting: Fitting, gpu_bytes: float) -> str:
     """Return a message with the least that the stage takes, and how many GPUs are enough."""
-    least, gpus, batch = fitting.fit("full", 1), fitting.ranks, fitting.config.data.global_batch
+    least, gpus = fitting.fit("full", 1), fitting.ranks
     message = (
         f"nothing fits {gpus} GPU(s) of {gpu_bytes / GB:.0f} GB: {describe_fit(least)} needs "
         f"{least.memory.summary()}"
     )
-    replicas = fitting.config.fsdp.replicas
-    for more in range(gpus + 1, batch + 1):
-        if batch % more or more % replicas:
-            continue
-        if dataclasses.replace(fitting, ranks=more).that_fit(gpu_bytes, ["full"], [1]):
-            return f"{message}; {more} GPUs are enough"
-    return message
+    return f"{message}{enough_text(fitting, gpu_bytes)}"

@@ -30,9 +30,8 @@ from unitoken.train.callbacks.saver import Interruption, Saver
 from unitoken.train.check import ResolvedData, ResolvedStage, uses_codec
 from unitoken.train.check_tokenizers import load_checked_tokenizer
 from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
-from unitoken.train.checkpoint.growth import Growth
 from unitoken.train.checkpoint.integrity import check_checkpoint
-from unitoken.train.checkpoint.loading import fill_with_nan, find_weights, load_weights
+from unitoken.train.checkpoint.loading import fill_with_nan, load_weights
 from unitoken.train.checkpoint.locations import (
     LOCK,
     find_origin,
@@ -41,9 +40,10 @@ from unitoken.train.checkpoint.locations import (
     step_of,
 )
 from unitoken.train.checkpoint.metadata import write_metadata
-from unitoken.train.checkpoint.tensors import TensorSource, parameter_shapes
+from unitoken.train.checkpoint.tensors import parameter_shapes
 from unitoken.train.config import VOCABULARY_MATRICES, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
+from unitoken.train.distributed.precision import check_precision
 from unitoken.train.export.model import export_at_end
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
@@ -54,6 +54,7 @@ from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, count_trained, freeze
 from unitoken.train.run import run_folder
 from unitoken.train.run.bucket import bucket_of, local_origin, working_folder
+from unitoken.train.run.initial_weights import find_initial_weights, growth_of
 
 
 def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
@@ -69,7 +70,7 @@ def run_stage(config: StageConfig, resolved: ResolvedStage) -> None:
         ConfigError: what `check_stage` can not find out without torch is wrong.
         SystemExit: a signal ended the run, after it saved.
     """
-    composer_trainer.check_precision(config)
+    check_precision(config)
     ranks.connect()
     # The first exchange between ranks: here they learn that `check_stage` failed on another machine.
     with ranks.share_errors():
@@ -133,7 +134,7 @@ def _train(config: StageConfig, resolved: ResolvedStage) -> None:
     # Not earlier: if the checkpoint was refused, the folder and its description belong to another stage.
     if ranks.is_first_rank():
         write_metadata(folder, config, resolved.sizes, resolved.vocabulary, resolved.pictures)
-    _fit(trainer)
+    _fit(trainer, fit)
     _finish(config, resolved, callbacks)
 
 
@@ -198,30 +199,23 @@ def _build_network(config: StageConfig, resolved: ResolvedStage) -> tuple[UniTok
 def _load_initial_weights(network: UniToken, config: StageConfig, resolved: ResolvedStage) -> None:
     """Load the weights of a new run on the first rank; the other ranks get their shards from it."""
     with ranks.share_errors():
-        growth = None
-        if config.model.grow is not None and resolved.new_rows is not None:
-            growth = Growth(
-                config.model.grow, resolved.new_rows, resolved.vocabulary, config.codec, config.seed
-            )
-        trained = None
         if config.init_from is not None:  # a URL's checkpoint was fetched by the check
-            trained = _open_init_from(local_origin(config.init_from, config.data.cache_folder), growth)
-        parts = find_weights(network, config.model, trained, growth)
+            _check_init_from(find_origin(local_origin(config.init_from, config.data.cache_folder)))
+        growth = growth_of(config, resolved.vocabulary, resolved.new_rows)
+        parts = find_initial_weights(network, config, growth)
         if ranks.is_first_rank():
             cli.report("\n".join(load_weights(network, parts, config.seed, growth)))
 
 
-def _open_init_from(init_from: str, growth: Growth | None) -> TensorSource:
-    """Open the weights to start from, with the rows that they lack; warn if their stage is unfinished."""
-    origin = find_origin(init_from)
-    if is_checkpoint(origin):
-        if ranks.is_first_rank():  # the only one that reads the weights
-            check_checkpoint(origin)
-        unfinished = run_folder.describe_unfinished(origin)
-        if unfinished is not None:
-            _report(f"init_from: {origin}: {unfinished}")
-    weights = run_folder.open_weights(origin)
-    return weights if growth is None else growth.grow(weights, origin)
+def _check_init_from(origin: Path) -> None:
+    """Check the files of a checkpoint to start from; report if its stage is unfinished."""
+    if not is_checkpoint(origin):
+        return
+    if ranks.is_first_rank():  # the only one that reads the weights
+        check_checkpoint(origin)
+    unfinished = run_folder.describe_unfinished(origin)
+    if unfinished is not None:
+        _report(f"init_from: {origin}: {unfinished}")
 
 
 def _is_finished(network: UniToken, config: StageConfig, checkpoint: Path, total_steps: int) -> bool:
@@ -392,15 +386,28 @@ def _build_samples(config: StageConfig, resolved: ResolvedStage, epoch: EpochLen
     )
 
 
-def _fit(trainer: Trainer) -> None:
+def _fit(trainer: Trainer, fit: Fit) -> None:
+    """Train. Raises MemoryError where a step needs more memory than there is."""
     remember_signals()
     try:
         trainer.fit()
-    except BaseException:
+    except BaseException as error:
         # Closes files and loggers. Trainer.close would wait for all ranks, which wait for this one's shards.
         trainer.engine.close()
+        if _is_out_of_memory(error):
+            raise MemoryError(
+                f"out of memory with {describe_fit(fit)}: set microbatch=1 activation_checkpointing=full, or "
+                "both to auto, or take more ranks; `unitoken check` shows what a stage needs"
+            ) from None
         raise
     trainer.close()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a tensor found no memory: on a CPU torch raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks) -> None:

@@ -13,7 +13,7 @@ reduced. The constants are an H100's and none is measured. The memory is that of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from unitoken.common.errors import ConfigError
@@ -153,6 +153,16 @@ class Fitting:
             found += [fit for fit in fits if fit.memory.total <= gpu_bytes][-1:]
         return sorted(found, key=lambda fit: (fit.cost, -fit.microbatch))  # modes keep their order if equal
 
+    def enough_gpus(self, gpu_bytes: float) -> int | None:
+        """Return the least number of GPUs, of those that can share a global batch, which fit the stage."""
+        batch, replicas = self.config.data.global_batch, self.config.fsdp.replicas
+        for more in range(self.ranks + 1, batch + 1):
+            if batch % more or more % replicas:
+                continue
+            if replace(self, ranks=more).that_fit(gpu_bytes, ["full"], [1]):
+                return more
+        return None
+
     def _microbatches(self) -> list[int]:
         packs = self.config.data.global_batch // self.ranks
         return [count for count in range(1, packs + 1) if packs % count == 0]
@@ -214,9 +224,15 @@ def choose(fitting: Fitting, gpu_bytes: float | None) -> Fit:
         key = "activation_checkpointing" if mode == "auto" else "microbatch"
         raise ConfigError(
             f"{key}: auto: nothing fits a GPU of {gpu_bytes / GB:.1f} GB: {describe_fit(least)} needs "
-            f"{least.memory.summary()}"
+            f"{least.memory.summary()}{enough_text(fitting, gpu_bytes)}"
         )
     return fits[0]
+
+
+def enough_text(fitting: Fitting, gpu_bytes: float) -> str:
+    """Return the end of a message that nothing fits: how many GPUs are enough; "" if no number is."""
+    more = fitting.enough_gpus(gpu_bytes)
+    return "" if more is None else f"; {more} GPUs are enough"
 
 
 def describe_fit(fit: Fit) -> str:

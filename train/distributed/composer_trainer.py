@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from unitoken.common.errors import ConfigError
 from unitoken.streaming_data.reading.batch import (
     Batch,
     PackedBatch,
@@ -43,7 +42,6 @@ from unitoken.train.model.vision_tower import VisionTower
 from unitoken.train.optim import place_step_counts
 from unitoken.train.run.run_folder import allow_safe_types
 
-FLOAT8_CAPABILITY = (8, 9)  # of GPUs that multiply in float8
 NO_TARGETS = 1e-30  # stands for 0 where Composer divides; in a sum with 1 or more it is lost
 
 
@@ -326,17 +324,6 @@ def _finish_sharding(config: StageConfig, network: UniToken) -> None:
     register_fsdp_forward_method(network, "predict")
     if not network.is_tied:
         register_fsdp_forward_method(network.lm_head, "loss")
-
-
-def check_precision(config: StageConfig) -> None:
-    """Raise ConfigError if the machine can not train in the stage's precision."""
-    if config.precision == "bf16" and not torch.cuda.is_available():
-        raise ConfigError("precision: bf16 needs a GPU and there is none; on the CPU it is fp32 or tf32")
-    if config.model.float8 and (capability := torch.cuda.get_device_capability()) < FLOAT8_CAPABILITY:
-        found, needed = (".".join(map(str, each)) for each in (capability, FLOAT8_CAPABILITY))
-        raise ConfigError(
-            f"model.float8: needs GPUs of compute capability {needed} or more, as H100s; this one has {found}"
-        )
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
