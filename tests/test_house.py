@@ -85,8 +85,8 @@ def test_every_direct_dependency_is_bounded_and_pinned() -> None:
         r for extra in project["optional-dependencies"].values() for r in extra
     ]
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = {line.split("==")[0].lower() for line in constraints.splitlines()}
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in constraints.splitlines()}
     for requirement in requirements:
         assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", requirement), requirement
-        assert re.split(r"[>=]", requirement)[0].lower() in pinned, requirement
+        assert re.split(r"[>=]", requirement)[0].lower().replace("_", "-") in pinned, requirement
     assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in constraints.splitlines())
