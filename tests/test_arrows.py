@@ -36,7 +36,7 @@ INSIDE = {
     ),
     "tokenize": (
         *("config", "sources", "output", "rejects", "first_items", "job", "prepare", "retry"),
-        *("finished_chunks", "merge", "summary", "pipeline", "executors", "checks"),
+        *("finished_chunks", "merge", "summary", "pipeline", "executors", "dry_run", "checks"),
         *("plain_pickle", "migrate", "__main__"),
     ),
     "train": (

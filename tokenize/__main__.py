@@ -50,6 +50,10 @@ EngineOption = Annotated[
     Literal["local", "ray"],
     typer.Option("--engine", help="Processes on this machine, or tasks on a Ray cluster."),
 ]
+DryRunOption = Annotated[
+    int | None,
+    typer.Option("--dry-run", min=1, help="Only try so many items, and print what the whole input takes."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, as vision.batch_size=4."),
@@ -77,10 +81,13 @@ def run(
     target_size: Annotated[
         int | None, typer.Option("--target-size", help="Side of the images in pixels; same as target_size=.")
     ] = None,
+    dry_run: DryRunOption = None,
 ) -> None:
     """Tokenize items into a dataset; rerun to continue.
 
-    The same command continues a run that was stopped, with any number of processes.
+    The same command continues a run that was stopped, with any number of processes. With --dry-run nothing is
+    written: some items, spread over the input, go through the whole pipeline, and the hours and gigabytes of
+    all items are estimated.
     """
     with one_line_errors(GOES_ON):
         from unitoken.common.config import load_config
@@ -91,6 +98,11 @@ def run(
         if rank is not None and rank >= splits:
             raise ConfigError(f"--rank {rank}: expected a number below --splits {splits}")
 
+        if dry_run is not None:
+            from unitoken.tokenize.dry_run.report import dry_run as try_items
+
+            report(try_items(settings, in_filename, out_dir, dry_run, splits))
+            return
         from unitoken.tokenize.prepare import prepare
 
         job = prepare(settings, in_filename, out_dir)

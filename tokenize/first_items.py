@@ -46,7 +46,7 @@ def check_first_items(config: TokenizeConfig, input: reader.Input, vocabulary: V
     end = time.monotonic() + SECONDS
     for item in items:
         try:
-            conversation = _parse_item(adapter, item, config, vocabulary)
+            conversation = _parse_value(adapter, item.value, config, vocabulary)
             for source in conversation.images:
                 if time.monotonic() > end:
                     return
@@ -62,35 +62,35 @@ def check_first_items(config: TokenizeConfig, input: reader.Input, vocabulary: V
         (kind, count), *_ = reasons.most_common(1)
         raise ConfigError(
             f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}"
-            f"{_adapter_hint(config, tried, vocabulary)}"
+            f"{adapter_hint(config, [item.value for item in tried], vocabulary)}"
         )
-    hint = _adapter_hint(config, tried, vocabulary) if tried else ""
+    hint = adapter_hint(config, [item.value for item in tried], vocabulary) if tried else ""
     if hint:
         notify(f"none of the {len(tried)} items can be used{hint}")
 
 
-def _parse_item(
-    adapter: Adapter, item: reader.RawItem, config: TokenizeConfig, vocabulary: Vocabulary
+def _parse_value(
+    adapter: Adapter, value: object, config: TokenizeConfig, vocabulary: Vocabulary
 ) -> Conversation:
-    if isinstance(item.value, ItemError):
-        raise item.value
+    if isinstance(value, ItemError):
+        raise value
     prepends = prepends_system(config, vocabulary)
-    conversation = parse(adapter(item.value), "", prepends)  # type: ignore[arg-type]
+    conversation = parse(adapter(value), "", prepends)  # type: ignore[arg-type]
     check_system_turn(conversation, vocabulary)
     if config.compat is None:
         refuse_empty(conversation)
     return conversation
 
 
-def _adapter_hint(config: TokenizeConfig, items: list[reader.RawItem], vocabulary: Vocabulary) -> str:
+def adapter_hint(config: TokenizeConfig, values: list[object], vocabulary: Vocabulary) -> str:
     """Return the end of a sentence that names the adapter reading the most items; "" if it is configured."""
 
     def count_readable(name: str) -> int:
         adapter, count = find_adapter(name), 0
         settings = config.model_copy(update={"adapter": name})
-        for item in items:
+        for value in values:
             with contextlib.suppress(ItemError):
-                _parse_item(adapter, item, settings, vocabulary)
+                _parse_value(adapter, value, settings, vocabulary)
                 count += 1
         return count
 

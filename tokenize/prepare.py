@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,7 +21,7 @@ from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE
 from unitoken.common.urls import without_secrets
 from unitoken.dataset.layout import MAX_GRID
-from unitoken.dataset.manifest import MANIFEST, VOCABULARY, read_manifest
+from unitoken.dataset.manifest import MANIFEST, VOCABULARY, VisionTokenizer, read_manifest
 from unitoken.dataset.vocabulary import LATENTS_PER_GRID_UNIT, Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import StoreError, is_url
@@ -61,28 +61,64 @@ def prepare(config: TokenizeConfig, sources: Sequence[str], out: str) -> Job:
         StoreError: the output's object store does not answer.
     """
     output = Output(out)
-    check_output(output)
-    weights = find_image_tokenizer(config.vision)
-    vision = weights.describe(config.vision)
+    checked = check_run(config, sources, out)
+    input = cut_once(output, checked.files, config.chunk_size)
+    if not output.exists(JOB):
+        check_first_items(config, input, checked.vocabulary)
+    return begin_job(output, describe_job(config, checked, input), input, checked.vocabulary, config)
+
+
+class Checked(NamedTuple):
+    """What the settings name, found and checked."""
+
+    files: list[InputFile]
+    vision: VisionTokenizer
+    adapter: str  # fingerprint
+    vocabulary: Vocabulary
+
+
+def check_run(config: TokenizeConfig, sources: Sequence[str], out: str) -> Checked:
+    """Check settings, input and output without reading an item; the arguments are those of `prepare`.
+
+    Raises:
+        ConfigError: as `prepare`.
+    """
+    check_output(Output(out))
+    vision = find_image_tokenizer(config.vision).describe(config.vision)
     _check_size(config.target_size, vision.downsampling)
     adapter = adapter_fingerprint(config.adapter)
     # Load a user's adapter now: a mistake in it must not leave a folder that refuses the corrected one.
     find_adapter(config.adapter)
     files = find_files(sources)
     tokenizer = load_tokenizer(config.tokenizer)
-    vocabulary = tokenizer_vocabulary(tokenizer, vision.codebook_size, config.layout)
-    input = cut_once(output, files, config.chunk_size)
-    file = JobFile(
+    return Checked(
+        files, vision, adapter, tokenizer_vocabulary(tokenizer, vision.codebook_size, config.layout)
+    )
+
+
+def describe_job(config: TokenizeConfig, checked: Checked, input: Input) -> JobFile:
+    """Return what the bytes of the dataset depend on."""
+    return JobFile(
         source=input.fingerprint,
-        vocabulary=vocabulary.fingerprint,
-        vision=vision,
-        adapter=adapter,
-        layout=vocabulary.layout_name,
+        vocabulary=checked.vocabulary.fingerprint,
+        vision=checked.vision,
+        adapter=checked.adapter,
+        layout=checked.vocabulary.layout_name,
         **config.model_dump(include=set(JobFile.model_fields) - {"vision", "adapter", "layout"}),
     )
+
+
+def check_may_go_on(out: str, file: JobFile) -> None:
+    """Check that a run may go on in a folder, without looking at its input. Raises ConfigError."""
+    output = Output(out)
     if not output.exists(JOB):
-        check_first_items(config, input, vocabulary)
-    return begin_job(output, file, input, vocabulary, config)
+        return
+    there = load_job(output.store)
+    if output.exists(MANIFEST) and not read_manifest(output.store).samples:
+        return  # a run would begin anew there
+    differences = there.model_copy(update={"source": file.source}).differences(file)
+    if differences:
+        raise ConfigError(_other_settings(output, differences))
 
 
 def begin_job(
@@ -96,15 +132,19 @@ def begin_job(
     _clear_empty_dataset(output, file)
     differences = _claim(output, file)
     if differences:
-        raise ConfigError(
-            f"{output.url}: was begun with other settings: {'; '.join(differences)}. "
-            f"Go on with the settings that it was begun with ({SETTINGS} there), or choose another folder"
-        )
+        raise ConfigError(_other_settings(output, differences))
     if not output.exists(INPUT):
         output.store.write(INPUT, dump_json(_without_signatures(input)))
     output.store.write(VOCABULARY, vocabulary.dump())
     output.store.write(SETTINGS, _dump_settings(config))
     return Job(config, Work(input, load_rounds(output.store), config.chunk_size), output.url, file)
+
+
+def _other_settings(output: Output, differences: list[str]) -> str:
+    return (
+        f"{output.url}: was begun with other settings: {'; '.join(differences)}. "
+        f"Go on with the settings that it was begun with ({SETTINGS} there), or choose another folder"
+    )
 
 
 def load_settings(out: str, config: Path | None, default: Path, overrides: Sequence[str]) -> TokenizeConfig:

@@ -52,7 +52,10 @@ class Tokenizer:
 
     def conversations(self, chunk: Chunk, rejects: Rejects) -> Iterator[Item]:
         """Read a chunk's items and parse their conversations."""
-        items = read_items(self.job.input, chunk)
+        return self.parsed(read_items(self.job.input, chunk), rejects)
+
+    def parsed(self, items: Iterable[SourceItem], rejects: Rejects) -> Iterator[Item]:
+        """Adapt items and parse their conversations."""
         readable = rejects.apply("source", check_readable, items)
         adapted = rejects.apply("adapter", self.adapt, readable)
         return rejects.apply("conversation", self.parse, adapted)

@@ -6,6 +6,7 @@ not on time or place, not on what was killed before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import time
@@ -147,13 +148,22 @@ def run_rank(job: Job, rank: int, splits: int, report: ReportItems) -> Times:
 
 def run_chunks(job: Job, chunks: Iterable[Chunk], report: ReportItems, device: str) -> Times:
     """Write chunks. The models stay loaded for the next call."""
+    with on_one_thread(device):
+        return write_chunks(_load_tokenizer_once(job, device), chunks, report)
+
+
+@contextlib.contextmanager
+def on_one_thread(device: str) -> Iterator[None]:
+    """Let torch compute with one thread on a CPU.
+
+    The order of a sum depends on the number of threads: with 1 the codes are the same on every machine.
+    """
     threads = torch.get_num_threads()
     if device == "cpu":
-        # The order of a sum depends on the number of threads: with 1 the codes are the same on every machine.
         torch.set_num_threads(1)
         keep_freed_memory()
     try:
-        return write_chunks(_load_tokenizer_once(job, device), chunks, report)
+        yield
     finally:
         torch.set_num_threads(threads)  # for a program that goes on with other work
 

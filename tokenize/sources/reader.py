@@ -206,17 +206,20 @@ def _locate(name: str) -> tuple[Store | Web, str]:
     return open_store(folder), file
 
 
+def open_source(file: InputFile) -> SourceFile:
+    """Return a file of the input, no folder, ready to be read."""
+    return SourceFile(*_locate(file.name), file.size, file.name)
+
+
 def _spans(file: InputFile, chunk_size: int) -> Iterator[Span]:
     if file.format == "folder":
         return row_spans(file.size, chunk_size)
-    source = SourceFile(*_locate(file.name), file.size, file.name)
-    return formats.spans(source, file.format, formats.compression_of(file.name), chunk_size)
+    return formats.spans(open_source(file), file.format, formats.compression_of(file.name), chunk_size)
 
 
 def _values(file: InputFile, piece: Piece, selected: Collection[int] | None) -> Iterator[tuple[int, object]]:
     if file.format == "folder":
         folder = Path(file.name)
         return picture_folders.folder_values(folder, file.version, piece.start, piece.end, selected)
-    source = SourceFile(*_locate(file.name), file.size, file.name)
     compression = formats.compression_of(file.name)
-    return formats.values(source, file.format, compression, piece.start, piece.end, selected)
+    return formats.values(open_source(file), file.format, compression, piece.start, piece.end, selected)
