@@ -86,8 +86,7 @@ def run(
     """Tokenize items into a dataset; rerun to continue.
 
     The same command continues a run that was stopped, with any number of processes. With --dry-run nothing is
-    written: some items, spread over the input, go through the whole pipeline, and the hours and gigabytes of
-    all items are estimated.
+    written: some items go through the whole pipeline, and hours and gigabytes of all items are estimated.
     """
     with one_line_errors(GOES_ON):
         from unitoken.common.config import load_config
@@ -97,7 +96,6 @@ def run(
         settings = load_config(TokenizeConfig, config, [*size, *(overrides or [])])
         if rank is not None and rank >= splits:
             raise ConfigError(f"--rank {rank}: expected a number below --splits {splits}")
-
         if dry_run is not None:
             from unitoken.tokenize.dry_run.report import dry_run as try_items
 
