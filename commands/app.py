@@ -5,6 +5,7 @@
     unitoken plan yamls/stage1.yaml
     unitoken train yamls/stage1.yaml -n 8
     unitoken generate runs/stage1 --prompt "Draw a cat." --out drawings
+    unitoken chat runs/stage1
 
 `unitoken COMMAND --help` shows the options of a command.
 """
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": models.check,
     "train": train,
     "generate": models.generate,
+    "chat": models.chat,
     "export": models.export,
     "schema": schema,
 }

@@ -52,7 +52,17 @@ INSIDE = {
             "distributed",
             "accounting",
         ),
-        *("generation", "check", "plan_memory", "overview", "callbacks", "stage", "program", "__main__"),
+        *(
+            "generation",
+            "chat",
+            "check",
+            "plan_memory",
+            "overview",
+            "callbacks",
+            "stage",
+            "program",
+            "__main__",
+        ),
     ),
 }
 MODULES = {

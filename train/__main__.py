@@ -5,6 +5,7 @@ r"""Use a trained model: export it, or let it answer and draw; or see what a sta
     python -m unitoken.train export runs/stage2 out/model
     python -m unitoken.train generate out/model --prompt "Draw a cat." \
         --out drawings
+    python -m unitoken.train chat out/model
 
 The exported model is in Hugging Face's layout. Training itself is `composer train.py yamls/stage1.yaml`.
 """
@@ -241,6 +242,33 @@ def generate(
 
         sampling = Sampling(temperature, top_k_text or None, top_k_image or None, guided, seed, speculative)
         command.reply(request, found, sampling)
+
+
+Port = Annotated[int, typer.Option(min=0, max=65535, help="A port of this machine; 0 is any free one.")]
+
+
+@app.command()
+def chat(
+    checkpoint: Trained, overrides: Overrides = None, port: Port = 7860, config: StageFile = None
+) -> None:
+    """Serve a page to talk to a model, for this machine alone.
+
+    Text, pictures in and out, several turns; pictures appear row by row. It needs gradio:
+    pip install 'unitoken-streaming[chat]'
+    """
+    with one_line_errors():
+        from unitoken.train.generation.check_samples import guidance_or_default
+        from unitoken.train.generation.loaded_model import find_model
+        from unitoken.train.generation.settings import settings
+        from unitoken.train.run.bucket import fetch_origin
+
+        origin = Path(fetch_origin(checkpoint))
+        stage = settings(origin, config, overrides or [])
+        found = find_model(stage, origin, None, draws=False)
+        guidance = guidance_or_default(None, DEFAULT_GUIDANCE, stage.data.null_prompt_fraction > 0)
+        from unitoken.train.chat.server import serve
+
+        serve(found, checkpoint, guidance, port)
 
 
 if __name__ == "__main__":

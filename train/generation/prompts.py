@@ -20,12 +20,12 @@ from unitoken.common.errors import ConfigError
 from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER
 
 
-def build_prompt(text: str, images: Sequence[str] = (), name: str = "prompt") -> Conversation:
+def build_prompt(text: str, images: Sequence[str | bytes] = (), name: str = "prompt") -> Conversation:
     """Build a prompt of one human turn.
 
     Args:
         text: the turn; images take the places of its `<|image|>`, or come before a text that has none.
-        images: paths, or data as `data:` URLs.
+        images: paths, data as `data:` URLs, or encoded images.
         name: how messages name the prompt.
 
     Raises:
