@@ -48,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "generate": models.generate,
     "chat": models.chat,
+    "evaluate": models.evaluate,
     "export": models.export,
     "schema": schema,
 }

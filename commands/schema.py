@@ -11,7 +11,7 @@ from unitoken.common.cli import one_line_errors
 
 
 def schema(
-    settings: Annotated[Literal["stage", "tokenize"], typer.Argument(help="Which YAML files.")],
+    settings: Annotated[Literal["stage", "tokenize", "suite"], typer.Argument(help="Which YAML files.")],
     out: Annotated[
         Path | None, typer.Argument(help="The file to write; without it the schema is printed.")
     ] = None,
@@ -27,6 +27,10 @@ def schema(
             from unitoken.train.config import StageConfig
 
             write_schema(StageConfig, "A stage of training", out)
+        elif settings == "suite":
+            from unitoken.train.evaluation.config import Suite
+
+            write_schema(Suite, "A suite of tasks to evaluate a model on", out)
         else:
             from unitoken.tokenize.config import TokenizeConfig
 

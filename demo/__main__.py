@@ -83,7 +83,7 @@ def finish(process: subprocess.Popen[bytes], run: str) -> None:
 def losses(run: str) -> list[float]:
     """Read the loss of every step from the run's metrics."""
     lines = map(json.loads, (RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line["loss"] for line in lines if "eval" not in line]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def steps_logged(run: str) -> int:

@@ -219,7 +219,7 @@ def english_figures(model: Evaluation) -> tuple[float, str]:
 def losses(stage: str) -> list[float]:
     """Read the loss of every step of a stage from its metrics."""
     lines = map(json.loads, (RUNS / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line["loss"] for line in lines if "eval" not in line]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ INSIDE = {
         *(
             "generation",
             "chat",
+            "evaluation",
             "check",
             "plan_memory",
             "overview",

@@ -23,6 +23,7 @@ from unitoken.common.config import load_config
 from unitoken.dataset.layout import LayoutPattern
 from unitoken.tokenize.config import TokenizeConfig
 from unitoken.train.config import StageConfig
+from unitoken.train.evaluation.config import Suite
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -203,6 +204,8 @@ def test_every_yaml_example_is_valid(page: Path) -> None:
         content = yaml.safe_load(block)
         if "tokenizer" in content:
             TokenizeConfig.model_validate(content)
+        elif "tasks" in content:
+            Suite.model_validate(content)
         elif "conversation" in content:
             LayoutPattern.model_validate(content)
         elif "model" in content:

@@ -3,6 +3,7 @@ r"""Use a trained model: export it, or let it answer and draw; or see what a sta
     python -m unitoken.train check yamls/stage2.yaml
     python -m unitoken.train plan-memory yamls/stage2.yaml --gpu 80gb --gpus 8
     python -m unitoken.train export runs/stage2 out/model
+    python -m unitoken.train evaluate runs/stage2 --suite suites/reading.yaml
     python -m unitoken.train generate out/model --prompt "Draw a cat." \
         --out drawings
     python -m unitoken.train chat out/model
@@ -269,6 +270,45 @@ def chat(
         from unitoken.train.chat.server import serve
 
         serve(found, checkpoint, guidance, port)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Trained,
+    suite: Annotated[Path, typer.Option(help="The YAML file of the tasks.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder for result.json, replies and pictures.  [default: evaluations/SUITE/step-* in "
+            "the run's folder]",
+            show_default=False,
+        ),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("-n", "--nproc", min=1, help="Ranks on this machine.  [default: one a GPU, or one]"),
+    ] = None,
+    config: StageFile = None,
+) -> None:
+    """Score a model on a suite of tasks; rerun to continue.
+
+    Each rank loads the whole model and does its share of the prompts. The numbers are the same for any number
+    of ranks.
+    """
+    with one_line_errors("the same command goes on from here"):
+        from unitoken.train.checkpoint.locations import find_origin
+        from unitoken.train.evaluation.command import default_out, evaluate_checkpoint, start_ranks
+        from unitoken.train.evaluation.opened_suite import open_suite
+        from unitoken.train.generation.settings import settings
+        from unitoken.train.run.bucket import fetch_origin
+
+        folder = Path(fetch_origin(checkpoint))
+        stage, origin = settings(folder, config, overrides or []), find_origin(str(folder))
+        results = out or default_out(origin, suite)
+        opened = open_suite(suite, stage.codec)
+        start_ranks(nproc)
+        evaluate_checkpoint(stage, origin, opened, results)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from unitoken.train.config import (
     StageConfig,
     TrainedRows,
 )
+from unitoken.train.evaluation.opened_suite import open_suite
 from unitoken.train.export.config import check_exportable
 from unitoken.train.export.target import check_export_target
 from unitoken.train.generation.check_samples import check_samples
@@ -122,6 +123,8 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     pictures = PictureCrops(crops=crops_of(train.manifests))
     guidance_trained = config.data.null_prompt_fraction > 0
     warnings += check_samples(config.samples, config.codec, pictures, guidance_trained)
+    if config.suite is not None:
+        open_suite(Path(config.suite.file), config.codec)
     evaluation = None
     if evaluation_config is not None:
         evaluation = ResolvedData(evaluation_config, _evaluation_sources(config, evaluation_config, train))
@@ -152,7 +155,8 @@ def check_settings(config: StageConfig, world_size: int) -> None:
 
 def uses_codec(config: StageConfig) -> bool:
     """Return whether the stage itself uses the tokenizers, so that they are checked before it trains."""
-    return config.samples is not None or config.save.export is not None or _grows_by_codebook(config)
+    uses = (config.samples, config.suite, config.save.export)
+    return any(use is not None for use in uses) or _grows_by_codebook(config)
 
 
 def _grows_by_codebook(config: StageConfig) -> bool:

@@ -430,6 +430,18 @@ class SamplesConfig(Config):
     """Classifier-free guidance of images; 1: none; default 3, or 1 without data.null_prompt_fraction."""
 
 
+class SuiteConfig(Config):
+    """A suite of tasks that the model is evaluated on during training, as by `unitoken evaluate`.
+
+    Replies and scores are in save.folder/suite; prompts need `codec`.
+    """
+
+    file: Name
+    """The suite's YAML file."""
+    interval: Interval = "1000ba"
+    """Steps or epochs between two evaluations; there is one after the last step, too."""
+
+
 class StageConfig(Config):
     """All settings of a training stage."""
 
@@ -465,8 +477,9 @@ class StageConfig(Config):
     log: LogConfig = LogConfig()
     eval: EvalConfig | None = None
     samples: SamplesConfig | None = None
+    suite: SuiteConfig | None = None
     codec: CodecConfig | None = None
-    """The tokenizers that made the data; `samples`, `generate` and `export` use them."""
+    """The tokenizers that made the data; `samples`, `suite`, `generate`, `evaluate` and `export` use them."""
 
     @property
     def microbatch_packs(self) -> int:

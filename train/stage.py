@@ -27,6 +27,7 @@ from unitoken.train.callbacks.optimisation import Optimisation
 from unitoken.train.callbacks.progress import build_progress
 from unitoken.train.callbacks.samples import Samples
 from unitoken.train.callbacks.saver import Interruption, Saver
+from unitoken.train.callbacks.suite import SuiteScores
 from unitoken.train.check import ResolvedData, ResolvedStage, uses_codec
 from unitoken.train.check_tokenizers import load_checked_tokenizer
 from unitoken.train.checkpoint.compatibility import check_finished, settings_of_all_machines
@@ -44,6 +45,8 @@ from unitoken.train.checkpoint.tensors import parameter_shapes
 from unitoken.train.config import VOCABULARY_MATRICES, StageConfig
 from unitoken.train.distributed import composer_trainer, ranks
 from unitoken.train.distributed.precision import check_precision
+from unitoken.train.evaluation.model import EvaluatedModel
+from unitoken.train.evaluation.opened_suite import open_suite
 from unitoken.train.export.model import export_at_end
 from unitoken.train.generation.check_samples import SAMPLES_GUIDANCE, guidance_or_default
 from unitoken.train.generation.engine import PromptCollate
@@ -308,8 +311,8 @@ class _Callbacks(NamedTuple):
     Optimisation comes before Saver, so that a run that gives up after skipped steps does not save them.
     Interruption comes after Saver, and saves only a step that Saver did not save.
     Metrics comes after both: the clock of a step starts when the step before is saved.
-    Evaluation comes after Metrics, and Samples after both: the line of a step precedes that of its evaluation
-    in metrics.jsonl, and neither takes part in the step's time.
+    Evaluation comes after Metrics, then Samples and SuiteScores: the line of a step precedes that of
+    its evaluation in metrics.jsonl, and none of them takes part in the step's time.
     """
 
     optimisation: Optimisation
@@ -318,6 +321,7 @@ class _Callbacks(NamedTuple):
     metrics: Metrics
     evaluation: Evaluation | None
     samples: Samples | None
+    suite: SuiteScores | None
 
     def in_order(self) -> list[Callback]:
         return [callback for callback in self if callback is not None]
@@ -355,8 +359,10 @@ def _build_callbacks(
             microbatch=config.microbatch_packs,
             has_vision=resolved.sizes.vision is not None,
         )
+    interruption = Interruption(optimisation, saver)
     samples = _build_samples(config, resolved, epoch)
-    return _Callbacks(optimisation, saver, Interruption(optimisation, saver), metrics, evaluation, samples)
+    suite = _build_suite(config, resolved, epoch, metrics)
+    return _Callbacks(optimisation, saver, interruption, metrics, evaluation, samples, suite)
 
 
 def _peak_flops(precision: str) -> float | None:
@@ -383,6 +389,34 @@ def _build_samples(config: StageConfig, resolved: ResolvedStage, epoch: EpochLen
         ),
         folder=working_folder(config),
         every=epoch.steps_between(config.samples.interval),
+    )
+
+
+def _build_suite(
+    config: StageConfig, resolved: ResolvedStage, epoch: EpochLength, metrics: Metrics
+) -> SuiteScores | None:
+    if config.suite is None:
+        return None
+
+    def no_network() -> UniToken:
+        raise AssertionError("each evaluation gives the model its network")
+
+    model = EvaluatedModel(
+        config=config,
+        vocabulary=resolved.vocabulary,
+        pictures=resolved.pictures,
+        views=resolved.views,
+        load_network=no_network,
+        device="cpu",
+        checkpoint={},
+        broadcast=ranks.broadcast_from_first_rank,
+    )
+    return SuiteScores(
+        open_suite(Path(config.suite.file), config.codec),
+        model,
+        metrics,
+        folder=working_folder(config),
+        every=epoch.steps_between(config.suite.interval),
     )
 
 

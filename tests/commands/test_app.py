@@ -65,9 +65,9 @@ def test_init_copies_the_examples_and_overwrites_nothing(tmp_path: Path) -> None
     assert call("init", str(tmp_path / "my"))[0] == 2
 
 
-@pytest.mark.parametrize("kind", ["stage", "tokenize"])
+@pytest.mark.parametrize("kind", ["stage", "tokenize", "suite"])
 def test_the_schemas_are_those_of_the_examples(kind: str, tmp_path: Path) -> None:
-    folder = {"stage": "yamls", "tokenize": "yamls/tokenize"}[kind]
+    folder = {"stage": "yamls", "tokenize": "yamls/tokenize", "suite": "yamls"}[kind]
     assert call("schema", kind, str(tmp_path / "schema.json"))[0] == 0
     assert (tmp_path / "schema.json").read_text() == call("schema", kind)[1]
     assert (tmp_path / "schema.json").read_text() == (ROOT / folder / f"{kind}.schema.json").read_text()

@@ -73,9 +73,7 @@ def stage(folder: Path, *overrides: str, **changes: Any) -> StageConfig:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of steps in metrics.jsonl."""
     return [
-        line
-        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if "eval" not in line
+        line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
     ]
 
 

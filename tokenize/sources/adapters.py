@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from unitoken.codec.conversations import PICTURE_KEYS, ItemError, brief, pictures_of
+from unitoken.common.user_functions import load_user_function, user_function_fingerprint
 from unitoken.dataset.manifest import LEFT_OUT
 from unitoken.dataset.vocabulary import IMAGE_PLACEHOLDER, Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
@@ -38,7 +39,6 @@ from unitoken.tokenize.sources.adapter_fields import (
     turns_under,
     without_greeting,
 )
-from unitoken.tokenize.sources.user_adapters import load_user_adapter, user_adapter_fingerprint
 
 Adapter = Callable[[Raw], Raw]
 
@@ -174,7 +174,7 @@ def find_adapter(name: str) -> Adapter:
     Raises:
         ConfigError: there is no such adapter, file or function.
     """
-    function = ADAPTERS.get(name) or load_user_adapter(name, ADAPTERS)
+    function = ADAPTERS.get(name) or load_user_function(name, "adapter", ADAPTERS)
 
     def adapter(raw: Raw) -> Raw:
         if not isinstance(raw, dict):
@@ -199,7 +199,7 @@ def adapter_fingerprint(name: str) -> str:
 
     It is the name; of a user's own adapter it is the function's name and a hash of its file.
     """
-    return name if name in ADAPTERS else user_adapter_fingerprint(name, ADAPTERS)
+    return name if name in ADAPTERS else user_function_fingerprint(name, "adapter", ADAPTERS)
 
 
 def prepends_system(config: TokenizeConfig, vocabulary: Vocabulary) -> bool:

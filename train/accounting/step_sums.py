@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,12 +91,34 @@ class StepResult(NamedTuple):
 
     def losses(self) -> dict[str, float]:
         """Return the mean cross-entropy by the names in `LOSS_BUCKETS`, without those that have no token."""
-        losses = {}
-        for name, buckets in LOSS_BUCKETS.items():
-            count = sum(self.by_kind[bucket][1] for bucket in buckets)
-            if count:
-                losses[name] = sum(self.by_kind[bucket][0] for bucket in buckets) / count
-        return losses
+        return losses_by_kind(self.by_kind)
+
+
+def sum_by_kind(token_ce: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the sums of cross-entropies (BUCKETS,) and the numbers of tokens (BUCKETS,) of a microbatch.
+
+    Args:
+        token_ce: (n,) float64, of each supervised token.
+        batch: the microbatch.
+    """
+    # Not index_add_: on a GPU its order, and so the last bit of its sums, changes from run to run.
+    buckets = batch["kinds"][batch["target_rows"], batch["target_columns"]]  # (n,)
+    in_bucket = buckets[:, None] == torch.arange(BUCKETS, device=token_ce.device)  # (n, BUCKETS)
+    return torch.where(in_bucket, token_ce[:, None], 0.0).sum(0), in_bucket.sum(0)
+
+
+def losses_by_kind(by_kind: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """Return the mean cross-entropy by the names in `LOSS_BUCKETS`, without those that have no token.
+
+    Args:
+        by_kind: (BUCKETS,) pairs of the sum of cross-entropies and the number of supervised tokens.
+    """
+    losses = {}
+    for name, buckets in LOSS_BUCKETS.items():
+        count = sum(by_kind[bucket][1] for bucket in buckets)
+        if count:
+            losses[name] = sum(by_kind[bucket][0] for bucket in buckets) / count
+    return losses
 
 
 class StepSums:
@@ -132,10 +154,7 @@ class StepSums:
             odd_numbers.sum().double(),
             torch.full_like(weight, len(batch["pixel_values"])),
         ]
-        # Not index_add_: on a GPU its order, and so the last bit of its sums, changes from run to run.
-        buckets = batch["kinds"][batch["target_rows"], batch["target_columns"]]  # (n,)
-        in_bucket = buckets[:, None] == torch.arange(BUCKETS, device=device)  # (n, BUCKETS)
-        ce_sums, counts = torch.where(in_bucket, token_ce[:, None], 0.0).sum(0), in_bucket.sum(0)
+        ce_sums, counts = sum_by_kind(token_ce, batch)
         sums = torch.cat([torch.stack(scalars), ce_sums, counts, batch["stream_tokens"].sum(0)])
         self.sums = sums if self.sums is None else self.sums + sums
 

@@ -25,7 +25,8 @@ from unitoken.train.generation.check_samples import image_sizes, latent_size, pa
 from unitoken.train.generation.settings import check_trained_vocabulary
 
 if TYPE_CHECKING:  # these import torch
-    from unitoken.train.generation.engine import Watch
+    from unitoken.train.generation.dialogue import Dialogue
+    from unitoken.train.generation.engine import PromptCollate, Watch
     from unitoken.train.generation.sampling import Sampling
     from unitoken.train.model.unitoken import UniToken
 
@@ -94,6 +95,42 @@ def find_model(config: StageConfig, checkpoint: Path, size: str | None, draws: b
     )
 
 
+def check_lengths(
+    dialogue: Dialogue,
+    collate: PromptCollate,
+    conversations: Sequence[Conversation],
+    crops: Sequence[tuple[int, int]],
+    drawn: Sequence[tuple[int, int]],
+    limit: int,
+) -> list[int]:
+    """Return the length of each prompt in tokens, features included.
+
+    Args:
+        dialogue: encodes the prompts.
+        collate: lays them out.
+        conversations: the prompts.
+        crops: (width, height) in pixels to which their images are cropped.
+        drawn: (height, width) in pixels of drawings; empty: the replies are no drawings.
+        limit: data.packed_length.
+
+    Raises:
+        ConfigError: one leaves too little room for a reply.
+    """
+    grids = [dialogue.latents(size) for size in drawn]
+    shortest_reply = max((len(list(dialogue.vocabulary.image_grammar(*grid))) for grid in grids), default=1)
+    lengths = {}
+    for conversation in dict.fromkeys(conversations):
+        length = collate.length(dialogue.encode_layout(conversation, crops))
+        if length + shortest_reply > limit:
+            raise ConfigError(
+                f"{conversation.id}: the prompt takes {length} tokens, features included, and the reply "
+                f"{shortest_reply} at least; together they exceed data.packed_length ({limit}), "
+                "the longest sequence seen in training"
+            )
+        lengths[conversation] = length
+    return [lengths[conversation] for conversation in conversations]
+
+
 class LoadedModel:
     """A model with its tokenizers on the GPU, or on the CPU where there is none.
 
@@ -151,22 +188,8 @@ class LoadedModel:
         Raises:
             ConfigError: one leaves too little room for a reply.
         """
-        grammar = self.dialogue.vocabulary.image_grammar
-        drawn = [self.dialogue.latents(size) for size in sizes] if drawing else []
-        shortest_reply = max((len(list(grammar(*size))) for size in drawn), default=1)
-        limit = self.found.config.data.packed_length
-        lengths = {}
-        for conversation in dict.fromkeys(conversations):
-            layout = self.dialogue.encode_layout(conversation, self.found.crops)
-            length = self._collate.length(layout)
-            if length + shortest_reply > limit:
-                raise ConfigError(
-                    f"{conversation.id}: the prompt takes {length} tokens, features included, and the reply "
-                    f"{shortest_reply} at least; together they exceed data.packed_length ({limit}), "
-                    "the longest sequence seen in training"
-                )
-            lengths[conversation] = length
-        return [lengths[conversation] for conversation in conversations]
+        drawn, limit = sizes if drawing else (), self.found.config.data.packed_length
+        return check_lengths(self.dialogue, self._collate, conversations, self.found.crops, drawn, limit)
 
     def generate(
         self,

@@ -70,6 +70,15 @@ def read_prompts(path: Path) -> list[Conversation]:
     Raises:
         ConfigError: the file can not be read, has no prompt, or a prompt is not valid.
     """
+    return [prompt_of_item(item, path.parent, name) for name, item in read_prompt_items(path)]
+
+
+def read_prompt_items(path: Path) -> list[tuple[str, Any]]:
+    """Read the items of a file of prompts, each with its name for messages. Raises ConfigError.
+
+    Args:
+        path: a file as in `read_prompts`; its .json may also be an object of items by their ids.
+    """
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json", ".jsonl"):
         raise ConfigError(f"{path}: prompts come from a .txt, a .json or a .jsonl, found '{path.suffix}'")
@@ -80,20 +89,26 @@ def read_prompts(path: Path) -> list[Conversation]:
             f"{path}: cannot read the prompts: {getattr(error, 'strerror', None) or error}"
         ) from None
     if suffix == ".txt":
-        prompts = [build_prompt(line, (), name) for name, line in _named_lines(path, text)]
+        items: list[tuple[str, Any]] = [(name, {"prompt": line}) for name, line in _named_lines(path, text)]
     elif suffix == ".jsonl":
-        lines = [(name, _parse_json(line, name)) for name, line in _named_lines(path, text)]
-        prompts = [_prompt_of_item(item, path.parent, name) for name, item in lines]
+        items = [(name, _parse_json(line, name)) for name, line in _named_lines(path, text)]
     else:
-        items = _parse_json(text, str(path))
-        if not isinstance(items, list):
-            raise ConfigError(f"{path}: expected a list of items, found {brief(items)}")
-        prompts = [
-            _prompt_of_item(item, path.parent, f"{path}: item {number}") for number, item in enumerate(items)
+        items = [
+            (f"{path}: item {number}", item)
+            for number, item in enumerate(_listed(_parse_json(text, str(path)), path))
         ]
-    if not prompts:
+    if not items:
         raise ConfigError(f"{path}: it holds no prompt")
-    return prompts
+    return items
+
+
+def _listed(content: Any, path: Path) -> list[Any]:
+    """Return a list of items as it is, and of an object of items by their ids the items with these ids."""
+    if isinstance(content, dict) and content and all(isinstance(item, dict) for item in content.values()):
+        return [{"id": name, **item} for name, item in content.items()]
+    if not isinstance(content, list):
+        raise ConfigError(f"{path}: expected a list of items, found {brief(content)}")
+    return content
 
 
 def _named_lines(path: Path, text: str) -> list[tuple[str, str]]:
@@ -109,7 +124,8 @@ def _parse_json(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: not JSON: {error}") from None
 
 
-def _prompt_of_item(item: Any, folder: Path, name: str) -> Conversation:
+def prompt_of_item(item: Any, folder: Path, name: str) -> Conversation:
+    """Parse an item of a file in `folder` as a prompt. Raises ConfigError."""
     if isinstance(item, dict) and isinstance(prompt := item.get("prompt"), str):
         item = {"conversations": [{"from": "human", "value": prompt}], "image": item.get("image")}
     return parse_prompt(resolve_image_paths(item, folder), name)

@@ -29,7 +29,7 @@ from unitoken.train.config import StageConfig
 
 CHUNK_BYTES = 1 << 24
 _CHECKPOINT_FILE = re.compile(r"(step-\d{8,})/(.+)")
-_GROWING = ("samples/", "tensorboard/")  # an equal size is an equal file
+_GROWING = ("samples/", "suite/", "tensorboard/")  # an equal size is an equal file
 
 
 def working_folder(config: StageConfig) -> Path:
