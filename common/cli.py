@@ -28,6 +28,16 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def short_count(count: int) -> str:
+    """Return a number in at most six characters: 12,345 or 12.3M."""
+    if count < 100_000:
+        return f"{count:,}"
+    for scale, letter in ((1e6, "M"), (1e9, "G")):
+        if count < 999.5 * scale:
+            return f"{count / scale:.3g}{letter}"
+    return f"{count / 1e12:.3g}T"
+
+
 def report(text: str) -> None:
     """Print a result on stdout, unbuffered even if stdout is a file or a pipe."""
     print(text, flush=True)

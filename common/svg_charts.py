@@ -146,7 +146,9 @@ def _bars(
     if not heights or max(heights) <= 0:
         return _nothing(y_label)
     plot = _Plot((0, len(labels)), _value_range([0.0, *heights], False))
-    parts = [plot.axes(x_label, y_label, with_numbers=False)]
+    overlap = 0.0 if gap else 0.7  # bars that only touch would show seams
+    touching = "" if gap else ' shape-rendering="crispEdges"'
+    parts = [plot.axes(x_label, y_label, with_numbers=False), f"<g{touching}>"]
     for place, label in enumerate(labels):
         left, width = plot.x(place + gap / 2), plot.x(1 - gap) - plot.x(0)
         below = 0.0
@@ -155,8 +157,9 @@ def _bars(
             if value > 0:
                 top, floor = plot.y(below + value), plot.y(below)
                 title = f"{label}: {name} {_short(value)}" if len(series) > 1 else f"{label}: {_short(value)}"
-                parts.append(_box(left, top, width, floor - top, number, title))
+                parts.append(_box(left, top, width + overlap, floor - top + overlap, number, title))
                 below += value
+    parts.append("</g>")
     for place in _shown_labels(labels):
         parts.append(_text(plot.x(place + 0.5), HEIGHT - BOTTOM + 17, labels[place], "middle"))
     return _chart(parts, f"{y_label} by {x_label}", list(series) if len(series) > 1 else [])

@@ -1,6 +1,6 @@
 r"""Look at a mixture before training, and convert from and to other formats.
 
-    python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length
+    python -m unitoken.streaming_data plan yamls/stage1.yaml --sweep-length --report plan.html
     python -m unitoken.streaming_data simulate yamls/stage1.yaml \
         --tokens-per-second 100000
     python -m unitoken.streaming_data convert-config META.yaml --out data.yaml
@@ -56,6 +56,10 @@ def plan(
         bool, typer.Option("--sweep-length", help="Also print how full packs of 1k to 16k tokens would be.")
     ] = False,
     epoch: Annotated[int, typer.Option(min=0, help="The epoch to plan.")] = 0,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", help="Also write this HTML file: the mixture in every batch, in pictures."),
+    ] = None,
     image_size: ImageSize = None,
     patch_size: PatchSize = None,
 ) -> None:
@@ -71,11 +75,15 @@ def plan(
         from unitoken.streaming_data.plan.store import load_or_build
         from unitoken.streaming_data.sources import open_sources
         from unitoken.streaming_data.tools.data_section import read_data_section, tower_size
+        from unitoken.streaming_data.tools.plan_page import write_plan_page
+        from unitoken.streaming_data.tools.sweep import SweepRow, sweep, sweep_table
 
-        data, vision = read_data_section(config, overrides or [])
-        size = tower_size(vision, image_size, patch_size)
+        section = read_data_section(config, overrides or [])
+        size = tower_size(section.vision, image_size, patch_size)
+        data = section.data
         sources, views = open_sources(data), Views(*size, data.anyres)
         recipe = Recipe.of(data, sources, views)
+        rows: list[SweepRow] = []
         try:
             samples = [read_lengths(source, recipe, views) for source in sources]
             found = load_or_build(data.cache_folder / "plans", recipe, epoch, lambda: samples).report
@@ -84,9 +92,11 @@ def plan(
                 warn(line)
         finally:  # also when this plan is impossible: the table shows which lengths are possible
             if sweep_length:
-                from unitoken.streaming_data.tools.sweep import sweep, sweep_table
-
-                report(f"\n{sweep_table(sweep(recipe, sources, views))}")
+                rows = sweep(recipe, sources, views)
+                report(f"\n{sweep_table(rows)}")
+        if report_file is not None:
+            write_plan_page(report_file, config, section, recipe, samples, epoch, rows)
+            report(f"\n{report_file}")
 
 
 # Long: most of it declares the options.
@@ -127,7 +137,7 @@ def simulate(
         )
 
         limit = [f"data.cache_limit={cache_limit}"] if cache_limit else []
-        data, vision = read_data_section(config, [*(overrides or []), *limit])
+        data, vision, _ = read_data_section(config, [*(overrides or []), *limit])
         counts, bits = parse_nodes(nodes), parse_bandwidth(bandwidth)
         size = tower_size(vision, image_size, patch_size)
         demands, impossible = simulate_nodes(

@@ -317,7 +317,7 @@ def _mix_documents(
     """Return as many packs with the same samples, each of which holds about the mixture."""
     packs_of = np.repeat(np.arange(len(packs.sizes)), packs.sizes)
     lengths, cells = np.zeros(len(packs.ids), np.int64), np.zeros(len(packs.ids), np.int64)
-    for number, places, rows in _by_stream(streams, packs.ids):
+    for number, places, rows in samples_by_stream(streams, packs.ids):
         lengths[places] = streams[number].lengths[rows]
         cells[places] = len(KINDS) * number + streams[number].kinds[rows]
     packs_of = mix(lengths, cells, packs_of, capacity, *name)
@@ -328,7 +328,7 @@ def _pack_amounts(streams: Sequence[StreamSamples], packs: Packs) -> Integers:
     """Return what each pack holds: tokens of every stream and kind, and images, (3 * streams + 1, packs)."""
     count, packs_of = len(packs.sizes), np.repeat(np.arange(len(packs.sizes)), packs.sizes)
     tokens, images = np.zeros((len(streams), len(KINDS), count)), np.zeros(count)
-    for number, places, rows in _by_stream(streams, packs.ids):
+    for number, places, rows in samples_by_stream(streams, packs.ids):
         stream = streams[number]
         cells = stream.kinds[rows] * np.int64(count) + packs_of[places]
         sums = np.bincount(cells, stream.lengths[rows], len(KINDS) * count)
@@ -342,7 +342,9 @@ def _first_ids(streams: Sequence[StreamSamples]) -> Integers:
     return np.cumsum([0] + [len(stream.lengths) for stream in streams])
 
 
-def _by_stream(streams: Sequence[StreamSamples], ids: SampleIds) -> Iterator[tuple[int, Any, SampleIds]]:
+def samples_by_stream(
+    streams: Sequence[StreamSamples], ids: SampleIds
+) -> Iterator[tuple[int, Any, SampleIds]]:
     """Yield for each stream its number, the places of its samples in `ids`, and their rows in its sidecar."""
     for number, (begin, end) in enumerate(itertools.pairwise(_first_ids(streams).tolist())):
         places = np.flatnonzero((ids >= begin) & (ids < end)) if len(streams) > 1 else slice(None)
@@ -429,7 +431,7 @@ def _measure(
         sizes = np.diff(offsets[begin : end + 1].astype(np.int64))
         batches = np.repeat((np.arange(begin, end) // batch).astype(np.int32), sizes)
         lengths, sample_images = np.empty(len(some), np.float64), np.empty(len(some), np.int64)
-        for number, places, rows in _by_stream(streams, some):
+        for number, places, rows in samples_by_stream(streams, some):
             stream = streams[number]
             own = lengths[places] = stream.lengths[rows]
             sample_images[places] = stream.images[rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from unitoken.common.cli import short_count
 from unitoken.common.config import Config
 from unitoken.streaming_data.arrays import Floats
 from unitoken.streaming_data.tables import format_table
@@ -102,7 +103,7 @@ class PlanReport(Config):
             cells = [_short_name(stream.name), f"{stream.asked:.1%}"]
             for column, total in zip(columns, totals, strict=True):
                 value = getattr(stream, column)
-                cells += [_short_count(value), f"{value / max(total, 1):.1%}"]
+                cells += [short_count(value), f"{value / max(total, 1):.1%}"]
             rows.append(cells)
         return format_table(rows, left=1)
 
@@ -150,13 +151,3 @@ class PlanReport(Config):
 
 def _short_name(name: str) -> str:
     return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 3]}..."
-
-
-def _short_count(count: int) -> str:
-    """Return a number in at most six characters: 12,345 or 12.3M."""
-    if count < 100_000:
-        return f"{count:,}"
-    for scale, letter in ((1e6, "M"), (1e9, "G")):
-        if count < 999.5 * scale:
-            return f"{count / scale:.3g}{letter}"
-    return f"{count / 1e12:.3g}T"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
@@ -34,17 +34,23 @@ class _StageFile(Config):
 
     data: DataConfig
     model: _ModelSection = _ModelSection()
+    max_duration: str | None = None
 
 
-def read_data_section(path: Path, overrides: Sequence[str]) -> tuple[DataConfig, dict[str, Any] | str | None]:
+class DataSection(NamedTuple):
+    """What a stage's file says of its data."""
+
+    data: DataConfig
+    vision: dict[str, Any] | str | None = None  # `model.vision`
+    max_duration: str | None = None  # as the stage writes it, 2ep or 1000ba
+
+
+def read_data_section(path: Path, overrides: Sequence[str]) -> DataSection:
     """Read the data settings of a stage's YAML file, or of a file that holds these settings alone.
 
     Args:
         path: the YAML file.
         overrides: `key=value` settings; for a file with the section alone, `data.` may be left out.
-
-    Returns:
-        The data settings, and the stage's `model.vision` (None where there is none).
 
     Raises:
         ConfigError: the file can not be read, or a setting is wrong.
@@ -52,9 +58,9 @@ def read_data_section(path: Path, overrides: Sequence[str]) -> tuple[DataConfig,
     keys = load_config(_AnyKeys, path, []).model_extra or {}
     if "streams" in keys:
         own = [override.removeprefix("data.") for override in overrides]
-        return load_config(DataConfig, path, own), None
+        return DataSection(load_config(DataConfig, path, own))
     stage = load_config(_StageFile, path, overrides)
-    return stage.data, stage.model.vision
+    return DataSection(stage.data, stage.model.vision, stage.max_duration)
 
 
 def tower_size(

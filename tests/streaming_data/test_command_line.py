@@ -86,6 +86,19 @@ def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage: Path) -> None
     assert "; lower data.global_batch, or raise `repeat` or `epoch_samples`" in out
 
 
+def test_plan_writes_its_page(stage: Path, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    settings = ("data.global_batch=2", "max_duration=3ep")
+    code, out = run("plan", stage, *settings, "--report", page)
+    assert (code, out.splitlines()[-1]) == (0, str(page))
+    text = page.read_text()
+    assert "x 3 epochs" in text
+    assert "Add <code>--sweep-length</code>" in text
+    assert len(text) < 300_000
+    code, out = run("plan", stage, *settings, "--report", tmp_path / "none" / "plan.html")
+    assert (code, out.splitlines()[-1][:22]) == (2, "error: --report " + str(tmp_path)[:6])
+
+
 def test_plan_warns_of_mixtures_that_are_likely_mistakes(stage: Path) -> None:
     assert "warning" not in run("plan", stage)[1]
     write_dataset(
