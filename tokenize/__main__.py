@@ -127,29 +127,51 @@ def preview(
     out_dir: OutArgument,
     overrides: Overrides = None,
     config: OtherConfigOption = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 4,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n",
+            min=1,
+            help="How many samples; with --serve, on a page.  [default: 4, with --serve 20]",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="A folder for a web page with pictures, instead of text on the terminal."),
     ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Page through the whole dataset in a browser on this machine."),
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Of --serve; 0 takes any that is free.")
+    ] = 8000,
 ) -> None:
     """Show samples as the model sees them.
 
-    Text that is trained on is green, images are [image HxW]. With --out each image is shown beside the
-    picture decoded from its codes: what the image tokenizer kept of it.
+    Text that is trained on is green, images are [image HxW]. With --out and --serve each image is shown
+    beside the picture decoded from its codes, what the image tokenizer kept of it; and the whole dataset is
+    shown in figures.
     """
     with one_line_errors():
         from unitoken.tokenize.prepare import load_settings
 
+        if serve and out is not None:
+            raise ConfigError("--serve and --out: expected one of them")
         settings = load_settings(out_dir, config, DEFAULT_CONFIG, overrides or [])
-        if out is None:
+        if serve:
+            from unitoken.tokenize.checks.browse import serve_dataset
+
+            serve_dataset(out_dir, settings, n or 20, port)
+        elif out is not None:
+            from unitoken.tokenize.checks.gallery import write_page
+
+            write_page(out_dir, settings, n or 4, out)
+        else:
             from unitoken.tokenize.checks.preview import show_samples
 
-            show_samples(out_dir, settings.tokenizer, n)
-            return
-        from unitoken.tokenize.checks.gallery import write_page
-
-        write_page(out_dir, settings, n, out)
+            show_samples(out_dir, settings.tokenizer, n or 4)
 
 
 @app.command()

@@ -2,61 +2,47 @@
 
 What is lost between the two can not be learned by any training.
 
-    out/index.html    the samples in order, what is trained on in green
+    out/index.html    the dataset in figures, then samples from all over it, what is trained on in green
     out/0003-1.png    image 1 of sample 3: the original as it was cropped for the image tokenizer | decoded
 """
 
 from __future__ import annotations
 
 import html
-import io
-import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
-from unitoken.codec.image_tokenizer.encoder import VisionCodec, load_vision
-from unitoken.codec.image_tokenizer.files import check_decoder, find_image_tokenizer
-from unitoken.codec.passages import describe
-from unitoken.common.cli import report
+from unitoken.codec.image_tokenizer.encoder import VisionCodec
+from unitoken.common.cli import notify, report
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import write_aside
-from unitoken.dataset import images
-from unitoken.dataset.image_files import ImageError
-from unitoken.dataset.manifest import UNKNOWN, Manifest
+from unitoken.common.html_page import html_page
 from unitoken.dataset.record import Record
-from unitoken.tokenize.checks.preview import Dataset, open_dataset, read_records
+from unitoken.tokenize.checks import dataset_figures, sample_cards, sample_filters
+from unitoken.tokenize.checks.dataset_figures import CodeUsage, dataset_sections, dataset_tiles
+from unitoken.tokenize.checks.preview import Dataset, open_dataset
+from unitoken.tokenize.checks.sample_cards import Figure, decode_pairs, load_codec, sample_card
+from unitoken.tokenize.checks.sample_filters import filter_form
+from unitoken.tokenize.checks.sample_reader import SampleReader, spread_numbers
+from unitoken.tokenize.checks.sample_table import Filters, SampleTable
 from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.finished_chunks import map_in_threads
+from unitoken.tokenize.rejects import group_rejects
 
-GAP = 8  # white pixels between original and decoded picture
-SHOWN_HEIGHT = 256  # smaller pictures are enlarged by a whole factor, up to this height
-STYLE = """
-body { margin: 0 auto; max-width: 1120px; padding: 32px 24px; color: #1c2330 }
-body { font: 15px/1.6 system-ui, "DejaVu Sans", sans-serif }
-h1 { font-size: 22px } h2 { font-size: 15px; margin: 0 0 8px }
-h2 small, figcaption, p { color: #667085; font-weight: normal }
-section { border: 1px solid #e4e7ec; border-radius: 10px; padding: 16px 20px; margin-top: 16px }
-.text { white-space: pre-wrap; overflow-wrap: anywhere }
-.trained { color: #14804a } .special { opacity: .55; font-size: 12px }
-figure { margin: 10px 0 14px } figcaption { font-size: 13px; white-space: normal }
-figure.trained img { outline: 3px solid #14804a; outline-offset: 2px }
-img { max-width: 100%; image-rendering: pixelated }
-"""
-
-
-class Pair(NamedTuple):
-    """An original beside its decoded picture, or the decoded picture alone."""
-
-    pixels: npt.NDArray[np.uint8]
-    caption: str
+STYLE = dataset_figures.STYLE + sample_cards.STYLE + sample_filters.STYLE
+LEGEND = (
+    "Each picture: as it was cropped | decoded from its codes. "
+    '<span class="trained">Green</span> is trained on.'
+)
+SAMPLES_AT_ONCE = 64
+PROGRESS_SECONDS = 10.0
 
 
 def write_page(out: str, settings: TokenizeConfig, count: int, folder: Path) -> None:
-    """Write a page with the first samples of a dataset.
+    """Write a page with a dataset in figures and with samples from all over it.
 
     Args:
         out: path or URL of the dataset.
@@ -68,91 +54,70 @@ def write_page(out: str, settings: TokenizeConfig, count: int, folder: Path) -> 
         ConfigError: no dataset, another tokenizer than its own, or the folder can not be written.
     """
     dataset = open_dataset(out, settings.tokenizer)
-    codec = _load_codec(dataset.manifest, settings, out)
-    sections = []
-    for number, record in enumerate(itertools.islice(read_records(dataset.store), count)):
-        pairs = list(_decoded_pairs(record, dataset, codec))
-        names = [f"{number:04d}-{image}.png" for image in range(len(pairs))]
-        for name, pair in zip(names, pairs, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(pair.pixels).save(buffer, "PNG")
-            _write_file(folder, name, buffer.getvalue())
-        sections.append(_section(record, dataset, names, pairs))
-    _write_file(folder, "index.html", _page(out, dataset.manifest, sections).encode())
-    report(f"{folder / 'index.html'}: {len(sections)} samples")
+    codec = load_codec(dataset.manifest, settings, out)
+    reader = SampleReader(dataset.store)
+    usage = CodeUsage(np.zeros(dataset.manifest.vision.codebook_size, np.int64))
+    cards: list[str] = []
+    with SampleTable(dataset.store, reader.entries) as table:
+        for numbers, records in _read_spread(reader, count):
+            usage.add(records, dataset)
+            shown = _write_pictures(numbers, records, dataset, codec, folder)
+            for number, record, figures in zip(numbers, records, shown, strict=True):
+                cards.append(sample_card(number, record, dataset, table, figures))
+    usage.is_whole = len(cards) == len(reader)
+    page = _page(out, dataset, table, dataset_sections(table, usage, group_rejects(out)), cards)
+    _write_file(folder, "index.html", page.encode())
+    report(f"{folder / 'index.html'}: {len(cards)} samples")
 
 
-def _load_codec(manifest: Manifest, settings: TokenizeConfig, out: str) -> VisionCodec:
-    import torch
-
-    given, expected = find_image_tokenizer(settings.vision), manifest.vision
-    if expected.weights not in (UNKNOWN, given.fingerprint) or expected.codebook_size != given.codebook_size:
-        raise ConfigError(
-            f"vision.weights: {settings.vision.weights}: its fingerprint is {given.fingerprint} "
-            f"({given.codebook_size} codes), {out} was made with {expected.weights} "
-            f"({expected.codebook_size} codes)"
-        )
-    check_decoder(given, settings.vision.weights, "vision.weights")
-    return load_vision(settings.vision, "cuda" if torch.cuda.is_available() else "cpu")
+def _read_spread(reader: SampleReader, count: int) -> Iterator[tuple[list[int], list[Record]]]:
+    """Yield samples from all over the dataset, some at once, with their numbers; print progress."""
+    numbers = spread_numbers(len(reader), count)
+    last_notice = time.monotonic()
+    for start in range(0, len(numbers), SAMPLES_AT_ONCE):
+        some = numbers[start : start + SAMPLES_AT_ONCE]
+        yield some, list(map_in_threads(reader.read, some))
+        if time.monotonic() - last_notice > PROGRESS_SECONDS:
+            last_notice = time.monotonic()
+            notify(f"preview: {start + len(some):,} of {len(numbers):,} samples")
 
 
-def _decoded_pairs(record: Record, dataset: Dataset, codec: VisionCodec) -> Iterator[Pair]:
-    """Yield the pictures of a record, in order."""
+def _write_pictures(
+    numbers: list[int], records: list[Record], dataset: Dataset, codec: VisionCodec | None, folder: Path
+) -> list[list[Figure]]:
+    """Write the pictures of samples beside the page; return those of each sample."""
+    if codec is None:
+        return [[] for _ in records]
+    places = [
+        (place, image) for place, record in enumerate(records) for image in range(len(record.image_spans))
+    ]
+    pairs = decode_pairs([(records[place], image) for place, image in places], dataset, codec)
+    figures: list[list[Figure]] = [[] for _ in records]
+    for (place, image), pair in zip(places, pairs, strict=True):
+        name = f"{numbers[place]:04d}-{image}.png"
+        _write_file(folder, name, pair.png())
+        height, width = pair.pixels.shape[:2]
+        figures[place].append(Figure(name, width, height, pair.caption))
+    return figures
+
+
+def _page(out: str, dataset: Dataset, table: SampleTable, figures: str, cards: list[str]) -> str:
     manifest = dataset.manifest
-    for number, ((start, end, *_), data) in enumerate(zip(record.image_spans, record.images, strict=True)):
-        codes = dataset.vocabulary.image_codes(record.tokens[start:end])
-        decoded = codec.decode(codes[None])[0]
-        height, width = decoded.shape[:2]
-        if not len(data):
-            yield Pair(decoded, f"from its {codes.size} codes; the dataset has no originals")
-            continue
-        chance = None
-        if manifest.crop_position == "random":
-            chance = images.crop_generator(manifest.seed, record.id, number)
-        try:
-            with images.decoded(data, compat=manifest.compat is not None) as original:
-                size = original.size
-                cropped = images.tokenizer_pixels(original, (width, height), chance)
-        except ImageError as error:
-            yield Pair(decoded, f"from its {codes.size} codes; the original can not be read: {error}")
-            continue
-        gap = np.full((height, GAP, 3), 255, np.uint8)
-        yield Pair(
-            np.hstack([cropped, gap, decoded]),
-            f"{size[0]} x {size[1]}, cut to {width} x {height}  |  from its {codes.size} codes",
-        )
+    chosen = "all of them" if len(cards) == manifest.samples else "chosen from all over the dataset"
+    body = f"""<h1>{html.escape(out)}</h1><p>{about(dataset)}</p>
+<p><a href="#samples">Samples</a> are below the figures.</p>{dataset_tiles(manifest, table)}{figures}
+<h2 class="samples" id="samples">{len(cards):,} samples, {chosen}</h2>
+<p>{LEGEND}</p>
+{filter_form(table, Filters(), "", button=False)}
+{"".join(cards)}"""
+    return html_page(out, body, STYLE, sample_filters.SCRIPT, files=True)
 
 
-def _section(record: Record, dataset: Dataset, names: list[str], pairs: list[Pair]) -> str:
-    """Return the HTML of a sample."""
-    targets = int((record.labels() >= 0).sum())
-    figures = iter(zip(names, pairs, strict=True))
-    parts = []
-    for kind, text, trained in describe(record, dataset.vocabulary, dataset.tokenizer):
-        style = f"{kind} trained" if trained else kind
-        if kind == "image":
-            name, pair = next(figures)
-            height, width = pair.pixels.shape[:2]
-            picture = f'<img src="{name}" width="{width * max(1, SHOWN_HEIGHT // height)}" alt="{text}">'
-            parts.append(f'<figure class="{style}">{picture}<figcaption>{pair.caption}</figcaption></figure>')
-        else:
-            parts.append(f'<span class="{style}">{html.escape(text)}</span>')
-    head = f"{html.escape(record.id)} <small>{len(record.tokens):,} tokens, {targets:,} trained on</small>"
-    return f'<section><h2>{head}</h2><div class="text">{"".join(parts)}</div></section>'
-
-
-def _page(out: str, manifest: Manifest, sections: list[str]) -> str:
-    name, vision = html.escape(out), manifest.vision
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-    about = (
-        f"the first {len(sections)} of {manifest.samples:,} samples; "
-        f"{vision.kind} {vision.weights}, {vision.precision}"
-    )
-    legend = (
-        "Each picture: as it was cropped | decoded from its codes. "
-        '<span class="trained">Green</span> is trained on.'
-    )
-    return f"{head}<h1>{name}</h1><p>{about}<br>{legend}</p>{''.join(sections)}</html>\n"
+def about(dataset: Dataset) -> str:
+    """Return what a dataset was made with, as HTML."""
+    vision = dataset.manifest.vision
+    crop = f"crop {dataset.manifest.crop}, target size {dataset.manifest.target_size}"
+    return html.escape(f"image tokenizer {vision.kind} {vision.weights}, {vision.precision}; {crop}")
 
 
 def _write_file(folder: Path, name: str, data: bytes) -> None:

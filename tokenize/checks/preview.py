@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from unitoken.codec.passages import Passage, describe
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.manifest import VOCABULARY, Manifest, read_manifest
@@ -15,7 +13,7 @@ from unitoken.dataset.record import Record
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import Store
-from unitoken.tokenize.checks.verify_chunks import read_root_index
+from unitoken.tokenize.checks.sample_reader import SampleReader
 
 
 class Dataset(NamedTuple):
@@ -84,17 +82,6 @@ def _style(passage: Passage) -> str:
 
 
 def read_records(store: Store) -> Iterator[Record]:
-    """Yield a dataset's samples in order.
-
-    Each is a request of its own: reading a few of them costs little, wherever the dataset is.
-    """
-    from streaming.base.format import reader_from_json
-
-    for entry in read_root_index(store):
-        reader = reader_from_json(".", None, entry)
-        reader.validate(allow_unsafe_types=False)  # pickled columns run code
-        name = entry["raw_data"]["basename"]
-        for number in range(entry["samples"]):
-            offsets = store.read_range(name, 4 * (number + 1), 4 * (number + 3))
-            start, end = np.frombuffer(offsets, "<u4").tolist()
-            yield Record.from_mds(reader.decode_sample(store.read_range(name, start, end)))
+    """Yield a dataset's samples in order."""
+    reader = SampleReader(store)
+    yield from map(reader.read, range(len(reader)))
