@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan-memory": models.plan_memory,
     "check": models.check,
     "train": train,
+    "report": models.report_runs,
     "generate": models.generate,
     "chat": models.chat,
     "evaluate": models.evaluate,

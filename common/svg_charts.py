@@ -23,6 +23,7 @@ def line_chart(
     y_label: str,
     marks: Sequence[tuple[float, str]] = (),
     log_y: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Return a chart of lines.
 
@@ -34,13 +35,14 @@ def line_chart(
         y_label: what the y axis shows.
         marks: places on the x axis with what happened there, as dashed lines.
         log_y: show powers of ten at equal distances; values that are not above 0 are left out.
+        from_zero: let the y axis begin at 0, so that small changes look small.
     """
     lines = {name: _thinned(_shown_points(xs, ys, log_y)) for name, (xs, ys) in series.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return _nothing(y_label)
     places = [x for points in lines.values() for x, _ in points]
-    values = [y for points in lines.values() for _, y in points]
+    values = [y for points in lines.values() for _, y in points] + ([0.0] if from_zero else [])
     plot = _Plot(_widened(min(places), max(places)), _value_range(values, log_y), log_y)
     parts = [plot.axes(x_label, y_label)]
     for place, text in marks:

@@ -48,6 +48,7 @@ INSIDE = {
             "model",
             "checkpoint",
             "run",
+            "report",
             "export",
             "distributed",
             "accounting",

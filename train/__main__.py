@@ -2,6 +2,7 @@ r"""Use a trained model: export it, or let it answer and draw; or see what a sta
 
     python -m unitoken.train check yamls/stage2.yaml
     python -m unitoken.train plan-memory yamls/stage2.yaml --gpu 80gb --gpus 8
+    python -m unitoken.train report runs/stage1 runs/stage2
     python -m unitoken.train export runs/stage2 out/model
     python -m unitoken.train evaluate runs/stage2 --suite suites/reading.yaml
     python -m unitoken.train generate out/model --prompt "Draw a cat." \
@@ -132,6 +133,24 @@ def check(
         for line in [*overview.warnings, *space_warnings(overview)]:
             warn(line)
         show(overview, make_console())
+
+
+@app.command("report")
+def report_runs(
+    runs: Annotated[list[str], typer.Argument(help="Folders or URLs of runs.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write a page about runs, and what differs between them.
+
+    It reads what they logged and nothing else, also while they train. A run writes the page about itself into
+    its folder when it ends.
+    """
+    with one_line_errors():
+        from unitoken.train.report.page import write_report
+        from unitoken.train.run.bucket import fetch_logs
+
+        write_report([(run, fetch_logs(run)) for run in runs], out)
+        report(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
 
 
 Trained = Annotated[str, typer.Argument(help="A run's folder or URL, a checkpoint, or an exported folder.")]

@@ -55,6 +55,7 @@ from unitoken.train.model.float8 import use_float8
 from unitoken.train.model.lora import add_adapters
 from unitoken.train.model.unitoken import UniToken, build_model
 from unitoken.train.optim import build_optimizer, count_trained, freeze
+from unitoken.train.report.page import write_run_report
 from unitoken.train.run import run_folder
 from unitoken.train.run.bucket import bucket_of, local_origin, working_folder
 from unitoken.train.run.initial_weights import find_initial_weights, growth_of
@@ -448,8 +449,10 @@ def _finish(config: StageConfig, resolved: ResolvedStage, callbacks: _Callbacks)
     """Report how the run ended, and export the model. Raises SystemExit after a signal."""
     folder, signal = working_folder(config), callbacks.interruption.signal
     bucket = bucket_of(config)
-    if bucket is not None and ranks.is_first_rank():
-        bucket.send_small_files()  # what was written after the last checkpoint
+    if ranks.is_first_rank():
+        write_run_report(folder)
+        if bucket is not None:
+            bucket.send_small_files()  # what was written after the last checkpoint
     if signal:
         saved_at = callbacks.saver.saved_at
         _report(f"{config.name}: interrupted at step {saved_at}, saved; the same command goes on")

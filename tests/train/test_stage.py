@@ -75,7 +75,8 @@ def test_a_stage_learns_and_writes_a_line_per_step(uninterrupted: Path) -> None:
         assert line["useful"] == line["tokens"] / (4 * 64)
     checkpoints_kept = {"latest", "step-00000016", "step-00000018"}
     about = {".lock", "stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
-    assert {path.name for path in uninterrupted.iterdir()} == {"metrics.jsonl", *checkpoints_kept, *about}
+    logs = {"metrics.jsonl", "starts.jsonl", "report.html"}
+    assert {path.name for path in uninterrupted.iterdir()} == logs | checkpoints_kept | about
     assert latest_checkpoint(uninterrupted) == uninterrupted / "step-00000018"
 
 

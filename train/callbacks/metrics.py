@@ -29,7 +29,6 @@ from typing import Any, TextIO
 
 from composer import Callback, Logger, State
 
-from unitoken.common.cli import warn
 from unitoken.common.files import write_aside
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.train.accounting.flops import FlopsPerUnit
@@ -38,8 +37,7 @@ from unitoken.train.callbacks.intervals import is_due
 from unitoken.train.callbacks.optimisation import Optimisation
 from unitoken.train.callbacks.progress import StepProgressLines
 from unitoken.train.distributed import ranks
-
-METRICS = "metrics.jsonl"
+from unitoken.train.run.log_files import METRICS, note_start, read_metrics
 
 
 class Metrics(Callback):  # type: ignore[misc]
@@ -91,9 +89,11 @@ class Metrics(Callback):  # type: ignore[misc]
         """Open metrics.jsonl, without the lines after the step that the run goes on from."""
         if ranks.is_first_rank():
             done = state.timestamp.batch.value
-            lines = read_metrics(self.path) if self.path.exists() else []
+            lines = list(read_metrics(self.path)) if self.path.exists() else []
+            reached = max((line["step"] for line in lines), default=done)
             lines = [line for line in lines if line["step"] <= done]
             write_aside(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            note_start(self.path.parent, done, reached, ranks.world_size())
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
             self.progress.start(done)
         self.step_start = time.perf_counter()
@@ -176,21 +176,3 @@ def logger_metrics(line: dict[str, Any], prefix: str) -> dict[str, float]:
         elif value is not None and key != "step":
             flat[f"{prefix}/{key}"] = value
     return flat
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file, evaluations included.
-
-    A line that a kill or a disk has broken is left out with a warning.
-    """
-    lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            line = json.loads(text) if text.strip() else None
-        except (ValueError, RecursionError):
-            line = text
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-        elif line is not None:
-            warn(f"{path}: line {number} is broken and left out")
-    return lines

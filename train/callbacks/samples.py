@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +35,7 @@ from unitoken.train.generation.prompts import build_prompt
 from unitoken.train.generation.sampling import Sampling
 from unitoken.train.generation.settings import check_trained_vocabulary
 from unitoken.train.model.unitoken import UniToken
-
-SAMPLES = "samples"
+from unitoken.train.run.log_files import ANSWERS, DRAWINGS, SAMPLES, write_rows
 
 
 class _Answer(NamedTuple):
@@ -144,17 +142,12 @@ class Samples(Callback):  # type: ignore[misc]
             for number, image in enumerate(images):
                 (folder.path / f"{number}.png").write_bytes(png(image))
             drawings = [(f"{number}.png", text) for number, text in enumerate(self._config.draw)]
-            _write_rows(folder.path / "drawings.txt", drawings)
-            _write_rows(folder.path / "answers.txt", answers)
+            write_rows(folder.path / DRAWINGS, drawings)
+            write_rows(folder.path / ANSWERS, answers)
             # A run that goes on from an older checkpoint repeats steps; a folder of that step is of the
             # earlier model.
             shutil.rmtree(target, ignore_errors=True)
             folder.publish()
-
-
-def _write_rows(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """Write one line per row, its cells separated by tabs; line breaks in cells become spaces."""
-    path.write_text("".join(" ".join("\t".join(row).splitlines()) + "\n" for row in rows), "utf-8")
 
 
 def sheet(pictures: list[Pixels]) -> Pixels:

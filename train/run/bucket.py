@@ -71,6 +71,18 @@ def fetch_origin(source: str, cache: Path | None = None) -> str:
     return origin
 
 
+def fetch_logs(source: str) -> Path:
+    """Return the folder of a run; of one in a bucket, a copy of its small files without any checkpoint.
+
+    Raises:
+        StoreError: the bucket can not be read.
+    """
+    folder = Path(local_origin(source))
+    if is_url(source):
+        BucketRun(source, folder).fetch_small_files()
+    return folder
+
+
 class BucketRun:
     """A run's folder in a bucket, and this machine's working folder.
 
@@ -105,12 +117,15 @@ class BucketRun:
             exclusive_lock(self.folder / LOCK, at_work),
         ):
             sizes = self._store.sizes()
-            small = {name: size for name, size in sizes.items() if not _CHECKPOINT_FILE.fullmatch(name)}
             newest = self._fetch_newest(_complete(sizes))
-            self._remove_others(small, newest)
-            for name, size in small.items():
-                if not (name.startswith(_GROWING) and _size(self.folder / name) == size):
-                    self._download(name)
+            self._remove_others(_small(sizes), newest)
+            self.fetch_small_files()
+
+    def fetch_small_files(self) -> None:
+        """Bring the files of the run that belong to no checkpoint. Raises StoreError."""
+        for name, size in _small(self._store.sizes()).items():
+            if not (name.startswith(_GROWING) and _size(self.folder / name) == size):
+                self._download(name)
 
     def _fetch_newest(self, complete: list[str]) -> str | None:
         """Fetch the newest checkpoint that is not damaged; return its name, or None if there is none."""
@@ -225,6 +240,11 @@ class BucketRun:
             is_own = name.startswith(("step-", "damaged-")) or path.name.startswith(ASIDE) or name == LOCK
             if not is_own and path.is_file() and not path.is_symlink():
                 yield name, path
+
+
+def _small(sizes: dict[str, int]) -> dict[str, int]:
+    """Return the files in a listing that belong to no checkpoint."""
+    return {name: size for name, size in sizes.items() if not _CHECKPOINT_FILE.fullmatch(name)}
 
 
 def _complete(sizes: dict[str, int]) -> list[str]:

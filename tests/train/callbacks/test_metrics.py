@@ -16,11 +16,12 @@ from support.paths import ROOT
 from support.stages import evaluations, metrics, stage, write_data
 from unitoken.common.errors import ConfigError
 from unitoken.train.callbacks.loggers import build_loggers
-from unitoken.train.callbacks.metrics import Metrics, read_metrics
+from unitoken.train.callbacks.metrics import Metrics
 from unitoken.train.callbacks.progress import StepProgressLines
 from unitoken.train.check import check_stage
 from unitoken.train.config import StageConfig
 from unitoken.train.distributed import ranks
+from unitoken.train.run.log_files import read_metrics
 from unitoken.train.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's, streaming's and tensorboard's own
