@@ -8,7 +8,7 @@
 3. Train a small UniToken model on both, mixed and packed, on 2 ranks: base training, Stage I, Stage II.
    Stage II is trained a second time: it is killed halfway and resumed, and its losses are compared with those
    of the first time.
-4. Let the model read held-out digits and draw all ten.
+4. Let the model read held-out digits and draw all ten: `unitoken evaluate` with demo/suite.yaml.
 5. Write demo/out/report.html. The last line on stdout is a JSON object with the measured figures.
 """
 
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "demo" / "out"
 DATA = OUT / "data"
 RUNS = OUT / "runs"
+RESULTS = OUT / "evaluation"
 DATASETS = ("captions", "drawings")
 STAGES = ("base", "stage1", "stage2")
 RESUMED = "stage2-resumed"
@@ -120,6 +121,15 @@ def train() -> int:
     return killed_at
 
 
+def evaluate(run: str) -> dict[str, dict[str, float]]:
+    """Score a run on demo/suite.yaml. Returns the scores of each task."""
+    command = [sys.executable, "-m", "unitoken.train", "evaluate", str(RUNS / run)]
+    options = ["--suite", "demo/suite.yaml", "--out", str(RESULTS)]
+    subprocess.run([*command, *options], cwd=ROOT, env=ENVIRONMENT, check=True)
+    result = json.loads((RESULTS / "result.json").read_text(encoding="utf-8"))
+    return {name: task["scores"] for name, task in result["tasks"].items()}
+
+
 def describe_samples() -> list[list[tuple[str, bool]]]:
     """Show the first sample of each dataset as (piece of text, whether it is trained on)."""
     from streaming import StreamingDataset
@@ -175,16 +185,15 @@ def main() -> None:
 
     say("reading held-out digits and drawing all ten")
     from demo import report
-    from demo.evaluate import Evaluation
+    from demo.evaluate import answers_of_suite, drawings_of_suite, trained_plan
 
-    evaluation = Evaluation.of_run(RUNS / RESUMED)
-    answers = evaluation.read(DATA / "heldout.json")
-    drawings = evaluation.draw()
+    scores = evaluate(RESUMED)
     figures = measured_figures(
-        evaluation.plan(),
-        caption_accuracy=sum(answer.is_right for answer in answers) / len(answers),
-        drawing_accuracy=sum(drawing.is_right for drawing in drawings) / len(drawings),
+        trained_plan(RUNS / RESUMED),
+        caption_accuracy=scores["reading"]["exact_match"],
+        drawing_accuracy=scores["drawing"]["classifier"],
     )
+    answers, drawings = answers_of_suite(RESULTS, DATA), drawings_of_suite(RESULTS)
     curves = {stage: losses(stage) for stage in STAGES}
     parts = report.Report(figures, curves, killed_at, drawings, answers[:30], describe_samples())
     report.write_report(OUT / "report.html", parts)

@@ -2,7 +2,8 @@
 
     python -m demo.digits FOLDER
 
-writes FOLDER/images/*.png and the input files captions.json and drawings.json (training) and heldout.json.
+writes FOLDER/images/*.png, the input files captions.json and drawings.json (training), and heldout.json and
+requests.json (evaluation).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _item(index: int, view: int, human: str, gpt: str, name: str) -> dict[str, o
 
 
 def write(folder: Path) -> None:
-    """Write the pictures and the three input files."""
+    """Write the pictures and the four files."""
     digits = load_digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     train, held_out = split()
@@ -110,7 +111,13 @@ def write(folder: Path) -> None:
         for i in train.tolist()
     ]
     questions = [_item(i, 0, QUESTIONS[0], word[i], "heldout") for i in held_out.tolist()]
-    for name, items in (("captions", captions), ("drawings", drawings), ("heldout", questions)):
+    requests = [{"prompt": REQUESTS[0].format(word), "answer": word} for word in WORDS]
+    for name, items in (
+        ("captions", captions),
+        ("drawings", drawings),
+        ("heldout", questions),
+        ("requests", requests),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(items, indent=1) + "\n", encoding="utf-8")
 
 

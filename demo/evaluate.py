@@ -1,18 +1,20 @@
-"""Evaluate the trained model: it reads digits that it has never seen, and draws all ten."""
+"""What a model reads, draws and answers, and the results of a suite as the demo's report shows them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
+from PIL import Image
 from streaming import StreamingDataset
 
-from demo.digits import REQUESTS, WORDS, small, split
+from demo.classify import name_digit
+from demo.digits import REQUESTS, WORDS
 from demo.report import Answer, Drawing
 from unitoken.common.config import load_config
 from unitoken.dataset.images import decode
@@ -33,8 +35,6 @@ from unitoken.train.model.unitoken import UniToken
 
 DRAWINGS_PER_DIGIT = 10
 SIZE = (16, 16)  # pixels of the demo's pictures for the image tokenizer: 4 x 4 latents
-# A classifier recognizes 85 to 93 % of the digits drawn with guidance 1 (none), 96 to 99 % with 2,
-# 98 to 100 % with 3 (three seeds).
 DRAWING = Sampling(temperature=0.8, guidance=3.0)
 READING = Sampling(temperature=0.0)
 
@@ -98,12 +98,9 @@ class Evaluation:
             self.model, self.dialogue.vocabulary, prompts, sampling, sizes=sizes, drawing=True, batch=64
         )
         pictures = [reply.pictures[0] for reply in self.dialogue.decode(replies)]
-        digits, train = load_digits(), split()[0]
-        classifier = SVC(gamma=0.001).fit(digits.data[train], digits.target[train])
-        labels = classifier.predict(np.stack([small(picture) for picture in pictures]))
         return [
-            Drawing(picture, word, WORDS[label])
-            for picture, word, label in zip(pictures, words, labels, strict=True)
+            Drawing(picture, word, name_digit(Image.fromarray(picture)))
+            for picture, word in zip(pictures, words, strict=True)
         ]
 
     def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
@@ -139,15 +136,44 @@ class Evaluation:
             total, count = total + loss.token_ce.sum().item(), count + len(loss.token_ce)
         return total / count
 
-    def plan(self) -> PlanReport:
-        """Load the report of the plan that the stage was trained with."""
-        resolved = check_stage(self.config, world_size=1)
-        loader = build_loader(
-            self.config.data,
-            views=resolved.views,
-            vocabulary=resolved.vocabulary,
-            batch_packs=self.config.data.global_batch,
-            compat=resolved.compat,
-            sources=resolved.train.sources,
-        )
-        return loader.dataset.plan.report
+
+def trained_plan(run: Path) -> PlanReport:
+    """Load the report of the plan that a run was trained with."""
+    config = load_config(StageConfig, run / STAGE)
+    resolved = check_stage(config, world_size=1)
+    loader = build_loader(
+        config.data,
+        views=resolved.views,
+        vocabulary=resolved.vocabulary,
+        batch_packs=config.data.global_batch,
+        compat=resolved.compat,
+        sources=resolved.train.sources,
+    )
+    return loader.dataset.plan.report
+
+
+def answers_of_suite(results: Path, data: Path) -> list[Answer]:
+    """Return the answers that `unitoken evaluate` wrote, with the pictures that they are about."""
+    items = json.loads((data / "heldout.json").read_text(encoding="utf-8"))
+    return [
+        Answer(_pixels(data / item["image"][0]), line["expected"][0], line["text"])
+        for item, line in zip(items, _lines(results / "reading"), strict=True)
+    ]
+
+
+def drawings_of_suite(results: Path) -> list[Drawing]:
+    """Return the drawings that `unitoken evaluate` wrote, and which digits the classifier sees in them."""
+    folder = results / "drawing"
+    return [
+        Drawing(_pixels(folder / "pictures" / line["picture"]), line["expected"][0], line["classifier"])
+        for line in _lines(folder)
+    ]
+
+
+def _lines(task: Path) -> list[dict[str, Any]]:
+    text = (task / "replies.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def _pixels(path: Path) -> npt.NDArray[np.uint8]:
+    return np.asarray(decode(path.read_bytes()))

@@ -324,7 +324,7 @@ def evaluate(
 
         folder = Path(fetch_origin(checkpoint))
         stage, origin = settings(folder, config, overrides or []), find_origin(str(folder))
-        results = out or default_out(origin, suite)
+        results = out or default_out(checkpoint, origin, suite)
         opened = open_suite(suite, stage.codec)
         start_ranks(nproc)
         evaluate_checkpoint(stage, origin, opened, results)

@@ -19,7 +19,9 @@ from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE, exclusive_lock, write_aside
 from unitoken.common.hashing import sha256_of_file
 from unitoken.common.interruption import end_with_launcher
+from unitoken.common.urls import without_secrets
 from unitoken.dataset.vision_views import Views
+from unitoken.storage.store import is_url
 from unitoken.train.checkpoint.locations import (
     STEP,
     is_checkpoint,
@@ -40,14 +42,22 @@ if TYPE_CHECKING:
 EVALUATIONS = "evaluations"  # in a run's folder
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_WAIT_SILENTLY = 60.0
 
 
-def default_out(origin: Path, suite: Path) -> Path:
+def default_out(source: str, origin: Path, suite: Path) -> Path:
     """Return the folder for results: evaluations/SUITE/step-* in the folder of a run.
 
+    Args:
+        source: the checkpoint as it was named.
+        origin: the file or folder that `find_origin` found.
+        suite: the suite's file.
+
     Raises:
-        ConfigError: the checkpoint is not in the folder of a run.
+        ConfigError: the checkpoint is not in the folder of a run on this machine.
     """
+    if is_url(source):  # its copy here is made anew by every command that reads it
+        raise ConfigError(f"{without_secrets(source)}: results of a URL need a folder: name it with --out")
     if not is_checkpoint(origin) or STEP.fullmatch(origin.name) is None:
         raise ConfigError(f"{origin}: not a checkpoint in a run's folder: name a folder with --out")
     return metadata_folder(origin) / EVALUATIONS / suite.stem / f"step-{step_of(origin):08d}"
@@ -179,8 +189,12 @@ def _model(stage: StageConfig, origin: Path) -> EvaluatedModel:
 
 
 def _wait_for(is_done: Callable[[], bool]) -> None:
-    """Wait until another rank has done its part."""
+    """Wait until another rank has done its part; say so if that takes long."""
+    start, said = time.monotonic(), False
     while not is_done():
+        if not said and time.monotonic() - start > SECONDS_TO_WAIT_SILENTLY:
+            notify("waits for what other ranks do; if one has failed, start all of them again")
+            said = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

@@ -126,7 +126,8 @@ def _parse_json(text: str, name: str) -> Any:
 
 def prompt_of_item(item: Any, folder: Path, name: str) -> Conversation:
     """Parse an item of a file in `folder` as a prompt. Raises ConfigError."""
-    if isinstance(item, dict) and isinstance(prompt := item.get("prompt"), str):
+    is_prompt = isinstance(item, dict) and "conversations" not in item
+    if is_prompt and isinstance(prompt := item.get("prompt"), str):
         item = {"conversations": [{"from": "human", "value": prompt}], "image": item.get("image")}
     return parse_prompt(resolve_image_paths(item, folder), name)
 

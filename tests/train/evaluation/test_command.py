@@ -18,8 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from support.drawn import drawing_stage, write_data, write_run
+from unitoken.common.errors import ConfigError
 from unitoken.train.__main__ import app
-from unitoken.train.evaluation.command import describe_checkpoint, start_ranks
+from unitoken.train.evaluation.command import default_out, describe_checkpoint, start_ranks
 from unitoken.train.generation.engine import generate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -166,6 +167,11 @@ def test_the_default_place_is_in_the_runs_folder(folder: Path, tmp_path: Path) -
     result = CliRunner().invoke(app, ["evaluate", str(folder / "run"), "--suite", str(suite)])
     assert result.exit_code == 0, result.output
     assert (folder / "run/evaluations/mine/step-00000001/result.json").is_file()
+    checkpoint = folder / "run" / "step-00000001"
+    with pytest.raises(ConfigError, match=r"^s3://a/b: results of a URL need a folder"):
+        default_out("s3://a/b", checkpoint, suite)
+    with pytest.raises(ConfigError, match="not a checkpoint in a run's folder: name a folder with --out"):
+        default_out("out/model", tmp_path, suite)
 
 
 def test_the_losses_are_those_of_the_model_on_each_sample(folder: Path, whole: Path) -> None:

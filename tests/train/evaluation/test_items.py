@@ -24,9 +24,10 @@ def test_answers_come_from_the_item_or_its_last_turn(tmp_path: Path) -> None:
         {"conversations": turns[:1], "answer": "dog"},
         {"prompt": "What?", "answers": ["a", {"answer": "b", "answer_id": 1}]},
         {"prompt": "What?"},
+        {"prompt": "of a benchmark", "conversations": turns[:1]},
     ]
     found = read_task_items(write(tmp_path / "a.json", items))
-    assert [item.answers for item in found] == [("A cat.",), ("dog",), ("a", "b"), ()]
+    assert [item.answers for item in found] == [("A cat.",), ("dog",), ("a", "b"), (), ()]
     assert len({item.prompt.turns for item in found}) == 1, "the model never sees an answer"
     assert len(read_task_items(tmp_path / "a.json", limit=2)) == 2
 
