@@ -116,7 +116,7 @@ def _time(overview: Overview) -> str:
         duration_text(each) + (f" on {name}" if name else "")
         for each, name in zip(seconds, names, strict=True)
     ]
-    extra = [name for name in ("eval", "samples") if getattr(overview.config, name) is not None]
+    extra = [name for name in ("eval", "samples", "suite") if getattr(overview.config, name) is not None]
     without = f", without {' and '.join(extra)} and without saving" if extra else ", without saving"
     return f"about {', or '.join(shown)} for {left:,} steps{without}"
 
