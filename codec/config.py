@@ -45,7 +45,10 @@ def how_to_get(name: str) -> str:
     Returns "" for all other names.
     """
     if name.startswith("weights/vqgan"):
-        return "; Meta gives it on request, and `unitoken convert-vqgan FOLDER weights/vqgan` converts it"
+        return (
+            "; Meta gives it on request, and `unitoken convert-vqgan FOLDER weights/vqgan` converts it; or "
+            "begin with yamls/open/, whose weights `unitoken weights open` fetches"
+        )
     for command, ids in (("open", OPEN_WEIGHTS), ("chameleon", CHAMELEON_WEIGHTS)):
         if any(name.startswith(f"weights/{hub_id.split('/')[1]}") for hub_id in ids):
             return f"; `unitoken weights {command}` fetches it"

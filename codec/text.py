@@ -15,6 +15,7 @@ from typing import Any
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.codec.conversations import ItemError, brief
 from unitoken.common.errors import ConfigError, one_line
+from unitoken.common.missing_paths import where_looked
 from unitoken.dataset.vocabulary import Vocabulary
 
 # Characters that rarely merge with the text after them. A text is encoded with one of them before it, whose
@@ -29,7 +30,7 @@ CACHED_TEXTS, CACHED_LENGTH = 1 << 14, 200
 def check_tokenizer_folder(name: str) -> None:
     """Raise ConfigError if `name` can only be a folder and is missing; it would be looked up on the hub."""
     if (name.startswith(FOLDERS_BEGIN_WITH) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ConfigError(f"tokenizer: {name}: no such folder{how_to_get(name)}")
+        raise ConfigError(f"tokenizer: {name}: no such folder{where_looked(name)}{how_to_get(name)}")
 
 
 def load_tokenizer(name: str) -> Any:

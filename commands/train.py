@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unitoken.common.cli import one_line_errors
+from unitoken.common.cli import missing_package, one_line_errors
+from unitoken.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unitoken.train.config import StageConfig
 
 StageFile = Annotated[Path, typer.Argument(help="The stage's YAML file.")]
 Overrides = Annotated[
@@ -34,6 +39,15 @@ MasterPort = Annotated[
 ]
 
 
+def _check_start(config: StageConfig, nproc: int | None) -> None:
+    """Check a stage that one machine trains, as its ranks will. Raises ConfigError."""
+    from unitoken.train.overview.facts import check_start
+    from unitoken.train.overview.gpus import gpus_here
+
+    here = gpus_here()
+    check_start(config, nproc or (1 if here is None else here[1]), has_gpus=here is not None)
+
+
 def train(
     stage: StageFile,
     overrides: Overrides = None,
@@ -53,8 +67,12 @@ def train(
         from unitoken.common.config import load_config
         from unitoken.train.config import StageConfig
 
-        # A misspelt setting is found here, before processes are started.
-        load_config(StageConfig, stage, overrides or [])
+        # Mistakes are found here, before processes are started whose launcher would say them once for each.
+        config = load_config(StageConfig, stage, overrides or [])
+        if find_spec("composer") is None:
+            raise ConfigError(missing_package("composer"))
+        if world_size is None:
+            _check_start(config, nproc)
         options = {
             "-n": nproc,
             "--world_size": world_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from unitoken.common.interruption import end_on_signals, keep_status
 
 if TYPE_CHECKING:
     import typer
+
+DISTRIBUTION = "unitoken-streaming"
 
 
 def printable(text: str) -> str:
@@ -76,11 +79,32 @@ def one_line_errors(resume_hint: str = "") -> Iterator[None]:
         status, message = EXIT_USAGE, str(error)
     except (OSError, MemoryError, DataError) as error:
         status, message = EXIT_FAILURE, _with_hint(error, resume_hint)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "unitoken":
+            raise
+        status, message = EXIT_USAGE, missing_package(error.name)
     else:
         return
     keep_status(status)
     notify(f"error: {printable(message)}")
     raise SystemExit(status)
+
+
+def missing_package(module: str) -> str:
+    """Return what to do about a package that is not installed, in one line."""
+    from importlib import metadata
+
+    package, extra = module.split(".")[0], ""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for requirement in metadata.requires(DISTRIBUTION) or []:
+            if re.split(r"[^\w-]", requirement)[0].replace("-", "_") == package:
+                found = re.search(r'extra == "([\w-]+)"', requirement)
+                extra = f"[{found[1]}]" if found else ""
+                break
+    return (
+        f"the package {package} is not installed in {sys.prefix}: pip install '{DISTRIBUTION}{extra}', or "
+        "use the environment in which it is (source .venv/bin/activate)"
+    )
 
 
 def command_app(description: str | None, add_completion: bool = False) -> typer.Typer:

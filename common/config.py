@@ -19,6 +19,7 @@ import pydantic
 import yaml
 
 from unitoken.common.errors import ConfigError, one_line
+from unitoken.common.missing_paths import where_looked
 
 # The bounds are far above any real run, so that a typo is an error at the start: 10**12 epochs, a rate of
 # 1e308.
@@ -295,7 +296,8 @@ def load_config(model: type[ConfigT], path: str | Path | None, overrides: Sequen
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot read the configuration: {reason}") from None
+        hint = where_looked(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: cannot read the configuration: {reason}{hint}") from None
     return parse_config(model, text, str(path), overrides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from unitoken.common.errors import ConfigError, one_line
 from unitoken.common.hashing import fingerprint
+from unitoken.common.missing_paths import where_looked
 
 
 def load_user_function(name: str, setting: str, known: Iterable[str] = ()) -> Callable[..., Any]:
@@ -54,7 +56,9 @@ def _path_and_function(name: str, setting: str, known: Iterable[str]) -> tuple[P
     if not path.endswith(".py") or not function.isidentifier():
         others = ", ".join(known)
         expected = f"one of {others}, or path/to/file.py:function" if others else "path/to/file.py:function"
-        raise ConfigError(f"{setting}: expected {expected}, found '{name}'")
+        close = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"{setting}: expected {expected}, found '{name}'{hint}")
     return Path(path), function
 
 
@@ -62,4 +66,5 @@ def _read(path: Path, setting: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{setting}: {path}: cannot be read: {error.strerror}") from None
+        hint = where_looked(path)
+        raise ConfigError(f"{setting}: {path}: cannot be read: {error.strerror}{hint}") from None

@@ -20,6 +20,7 @@ import pydantic
 
 from unitoken.common.config import Config, first_problem
 from unitoken.common.errors import ConfigError
+from unitoken.common.missing_paths import where_looked
 from unitoken.dataset.vocabulary import CHAMELEON, LATENTS_PER_GRID_UNIT, Vocabulary
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, Store, StoreError
@@ -110,7 +111,7 @@ def read_manifest(store: Store) -> Manifest:
         return _parse(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
     except MissingError:
         is_unfinished = bool(store.sizes("chunk-"))
-        hint = "; finish it with `unitoken merge`" if is_unfinished else ""
+        hint = "; finish it with `unitoken merge`" if is_unfinished else where_looked(store.url)
         raise ConfigError(f"{store.url}: not a dataset folder: it has no {MANIFEST}{hint}") from None
     except StoreError as error:
         raise ConfigError(str(error)) from None
@@ -119,7 +120,7 @@ def read_manifest(store: Store) -> Manifest:
 def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a local dataset folder, as `read_manifest` does."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: not a dataset folder: no such folder")
+        raise ConfigError(f"{folder}: not a dataset folder: no such folder{where_looked(folder)}")
     return read_manifest(open_store(str(folder)))
 
 

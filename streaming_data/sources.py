@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import locked, remove_abandoned, write_aside
 from unitoken.common.hashing import fingerprint, sha256_of_file
+from unitoken.common.missing_paths import check_writable, where_looked
 from unitoken.dataset.manifest import INDEX, MANIFEST, SIDECAR, VOCABULARY, Manifest, load_manifest
 from unitoken.dataset.mds_index import read_index
 from unitoken.storage.open import open_store
 from unitoken.storage.shard_cache import SHARD_RETRY_SECONDS, ShardError, fetch
-from unitoken.storage.store import Store
+from unitoken.storage.store import MissingError, Store
 from unitoken.streaming_data.settings import DataConfig, StreamConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def open_sources(config: DataConfig) -> list[StreamSource]:
     Raises:
         ConfigError: a dataset is missing or damaged, or the streams have different vocabularies.
     """
+    check_writable("data.cache", config.cache_folder)
     sources = [_open_source(name, stream, config.cache_folder) for name, stream in config.streams.items()]
     first = sources[0]
     for other in sources[1:]:
@@ -163,6 +165,11 @@ def _fetch_small_files(name: str, store: Store, folder: Path) -> None:
                 if problem(folder / file):
                     fetch(store, file, folder / file, problem).close()
             write_aside(manifest_path, remote_manifest)
+    except MissingError:
+        hint = where_looked(store.url)
+        raise ConfigError(
+            f"stream '{name}': {store.url}: not a dataset folder: it has no {MANIFEST}{hint}"
+        ) from None
     except (OSError, ShardError) as error:
         raise ConfigError(f"stream '{name}': {error}") from None
 

@@ -13,13 +13,12 @@ from collections import Counter
 
 from unitoken.codec.conversations import Conversation, ItemError, parse, refuse_empty
 from unitoken.codec.sequence import check_system_turn
-from unitoken.common.cli import notify
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.image_files import ImageError
 from unitoken.dataset.images import decoded
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.tokenize.config import TokenizeConfig
-from unitoken.tokenize.rejects import kind_of
+from unitoken.tokenize.rejects import CURES, kind_of
 from unitoken.tokenize.sources import reader
 from unitoken.tokenize.sources.adapters import ADAPTERS, Adapter, find_adapter, prepends_system
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES, PictureReader
@@ -31,7 +30,8 @@ SECONDS = 60.0  # for pictures behind a slow network; the run itself finds what 
 def check_first_items(config: TokenizeConfig, input: reader.Input, vocabulary: Vocabulary) -> None:
     """Check that at least one of the first `COUNT` items can be used.
 
-    An input of fewer items is only reported: it is soon done, and its rejects tell more.
+    An input of fewer items is begun, unless another adapter reads more of them: it is soon done, and its
+    rejects tell more.
 
     Raises:
         ConfigError: all would be rejected. It names the commonest reason, and an adapter that reads more.
@@ -58,15 +58,14 @@ def check_first_items(config: TokenizeConfig, input: reader.Input, vocabulary: V
             reasons[kind] += 1
             examples.setdefault(kind, f"{input.files[item.file].name} item {item.position}: {error}")
             tried.append(item)
-    if len(tried) == COUNT:
-        (kind, count), *_ = reasons.most_common(1)
-        raise ConfigError(
-            f"none of the first {COUNT} items can be used; {count} times: {examples[kind]}"
-            f"{adapter_hint(config, [item.value for item in tried], vocabulary)}"
-        )
     hint = adapter_hint(config, [item.value for item in tried], vocabulary) if tried else ""
-    if hint:
-        notify(f"none of the {len(tried)} items can be used{hint}")
+    if len(tried) == COUNT or hint:
+        (kind, count), *_ = reasons.most_common(1)
+        which = f"first {COUNT}" if len(tried) == COUNT else str(len(tried))
+        raise ConfigError(
+            f"none of the {which} items can be used; {count} times: {examples[kind]}"
+            f"{CURES.get(kind, '')}{hint}"
+        )
 
 
 def _parse_value(

@@ -19,6 +19,7 @@ from unitoken.codec.tokenizer_vocabulary import is_layout_file, tokenizer_vocabu
 from unitoken.common.config import load_config, parse_config
 from unitoken.common.errors import ConfigError
 from unitoken.common.files import ASIDE
+from unitoken.common.missing_paths import check_writable
 from unitoken.common.urls import without_secrets
 from unitoken.dataset.layout import MAX_GRID
 from unitoken.dataset.manifest import MANIFEST, VOCABULARY, VisionTokenizer, read_manifest
@@ -173,7 +174,9 @@ def check_output(output: Output) -> None:
             f"{output.url}: the name of a dataset's folder must be UTF-8: the writer of shards needs that"
         ) from None
     if not is_url(output.url) and Path(output.url).exists() and not Path(output.url).is_dir():
-        raise ConfigError(f"{output.url}: expected a folder to write to, found a file")
+        raise ConfigError(f"{output.url}: expected a folder to write to, found a file; name another folder")
+    if not is_url(output.url):
+        check_writable("--out-dir", Path(output.url))
     if output.exists(JOB):
         return
     for name in output.store.sizes():

@@ -13,6 +13,8 @@ from unitoken.storage.open import open_store
 
 SHOWN_KINDS = 30  # a user's adapter may invent any number
 SHOWN_LETTERS = 100  # of an example
+CURES = {"no such image": "; names are relative to the folder of the input file"}
+"""What helps against all rejects of a kind."""
 
 
 class RejectGroup(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unitoken.dataset.manifest import REJECTS, Manifest
 from unitoken.storage.store import is_url
-from unitoken.tokenize.rejects import group_rejects
+from unitoken.tokenize.rejects import CURES, group_rejects
 
 FORGIVEN_REJECTS = 9  # so few say little about the rest
 SUMMARY_KINDS = 5
@@ -45,6 +45,7 @@ def problems(out: str, manifest: Manifest, max_reject_fraction: float) -> list[s
             commonest = groups[0]
             reason = (
                 f"; the commonest reason, of {commonest.items} items: {commonest.kind}: {commonest.example}"
+                f"{CURES.get(commonest.kind, '')}"
             )
         found.append(f"{out}: nothing was kept of {manifest.items} items{reason}")
         return found

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import tempfile
 from pathlib import Path
 
 import pydantic
 
 from unitoken.common.config import first_problem
 from unitoken.common.errors import ConfigError
+from unitoken.common.missing_paths import check_writable
 from unitoken.dataset.manifest import Manifest
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import Vocabulary
@@ -212,20 +212,11 @@ def _check_save(config: StageConfig) -> None:
                 f"save.export: {save.export} holds the run's own folder, save.folder: {save.folder}"
             )
         check_export_target(out)
-        _check_writable("save.export", out.resolve().parent)
+        check_writable("save.export", out.resolve().parent)
     key = "save.folder" if bucket is None else "data.cache"  # in which a run that is saved to a bucket works
-    _check_writable(key, working_folder(config))
+    check_writable(key, working_folder(config))
     if bucket is not None:
         bucket.fetch()
-
-
-def _check_writable(key: str, folder: Path) -> None:
-    """Check the first existing parent, and create no folder, as a later check may still fail."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise ConfigError(f"{key}: {folder}: cannot write there: {error.strerror or error}") from None
 
 
 def _check_origins(config: StageConfig, sizes: ModelSizes, vocabulary: Vocabulary) -> list[str]:
@@ -261,7 +252,8 @@ def _check_data(config: StageConfig, world_size: int) -> None:
     data = config.data
     if data.global_batch % world_size:
         raise ConfigError(
-            f"data.global_batch: {data.global_batch} packs can not be shared evenly by {world_size} ranks"
+            f"data.global_batch: {data.global_batch} packs can not be shared evenly by {world_size} ranks; "
+            f"take a multiple of {world_size}"
         )
     if config.model.vision is None and data.continuous != "none":
         raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.common.errors import ConfigError, one_line
+from unitoken.common.missing_paths import where_looked
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 TENSOR_PREFIXES = ("", "vqmodel.", "model.vqmodel.")
@@ -22,7 +23,8 @@ def download(name: str, patterns: list[str]) -> Path:
         ConfigError: no hub id, or the hub does not give it.
     """
     if name.count("/") != 1 or name.startswith(FOLDERS_BEGIN_WITH):
-        raise ConfigError(f"vision.weights: {name}: no such file or folder{how_to_get(name)}")
+        hint = f"{where_looked(name)}{how_to_get(name)}"
+        raise ConfigError(f"vision.weights: {name}: no such file or folder{hint}")
     from huggingface_hub import snapshot_download
 
     try:

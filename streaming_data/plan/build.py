@@ -226,7 +226,8 @@ def _too_few_packs(recipe: Recipe, stream: str | None, samples: int, packs: int)
     way_out = "`held_out`" if recipe.split == "held_out" else "`repeat` or `epoch_samples`"
     return (
         f"{what} at least {_group(recipe)}, the least common multiple of global_batch: {recipe.global_batch} "
-        f"and canonical_nodes: {recipe.canonical_nodes}; lower data.global_batch, or raise {way_out}"
+        f"and canonical_nodes: {recipe.canonical_nodes}; lower data.global_batch to at most {packs}, "
+        f"or raise {way_out}"
     )
 
 

@@ -73,7 +73,7 @@ def test_only_the_small_files_of_a_remote_dataset_are_fetched(
 
 
 def test_a_missing_remote_dataset_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"stream 'a': {tmp_path}/none/manifest.json: not there"):
+    with pytest.raises(ConfigError, match=f"stream 'a': {tmp_path}/none: not a dataset folder: it has no"):
         check(data_config(tmp_path, {"a": {"remote": str(tmp_path / "none")}}))
     with pytest.raises(ConfigError, match="expected a path or a URL that begins with s3://"):
         check(data_config(tmp_path, {"a": {"remote": "gopher://x/y"}}))

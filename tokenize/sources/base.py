@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from unitoken.codec.conversations import ItemError
 from unitoken.common.errors import ConfigError
+from unitoken.common.missing_paths import where_looked
 from unitoken.storage.store import MissingError, Ranges, Store, StoreError
 from unitoken.storage.web import Web
 from unitoken.tokenize.sources.pictures import MAX_ITEM_BYTES
@@ -95,6 +96,6 @@ def store_errors_as_config_errors(name: str) -> Iterator[None]:
     try:
         yield
     except MissingError:
-        raise ConfigError(f"{name}: cannot read the input: No such file") from None
+        raise ConfigError(f"{name}: cannot read the input: No such file{where_looked(name)}") from None
     except StoreError as error:
         raise ConfigError(f"{name}: cannot read the input: {error.strerror or error}") from None

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unitoken.common.errors import ConfigError
+from unitoken.common.missing_paths import where_looked
 from unitoken.storage.open import open_store
 from unitoken.storage.store import MissingError, Store, is_url, join
 from unitoken.storage.web import is_web
@@ -34,7 +35,8 @@ def expand(name: str) -> list[str]:
     matches = [match for plain in _expand_ranges(name) for match in _expand_glob(plain)]
     files = [file for match in _without_img2dataset_extras(matches) for file in _expand_folder(match)]
     if not files:
-        raise ConfigError(f"{name}: no file matches")
+        hint = "" if is_url(name) else where_looked(_WILDCARDS.split(name)[0].rpartition("/")[0])
+        raise ConfigError(f"{name}: no file matches{hint}")
     return files
 
 

@@ -230,9 +230,10 @@ def choose(fitting: Fitting, gpu_bytes: float | None) -> Fit:
 
 
 def enough_text(fitting: Fitting, gpu_bytes: float) -> str:
-    """Return the end of a message that nothing fits: how many GPUs are enough; "" if no number is."""
+    """Return the end of a message that nothing fits: how many GPUs are enough, or what else helps."""
     more = fitting.enough_gpus(gpu_bytes)
-    return "" if more is None else f"; {more} GPUs are enough"
+    other = "take larger GPUs, or a smaller data.packed_length"
+    return f"; {other}" if more is None else f"; {more} GPUs are enough"
 
 
 def describe_fit(fit: Fit) -> str:

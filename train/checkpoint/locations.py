@@ -13,6 +13,7 @@ from typing import Any
 
 from unitoken.codec.config import FOLDERS_BEGIN_WITH, how_to_get
 from unitoken.common.errors import ConfigError
+from unitoken.common.missing_paths import where_looked
 
 STEP = re.compile(r"step-(\d{8,})(\.pt)?")  # a folder; a file if one rank wrote it whole, as once
 INDEX = "checkpoint.json"  # in the folder of a checkpoint, written last
@@ -56,7 +57,7 @@ def find_origin(source: str) -> Path:
         return path
     # `runs/stage1` looks like a hub id; if the folder runs/ exists, it is a missing checkpoint.
     if path.parent.is_dir() and path.parent != Path():
-        raise ConfigError(f"{source}: no such checkpoint")
+        raise ConfigError(f"{source}: no such checkpoint{where_looked(source)}")
     return checkpoint_folder(source)
 
 
@@ -108,7 +109,8 @@ def checkpoint_folder(source: str) -> Path:
     if folder.is_dir():
         return folder
     if source.startswith(FOLDERS_BEGIN_WITH) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ConfigError(f"{source}: no such folder, and not a hub id (owner/name){how_to_get(source)}")
+        hint = f"{where_looked(source)}{how_to_get(source)}"
+        raise ConfigError(f"{source}: no such folder, and not a hub id (owner/name){hint}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -116,7 +118,7 @@ def checkpoint_folder(source: str) -> Path:
     except Exception as error:  # the hub's client raises a dozen kinds: offline, unknown, gated, disk full
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{source}: no such folder, and the download from the hub failed: {first}"
+            f"{source}: no such folder, and the download from the hub failed: {first}{where_looked(source)}"
         ) from None
 
 

@@ -14,7 +14,8 @@ def check_precision(config: StageConfig) -> None:
     """Raise ConfigError if the machine can not train in the stage's precision."""
     if config.precision == "bf16" and not torch.cuda.is_available():
         raise ConfigError(
-            "precision: bf16 needs a GPU and there is none; on the CPU it is fp32 or tf32: precision=fp32"
+            "precision: bf16 needs a GPU and there is none; on the CPU it is fp32 or tf32: precision=fp32. "
+            "`unitoken check STAGE --gpu 80gb` checks for GPUs elsewhere"
         )
     if config.model.float8 and (capability := torch.cuda.get_device_capability()) < FLOAT8_CAPABILITY:
         found, needed = (".".join(map(str, each)) for each in (capability, FLOAT8_CAPABILITY))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from unitoken.codec.conversations import Conversation
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
+from unitoken.common.missing_paths import where_looked
 from unitoken.dataset.vocabulary import Vocabulary
 from unitoken.train.checkpoint.locations import is_export
 from unitoken.train.checkpoint.metadata import STAGE, metadata_folder
@@ -50,7 +51,10 @@ def settings(checkpoint: Path, config: Path | None, overrides: Sequence[str]) ->
     """
     folder = metadata_folder(checkpoint)
     if not checkpoint.exists():
-        raise ConfigError(f"{checkpoint}: no such checkpoint, and no folder of a run or of an exported model")
+        hint = where_looked(checkpoint)
+        raise ConfigError(
+            f"{checkpoint}: no such checkpoint, and no folder of a run or of an exported model{hint}"
+        )
     if config is None and not (folder / STAGE).is_file():
         raise ConfigError(f"{folder}: it has no {STAGE}: name the stage's YAML file with --config")
     stage = load_config(StageConfig, config or folder / STAGE, overrides)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.record import Record
@@ -124,13 +125,9 @@ def look_at(config: StageConfig, ranks: int, gpus: Gpus | None) -> Overview:
         ConfigError: the stage would not start, or its settings do not fit the GPUs.
         DataError: the data can not be read.
     """
-    resolved = _check(config, ranks, gpus)
-    plan, streams = _plan_of(resolved.train, resolved)
-    network, trained = _build_network(config, resolved)
-    folder = working_folder(config)
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        find_initial_weights(network, config, growth_of(config, resolved.vocabulary, resolved.new_rows))
+    resolved, plan, streams, network, trained, checkpoint = check_start(
+        config, ranks, has_gpus=gpus is not None
+    )
     parameters = count_trained(network)
     fitting = Fitting(
         config, resolved.sizes.decoder, resolved.sizes.vision, trained, parameters, ranks,
@@ -162,13 +159,25 @@ def look_at(config: StageConfig, ranks: int, gpus: Gpus | None) -> Overview:
     )
 
 
-def _check(config: StageConfig, ranks: int, gpus: Gpus | None) -> ResolvedStage:
-    """Check what training checks at its start."""
-    if gpus is None:
-        try:
-            check_precision(config)
-        except ConfigError as error:
-            raise ConfigError(f"{error}, or --gpu 80gb to check for GPUs elsewhere") from None
+class CheckedStage(NamedTuple):
+    """A stage that would start: its first plan, and the model without memory."""
+
+    resolved: ResolvedStage
+    plan: Plan
+    streams: list[StreamSamples]
+    network: UniToken
+    trained: list[str]  # names of the trained parameters
+    checkpoint: Path | None  # that training goes on from
+
+
+def check_start(config: StageConfig, ranks: int, has_gpus: bool) -> CheckedStage:
+    """Check what training checks at its start, on as many ranks, without starting any.
+
+    Raises:
+        ConfigError: the stage would not start.
+    """
+    if not has_gpus:
+        check_precision(config)
     resolved = check_stage(config, ranks)
     if config.codec is not None and uses_codec(config):
         load_checked_tokenizer(config.codec, resolved.vocabulary)
@@ -177,7 +186,12 @@ def _check(config: StageConfig, ranks: int, gpus: Gpus | None) -> ResolvedStage:
             _plan_of(resolved.evaluation, resolved)
         except ConfigError as error:
             raise ConfigError(f"eval: {error}") from None
-    return resolved
+    plan, streams = _plan_of(resolved.train, resolved)
+    network, trained = _build_network(config, resolved)
+    checkpoint = latest_checkpoint(working_folder(config))
+    if checkpoint is None:
+        find_initial_weights(network, config, growth_of(config, resolved.vocabulary, resolved.new_rows))
+    return CheckedStage(resolved, plan, streams, network, trained, checkpoint)
 
 
 def _plan_of(data: ResolvedData, resolved: ResolvedStage) -> tuple[Plan, list[StreamSamples]]:
