@@ -1,7 +1,7 @@
 """The metrics of a run: written to metrics.jsonl, given to the loggers, and shown on the terminal.
 
 There is one line per step, one per evaluation: {"step": 1000, "eval": {"loss": ..., "loss_text": ...}}, and
-one per suite: {"step": 1000, "suite": {"reading": {"exact_match": ...}}}.
+one per suite: {"step": 1000, "suite": {"reading/exact_match": ...}}.
 
     loss, ce, z                means over the step's supervised tokens on all ranks: loss = ce + z_loss * z
     loss_text, loss_image      cross-entropy of text tokens; of image tokens

@@ -73,8 +73,9 @@ class SuiteScores(Callback):  # type: ignore[misc]
             del self._model.network
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        self._metrics.write({"step": step, "suite": scores})
-        logger.log_metrics(logger_metrics(scores, "suite"))
+        flat = logger_metrics(scores, "")
+        self._metrics.write({"step": step, SUITE: {name.removeprefix("/"): flat[name] for name in flat}})
+        logger.log_metrics(logger_metrics(scores, SUITE))
         self._print(step, scores, time.monotonic() - start)
 
     def _score(self, out: Path, tasks: dict[str, PreparedTask]) -> dict[str, dict[str, float]]:
