@@ -49,6 +49,14 @@ def ask(page: Page, text: str) -> None:
     box.press("Enter")
 
 
+def ask_for_long(page: Page) -> None:
+    """Ask for a reply that takes seconds: the likeliest tokens of a new model go round in circles."""
+    page.get_by_label("text only").check()
+    page.get_by_label("Text from likeliest").fill("1")
+    page.get_by_label("Most tokens").fill("5000")
+    ask(page, "Tell me everything.")
+
+
 def replies(page: Page) -> Locator:
     return page.get_by_test_id("bot")
 
@@ -129,12 +137,25 @@ def test_what_is_no_picture_is_refused(open_page: OpenPage, address: str, tmp_pa
 
 def test_a_reply_can_be_stopped_and_forgotten(open_page: OpenPage, address: str) -> None:
     page = open_page(address).page
-    page.get_by_label("text only").check()
-    page.get_by_label("Most tokens").fill("5000")
-    ask(page, "Tell me everything.")
+    ask_for_long(page)
     page.locator("button.stop-button").click(timeout=ANSWER_MS)
     expect(page.locator("#remark")).to_have_text(re.compile("Stopped"), timeout=ANSWER_MS)
     wait_until_idle(page)
+    ask(page, "And more.")
+    expect(replies(page)).to_have_count(2, timeout=ANSWER_MS)
     page.get_by_role("button", name="New conversation").click()
+    wait_until_idle(page)
     expect(replies(page)).to_have_count(0)
     expect(page.locator("#remark")).to_have_text("")
+
+
+def test_questions_of_two_pages_wait_for_each_other(open_page: OpenPage, address: str) -> None:
+    first, second = open_page(address).page, open_page(address).page
+    for page in (first, second):
+        ask_for_long(page)
+    expect(second.locator("#remark")).to_have_text(re.compile("Waiting"), timeout=ANSWER_MS)
+    first.locator("button.stop-button").click()
+    wait_until_idle(first)
+    expect(replies(second)).not_to_have_text("…", timeout=ANSWER_MS)
+    second.locator("button.stop-button").click()
+    wait_until_idle(second)

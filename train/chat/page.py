@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio
 
-from unitoken.train.chat.sessions import Sessions, Shown
+from unitoken.train.chat.sessions import MOST_SESSIONS, Sessions, Shown
 from unitoken.train.chat.talk import ChatSettings, PageAbout
 
 KINDS = [("text and pictures", "free"), ("one picture", "picture"), ("text only", "text")]
@@ -148,7 +148,11 @@ def _connect(
         return [], _line("")
 
     question.submit(
-        ask, [question, *fields], [chat, question, remark], concurrency_limit=1, show_progress="hidden"
+        ask,
+        [question, *fields],
+        [chat, question, remark],
+        concurrency_limit=MOST_SESSIONS,
+        show_progress="hidden",
     )
     question.stop(stop, concurrency_limit=None, show_progress="hidden")
     anew.click(begin_anew, None, [chat, remark], concurrency_limit=None, show_progress="hidden")

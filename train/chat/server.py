@@ -242,15 +242,15 @@ def running(app: Any, listener: socket.socket) -> Iterator[threading.Thread]:
     """Serve an application while the block runs; yield the thread that does."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="error", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         yield thread
     finally:
-        server.should_exit = True
-        thread.join(5)
+        server.should_exit = server.force_exit = True  # pages keep connections open for ever
+        thread.join(2)
 
 
 def serve(found: FoundModel, name: str, guidance: float, port: int) -> None:

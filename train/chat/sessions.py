@@ -24,6 +24,7 @@ MOST_SESSIONS = 64
 KEPT_SECONDS = 10.0
 """How long a picture in the making can be fetched after it was shown."""
 REMARKS = {
+    "waiting": "Waiting: the model replies to another page.",
     "growing": "",
     "whole": "",
     "stopped": "Stopped. What was finished stays in the conversation.",
@@ -56,6 +57,8 @@ class Session:
         self.talk = Talk()
         self.messages: list[Message] = []
         self.stop = threading.Event()
+        self.asking = threading.Lock()  # held while a reply grows
+        self.forgotten = False
 
 
 class PictureFolder:
@@ -68,6 +71,7 @@ class PictureFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._growing: dict[Path, float] = {}  # pictures in the making, and when they were shown
+        self._lock = threading.Lock()
 
     def read(self, file: Path) -> bytes:
         """Read an uploaded picture. Raises ConfigError for a file that is elsewhere or too large."""
@@ -80,17 +84,18 @@ class PictureFolder:
     def write(self, picture: bytes, growing: bool) -> Path:
         """Write a PNG; one in the making is removed some time later."""
         path = self._folder / f"{hashlib.sha256(picture).hexdigest()[:32]}.png"
-        if not path.is_file():
-            path.write_bytes(picture)
         now = time.monotonic()
-        if growing:
-            self._growing.setdefault(path, now)
-        else:
-            self._growing.pop(path, None)
-        for old in [old for old, shown in self._growing.items() if now - shown > KEPT_SECONDS]:
-            if old != path:
-                del self._growing[old]
-                old.unlink(missing_ok=True)
+        with self._lock:
+            if not path.is_file():
+                path.write_bytes(picture)
+                if growing:
+                    self._growing[path] = now
+            if not growing:
+                self._growing.pop(path, None)
+            for old in [old for old, written in self._growing.items() if now - written > KEPT_SECONDS]:
+                if old != path:
+                    del self._growing[old]
+                    old.unlink(missing_ok=True)
         return path
 
 
@@ -128,10 +133,17 @@ class Sessions:
             settings: of the reply.
         """
         session = self.session(name)
+        if not session.asking.acquire(blocking=False):
+            yield Shown(
+                session.messages, "one question at a time: wait for the reply, or stop it", failed=True
+            )
+            return
         try:
             yield from self._ask(session, text, [Path(file) for file in files], settings)
         except ConfigError as error:
             yield Shown(session.messages, str(error), failed=True)
+        finally:
+            session.asking.release()
 
     def _ask(
         self, session: Session, text: str, files: Sequence[Path], settings: ChatSettings
@@ -139,15 +151,15 @@ class Sessions:
         pictures = [self._pictures.read(file) for file in files]
         previews = [preview(picture, file.name) for picture, file in zip(pictures, files, strict=True)]
         conversation = session.talk.ask(text, pictures)
-        talk, stop = session.talk, threading.Event()
-        session.stop = stop
+        session.stop = stop = threading.Event()
         asked = [*session.messages, self._message("user", [*previews, *([text] if text.strip() else [])])]
         yield Shown([*asked, self._message("assistant", [])], busy=True)
-        for reply in self._speaker.reply(talk, conversation, settings, stop):
-            growing = reply.state == "growing"
-            messages = [*asked, self._message("assistant", reply.parts, growing)]
-            if session.talk is not talk:  # a new one was begun
+        for reply in self._speaker.reply(session.talk, conversation, settings, stop):
+            if session.forgotten:
+                yield Shown([])
                 return
+            growing = not reply.is_last
+            messages = [*asked, self._message("assistant", reply.parts, growing)]
             if not growing:
                 session.messages = messages
             yield Shown(messages, REMARKS[reply.state], busy=growing)
@@ -158,9 +170,11 @@ class Sessions:
 
     def begin_anew(self, name: str | None) -> None:
         """Forget a conversation, and end its reply."""
-        session = self.session(name)
-        session.stop.set()
-        session.talk, session.messages = Talk(), []
+        with self._sessions_lock:
+            forgotten = self._sessions.pop(name or "", None)
+        if forgotten is not None:
+            forgotten.forgotten = True
+            forgotten.stop.set()
 
     def _message(self, role: str, parts: Sequence[Part], growing: bool = False) -> Message:
         content: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -22,16 +22,25 @@ WAIT_SECONDS = 0.2
 """Between two looks at whether a question that waits for the model was taken back."""
 
 
+State = Literal["waiting", "growing", "whole", "cut", "stopped"]
+
+
 class ReplySoFar(NamedTuple):
     """A reply as far as it goes.
 
     Attributes:
         parts: texts and pictures, in order.
-        state: "stopped" if it was ended before the model ended it, "cut" if by the most tokens.
+        state: "waiting" while the model replies to others, then "growing"; last "whole", "stopped", or "cut"
+            if the most tokens of a reply ended it.
     """
 
     parts: tuple[Part, ...]
-    state: str = "growing"
+    state: State = "growing"
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing more comes."""
+        return self.state not in ("waiting", "growing")
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -84,7 +93,7 @@ class Speaker:
             while (result := results.get()) is not None:
                 if isinstance(result, Exception):
                     raise _as_one_line(result)
-                if result.state != "growing" or results.empty():  # older ones are overtaken
+                if result.is_last or results.empty():  # older ones are overtaken
                     yield result
         finally:
             stop.set()
@@ -100,6 +109,7 @@ class Speaker:
         while not self._lock.acquire(timeout=WAIT_SECONDS):
             if stop.is_set():
                 return show(ReplySoFar((), "stopped"))
+            show(ReplySoFar((), "waiting"))
         try:
             last, kept = self._generate(conversation, settings, stop, show)
         finally:

@@ -164,24 +164,42 @@ def test_a_stopped_drawing_is_no_turn(speaker: Speaker) -> None:
     assert talk == Talk()
 
 
-@pytest.mark.usefixtures("look_always")
+class StopAt(threading.Event):
+    """Is set when it was asked so many times, which the model does once per token."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.left = token
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
 def test_a_stopped_text_is_kept_as_far_as_it_goes(speaker: Speaker) -> None:
-    talk, stop = Talk(), threading.Event()
-    long = ChatSettings("text", max_tokens=150)
-    replies = speaker.reply(talk, talk.ask("What is it?", []), long, stop)
-    while not "".join(map(str, next(replies).parts)).strip():
-        pass
-    stop.set()
-    *_, last = replies
+    talk = Talk()
+    likeliest = ChatSettings("text", max_tokens=150, temperature=0)
+    *_, last = speaker.reply(talk, talk.ask("What is it?", []), likeliest, StopAt(9))
     assert last.state == "stopped"
-    assert talk.turns[1].segments == ("".join(map(str, last.parts)),)
+    (text,) = last.parts
+    assert text
+    assert talk.turns[1].segments == (text,)
+
+
+@pytest.mark.usefixtures("look_always")
+def test_a_drawing_that_is_stopped_shows_its_rows(speaker: Speaker) -> None:
+    talk = Talk()
+    *_, last = speaker.reply(talk, talk.ask("Draw a two.", []), DRAWING, StopAt(20))
+    assert np.asarray(opened(last))[:, 0, 3].tolist() == [255] * 8 + [0] * 8
+    assert talk == Talk()
 
 
 def test_a_reader_that_leaves_frees_the_model(speaker: Speaker) -> None:
-    talk = Talk()
-    replies = speaker.reply(talk, talk.ask("x", []), ChatSettings("text", max_tokens=150), threading.Event())
+    talk, stop = Talk(), threading.Event()
+    replies = speaker.reply(talk, talk.ask("x", []), ChatSettings("text", max_tokens=150), stop)
     next(replies)
     replies.close()  # type: ignore[attr-defined]
+    assert stop.is_set()
     assert last_reply(speaker, Talk(), "Draw a two.", DRAWING).state == "whole"
 
 
