@@ -14,7 +14,7 @@ ENGINE ?= local
 CONFIG ?= yamls/tokenize/chameleon.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud test-browser weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate dist audit lint typecheck tokenize merge clean
+.PHONY: help install demo demo-llm test test-fast test-gpu test-cloud test-browser weights weights-open chaos bench-tokenize bench-stream bench-train bench-save bench-generate docs dist audit lint typecheck tokenize merge clean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,10 @@ bench-save: install ## How long a save stops training, against whole files; the 
 
 bench-generate: install ## How fast images are drawn, against transformers' generate; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.generating $(ARGS)
+
+docs: install ## The documentation as a site, in build/docs/index.html
+	@$(BIN)/python docs/write_settings.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 dist: install ## Build dist/*.tar.gz, and of it dist/*.whl
 	@rm -rf dist

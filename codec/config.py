@@ -11,6 +11,7 @@ class ImageTokenizerConfig(Config):
     """The image tokenizer: its weights and how it runs."""
 
     kind: Literal["chameleon", "emu3", "janus"] = "chameleon"
+    """Whose network it is."""
     weights: Name
     """Folder, file or hub id."""
     batch_size: int = Field(default=8, ge=1, le=65536)
@@ -18,6 +19,7 @@ class ImageTokenizerConfig(Config):
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     """Changes codes; tf32 is what the reference runs with on a GPU."""
     compile: bool = False
+    """Compile the encoder with torch.compile, which takes some minutes at the start."""
 
 
 class CodecConfig(Config):

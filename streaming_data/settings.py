@@ -68,11 +68,13 @@ class DataConfig(Config):
     """
 
     streams: dict[str, StreamConfig] = Field(min_length=1)
+    """The datasets of the mixture, by names of your choice."""
     packed_length: Length
     """Positions in a pack, image features included."""
     global_batch: Annotated[Count, number_or_text("^[1-9][0-9]* *tok$")]
     """Packs in a step, over all ranks; or positions: 524288tok is 128 packs of 4,096."""
     seed: Seed = 0
+    """Decides the order of the samples and which are chosen."""
     unit: Unit = "samples"
     """What proportion and choose count."""
     epoch_samples: Annotated[int, Field(gt=0, lt=2**32)] | None = None
@@ -88,6 +90,7 @@ class DataConfig(Config):
     canonical_nodes: Count = 1
     """Rows of shards that are read side by side: up to this many nodes share no shard."""
     shuffle: bool = True
+    """Take the samples in random order; false: in the order of the datasets."""
     window: Annotated[int, Field(gt=0, lt=2**31)] = 131072
     """Number of samples that are packed together."""
     batching_method: BatchingMethod = "stratified"

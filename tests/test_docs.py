@@ -254,3 +254,53 @@ def test_the_quickstart_runs_as_it_is_printed(tmp_path: Path) -> None:
     for file in ("data/quick/manifest.json", "data/quick-tars/webdataset.json", "drawings/0000.png"):
         assert (tmp_path / file).is_file(), done.stdout + done.stderr
     assert (tmp_path / "out/model/config.json").is_file()
+
+
+# --- the site -----------------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Strict: every page is in the navigation, every link and anchor leads somewhere."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = [page.relative_to(tmp_path) for page in tmp_path.rglob("*.html")]
+    assert len(pages) >= len(list((ROOT / "docs").glob("*.md")))
+    text = "".join((tmp_path / page).read_text(encoding="utf-8") for page in pages)
+    loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.?(https?://[^\s>\"']+)", text)
+    assert not loaded, "nothing is loaded from elsewhere"
+
+
+def test_every_setting_has_a_description() -> None:
+    for model in (StageConfig, TokenizeConfig, Suite):
+        schema = model.model_json_schema()
+        for name, found in {**schema["$defs"], model.__name__: schema}.items():
+            for key, field in found.get("properties", {}).items():
+                described = "description" in field or "$ref" in field  # or that of its class
+                assert described, f"{name}.{key}"
+
+
+def test_the_pages_of_settings_are_those_of_the_classes() -> None:
+    spec = importlib.util.spec_from_file_location("write_settings", ROOT / "docs" / "write_settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, (model, title, about) in module.PAGES.items():
+        written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert written == module.settings_page(model, title, about), "run `make docs`"
+
+
+def test_the_messages_of_troubleshooting_are_real() -> None:
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r"\"\s+f?\"", "", code)  # texts that continue on the next line
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| ([^|]*(?:\\\|[^|]*)*) \|", page, re.MULTILINE)
+    messages = [message.replace("\\|", "|") for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 15
+    for message in messages:
+        fixed = re.split(r"\b[A-Z]{1,}\b|\.\.\.|\d+", message)
+        longest = max(fixed, key=len).strip(" :;,")
+        assert longest in code, message

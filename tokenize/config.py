@@ -17,6 +17,7 @@ class TokenizeConfig(Config):
     tokenizer: Name
     """Folder or Hugging Face hub id of the text tokenizer."""
     vision: ImageTokenizerConfig
+    """The image tokenizer."""
     layout: Name = "chameleon"
     """How conversations and images become tokens: `chameleon`, `chat_template` (the tokenizer's), `emu3`, or
     the YAML file of a layout of your own."""
@@ -25,11 +26,15 @@ class TokenizeConfig(Config):
     default the layout decides; where it has no system turns, `adapter: standard` rejects the item and the
     other adapters prepend."""
     adapter: Name = "standard"
-    """A name in adapters.py, or path/to/file.py:function."""
+    """What turns your items into standard ones: a name (standard, sharegpt, messages, caption, drawing,
+    caption_or_drawing, editing), or path/to/file.py:function."""
     target_size: int = Field(default=512, ge=2, le=2**14)
-    """Pixels; a multiple of 2 latents, checked once the weights are known."""
+    """Pixels of a side of the square; a multiple of 2 latents of the image tokenizer."""
     crop: Literal["square", "aspect"] = "square"
+    """How an image is cut: to a square, or to the rectangle of about `target_size` squared pixels that keeps
+    most of it."""
     crop_position: Literal["center", "random"] = "center"
+    """Where an image is cut; `random` depends on `seed` and the item's id alone."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of random crops, together with the item's id."""
     allow_http: bool = False

@@ -74,6 +74,7 @@ class RopeScaling(Config):
     """A scaled rotary embedding; the names are those of the checkpoints' config.json."""
 
     rope_type: Literal["linear", "llama3", "yarn"]
+    """How frequencies are scaled: all alike (linear), by their wavelength (llama3), or by YaRN (yarn)."""
     factor: Annotated[float, Field(ge=1, le=1e6)]
     """How many times longer the texts are than those without scaling."""
     original_max_position_embeddings: Length | None = None
@@ -89,7 +90,9 @@ class RopeScaling(Config):
     attention_factor: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Of yarn: factor of queries and keys; None: it follows from `factor`, `mscale` and `mscale_all_dim`."""
     mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Of yarn: weight of the logarithm of `factor` in the factor of queries and keys, as in DeepSeek."""
     mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Of yarn: the same of the divisor of that factor."""
     truncate: bool | None = None
     """Of yarn: round the borders between scaled and unscaled frequencies to whole dimensions; None: yes."""
 
@@ -135,17 +138,25 @@ class DecoderConfig(Config):
     """
 
     vocab_size: Annotated[int, Field(gt=0, le=2**24)]
+    """Rows of the token embedding and of the output layer: ids that the model has room for."""
     hidden_size: Count
+    """Size of the vectors between layers."""
     intermediate_size: Count
+    """Size of the vectors inside an MLP."""
     num_hidden_layers: Count
+    """Number of layers."""
     num_attention_heads: Count
+    """Number of attention heads."""
     num_key_value_heads: Count | None = None
     """None: as many as attention heads."""
     head_dim: Count | None = None
     """Size of a head; None: hidden_size / num_attention_heads."""
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-5
+    """Added to the mean square in the norms."""
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 10000.0
+    """Base of the rotary embedding's wavelengths."""
     rope_scaling: RopeScaling | None = None
+    """How the rotary embedding is scaled for longer texts; null: not at all."""
     max_position_embeddings: Length | None = None
     """The longest text of the checkpoint's own training; None: not known. Nothing is cut to it."""
     swin_norm: bool = False
@@ -222,12 +233,19 @@ class VisionTowerConfig(Config):
     """A SigLIP vision tower; names and defaults are those of the checkpoints' config.json."""
 
     hidden_size: Count = 768
+    """Size of the vectors between layers."""
     intermediate_size: Count = 3072
+    """Size of the vectors inside an MLP."""
     num_hidden_layers: Count = 12
+    """Number of layers."""
     num_attention_heads: Count = 12
+    """Number of attention heads."""
     image_size: Count = 224
+    """Side of the square that an image is resized to, in pixels."""
     patch_size: Count = 16
+    """Side of a patch in pixels; each patch gives one feature."""
     layer_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    """Added to the variance in the norms."""
 
     @property
     def features(self) -> int:
@@ -266,6 +284,7 @@ class LoraConfig(Config):
     """Low-rank adapters beside the decoder's linear layers, which stay frozen (LoRA, arXiv 2106.09685)."""
 
     rank: Annotated[int, Field(gt=0, le=4096)] = 16
+    """Size of the vectors between the two matrices of an adapter."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
     """The adapters' outputs are multiplied by alpha / rank."""
     targets: list[LinearName] = Field(default=list(get_args(LinearName)), min_length=1)
@@ -308,16 +327,22 @@ class OptimizerConfig(Config):
     """AdamW; the learning rate rises linearly from 0 over `warmup`, then follows `schedule` to `min_lr`."""
 
     lr: Annotated[float, Field(gt=0, le=1e30)]
+    """Learning rate after the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from `lr` to `min_lr`; `constant` keeps it at `lr`."""
     warmup: Warmup = "0.01ep"
+    """How long the learning rate rises from 0: epochs (0.01ep), steps (100ba) or tokens (1000000tok)."""
     lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default={})
     """Factors of `lr` by the names of modules or parameters, or `new_rows`, `image_rows` or `lora`:
     {vit: 1e-2}."""
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
     """Not applied to norms and biases; with `compat` to all parameters, as in the reference."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """Added to the root of the mean square before the division."""
     clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 4.0
     """Maximum L2 norm of all gradients together."""
     max_skipped: Count = 10
@@ -375,6 +400,7 @@ class SaveConfig(Config):
     folder: Annotated[Name, pydantic.AfterValidator(_check_folder)]
     """The run's folder, or its URL in a bucket: step-*, latest, metrics.jsonl."""
     interval: Interval = "1000ba"
+    """Steps or epochs between two checkpoints; there is one after the last step, too."""
     keep: Count = 2
     """Number of newest checkpoints to keep."""
     export: LocalFolder | None = None
@@ -414,6 +440,7 @@ class SamplesConfig(Config):
     """
 
     interval: Interval = "1000ba"
+    """Steps or epochs between two times."""
     draw: list[str] = Field(default=[])
     """Prompts to generate an image from."""
     size: tuple[Count, Count] | None = None
@@ -446,7 +473,9 @@ class StageConfig(Config):
     """All settings of a training stage."""
 
     name: Name
+    """Name of the stage, for the terminal and the loggers; a run goes on under the same name only."""
     model: ModelConfig
+    """Sizes, weights and precision of the model."""
     init_from: Name | None = None
     """Weights to start from, without optimizer state: a run's save.folder, a checkpoint file, an exported
     folder, or a hub id."""
@@ -455,8 +484,11 @@ class StageConfig(Config):
     to the input and output matrices, and no others; `image_rows` those of the image codes, and no others;
     `lora` the adapters of `model.lora`."""
     optimizer: OptimizerConfig
+    """AdamW and its schedule."""
     max_duration: Duration = "1ep"
+    """Length of the stage: epochs (1ep), steps (1000ba) or tokens (1000000000tok)."""
     data: DataConfig
+    """The mixture of datasets, and how it is packed and streamed."""
     microbatch: Literal["auto"] | Count = 1
     """Packs per rank in one forward and backward pass; `auto`: the most that fit the GPU and divide the
     rank's share of `data.global_batch`; on a CPU 1."""
@@ -464,6 +496,7 @@ class StageConfig(Config):
     """Of activations and products. tf32: float32, but the factors of matrix products are rounded, to TF32 on
     a GPU and to bfloat16 on a CPU that has units for it. bf16 needs a GPU."""
     fsdp: FSDPConfig = FSDPConfig()
+    """How the ranks shard the model."""
     activation_checkpointing: Literal["auto", "none", "full", "selective"] | Count = "none"
     """What the backward pass recomputes instead of keeping: nothing; all of every layer, the vision tower's
     too; all of every k-th layer; all but matrix products and attention, which are expensive (`selective`;
@@ -471,13 +504,19 @@ class StageConfig(Config):
     compat: Literal["unitoken"] | None = None
     """Behave as the reference (UniToken) wherever this program corrects it."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of new weights, dropout and samples; the order of the data has `data.seed`."""
     deterministic: bool = False
     """Give the same losses bit for bit on GPUs, too, where the gradient of attention is then slower."""
     save: SaveConfig
+    """Where and when checkpoints are saved."""
     log: LogConfig = LogConfig()
+    """Progress on the terminal, and loggers."""
     eval: EvalConfig | None = None
+    """Losses on held-out samples while training; null: none."""
     samples: SamplesConfig | None = None
+    """Drawings and answers while training; null: none."""
     suite: SuiteConfig | None = None
+    """Scores on a suite of tasks while training; null: none."""
     codec: CodecConfig | None = None
     """The tokenizers that made the data; `samples`, `suite`, `generate`, `evaluate` and `export` use them."""
 

@@ -122,6 +122,7 @@ class Suite(Config):
     seed: Seed = 0
     """Of the random numbers of all replies."""
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
+    """The tasks, by names of your choice; each has a folder of that name in the results."""
 
 
 def load_suite(path: Path) -> Suite:
