@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo.report import STYLE, Answer, Drawing, answer_figure, curves, drawings_grid, figure_tile
+from demo.report import STYLE, Answer, Drawing, answer_figure, curves, drawings_grid
+from unitoken.common.html_page import figure_tile, html_page, html_table
 
 READING_GOAL, DRAWING_GOAL, ENGLISH_GOAL = 0.9, 0.6, 0.1
 SHOWN_ANSWERS = 30
@@ -26,15 +26,10 @@ def _tiles(figures: Mapping[str, Any]) -> str:
 
 
 def _english(figures: Mapping[str, Any]) -> str:
-    rows = [(name, f"{loss:.4f}") for name, loss in figures["english_loss"].items()]
-    losses = "".join(f"<tr><td>{html.escape(name)}</td><td>{loss}</td></tr>" for name, loss in rows)
-    capital = "".join(
-        f"<tr><td>{html.escape(when)}</td><td>{html.escape(answer)}</td></tr>"
-        for when, answer in figures["capital"].items()
-    )
-    head = "<tr><th>model</th><th>“What is the capital of France?”</th></tr>"
-    return f"""<table class="shares"><tr><th>model</th><th>nats a token</th></tr>{losses}</table><p></p>
-<table class="shares">{head}{capital}</table>"""
+    losses = [(name, f"{loss:.4f}") for name, loss in figures["english_loss"].items()]
+    question = "“What is the capital of France?”"
+    return f"""{html_table(["model", "nats a token"], losses)}<p></p>
+{html_table(["model", question], figures["capital"].items())}"""
 
 
 def write_llm_report(
@@ -54,11 +49,7 @@ def write_llm_report(
         drawings: a row for each digit.
     """
     shown = "".join(map(answer_figure, answers[:SHOWN_ANSWERS]))
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>A language model that learns to see</title><style>{STYLE}</style>
-<main>
-<h1>SmolLM2 reads and draws digits</h1>
+    body = f"""<h1>SmolLM2 reads and draws digits</h1>
 <p>SmolLM2-135M-Instruct, a language model of 135 million parameters that has never seen a picture, got rows
 for image tokens in its vocabulary, a small vision tower and an adapter. Conversations about handwritten
 digits, in its own chat template, taught it to read and to draw them.</p>
@@ -74,7 +65,5 @@ Wrong answers are red.</p><div class="answers">{shown}</div></section>
 </div>
 <section><h2>What became of its English</h2><p>The loss on texts of Python's reference, which nothing was
 trained on, and an answer to a question.</p>{_english(figures)}</section>
-<footer>Written by <code>make demo-llm</code>. Everything on this page was measured in that run.</footer>
-</main></html>
-"""
-    path.write_text(page, encoding="utf-8")
+<footer>Written by <code>make demo-llm</code>. Everything on this page was measured in that run.</footer>"""
+    path.write_text(html_page("A language model that learns to see", body, STYLE), encoding="utf-8")

@@ -115,6 +115,7 @@ def test_a_thousand_samples_open_at_once(open_page: OpenPage, gallery: Path, tmp
     start, end = text.index('<section class="sample"'), text.rindex("</section>") + len("</section>")
     large = gallery.with_name("large.html")
     large.write_text(text[:start] + text[start:end] * 17 + text[end:])
+    assert large.stat().st_size < 2_000_000
     page = open_page(large).page
     assert page.locator("section.sample").count() == 1020
     timing = "performance.getEntriesByType('navigation')[0].domInteractive"
