@@ -151,14 +151,17 @@ def test_two_ranks_write_the_same_files_as_one(folder: Path, whole: Path, tmp_pa
     assert files_of(tmp_path / "out") == files_of(whole)
 
 
-def test_another_seed_is_another_result(folder: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seed", "batch", "same"), [(0, 5, True), (1, 2, False)])
+def test_the_seed_changes_replies_and_the_batch_does_not(
+    seed: int, batch: int, same: bool, folder: Path, whole: Path, tmp_path: Path
+) -> None:
     shutil.copytree(whole, tmp_path / "out")
-    tasks = {"reading": TASKS["reading"]}
-    (folder / "other.yaml").write_text(yaml.safe_dump({"seed": 1, "tasks": tasks}))
+    tasks = {"reading": {**TASKS["reading"], "batch": batch}}
+    (folder / "other.yaml").write_text(yaml.safe_dump({"seed": seed, "tasks": tasks}))
     status, output = evaluate(folder, tmp_path / "out", "--suite", folder / "other.yaml")
     assert status == 0, output
     texts = [(out / "reading" / "replies.jsonl").read_text() for out in (whole, tmp_path / "out")]
-    assert texts[0] != texts[1]
+    assert (texts[0] == texts[1]) is same
 
 
 def test_the_default_place_is_in_the_runs_folder(folder: Path, tmp_path: Path) -> None:

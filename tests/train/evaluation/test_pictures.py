@@ -12,6 +12,7 @@ from PIL import Image
 
 from unitoken.codec.conversations import Conversation
 from unitoken.common.errors import ConfigError
+from unitoken.train.evaluation.config import TaskConfig
 from unitoken.train.evaluation.items import TaskItem
 from unitoken.train.evaluation.pictures import (
     ClipEmbedder,
@@ -21,6 +22,10 @@ from unitoken.train.evaluation.pictures import (
     reference_files,
     score_clip,
 )
+from unitoken.train.evaluation.scoring import score_task
+from unitoken.train.evaluation.task_folder import TaskFolder
+from unitoken.train.generation.command import png
+from unitoken.train.generation.prompts import build_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -135,3 +140,30 @@ def test_references_are_read_from_all_sub_folders(tmp_path: Path) -> None:
     assert [path.name for path in files] == ["a.jpg", "b.png"]
     with pytest.raises(ConfigError, match=r"b\.png: cannot be read"):
         list(open_pictures(files))
+
+
+def test_drawings_are_scored_with_clip_as_the_suite_says(clip_folder: Path, tmp_path: Path) -> None:
+    """Two replies to each of two prompts, compared with references that are the drawings themselves."""
+    pictures = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8)
+    folder = TaskFolder(tmp_path / "task", {})
+    folder.begin()
+    for unit, number in enumerate((2, 3, 0, 1)):  # in the order of the prompts' lengths
+        name = f"{number}.png"
+        folder.add(unit, [{"number": number, "picture": name}], {name: png(pictures[number])})
+    settings = {"prompts": "a.json", "draw": True, "replies": 2, "metrics": ["clip_score", "clip_distance"]}
+    task = TaskConfig.model_validate(
+        {**settings, "clip": str(clip_folder), "references": str(tmp_path / "task" / "pictures")}
+    )
+    items = [
+        TaskItem("0", {"prompt": "a b"}, build_prompt("a b"), ()),
+        TaskItem("1", {"caption": "c d"}, build_prompt("draw it"), ()),
+    ]
+    found = score_task("task", task, items, folder, 4, "cpu")
+    clip = ClipEmbedder(clip_folder, "cpu", "clip")
+    drawn = clip.embed_pictures([Image.fromarray(picture) for picture in pictures])
+    expected = score_clip(clip.embed_texts(["a b", "a b", "c d", "c d"]), drawn)
+    assert found.scores == {**expected.scores, "clip_distance": pytest.approx(0, abs=1e-9)}
+    assert set(found.measured_with) == {"clip", "references"}
+    lines = [json.loads(line) for line in (tmp_path / "task" / "replies.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == [0, 1, 2, 3]
+    assert [line["clip_score"] for line in lines] == pytest.approx(expected.of_replies)
