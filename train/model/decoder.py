@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # takes three seconds to import, and sdpa does not need it
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask = Union[Tensor, "BlockMask", None]  # None: one document a row, plain causal attention
+MASK_BLOCK = 128  # queries and keys of a block of flex attention's mask, torch's default
 
 
 class KVCache:
@@ -160,21 +161,64 @@ def document_mask(document_ids: Tensor, kind: Literal["sdpa", "flex"]) -> Tensor
     Padding (-1) sees padding, so that no row of the softmax is empty (an empty row gives NaN).
 
     Args:
-        document_ids: (P, L), the number of the document at each position; -1 is padding.
+        document_ids: (P, L), the number of the document at each position; -1 is padding. For "flex" a
+            document is one run of positions, as in every pack.
         kind: the attention implementation; "sdpa" takes a tensor (P, 1, L, L), "flex" a block mask.
     """
     if kind == "sdpa":
         return dense_document_mask(document_ids)
-    rows, length = document_ids.shape
+    return _block_mask(document_ids)
 
-    from torch.nn.attention.flex_attention import create_block_mask
+
+def _block_mask(document_ids: Tensor) -> BlockMask:
+    """Return the block mask of packs whose documents are one run of positions each.
+
+    A query sees its document up to itself. So where a document begins decides about whole blocks, and no
+    matrix of L x L is made of it, as torch's `create_block_mask` does.
+
+    Args:
+        document_ids: (P, L).
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    length = document_ids.shape[1]
+    firsts = torch.arange(0, length, MASK_BLOCK, device=document_ids.device)  # (B,), of each block
+    lasts = (firsts + (MASK_BLOCK - 1)).clamp(max=length - 1)
+    begins = _document_begins(document_ids)  # they never decrease
+    before = firsts[:, None] > firsts  # (B of queries, B of keys)
+    # The first query of a block sees most of what is before the block, its last query least.
+    seen = before & (begins[:, firsts, None] <= lasts)  # (P, B, B), by some query
+    whole = before & (begins[:, lasts, None] <= firsts)  # by all queries
+    if length % MASK_BLOCK:
+        whole[:, -1] = False  # torch counts the queries behind the end, which see nothing
+    diagonal = firsts[:, None] == firsts
+    partly = (seen & ~whole) | diagonal
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - torch's signature
         return (query >= key) & (document_ids[row, query] == document_ids[row, key])
 
-    create = _compiled(create_block_mask) if document_ids.is_cuda else create_block_mask
-    mask: BlockMask = create(allowed, rows, None, length, length, device=str(document_ids.device))
+    mask: BlockMask = BlockMask.from_kv_blocks(
+        *_listed_blocks(partly),
+        *_listed_blocks(whole),
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(length, length),
+    )
     return mask
+
+
+def _document_begins(document_ids: Tensor) -> Tensor:
+    """Return for each position the first position (P, L) of its document."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_inside = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0))
+    return places.masked_fill(is_inside, 0).cummax(1).values
+
+
+def _listed_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of set blocks (P, 1, B) in each row (P, B, B), and all, set ones first."""
+    numbers = blocks.int()
+    order = numbers.argsort(dim=-1, descending=True, stable=True)
+    return numbers.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def dense_document_mask(document_ids: Tensor) -> Tensor:

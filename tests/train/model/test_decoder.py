@@ -1,12 +1,21 @@
 """Packs, masks and caches: the decoder gives each document the same states as alone."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.decoders import LENGTHS, build_decoder, packed_inputs, small_config
 from unitoken.train.model.decoder import Decoder, KVCache, causal_bias, document_mask
+
+BLOCK_LISTS = [
+    f"{full}{side}_{kind}"
+    for full in ("", "full_")
+    for side in ("kv", "q")
+    for kind in ("num_blocks", "indices")
+]
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "flex"])
@@ -45,6 +54,53 @@ def test_padding_gives_no_nan_forward_or_backward(kind: Literal["sdpa", "flex"])
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+def random_packs(length: int, seed: int) -> torch.Tensor:
+    """Document ids (3, length): of documents of any length with padding behind, one document, and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 300, (length,), generator=generator)
+    ids = torch.arange(length).repeat_interleave(lengths)[:length]
+    end = int(torch.randint(1, length + 1, (1,), generator=generator))
+    return torch.stack(
+        [ids.where(torch.arange(length) < end, -1), torch.zeros_like(ids), -torch.ones_like(ids)]
+    )
+
+
+@pytest.mark.parametrize("length", [1, 100, 128, 129, 640, 1000])
+def test_the_block_mask_of_packs_equals_torchs(length: int) -> None:
+    for seed in range(5):
+        mask = document_mask(random_packs(length, seed), "flex")
+        assert isinstance(mask, BlockMask)
+        expected = create_block_mask(mask.mask_mod, 3, None, length, length, device="cpu")
+        assert mask.seq_lengths == expected.seq_lengths
+        assert mask.BLOCK_SIZE == expected.BLOCK_SIZE
+        torch.testing.assert_close(mask.to_dense(), expected.to_dense(), rtol=0, atol=0)
+        for part in BLOCK_LISTS:
+            found, torchs = getattr(mask, part), getattr(expected, part)
+            assert found.is_contiguous(), part
+            torch.testing.assert_close(found, torchs, rtol=0, atol=0, msg=part)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Measures the most elements that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_a_block_mask_makes_no_matrix_of_all_positions() -> None:
+    packs = random_packs(4096, seed=0)
+    with LargestTensor() as largest:
+        document_mask(packs, "flex")
+    assert largest.elements <= packs.numel()
 
 
 def go_on(decoder: Decoder, past: KVCache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
