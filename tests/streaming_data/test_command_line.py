@@ -83,7 +83,7 @@ def test_a_sweep_is_printed_where_the_settings_make_no_plan(stage: Path) -> None
     code, out = run("plan", stage, "data.global_batch=4096", "--sweep-length")
     assert code == 2
     assert sum("<- best" in line for line in out.splitlines()) == 1
-    assert "; lower data.global_batch, or raise `repeat` or `epoch_samples`" in out
+    assert re.search(r"; lower data.global_batch to at most \d+, or raise `repeat` or `epoch_samples`", out)
 
 
 def test_plan_writes_its_page(stage: Path, tmp_path: Path) -> None:
