@@ -77,6 +77,7 @@ bench-generate: install ## How fast images are drawn, against transformers' gene
 docs: install ## The documentation as a site, in build/docs/index.html
 	@$(BIN)/python docs/write_settings.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'build/docs; to read it with its search: python3 -m http.server --bind 127.0.0.1 --directory build/docs'
 
 dist: install ## Build dist/*.tar.gz, and of it dist/*.whl
 	@rm -rf dist

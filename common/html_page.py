@@ -42,7 +42,8 @@ table.cells th, table.cells td { text-align: left; padding: 5px 20px 5px 0; vert
 table.cells .number { text-align: right; white-space: nowrap }
 code { font: 0.9em ui-monospace, "DejaVu Sans Mono", monospace }
 footer { margin-top: 28px; color: var(--soft); font-size: 13.5px }
-@media (max-width: 600px) { main { padding: 20px 12px 40px } section { padding: 14px }
+@media (max-width: 600px) { svg.chart text { font-size: 16px }
+  main { padding: 20px 12px 40px } section { padding: 14px }
   h1 { font-size: 22px } .figures { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)) } }
 """
 # A number with its sign and unit: `-1,024`, `3.1%`, `2e-05`, `12.5 GB`, `1,200 tokens/s`.

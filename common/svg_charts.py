@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 WIDTH, HEIGHT = 640, 250  # of a chart, in the units of its own coordinates
 LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 44  # margins, in which labels stand
-NARROWEST, WIDEST = 440, 800  # pixels; on a narrower page a chart scrolls, as its text would be too small
+WIDEST = 800  # pixels; html_page's style makes the text of narrow charts larger
 MOST_POINTS = 1000  # of a line, twice as many as a chart has pixels
 SERIES_COLOURS = 8
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
@@ -184,10 +184,9 @@ def _chart(parts: Iterable[str], about: str, names: Sequence[str]) -> str:
     )
     legend = f'<div style="font-size:13.5px;margin:2px 0 6px">{"".join(entries)}</div>' if names else ""
     return (
-        f'{legend}<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(about)}" style="display:block;width:100%;min-width:{NARROWEST}px;'
-        f'max-width:{WIDEST}px" '
-        f'font-size="12" font-family="inherit">{"".join(parts)}</svg></div>'
+        f'{legend}<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{html.escape(about)}" style="display:block;width:100%;max-width:{WIDEST}px" '
+        f'font-size="12" font-family="inherit">{"".join(parts)}</svg>'
     )
 
 

@@ -16,7 +16,7 @@ NUMBERS = st.floats(-1e12, 1e12, allow_nan=False)
 
 def drawn(chart: str) -> ET.Element:
     """The chart's SVG as a tree, without the legend."""
-    return ET.fromstring(re.findall(r"<svg viewBox.*</svg>", chart)[-1])
+    return ET.fromstring(re.findall(r'<svg class="chart".*</svg>', chart)[-1])
 
 
 def points(chart: str) -> list[tuple[float, float]]:
