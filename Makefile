@@ -93,7 +93,7 @@ lint: install ## ruff: style and common mistakes
 # Type checkers do not follow the import hook of an editable install: a link is enough for them.
 typecheck: install ## mypy: strict for what is imported and run, with types everywhere for the tests
 	@mkdir -p build/types && ln -sfn ../.. build/types/unitoken
-	@$(BIN)/mypy -p unitoken.common -p unitoken.storage -p unitoken.dataset -p unitoken.codec -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.generation -p unitoken.train -p unitoken.commands -p demo -p benchmarks
+	@$(BIN)/mypy -p unitoken.common -p unitoken.storage -p unitoken.dataset -p unitoken.codec -p unitoken.streaming_data -p unitoken.tokenize -p unitoken.generation -p unitoken.train -p unitoken.commands -p unitoken.quickstart -p demo -p benchmarks
 	@$(BIN)/mypy --config-file tests/mypy.ini tests
 
 tokenize: install ## Conversations -> dataset folder: make tokenize SPLITS=8 IN=items.json OUT=folder [CONFIG=...] [ENGINE=ray] [ARGS="key=value ..."]

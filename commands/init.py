@@ -10,30 +10,45 @@ import typer
 from unitoken.common.cli import one_line_errors, report
 from unitoken.common.errors import ConfigError
 
-SHIPPED = Path(__file__).parent.parent / "yamls"
+SHIPPED = Path(__file__).parent.parent
 
 
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make, or one without a yamls/ folder.")],
 ) -> None:
-    """Copy the example YAML files into a folder.
+    """Copy what the quickstart needs into a folder.
 
-    They are a tokenization, Stage I and Stage II, and the schemas with which editors check them.
+    yamls/ has examples of tokenizations and stages, and the schemas with which editors check them; weights/
+    has a small tokenizer for texts and one for photographs of 64 pixels; make_photos.py makes sixty photos
+    with captions; train_image_tokenizer.py made the tokenizer for photographs.
     """
     with one_line_errors():
         from unitoken.common.files import write_aside
 
-        target = folder / "yamls"
-        if target.exists():
-            raise ConfigError(f"{target} exists already; name another folder")
-        # digits.yaml is the demo's, whose tokenizers are not in the wheel.
-        copied = [*SHIPPED.glob("*.*"), *SHIPPED.glob("tokenize/*.*"), *SHIPPED.glob("open/*.*")]
-        copied.remove(SHIPPED / "tokenize" / "digits.yaml")
+        if (folder / "yamls").exists():
+            raise ConfigError(f"{folder / 'yamls'} exists already; name another folder")
+        copies = _copies()
         try:
-            for source in sorted(copied):
-                place = target / source.relative_to(SHIPPED)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                write_aside(place, source.read_bytes())
+            for place, source in sorted(copies.items()):
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                write_aside(folder / place, source.read_bytes())
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from None
-        report(f"{target}: {len(copied)} files; next: unitoken tokenize --help")
+        report(f"{folder}: {len(copies)} files; next: cd {folder}, and docs/quickstart.md")
+
+
+def _copies() -> dict[Path, Path]:
+    """Return the shipped files by their places in the new folder."""
+    yamls, quickstart = SHIPPED / "yamls", SHIPPED / "quickstart"
+    examples = [*yamls.glob("*.*"), *yamls.glob("tokenize/*.*"), *yamls.glob("open/*.*")]
+    # digits.yaml is the demo's, whose image tokenizer is not in the wheel.
+    examples.remove(yamls / "tokenize" / "digits.yaml")
+    copies = {path.relative_to(SHIPPED): path for path in examples}
+    copies |= {Path(name): quickstart / name for name in ("make_photos.py", "train_image_tokenizer.py")}
+    tokenizers = {
+        "photo-vqgan": quickstart / "photo-vqgan",
+        "text-tokenizer": SHIPPED / "demo" / "assets" / "tokenizer",
+    }
+    for name, source in tokenizers.items():
+        copies |= {Path("weights", name, path.name): path for path in source.iterdir() if path.is_file()}
+    return copies

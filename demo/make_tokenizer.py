@@ -2,7 +2,8 @@
 
     python -m demo.make_tokenizer
 
-It is for text only: the tokens for images are appended after its last id (`Vocabulary.from_tokens`).
+It is for text only, and also the quickstart's: the tokens for images are appended after its last id
+(`Vocabulary.from_tokens`).
 """
 
 from __future__ import annotations

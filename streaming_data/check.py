@@ -26,10 +26,15 @@ def check_sources(sources: Sequence[StreamSource], config: DataConfig, views: Vi
     Raises:
         ConfigError: a stream has images, and none of them fits into a pack.
     """
-    vocabulary = load_vocabulary(sources[0].folder, sources[0].manifest.vocabulary)
+    vocabulary = vocabulary_of(sources)
     for source in sources:
         check_images_fit(source, config, views, vocabulary)
     return vocabulary
+
+
+def vocabulary_of(sources: Sequence[StreamSource]) -> Vocabulary:
+    """Read the vocabulary of datasets that `open_sources` found to have the same. Raises ConfigError."""
+    return load_vocabulary(sources[0].folder, sources[0].manifest.vocabulary)
 
 
 def check_streams_vocabulary(sources: Sequence[StreamSource], vocabulary: Vocabulary, owner: str) -> None:

@@ -167,6 +167,7 @@ def test_every_folder_with_modules_is_in_the_wheel() -> None:
     """A folder that is not listed works in an editable install and is silently absent from a wheel."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     examples = {"unitoken.yamls", "unitoken.yamls.open", "unitoken.yamls.tokenize"}
+    examples |= {"unitoken.quickstart", "unitoken.demo.assets.tokenizer"}  # which `unitoken init` copies
     assert sorted(listed) == sorted({f"unitoken.{name.rpartition('.')[0]}" for name in MODULES} | examples)
 
 

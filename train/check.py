@@ -24,6 +24,7 @@ from unitoken.streaming_data.check import (
     check_streams_vocabulary,
     other_codes,
     uneven_proportions,
+    vocabulary_of,
 )
 from unitoken.streaming_data.settings import DataConfig
 from unitoken.streaming_data.sources import StreamSource, crops_of, open_sources
@@ -108,7 +109,8 @@ def check_stage(config: StageConfig, world_size: int) -> ResolvedStage:
     train = ResolvedData(config.data, open_sources(config.data))
     evaluation_config = _evaluation_config(config)
     _check_save(config)
-    decoder, vision = model_configs(config.model)  # downloads what is named by a hub id
+    # Downloads what is named by a hub id.
+    decoder, vision = model_configs(config.model, vocabulary_of(train.sources).size)
     _check_tied_head(config, decoder)
     _check_float8(config, decoder)
     if config.save.export is not None:

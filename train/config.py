@@ -130,15 +130,19 @@ ROPE_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _OLD_QK_NORMS = {"shared": "layer_shared", "per_head": "layer_per_head"}
 
 
-class DecoderConfig(Config):
+Rows = Annotated[int, Field(gt=0, le=2**24)]  # of the vocabulary's matrices
+
+
+class NewDecoderConfig(Config):
     """A decoder; the names are those of the checkpoints' config.json.
 
     The defaults are Chameleon's. Llama's and Mistral's have `qk_norm: none`, Qwen2's also `attention_bias`,
     and Qwen3's `qk_norm: rms`.
     """
 
-    vocab_size: Annotated[int, Field(gt=0, le=2**24)]
-    """Rows of the token embedding and of the output layer: ids that the model has room for."""
+    vocab_size: Rows | Literal["auto"] = "auto"
+    """Rows of the token embedding and of the output layer: ids that the model has room for; auto: as many as
+    the datasets' vocabulary has."""
     hidden_size: Count
     """Size of the vectors between layers."""
     intermediate_size: Count
@@ -174,6 +178,11 @@ class DecoderConfig(Config):
     tie_word_embeddings: bool = False
     """The token embedding is the output layer, too."""
 
+    def with_vocabulary(self, size: int) -> DecoderConfig:
+        """Return all sizes, where `auto` stands for this size of the vocabulary."""
+        rows = size if self.vocab_size == "auto" else self.vocab_size
+        return DecoderConfig(**{**dict(self), "vocab_size": rows})
+
     @property
     def kv_heads(self) -> int:
         """Number of key-value heads."""
@@ -202,7 +211,7 @@ class DecoderConfig(Config):
         return "qwen3" if self.qk_norm == "rms" else "chameleon"
 
     @pydantic.model_validator(mode="after")
-    def _heads_divide(self) -> DecoderConfig:
+    def _heads_divide(self) -> NewDecoderConfig:
         heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % (2 * heads):
             raise ValueError(f"hidden_size {self.hidden_size} is not an even number times {heads} heads")
@@ -213,7 +222,7 @@ class DecoderConfig(Config):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _is_of_a_family(self) -> DecoderConfig:
+    def _is_of_a_family(self) -> NewDecoderConfig:
         """Refuse mixtures of families, which no program but this one could load."""
         if self.attention_bias and self.qk_norm != "none":
             raise ValueError(f"attention_bias is Qwen2's, which has `qk_norm: none`, found {self.qk_norm}")
@@ -227,6 +236,13 @@ class DecoderConfig(Config):
                 f"{self.hidden_size}, as in Chameleon (qk_norm {self.qk_norm})"
             )
         return self
+
+
+class DecoderConfig(NewDecoderConfig):
+    """A decoder all of whose sizes are known."""
+
+    vocab_size: Rows
+    """Rows of the token embedding and of the output layer."""
 
 
 class VisionTowerConfig(Config):
@@ -299,7 +315,7 @@ class LoraConfig(Config):
 class ModelConfig(Config):
     """The model: where its sizes and pretrained weights come from, and how it computes."""
 
-    decoder: Annotated[Name | DecoderConfig, _validate_as(DecoderConfig)]
+    decoder: Annotated[Name | NewDecoderConfig, _validate_as(NewDecoderConfig)]
     """Folder or hub id of a checkpoint; or the sizes of a new decoder."""
     vision: Annotated[Name | VisionTowerConfig | None, _validate_as(VisionTowerConfig)] = None
     """The same for SigLIP; null: no vision tower and no adapter."""
@@ -321,6 +337,11 @@ class ModelConfig(Config):
     """Apply torch.compile to each layer of decoder and tower; this takes some minutes at the start."""
     float8: bool = False
     """Multiply in float8 in the decoder's layers, with torchao, on GPUs that can (H100 and newer)."""
+
+    @property
+    def is_sized_by_data(self) -> bool:
+        """Whether the decoder has as many rows as the datasets' vocabulary."""
+        return isinstance(self.decoder, NewDecoderConfig) and self.decoder.vocab_size == "auto"
 
 
 class OptimizerConfig(Config):

@@ -7,7 +7,7 @@ import re
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.storage.store import StoreError
-from unitoken.streaming_data.check import check_sources
+from unitoken.streaming_data.check import check_sources, vocabulary_of
 from unitoken.streaming_data.plan.lengths import read_lengths
 from unitoken.streaming_data.plan.recipe import Recipe
 from unitoken.streaming_data.plan.store import load_or_build
@@ -47,11 +47,13 @@ def plan_memory(config: StageConfig, gpu_bytes: float, gpus: int) -> str:
         ConfigError: a setting is wrong, or nothing fits.
     """
     check_settings(config, gpus)
-    decoder, vision = model_configs(config.model)
     notes = []
     try:
-        decoder, work = _read_data(config, decoder, vision)
+        decoder, vision, work = _read_data(config)
     except (ConfigError, StoreError) as error:
+        if config.model.is_sized_by_data:
+            raise
+        decoder, vision = model_configs(config.model)
         work = _without_data(config, vision)
         notes = [f"without data ({error}): full packs, each with {work.most_views} views for the tower"]
     network = build_model(decoder, vision, config.model)
@@ -69,11 +71,10 @@ def plan_memory(config: StageConfig, gpu_bytes: float, gpus: int) -> str:
     return "\n".join([*_table(fits), f"first row: {fits[0].memory.summary()}", *notes])
 
 
-def _read_data(
-    config: StageConfig, decoder: DecoderConfig, vision: VisionTowerConfig | None
-) -> tuple[DecoderConfig, PackWork]:
-    """Return the decoder's sizes with the rows of `model.grow`, and what the packs hold."""
+def _read_data(config: StageConfig) -> tuple[DecoderConfig, VisionTowerConfig | None, PackWork]:
+    """Return the model's sizes with the rows of `model.grow`, and what the packs hold."""
     sources = open_sources(config.data)
+    decoder, vision = model_configs(config.model, vocabulary_of(sources).size)
     views = Views(vision.image_size, vision.patch_size, config.data.anyres) if vision else None
     vocabulary = check_sources(sources, config.data, views)
     recipe = Recipe.of(config.data, sources, views)
@@ -83,7 +84,7 @@ def _read_data(
         0,
         lambda: [read_lengths(source, recipe, views) for source in sources],
     )
-    return with_room(config, decoder, vocabulary), pack_work(plan, config.data)
+    return with_room(config, decoder, vocabulary), vision, pack_work(plan, config.data)
 
 
 def _without_data(config: StageConfig, vision: VisionTowerConfig | None) -> PackWork:

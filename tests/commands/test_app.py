@@ -50,18 +50,22 @@ def test_options_are_understood_with_underscores_too(tmp_path: Path) -> None:
         assert "none" in error
 
 
-def test_init_copies_the_examples_and_overwrites_nothing(tmp_path: Path) -> None:
+def test_init_copies_what_is_shipped_and_overwrites_nothing(tmp_path: Path) -> None:
     status, out, _ = call("init", str(tmp_path / "my"))
     assert status == 0
-    assert out.startswith(f"{tmp_path / 'my' / 'yamls'}: ")
+    assert out.startswith(f"{tmp_path / 'my'}: ")
     for name in (
-        "stage1.yaml",
-        "stage2.yaml",
-        "stage.schema.json",
-        "tokenize/chameleon.yaml",
-        "open/stage1.yaml",
+        *("stage1.yaml", "stage2.yaml", "small.yaml", "stage.schema.json"),
+        *("tokenize/chameleon.yaml", "tokenize/photos.yaml", "open/stage1.yaml"),
     ):
         assert (tmp_path / "my/yamls" / name).read_bytes() == (ROOT / "yamls" / name).read_bytes()
+    for name, shipped in (
+        ("make_photos.py", "quickstart/make_photos.py"),
+        ("weights/photo-vqgan/vqgan.yaml", "quickstart/photo-vqgan/vqgan.yaml"),
+        ("weights/photo-vqgan/vqgan.safetensors", "quickstart/photo-vqgan/vqgan.safetensors"),
+        ("weights/text-tokenizer/tokenizer.json", "demo/assets/tokenizer/tokenizer.json"),
+    ):
+        assert (tmp_path / "my" / name).read_bytes() == (ROOT / shipped).read_bytes()
     assert call("init", str(tmp_path / "my"))[0] == 2
 
 

@@ -6,13 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from demo import digits, report
-from support.paths import ROOT
-from unitoken.codec.config import ImageTokenizerConfig
-from unitoken.codec.image_tokenizer.files import find_image_tokenizer
-from unitoken.common.config import load_config
-from unitoken.dataset.vocabulary import Vocabulary
-from unitoken.train.checkpoint.layouts import model_configs
-from unitoken.train.config import StageConfig
 
 
 def test_digits_are_read_and_drawn_and_held_out_ones_are_not(tmp_path: Path) -> None:
@@ -62,16 +55,3 @@ def test_the_report_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert page.count('role="img"') == 3
     assert 'class="figure bad"><b>50%' in page
     assert 'class="figure good"><b>95.0%' in page
-
-
-def test_the_model_of_the_demo_has_room_for_its_vocabulary() -> None:
-    from transformers import AutoTokenizer
-
-    tokens = AutoTokenizer.from_pretrained(ROOT / "demo/assets/tokenizer").get_vocab()
-    vocabulary = Vocabulary.from_tokens(
-        tokens,
-        find_image_tokenizer(ImageTokenizerConfig(weights=str(ROOT / "demo/assets/vqgan"))).codebook_size,
-    )
-    for stage in ("base", "stage1", "stage2"):
-        decoder, _ = model_configs(load_config(StageConfig, ROOT / f"yamls/demo/{stage}.yaml").model)
-        assert decoder.vocab_size == vocabulary.size

@@ -30,7 +30,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
     folder = tmp_path_factory.mktemp("release")
     for name in tracked():
-        if not name.startswith(("tests/", "demo/", "docs/")):
+        if name.startswith("demo/assets/tokenizer/") or not name.startswith(("tests/", "demo/", "docs/")):
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "source" / name)
     build = [sys.executable, "-m", "build", "--outdir", str(folder), str(folder / "source")]
@@ -97,6 +97,8 @@ def test_the_wheel_works_from_any_folder(unitoken: Path, vqgan: Path, tmp_path: 
     assert place.startswith(str(unitoken.parents[1]))
     call(unitoken, tmp_path, "init", "my")
     folder = tmp_path / "my"
+    for name, file in (("photo-vqgan", "vqgan.safetensors"), ("text-tokenizer", "tokenizer.json")):
+        assert (folder / "weights" / name / file).is_file()
     assert call(unitoken, folder, "schema", "stage") == (folder / "yamls/stage.schema.json").read_text()
 
     source = write_items(tmp_path, some_items(tmp_path, 8))

@@ -15,8 +15,9 @@ from support.stages import DECODER, stage
 from unitoken.codec.config import CodecConfig
 from unitoken.codec.tokenizer_vocabulary import tokenizer_vocabulary
 from unitoken.dataset.vocabulary import Vocabulary
+from unitoken.train.checkpoint.layouts import model_configs
 from unitoken.train.checkpoint.metadata import ModelSizes, PictureCrops, read_stage, write_metadata
-from unitoken.train.config import DecoderConfig, StageConfig
+from unitoken.train.config import StageConfig
 from unitoken.train.export.model import export_model
 from unitoken.train.generation.dialogue import Dialogue
 from unitoken.train.generation.engine import generate, load_model
@@ -66,8 +67,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     config, vocabulary = settings_and_vocabulary(folder, request.param)
     run = drawn.write_run(folder, config)
-    decoder = config.model.decoder
-    assert isinstance(decoder, DecoderConfig)
+    decoder, _ = model_configs(config.model)
     crops = PictureCrops(crops=[(16, 16)])
     write_metadata(run, config, ModelSizes(decoder=decoder, vision=None), vocabulary, crops)
     export_model(str(run), folder / "model", "fp32")

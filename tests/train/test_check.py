@@ -11,13 +11,13 @@ import pytest
 
 from support.paths import ROOT
 from support.small_datasets import make_record, small_vocabulary, write_dataset
-from support.stages import DECODER, stage, write_data, write_stage
+from support.stages import DECODER, VISION, stage, write_data, write_stage
 from unitoken.common.config import load_config
 from unitoken.common.errors import ConfigError
 from unitoken.dataset.vision_views import Views
 from unitoken.dataset.vocabulary import SPECIAL_NAMES, Vocabulary, grid_name, image_code_name
 from unitoken.train.check import check_stage
-from unitoken.train.checkpoint.layouts import read_decoder, read_vision
+from unitoken.train.checkpoint.layouts import model_configs, read_decoder, read_vision
 from unitoken.train.checkpoint.locations import checkpoint_folder, find_origin
 from unitoken.train.checkpoint.metadata import ModelSizes, write_metadata
 from unitoken.train.config import StageConfig
@@ -282,6 +282,21 @@ def test_a_wrong_setting_is_named(override: str | tuple[str, ...], message: str,
     with pytest.raises(ConfigError, match=message) as caught:
         check_stage(stage(folder, *([override] if isinstance(override, str) else override)), 2)
     assert "\n" not in str(caught.value)
+
+
+def test_a_new_decoder_has_a_row_for_each_id_of_the_data(folder: Path) -> None:
+    """By default, and with `auto`; a number stays a number."""
+    unsized = {name: value for name, value in DECODER.items() if name != "vocab_size"}
+    for sizes, rows in ((unsized, 163), ({**DECODER, "vocab_size": "auto"}, 163), (DECODER, 170)):
+        config = stage(folder, model={"decoder": sizes, "vision": VISION})
+        assert check_stage(config, 1).sizes.decoder.vocab_size == rows
+
+
+def test_sizes_from_data_need_the_data(folder: Path) -> None:
+    model = stage(folder, "model.decoder.vocab_size=auto").model
+    with pytest.raises(ConfigError, match=r"^model\.decoder: vocab_size: auto is the size of the datasets'"):
+        model_configs(model)
+    assert model_configs(model, 99)[0].vocab_size == 99
 
 
 def test_growth_gives_room_for_the_vocabulary(folder: Path) -> None:

@@ -57,6 +57,15 @@ def test_a_stage_with_its_data_is_planned_from_its_packs(tmp_path: Path) -> None
     assert not any("without data" in line or "own" in line for line in lines)
 
 
+def test_sizes_that_come_from_the_data_need_it(tmp_path: Path) -> None:
+    asked = (str(write_stage(tmp_path)), "--gpu", "4gb", "model.decoder.vocab_size=auto")
+    status, _, error = call(*asked)
+    assert (status, error.count("\n")) == (2, 1)
+    assert str(tmp_path / "data") in error
+    write_data(tmp_path / "data")
+    assert call(*asked)[0] == 0
+
+
 @pytest.mark.parametrize("gpu", ["80", "gb", "0gb", "80 tb"])
 def test_a_gpu_of_no_size_is_an_error(gpu: str) -> None:
     status, _, error = stage2("--gpu", gpu)

@@ -107,13 +107,13 @@ def read_complete_metadata(origin: Path, stage: StageConfig | None = None) -> Co
         raise ConfigError(
             f"{origin}: no {missing} beside it; name the stage that made it: --config yamls/stage1.yaml"
         )
-    if sizes is None:
-        assert stage is not None
-        decoder, vision = model_configs(stage.model)
-        sizes = ModelSizes(decoder=decoder, vision=vision)
     if vocabulary is None:
         assert stage is not None
         vocabulary = check_sources(open_sources(stage.data), stage.data, views=None)
+    if sizes is None:
+        assert stage is not None
+        decoder, vision = model_configs(stage.model, vocabulary.size)
+        sizes = ModelSizes(decoder=decoder, vision=vision)
     return CompleteMetadata(stage, sizes, vocabulary, metadata.pictures)
 
 

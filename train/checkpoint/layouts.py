@@ -26,18 +26,40 @@ from unitoken.train.checkpoint.families import (
     ties_inner_embeddings,
 )
 from unitoken.train.checkpoint.locations import CONFIG, TOWER, checkpoint_folder, is_export
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
+from unitoken.train.config import DecoderConfig, ModelConfig, NewDecoderConfig, VisionTowerConfig
 
 FIRST_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 
-def model_configs(config: ModelConfig) -> tuple[DecoderConfig, VisionTowerConfig | None]:
-    """Return the model's sizes, read from the folders or hub ids in the settings. Raises ConfigError."""
+def model_configs(
+    config: ModelConfig, vocabulary_size: int | None = None
+) -> tuple[DecoderConfig, VisionTowerConfig | None]:
+    """Return the model's sizes, read from the folders or hub ids in the settings.
+
+    Args:
+        config: the settings.
+        vocabulary_size: how many ids the datasets' vocabulary has, for `vocab_size: auto`.
+
+    Raises:
+        ConfigError: a folder is missing or not readable, or `auto` has no vocabulary to be as large as.
+    """
     with _setting_in_errors("model.decoder"):
-        decoder = read_decoder(config.decoder) if isinstance(config.decoder, str) else config.decoder
+        decoder = _decoder_config(config.decoder, vocabulary_size)
     with _setting_in_errors("model.vision"):
         vision = read_vision(config.vision) if isinstance(config.vision, str) else config.vision
     return decoder, vision
+
+
+def _decoder_config(decoder: str | NewDecoderConfig, vocabulary_size: int | None) -> DecoderConfig:
+    if isinstance(decoder, str):
+        return read_decoder(decoder)
+    if decoder.vocab_size != "auto":
+        return decoder.with_vocabulary(decoder.vocab_size)
+    if vocabulary_size is None:
+        raise ConfigError(
+            "vocab_size: auto is the size of the datasets' vocabulary, which is not known here; give a number"
+        )
+    return decoder.with_vocabulary(vocabulary_size)
 
 
 @contextlib.contextmanager

@@ -127,8 +127,10 @@ def read_stage(origin: Path) -> StageConfig | None:
 
 def read_sizes(origin: Path, config: ModelConfig) -> tuple[DecoderConfig, VisionTowerConfig | None]:
     """Return the sizes in the metadata of trained weights, or else those of `config`. Raises ConfigError."""
-    sizes = read_metadata(origin).sizes
-    return (sizes.decoder, sizes.vision) if sizes else model_configs(config)
+    about = read_metadata(origin)
+    if about.sizes is not None:
+        return about.sizes.decoder, about.sizes.vision
+    return model_configs(config, about.vocabulary.size if about.vocabulary is not None else None)
 
 
 def _read_vocabulary(folder: Path) -> Vocabulary | None:
