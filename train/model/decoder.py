@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from unitoken.train.config import DecoderConfig, RopeScaling
 from unitoken.train.model import activation_checkpointing
 from unitoken.train.model.autocast import product_dtype
+from unitoken.train.model.projection import Projection
 
 if TYPE_CHECKING:  # takes three seconds to import, and sdpa does not need it
     from torch.nn.attention.flex_attention import BlockMask
@@ -418,10 +419,10 @@ class DecoderAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_size
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.key_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.key_size, bias=bias)
-        self.o_proj = nn.Linear(config.query_size, config.hidden_size, bias=False)
+        self.q_proj = Projection(config.hidden_size, config.query_size, bias=bias)
+        self.k_proj = Projection(config.hidden_size, config.key_size, bias=bias)
+        self.v_proj = Projection(config.hidden_size, config.key_size, bias=bias)
+        self.o_proj = Projection(config.query_size, config.hidden_size, bias=False)
         self.q_norm = _build_head_norm(config, config.num_attention_heads)
         self.k_norm = _build_head_norm(config, config.kv_heads)
 
@@ -460,9 +461,9 @@ class DecoderMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Projection(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Projection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the network to each position."""

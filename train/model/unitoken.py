@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode, set_recompute
 from unitoken.train.model.decoder import Decoder, KVCache, document_mask
 from unitoken.train.model.loss import Loss, token_loss
+from unitoken.train.model.projection import project
 from unitoken.train.model.vision_tower import VisionTower, build_adapter
 
 # The tensors of a batch by name; their shapes are at the top of streaming_data/reading/batch.py.
@@ -31,7 +31,7 @@ class OutputLayer(nn.Linear):
 
     def forward(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
         """Return the logits (..., ids) of hidden states (..., hidden), for a range of the vocabulary."""
-        return F.linear(hidden, self.weight[ids])
+        return project(hidden, self.weight[ids])
 
     def loss(self, rows: Tensor, targets: Tensor, z_weight: float, masked_ids: Tensor | None) -> Loss:
         """Return `token_loss` of its logits."""
@@ -138,7 +138,7 @@ class UniToken(nn.Module):
         else:
             hidden = hidden.gather(1, columns[:, :, None].expand(-1, -1, hidden.shape[2]))
         if self.is_tied:
-            return F.linear(hidden, self.output_weight[ids]).float()
+            return project(hidden, self.output_weight[ids]).float()
         logits: Tensor = self.lm_head(hidden, ids)
         return logits.float()
 
