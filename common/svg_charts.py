@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 WIDTH, HEIGHT = 640, 250  # of a chart, in the units of its own coordinates
-LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 44  # margins, in which labels stand
+LEFT, RIGHT, TOP, BOTTOM = 68, 24, 12, 44  # margins, in which labels stand
 WIDEST = 800  # pixels; html_page's style makes the text of narrow charts larger
 MOST_POINTS = 1000  # of a line, twice as many as a chart has pixels
 SERIES_COLOURS = 8

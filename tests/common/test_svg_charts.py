@@ -35,7 +35,7 @@ def test_all_points_lie_inside_the_chart(values: list[float]) -> None:
         for name in ("y1", "y2", "cy"):
             assert -0.1 <= float(element.attrib.get(name, 0)) <= 250
     if len(values) > 1:
-        assert all(68 <= x <= 626 and 11.9 <= y <= 206.1 for x, y in points(chart))
+        assert all(68 <= x <= 616 and 11.9 <= y <= 206.1 for x, y in points(chart))
 
 
 def test_long_lines_are_thinned_and_keep_their_spikes() -> None:

@@ -117,7 +117,8 @@ def test_a_run_goes_on_from_its_bucket(folder: Path, bucket: Path, tmp_path: Pat
     kept = {path.name for path in bucket.iterdir() if path.name.startswith("step-") and any(path.iterdir())}
     assert kept == {"step-00000008", "step-00000009"}
     small = {name for name in names(bucket) if not name.startswith("step-")}
-    assert small == {"metrics.jsonl", "stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
+    logs = {"metrics.jsonl", "starts.jsonl", "report.html"}
+    assert small == logs | {"stage.yaml", "model.json", "vocabulary.json", "pictures.json"}
     assert (bucket / "metrics.jsonl").read_bytes() == (work / "metrics.jsonl").read_bytes()
     assert f"folder: {URL}" in (bucket / "stage.yaml").read_text()
 
