@@ -22,6 +22,7 @@ from unitoken.commands.app import app
 from unitoken.common.config import load_config
 from unitoken.dataset.layout import LayoutPattern
 from unitoken.tokenize.config import TokenizeConfig
+from unitoken.tokenize.sources.adapter_fields import CAPTION_KEYS, EDITED_KEYS, INSTRUCTION_KEYS, SOURCE_KEYS
 from unitoken.train.config import StageConfig
 from unitoken.train.evaluation.config import Suite
 
@@ -308,3 +309,9 @@ def test_the_messages_of_troubleshooting_are_real() -> None:
         fixed = re.split(r"\b[A-Z]{1,}\b|\.\.\.|\d+", message)
         longest = max(fixed, key=len).strip(" :;,")
         assert longest in code, message
+
+
+@pytest.mark.parametrize("names", [CAPTION_KEYS, SOURCE_KEYS, EDITED_KEYS, INSTRUCTION_KEYS])
+def test_the_page_lists_the_columns_that_adapters_read(names: tuple[str, ...]) -> None:
+    listed = ", ".join(f"`{name}`" for name in names)
+    assert f"| {listed} |" in (ROOT / "docs" / "tokenize.md").read_text("utf-8")

@@ -548,3 +548,19 @@ def test_a_table_and_a_tar_of_img2dataset_become_the_same_task() -> None:
         tar = {"__key__": f"{n:09d}", "jpg": b"1", "txt": "a", "json": {"key": f"{n:09d}", "caption": "a"}}
         ways = [find_adapter("caption_or_drawing")(raw) for raw in (row, tar)]
         assert ways[0]["conversations"] == ways[1]["conversations"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "raw"),
+    [
+        ("sharegpt", {"image": "0/1.jpg", "conversations": turns("Describe.\n<image>", "A sofa.")}),
+        (
+            "caption",
+            {"__key__": "01", "jpg": b"1", "txt": "a cat", "json": {"caption": "a cat", "key": "01"}},
+        ),
+        ("drawing", {"img_path": "000/a.jpg", "prompt": "a fox --v 5", "Task2": {"Caption": "A fox."}}),
+    ],
+    ids=["LLaVA-Pretrain and ShareGPT4V", "CC12M", "JourneyDB"],
+)
+def test_the_datasets_of_the_recipes_are_accepted(adapter: str, raw: dict[str, Any]) -> None:
+    assert len(adapted(adapter, raw).images) == 1
