@@ -11,6 +11,7 @@ from unitoken.common.cli import one_line_errors, report
 from unitoken.common.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent
+SCRIPTS = ("make_photos.py", "photo_adapters.py", "train_image_tokenizer.py")
 
 
 def init(
@@ -20,7 +21,8 @@ def init(
 
     yamls/ has examples of tokenizations and stages, and the schemas with which editors check them; weights/
     has a small tokenizer for texts and one for photographs of 64 pixels; make_photos.py makes sixty photos
-    with captions; train_image_tokenizer.py made the tokenizer for photographs.
+    with captions; photo_adapters.py makes conversations of them; train_image_tokenizer.py made the tokenizer
+    for photographs.
     """
     with one_line_errors():
         from unitoken.common.files import write_aside
@@ -44,7 +46,7 @@ def _copies() -> dict[Path, Path]:
     # digits.yaml is the demo's, whose image tokenizer is not in the wheel.
     examples.remove(yamls / "tokenize" / "digits.yaml")
     copies = {path.relative_to(SHIPPED): path for path in examples}
-    copies |= {Path(name): quickstart / name for name in ("make_photos.py", "train_image_tokenizer.py")}
+    copies |= {Path(name): quickstart / name for name in SCRIPTS}
     tokenizers = {
         "photo-vqgan": quickstart / "photo-vqgan",
         "text-tokenizer": SHIPPED / "demo" / "assets" / "tokenizer",
