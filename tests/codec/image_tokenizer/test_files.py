@@ -384,5 +384,5 @@ def test_missing_weights_say_how_to_get_them() -> None:
     ):
         with pytest.raises(ConfigError, match=command):
             find_weights(name)
-    with pytest.raises(ConfigError, match=r"no such file or folder$"):
+    with pytest.raises(ConfigError, match=r"no such file or folder; it was looked for in /"):
         find_weights("weights/other")
