@@ -336,6 +336,7 @@ def test_a_reject_names_the_stage_that_refused_it(vqgan: Path, tmp_path: Path) -
     assert {line["file"] for line in rejects(tmp_path / "out")} == {"items.jsonl"}
 
     (tmp_path / "mine.py").write_text("def adapt(raw):\n    return {'conversations': raw['x']}\n")
+    source.write_text(source.read_text() + "\n" + json.dumps({"x": turns("a", "b")}))
     run_here(settings(vqgan, adapter=f"{tmp_path}/mine.py:adapt"), source, tmp_path / "mine")
     stages = [(line["stage"], line["reason"]) for line in rejects(tmp_path / "mine")]
     assert stages[0] == ("adapter", "adapter failed: KeyError: 'x'")
