@@ -58,9 +58,10 @@ def read_starts(folder: Path) -> list[Start]:
     starts = []
     if (folder / STARTS).is_file():
         for line in _json_lines(folder / STARTS):
-            try:
-                starts.append(Start(**line))
-            except TypeError:
+            reached, ranks = line.get("reached"), line.get("ranks")
+            if isinstance(reached, int) and isinstance(ranks, int):
+                starts.append(Start(line["step"], reached, ranks, str(line.get("time", ""))))
+            else:
                 warn(f"{folder / STARTS}: a line is broken and left out")
     return starts
 

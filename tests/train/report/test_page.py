@@ -41,6 +41,14 @@ def test_a_resumption_and_its_repeated_steps_are_marked(tmp_path: Path) -> None:
     assert "stopped after step 133, resumed at step 120" in page
 
 
+def test_a_broken_start_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    with open(run / "starts.jsonl", "a") as file:
+        file.write('{"step": 150, "reached": "many", "ranks": 4}\n{"step": 160')
+    assert [start.step for start in read_starts(run)] == [0, 120]
+    assert capsys.readouterr().err.count("left out") == 2
+
+
 def test_several_runs_show_only_the_settings_that_differ(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, lr=lr, eps=1e-8) for name, lr in (("a", 1e-4), ("b", 3e-4))]
     page = report_page([read_run(run, run.name) for run in runs])
