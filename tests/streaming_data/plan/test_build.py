@@ -191,7 +191,7 @@ def test_a_canonical_row_reads_its_own_shards() -> None:
         (
             3,
             {"global_batch": 16},
-            r"3 samples make [123] packs .* at least 16, .*; lower data\.global_batch, "
+            r"3 samples make [123] packs .* at least 16, .*; lower data\.global_batch to at most 3, "
             r"or raise `repeat` or `epoch_samples`",
         ),
         (3, {"canonical_nodes": 5}, "too few samples for canonical_nodes: 5: an epoch has 3 samples"),
