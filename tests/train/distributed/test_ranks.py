@@ -421,7 +421,10 @@ def test_two_machines_train_as_one_under_slurm_and_composer(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.global_batch=3", "data.global_batch: 3 packs can not be shared evenly by 2 ranks"),
+        (
+            "data.global_batch=3",
+            "data.global_batch: 3 packs can not be shared evenly by 2 ranks; take a multiple of 2",
+        ),
         ("fsdp.replicas=3", "fsdp.replicas: 2 ranks can not be shared evenly by 3 copies of the model"),
     ],
 )

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from support.decoders import build_decoder, packed_inputs, small_config
 from support.stages import DECODER, VISION
-from unitoken.train.config import DecoderConfig, ModelConfig, VisionTowerConfig
+from unitoken.train.checkpoint.layouts import model_configs
+from unitoken.train.config import ModelConfig, VisionTowerConfig
 from unitoken.train.model.activation_checkpointing import RecomputeMode, set_recompute
 from unitoken.train.model.decoder import Decoder, document_mask
 from unitoken.train.model.unitoken import build_model
@@ -84,9 +85,7 @@ def test_the_setting_applies_to_the_decoder_and_the_tower(
     config = ModelConfig.model_validate(
         {"decoder": {**DECODER, "num_hidden_layers": 4}, "vision": {**VISION, "num_hidden_layers": 4}}
     )
-    assert isinstance(config.decoder, DecoderConfig)
-    assert isinstance(config.vision, VisionTowerConfig)
-    model = build_model(config.decoder, config.vision, config, setting)
+    model = build_model(*model_configs(config), config, setting)
     for layers in (model.model.layers, model.vit.encoder.layers):
         assert "".join(layer.recompute[0] for layer in layers) == expected
 
